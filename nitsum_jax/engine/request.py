@@ -1,0 +1,102 @@
+"""What goes into an engine and what comes out: requests, sampling parameters and token deltas."""
+
+import dataclasses
+import enum
+
+from nitsum_jax.errors import InvalidInputError
+
+MAX_SEED = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of one request is chosen.
+
+    Attributes:
+      temperature: 0 is greedy; otherwise logits are divided by it.
+      top_k: keep the k most likely tokens; 0 keeps all.
+      top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all.
+      min_p: keep tokens at least this many times as likely as the most likely one; 0 keeps all.
+      repetition_penalty: > 1 makes tokens of prompt and output less likely (CTRL, arXiv 1909.05858); 1 is off.
+      presence_penalty: taken once from the logit of every token already in the output; 0 is off.
+      frequency_penalty: taken per occurrence in the output; 0 is off.
+      seed: with the position it is the whole random key; None lets the engine draw one per request.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+    def validate(self) -> None:
+        """Raises InvalidInputError, naming the field and its range, if a value is out of range (NaN included)."""
+        _require(self.temperature >= 0 and self.temperature <= 100, "temperature", self.temperature, "0 to 100")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0, at most 1 (off)")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "0 (off) to 1")
+        _require(0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "over 0, 1 is off")
+        _require(-100 <= self.presence_penalty <= 100, "presence_penalty", self.presence_penalty, "-100 to 100")
+        _require(-100 <= self.frequency_penalty <= 100, "frequency_penalty", self.frequency_penalty, "-100 to 100")
+        if self.seed is not None:
+            _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to be continued.
+
+    Attributes:
+      id: unique among the requests that are alive in the engine.
+      prompt_ids: token ids, at least one.
+      max_tokens: at most this many new tokens, at least one.
+      sampling: how tokens are chosen.
+      stop_token_ids: generation ends with any of these (the end-of-sequence ids of the model go here too).
+      tier: name of the latency tier.
+      deadline_s: give up at this time on the engine's monotonic clock (time.monotonic); None never gives up.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: tuple[int, ...] = ()
+    tier: str = "standard"
+    deadline_s: float | None = None
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"  # a stop token (the front ends also report it for a stop string)
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """New tokens of one request, in order; the last delta of a request carries finish_reason.
+
+    Attributes:
+      request_id: whose tokens these are.
+      token_ids: new token ids; a stop token that ended the request is not among them.
+      time_s: when the engine had them (time.monotonic).
+      finish_reason: None while more is to come.
+      error: one line for the user when finish_reason is ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    time_s: float
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise InvalidInputError(f"{name}={value} is out of range: give {allowed}")

@@ -1,0 +1,25 @@
+"""Errors that a user can act on.
+
+Every error that reaches a user is one line that says what is wrong and what to do.  The class tells the front ends
+which status it is: the gRPC code stands in each docstring.
+"""
+
+
+class NitsumError(Exception):
+    """Base of all errors raised on purpose; the message is one line, fit for a user."""
+
+
+class InvalidInputError(NitsumError, ValueError):
+    """The request, flag or file itself is wrong, whatever the state of the server (INVALID_ARGUMENT)."""
+
+
+class PreconditionError(NitsumError, RuntimeError):
+    """Right in itself, but not possible on this cell or in its present state (FAILED_PRECONDITION)."""
+
+
+class OverloadedError(NitsumError, RuntimeError):
+    """A bounded queue is full; trying again later may succeed (RESOURCE_EXHAUSTED)."""
+
+
+class UnavailableError(NitsumError, RuntimeError):
+    """The server is starting, draining or closed (UNAVAILABLE)."""
