@@ -1,0 +1,37 @@
+"""What every checkpoint format presents: named tensors, read in whole or in part."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from nitsum_jax.errors import InvalidInputError
+
+
+class TensorSource(Protocol):
+    """Tensors under their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`), whatever the file format.
+
+    Matrices are [out features, in features], heads in Hugging Face's RoPE order.  A read returns an array of the
+    caller's own, in the dtype of the file (quantised formats: float32), and raises InvalidInputError if the tensor is
+    not there or the file is damaged.
+    """
+
+    def names(self) -> Iterable[str]:
+        """All tensor names."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor."""
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the first axis."""
+
+    def read_columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the second axis of a matrix."""
+
+
+def missing_tensor(name: str, where: object) -> InvalidInputError:
+    """The error for a tensor that a checkpoint should have."""
+    return InvalidInputError(f"checkpoint {where} has no tensor '{name}'; it is incomplete or of another architecture")

@@ -1,0 +1,287 @@
+"""From the tensors of a checkpoint to the parameters of vshards, and back.
+
+One table says which piece of which checkpoint tensor lies where in which parameter (`plan`); `pack` follows it in one
+direction and `unpack` in the other.  Every parameter has the TP axis first (row-parallel matrices are transposed), so a
+vshard is contiguous.  What no piece covers is zero: padding.
+
+Shapes of one vshard, Hk and Gk being its query and KV heads:
+`embed.table`, `head.table` [V/K, D]; `layers.{l}.attn.qkv` [(Hk + 2 Gk) A, D], rows of q, then k, then v;
+`layers.{l}.attn.qkv_bias` [(Hk + 2 Gk) A]; `layers.{l}.attn.out` [Hk A, D]; `layers.{l}.mlp.gate_up` [2 F/K, D];
+`layers.{l}.mlp.down` [F/K, D].  Replicated: `final_norm`, `layers.{l}.attn.norm`, `layers.{l}.mlp.norm` [D];
+`layers.{l}.attn.q_norm`, `layers.{l}.attn.k_norm` [A].
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.source import TensorSource
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.cuts import ModelCut
+
+_DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """A run of rows (or, if `transposed`, columns) of a checkpoint tensor, and its first row in the parameter."""
+
+    tensor: str
+    start: int
+    stop: int
+    row: int = 0
+    transposed: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedParam:
+    """One parameter of one vshard (None: replicated) and the pieces it is made of."""
+
+    name: str
+    vshard: int | None
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    def dtype(self, matrices: np.dtype) -> np.dtype:
+        """Norms and biases stay float32: they are small, and the arithmetic around them is float32."""
+        return matrices if len(self.shape) > 1 else _DTYPES["float32"]
+
+
+class ParamShape(NamedTuple):
+    """Shape of a parameter in one vshard, and whether all vshards share it."""
+
+    shape: tuple[int, ...]
+    replicated: bool
+
+
+def matrix_dtype(name: "str | np.dtype") -> np.dtype:
+    """The numpy dtype of "float32", "bfloat16" or "float16".
+
+    Raises:
+      InvalidInputError: any other name.
+    """
+    dtype = _DTYPES.get(str(name))
+    if dtype is None:
+        raise InvalidInputError(f"dtype '{name}' is not supported; use {', '.join(_DTYPES)}")
+    return dtype
+
+
+def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors a Hugging Face checkpoint of this config has, in model order."""
+    d, f, a = config.d_model, config.d_mlp, config.head_dim
+    widths = {"q": config.num_heads * a, "k": config.num_kv_heads * a, "v": config.num_kv_heads * a}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (d,)
+        for which, width in widths.items():
+            shapes[f"{prefix}.self_attn.{which}_proj.weight"] = (width, d)
+            if config.qkv_bias:
+                shapes[f"{prefix}.self_attn.{which}_proj.bias"] = (width,)
+        if config.qk_norm:
+            shapes[f"{prefix}.self_attn.q_norm.weight"] = (a,)
+            shapes[f"{prefix}.self_attn.k_norm.weight"] = (a,)
+        shapes[f"{prefix}.self_attn.o_proj.weight"] = (d, widths["q"])
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (d,)
+        shapes[f"{prefix}.mlp.gate_proj.weight"] = (f, d)
+        shapes[f"{prefix}.mlp.up_proj.weight"] = (f, d)
+        shapes[f"{prefix}.mlp.down_proj.weight"] = (d, f)
+    shapes["model.norm.weight"] = (d,)
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab_size, d)
+    return shapes
+
+
+def plan(config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
+    """All parameters in loading order: embedding, layer by layer, final norm, head; in each, vshard by vshard."""
+    yield from _table("embed.table", "model.embed_tokens.weight", config, cut)
+    for layer in range(config.num_layers):
+        yield from _layer(layer, config, cut)
+    yield _replicated("final_norm", "model.norm.weight", config.d_model)
+    if not config.tied_head:
+        yield from _table("head.table", "lm_head.weight", config, cut)
+
+
+def cut_shapes(config: ModelConfig, cut: ModelCut) -> dict[str, ParamShape]:
+    """Shape of every parameter in one vshard, in loading order."""
+    return {p.name: ParamShape(p.shape, p.vshard is None) for p in plan(config, cut) if not p.vshard}
+
+
+def cut_bytes(config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype") -> tuple[int, int]:
+    """Bytes of one vshard, and bytes of the replicated parameters that every device holds once."""
+    matrices, cut_total, replicated_total = matrix_dtype(dtype), 0, 0
+    for param in plan(config, cut):
+        size = int(np.prod(param.shape)) * param.dtype(matrices).itemsize
+        if param.vshard is None:
+            replicated_total += size
+        elif param.vshard == 0:
+            cut_total += size
+    return cut_total, replicated_total
+
+
+def pack(
+    config: ModelConfig, cut: ModelCut, source: TensorSource, dtype: "str | np.dtype"
+) -> Iterator[tuple[str, int | None, np.ndarray]]:
+    """Reads a checkpoint as vshards.
+
+    Every piece is read when its parameter is due, so no more than one parameter of one vshard is in memory here.
+
+    Args:
+      config: the model.
+      cut: how it is cut.
+      source: the checkpoint.
+      dtype: of the matrices and the embedding; norms and biases are float32.
+
+    Yields:
+      (parameter name, vshard or None for replicated, array); the array belongs to the caller.
+
+    Raises:
+      InvalidInputError: a tensor is missing or has another shape than the config says.
+    """
+    matrices = matrix_dtype(dtype)
+    check_tensors(config, source)
+    for param in plan(config, cut):
+        yield param.name, param.vshard, _assemble(param, source, param.dtype(matrices))
+
+
+def check_tensors(config: ModelConfig, source: TensorSource) -> None:
+    """Raises InvalidInputError if a tensor of this config is missing in the checkpoint or has the wrong shape."""
+    for name, shape in checkpoint_shapes(config).items():
+        found = source.shape(name)
+        if found != shape:
+            raise InvalidInputError(
+                f"checkpoint tensor '{name}' has shape {list(found)} but the config says {list(shape)}; "
+                "config and weights are of different models"
+            )
+
+
+def unpack(
+    config: ModelConfig, cut: ModelCut, read: Callable[[str, int | None], np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse of `pack`: whole checkpoint tensors from vshards, padding dropped.
+
+    Args:
+      config: the model.
+      cut: how it was cut.
+      read: (parameter name, vshard or None) -> array.
+
+    Yields:
+      (tensor name, array), in model order, one in memory at a time.
+    """
+    for name in checkpoint_shapes(config):
+        yield name, unpack_tensor(config, cut, name, read)
+
+
+def unpack_tensor(
+    config: ModelConfig, cut: ModelCut, name: str, read: Callable[[str, int | None], np.ndarray]
+) -> np.ndarray:
+    """One checkpoint tensor from vshards; see `unpack`."""
+    result: np.ndarray | None = None
+    for param, vshard, piece in _where(cut)[name]:
+        value = read(param, vshard)
+        if result is None:
+            result = np.empty(checkpoint_shapes(config)[name], value.dtype)
+        rows = value[piece.row : piece.row + piece.stop - piece.start]
+        if piece.transposed:
+            result[:, piece.start : piece.stop] = rows.T
+        else:
+            result[piece.start : piece.stop] = rows
+    assert result is not None, "every tensor has a piece in some vshard"
+    return result
+
+
+@functools.lru_cache(maxsize=4)
+def _where(cut: ModelCut) -> dict[str, list[tuple[str, int | None, Piece]]]:
+    """For every checkpoint tensor the pieces that cover it, each source row once (replicated KV heads are left out)."""
+    where: dict[str, list[tuple[str, int | None, Piece]]] = {}
+    seen: set[tuple[str, int]] = set()
+    for param in plan(cut.config, cut):
+        for piece in param.pieces:
+            if (piece.tensor, piece.start) not in seen:
+                seen.add((piece.tensor, piece.start))
+                where.setdefault(piece.tensor, []).append((param.name, param.vshard, piece))
+    return where
+
+
+def _assemble(param: PlannedParam, source: TensorSource, dtype: np.dtype) -> np.ndarray:
+    covered = sum(piece.stop - piece.start for piece in param.pieces)
+    out = (np.empty if covered == param.shape[0] else np.zeros)(param.shape, dtype)
+    for piece in param.pieces:
+        rows = out[piece.row : piece.row + piece.stop - piece.start]
+        if piece.transposed:
+            # Converting before turning the matrix lets both passes run at full speed.
+            rows[...] = source.read_columns(piece.tensor, piece.start, piece.stop).astype(dtype, copy=False).T
+        else:
+            rows[...] = source.read_rows(piece.tensor, piece.start, piece.stop)
+    return out
+
+
+def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
+    target, source, vshards = f"layers.{layer}", f"model.layers.{layer}", range(cut.num_vshards)
+    d, a = config.d_model, config.head_dim
+    yield _replicated(f"{target}.attn.norm", f"{source}.input_layernorm.weight", d)
+    if config.qk_norm:
+        yield _replicated(f"{target}.attn.q_norm", f"{source}.self_attn.q_norm.weight", a)
+        yield _replicated(f"{target}.attn.k_norm", f"{source}.self_attn.k_norm.weight", a)
+    rows = (cut.q_heads + 2 * cut.kv_heads) * a
+    for k in vshards:
+        yield PlannedParam(f"{target}.attn.qkv", k, (rows, d), _qkv(f"{source}.self_attn", "weight", a, cut, k))
+    if config.qkv_bias:
+        for k in vshards:
+            yield PlannedParam(f"{target}.attn.qkv_bias", k, (rows,), _qkv(f"{source}.self_attn", "bias", a, cut, k))
+    for k in vshards:
+        pieces = tuple(_heads(f"{source}.self_attn.o_proj.weight", cut.q_head_of[k], a, 0, transposed=True))
+        yield PlannedParam(f"{target}.attn.out", k, (cut.q_heads * a, d), pieces)
+    yield _replicated(f"{target}.mlp.norm", f"{source}.post_attention_layernorm.weight", d)
+    for k in vshards:
+        span = cut.mlp_range(k)
+        gate = _span(f"{source}.mlp.gate_proj.weight", span, 0)
+        up = _span(f"{source}.mlp.up_proj.weight", span, cut.d_mlp)
+        yield PlannedParam(f"{target}.mlp.gate_up", k, (2 * cut.d_mlp, d), gate + up)
+    for k in vshards:
+        pieces = _span(f"{source}.mlp.down_proj.weight", cut.mlp_range(k), 0, transposed=True)
+        yield PlannedParam(f"{target}.mlp.down", k, (cut.d_mlp, d), pieces)
+
+
+def _replicated(name: str, tensor: str, width: int) -> PlannedParam:
+    return PlannedParam(name, None, (width,), (Piece(tensor, 0, width),))
+
+
+def _table(name: str, tensor: str, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
+    for k in range(cut.num_vshards):
+        yield PlannedParam(name, k, (cut.vocab, config.d_model), _span(tensor, cut.vocab_range(k), 0))
+
+
+def _span(tensor: str, span: tuple[int, int], row: int, transposed: bool = False) -> tuple[Piece, ...]:
+    start, stop = span
+    return (Piece(tensor, start, stop, row, transposed),) if stop > start else ()
+
+
+def _qkv(prefix: str, kind: str, head_dim: int, cut: ModelCut, vshard: int) -> tuple[Piece, ...]:
+    q, kv = cut.q_head_of[vshard], cut.kv_head_of[vshard]
+    return (
+        *_heads(f"{prefix}.q_proj.{kind}", q, head_dim, 0),
+        *_heads(f"{prefix}.k_proj.{kind}", kv, head_dim, len(q) * head_dim),
+        *_heads(f"{prefix}.v_proj.{kind}", kv, head_dim, (len(q) + len(kv)) * head_dim),
+    )
+
+
+def _heads(
+    tensor: str, heads: Sequence[int | None], head_dim: int, row: int, transposed: bool = False
+) -> Iterator[Piece]:
+    """One piece for every run of neighbouring heads."""
+    present = [(slot, head) for slot, head in enumerate(heads) if head is not None]
+    for _, run in itertools.groupby(present, key=lambda pair: pair[1] - pair[0]):
+        members = list(run)
+        slot, head = members[0]
+        yield Piece(tensor, head * head_dim, (head + len(members)) * head_dim, row + slot * head_dim, transposed)
