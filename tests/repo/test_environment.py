@@ -1,14 +1,9 @@
 """The settings of tests/conftest.py are in force: without them other tests would prove less than they say."""
 
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-_PURE_ROOMS = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.control", "nitsum_jax.engine.request")
 
 
 def test_eight_emulated_cpu_devices() -> None:
@@ -18,7 +13,7 @@ def test_eight_emulated_cpu_devices() -> None:
 
 
 def test_mixed_dtypes_raise() -> None:
-    with pytest.raises(jax.errors.TypePromotionError):
+    with pytest.raises(ValueError, match="implicit dtype promotion"):
         jnp.zeros(2, jnp.bfloat16) + jnp.zeros(2, jnp.float32)
 
 
@@ -30,9 +25,3 @@ def test_mixed_ranks_raise() -> None:
 def test_warnings_raise() -> None:
     with pytest.raises(RuntimeWarning):
         np.float32(1) / np.zeros(1, np.float32)
-
-
-@pytest.mark.parametrize("module", _PURE_ROOMS)
-def test_pure_rooms_load_without_jax(module: str) -> None:
-    code = f"import sys, {module}; sys.exit('jax' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

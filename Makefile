@@ -1,0 +1,88 @@
+# make serve            the demo model on localhost:50051; more flags with ARGS="--port=8600 --layout=tp2x2"
+# make test             the whole suite; a part with ARGS="tests/meshes -k layout"
+# make lint             ruff, mypy and buildifier
+# make bench            tokens per second against the bare executable (and what else is installed)
+# make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
+# PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with.
+
+PYTHON ?=
+EXTRA ?=
+ARGS ?=
+# Where JAX finds no accelerator the CPU acts as this many devices.
+DEVICES ?= 4
+BUILDIFIER ?= $(shell command -v buildifier 2>/dev/null)
+BUILDIFIER_NPM := @bazel/buildifier@8.2.1
+
+BIN := .venv/bin
+RUNTIME := .venv/.runtime-$(EXTRA)
+DEV := .venv/.dev-$(EXTRA)
+PIP := PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet -c constraints.txt
+comma := ,
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help serve test lint format bench proto build-files install clean
+
+help:
+	@sed -n '1,6s/^# //p' Makefile
+
+serve: $(RUNTIME)
+	JAX_NUM_CPU_DEVICES=$(DEVICES) exec $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tools/generate_build.py --check
+	@if [ -n "$(BUILDIFIER)" ]; then set -x; "$(BUILDIFIER)" -mode=check -lint=warn -r .; \
+	elif command -v npx >/dev/null 2>&1; then set -x; npx --yes $(BUILDIFIER_NPM) -mode=check -lint=warn -r .; \
+	else echo "buildifier is not installed: the form of the BUILD files was not checked (BUILDIFIER=path names one)"; fi
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(RUNTIME)
+	$(BIN)/python benchmarks/decode.py $(ARGS)
+
+# The stubs of the gRPC service; they are committed, so that only who changes the .proto needs the compiler.
+proto: $(DEV)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
+		$(shell find nitsum_jax -name '*.proto')
+
+build-files: $(DEV)
+	$(BIN)/python tools/generate_build.py
+
+install: $(DEV)
+
+clean:
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find nitsum_jax tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The first interpreter that is new enough, unless PYTHON names one.
+.venv/.made:
+	@set -e; for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+		echo "nitsum-jax needs Python 3.11 or newer and found none: install one, or name it with PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$$found" -m venv --clear .venv; then \
+		rm -rf .venv; \
+		echo "$$found could not make a virtual environment: install its venv module (on Debian: python3-venv)" >&2; \
+		exit 1; \
+	fi; \
+	touch $@
+
+# A stamp per set of extras: installed again only when what it was made from changes.
+$(RUNTIME): .venv/.made pyproject.toml constraints.txt
+	$(PIP) -e '.$(if $(EXTRA),[$(EXTRA)])'
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(PIP) -e '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@touch $@

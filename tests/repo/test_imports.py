@@ -1,0 +1,118 @@
+"""The rooms' rule: imports point downward only, and the pure room stays pure."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tools import source_tree
+from tools.source_tree import PACKAGE, Import
+
+# What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
+BELOW = {
+    "server": {"engine", "control", "models", "meshes"},
+    "sim": {"control"},
+    "engine": {"models", "meshes"},
+    "models": {"meshes"},
+    "control": set(),
+    "meshes": set(),
+    "profiles": set(),
+}
+FLOOR = f"{PACKAGE}.errors"
+CONTROL_MAY = {"numpy", "scipy"}
+# Third-party packages of certain rooms: the network belongs to server, what knows models to models and above.
+NETWORK = {"grpc", "grpc_health", "grpc_reflection", "google"}
+MODEL_FORMATS = {"flax", "gguf", "jinja2", "orbax", "safetensors", "tokenizers"}
+ROOT_LINKS = {"meshes", "models", "server"}
+PURE_MODULES = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.meshes.layout", "nitsum_jax.meshes.vshards")
+
+
+def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
+    """Why the file may not import that, or None if it may."""
+    if item.top in ROOT_LINKS:
+        return f"{item.top} is a link for readers; import {PACKAGE}.{item.module}"
+    if path.parts[0] != PACKAGE:
+        return None
+    if item.top == "tests" or item.top == "tools":
+        return "the package cannot use what is not packaged"
+    room = path.parts[1] if len(path.parts) > 2 else None
+    names = [item.module] if item.module != PACKAGE else [f"{PACKAGE}.{n}" for n in item.names]
+    for name in names:
+        if item.top != PACKAGE or name == FLOOR:
+            continue
+        other = name.split(".")[1] if "." in name else PACKAGE
+        if room is None or other not in BELOW[room] | {room}:
+            return f"{other} does not stand below {room or 'the top level'}"
+    if item.top in sys.stdlib_module_names or item.top == PACKAGE:
+        return None
+    if room is None:
+        return "the top level imports the standard library only"
+    if room == "control" and item.top not in CONTROL_MAY:
+        return "control imports the standard library, numpy and scipy only"
+    if room != "server" and item.top in NETWORK:
+        return "only server speaks to the network"
+    if room in {"meshes", "sim"} and item.top in MODEL_FORMATS:
+        return f"{room} knows no model"
+    return None
+
+
+def test_imports_point_downward() -> None:
+    found = []
+    for path in source_tree.python_files():
+        text = (source_tree.ROOT / path).read_text(encoding="utf-8")
+        for item in source_tree.imports_of(text, str(path)):
+            if reason := violation(path, item):
+                found.append(f"{path}:{item.line}: {item.module}: {reason}")
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("nitsum_jax/meshes/layout.py", "from nitsum_jax.models import config"),
+        ("nitsum_jax/meshes/layout.py", "import flax.nnx"),
+        ("nitsum_jax/models/config.py", "from nitsum_jax.engine.request import Request"),
+        ("nitsum_jax/models/checkpoint/io.py", "def f():\n    import nitsum_jax.server.launch"),
+        ("nitsum_jax/engine/engine.py", "from nitsum_jax import server"),
+        ("nitsum_jax/engine/engine.py", "import grpc.aio"),
+        ("nitsum_jax/control/planner.py", "import jax"),
+        ("nitsum_jax/control/planner.py", "from nitsum_jax.meshes.layout import Layout"),
+        ("nitsum_jax/errors.py", "import numpy"),
+        ("nitsum_jax/errors.py", "from nitsum_jax.meshes import layout"),
+        ("nitsum_jax/models/config.py", "from tests.models import helpers"),
+        ("tests/meshes/test_layout.py", "from meshes.layout import Layout"),
+    ],
+)
+def test_upward_import_is_found(path: str, code: str) -> None:
+    (item,) = source_tree.imports_of(code, path)
+    assert violation(pathlib.PurePosixPath(path), item) is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("nitsum_jax/server/launch.py", "from nitsum_jax.models.loading import open_model"),
+        ("nitsum_jax/engine/engine.py", "from nitsum_jax.engine.request import Request"),
+        ("nitsum_jax/engine/engine.py", "from nitsum_jax.meshes import layout"),
+        ("nitsum_jax/control/planner.py", "from nitsum_jax.errors import NitsumError"),
+        ("nitsum_jax/control/planner.py", "import numpy as np"),
+        ("nitsum_jax/server/launch.py", "import grpc.aio"),
+    ],
+)
+def test_downward_import_is_allowed(path: str, code: str) -> None:
+    (item,) = source_tree.imports_of(code, path)
+    assert violation(pathlib.PurePosixPath(path), item) is None
+
+
+def test_relative_import_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a\.py:1: write the import in full"):
+        source_tree.imports_of("from . import b", "a.py")
+
+
+def test_pure_modules_load_without_jax() -> None:
+    control = [source_tree.module_of(p) for p in source_tree.python_files() if p.parts[:2] == (PACKAGE, "control")]
+    code = f"import importlib, sys\nfor m in {[*PURE_MODULES, *control]}: importlib.import_module(m)\n"
+    code += "sys.exit('jax was loaded' if 'jax' in sys.modules else 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=source_tree.ROOT)
+    assert done.returncode == 0, done.stderr
