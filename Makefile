@@ -50,8 +50,7 @@ bench: $(RUNTIME)
 
 # The stubs of the gRPC service; they are committed, so that only who changes the .proto needs the compiler.
 proto: $(DEV)
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. \
-		$(shell find nitsum_jax -name '*.proto')
+	$(BIN)/python -m nitsum_jax.server.proto.generate
 
 build-files: $(DEV)
 	$(BIN)/python tools/generate_build.py
