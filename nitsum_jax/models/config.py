@@ -5,16 +5,14 @@ Everything the decoder does not implement is refused here, by name, so that a mo
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 
-if TYPE_CHECKING:
-    import gguf
-
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files call themselves llama
 DTYPES = ("float32", "bfloat16", "float16")
 _HF_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -200,15 +198,26 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     return result
 
 
-def config_from_gguf(reader: "gguf.GGUFReader", name: str = "") -> ModelConfig:
+class GgufReader(Protocol):
+    """What is needed of an open GGUF file; `GgufFile` of this package and `gguf.GGUFReader` have it."""
+
+    tensors: Any
+
+    def get_field(self, key: str) -> Any:
+        """The field under a key (its `contents()` is the value), or None."""
+
+
+def config_from_gguf(reader: GgufReader, name: str = "") -> ModelConfig:
     """The config in the metadata of an open GGUF file.
 
     Raises:
       InvalidInputError: a feature the decoder lacks, or a missing or impossible value; it names the feature or key.
     """
     architecture = str(gguf_field(reader, "general.architecture", "of unknown type"))
-    if architecture not in ARCHITECTURES:
-        raise _unsupported(f"GGUF architecture '{architecture}'", ", ".join(ARCHITECTURES))
+    if architecture not in GGUF_ARCHITECTURES:
+        raise _unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_ARCHITECTURES))
+    if int(gguf_field(reader, "split.count", 1)) > 1:
+        raise _unsupported("a GGUF file in several parts", "one file; join them with `llama-gguf-split --merge`")
 
     def get(key: str, default: Any = None, required: bool = False) -> Any:
         value = gguf_field(reader, f"{architecture}.{key}", default)
@@ -250,7 +259,7 @@ def config_from_gguf(reader: "gguf.GGUFReader", name: str = "") -> ModelConfig:
         max_context=max_context,
         rope_theta=theta,
         rope_scaling=_gguf_rope_scaling(get, tensors, head_dim, theta, max_context),
-        norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', 1e-5):.7g}"),  # a float32 in the file
         tied_head="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
@@ -260,7 +269,7 @@ def config_from_gguf(reader: "gguf.GGUFReader", name: str = "") -> ModelConfig:
     )
 
 
-def gguf_field(reader: "gguf.GGUFReader", key: str, default: Any = None) -> Any:
+def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
     """The value of one metadata key of a GGUF file (str, number or list), or `default` if it is not there."""
     field = reader.get_field(key)
     return default if field is None else field.contents()

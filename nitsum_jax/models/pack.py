@@ -187,10 +187,10 @@ def unpack_tensor(
 ) -> np.ndarray:
     """One checkpoint tensor from vshards; see `unpack`."""
     result: np.ndarray | None = None
-    for param, vshard, piece in _where(cut)[name]:
+    for param, vshard, piece in pieces_by_tensor(cut)[name]:
         value = read(param, vshard)
         if result is None:
-            result = np.empty(checkpoint_shapes(config)[name], value.dtype)
+            result = np.empty(_shapes(config)[name], value.dtype)
         rows = value[piece.row : piece.row + piece.stop - piece.start]
         if piece.transposed:
             result[:, piece.start : piece.stop] = rows.T
@@ -201,8 +201,13 @@ def unpack_tensor(
 
 
 @functools.lru_cache(maxsize=4)
-def _where(cut: ModelCut) -> dict[str, list[tuple[str, int | None, Piece]]]:
-    """For every checkpoint tensor the pieces that cover it, each source row once (replicated KV heads are left out)."""
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    return checkpoint_shapes(config)
+
+
+@functools.lru_cache(maxsize=4)
+def pieces_by_tensor(cut: ModelCut) -> dict[str, list[tuple[str, int | None, Piece]]]:
+    """For every checkpoint tensor, (parameter, vshard, piece) that together cover it; replicas are left out."""
     where: dict[str, list[tuple[str, int | None, Piece]]] = {}
     seen: set[tuple[str, int]] = set()
     for param in plan(cut.config, cut):

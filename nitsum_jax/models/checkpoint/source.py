@@ -11,9 +11,9 @@ from nitsum_jax.errors import InvalidInputError
 class TensorSource(Protocol):
     """Tensors under their Hugging Face names (`model.layers.0.self_attn.q_proj.weight`), whatever the file format.
 
-    Matrices are [out features, in features], heads in Hugging Face's RoPE order.  A read returns an array of the
-    caller's own, in the dtype of the file (quantised formats: float32), and raises InvalidInputError if the tensor is
-    not there or the file is damaged.
+    Matrices are [out features, in features], heads in Hugging Face's RoPE order.  A read returns an array in the
+    dtype of the file (quantised formats: float32) that must not be written to, for it may be a view of the file; it
+    raises InvalidInputError if the tensor is not there or the file is damaged.
     """
 
     def names(self) -> Iterable[str]:

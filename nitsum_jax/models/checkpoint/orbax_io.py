@@ -1,0 +1,267 @@
+"""Orbax checkpoints of vshards: every parameter of every vshard is an array of its own.
+
+So a device's vshards are read straight onto it, and nothing is ever assembled on the host.  The folder holds
+
+    nitsum.json   format version, number of vshards, dtype
+    config.json   the model, as Hugging Face writes it
+    weights/      the Orbax tree {parameter name split at dots: {"v<k>" or "all": array}}
+    (tokenizer files)
+"""
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.source import missing_tensor
+from nitsum_jax.models.config import ModelConfig, config_from_hf, config_to_hf
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.pack import (
+    PlannedParam,
+    checkpoint_shapes,
+    matrix_dtype,
+    pieces_by_tensor,
+    plan,
+    unpack_tensor,
+)
+
+META_FILE = "nitsum.json"
+CONFIG_FILE = "config.json"
+WEIGHTS_FOLDER = "weights"
+FORMAT_VERSION = 1
+
+Key = tuple[str, int | None]  # (parameter name, vshard or None for replicated)
+
+
+class OrbaxCheckpoint:
+    """An Orbax folder of ours, open for reading.  It is a `TensorSource` as well, for cuts other than its own.
+
+    Attributes:
+      folder: where it is.
+      config: the model.
+      cut: how its vshards were cut.
+      dtype: of its matrices.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Reads the two JSON files; no weights.
+
+        Raises:
+          InvalidInputError: not an Orbax folder of ours, or of a later format.
+        """
+        self.folder = Path(folder)
+        meta, config = _read_json(self.folder / META_FILE), _read_json(self.folder / CONFIG_FILE)
+        if meta.get("format_version") != FORMAT_VERSION:
+            raise InvalidInputError(
+                f"{self.folder} is of checkpoint format {meta.get('format_version')}, this program reads "
+                f"{FORMAT_VERSION}: update nitsum-jax or convert the model again"
+            )
+        if not isinstance(meta.get("num_vshards"), int):
+            raise _damaged(self.folder)
+        self.config = config_from_hf(config)
+        self.cut = ModelCut.of(self.config, meta["num_vshards"])
+        self.dtype = matrix_dtype(str(meta.get("dtype")))
+        self._params = {(param.name, param.vshard): param for param in plan(self.config, self.cut)}
+        self._tensor_shapes = checkpoint_shapes(self.config)
+        self._param_of = {tensor: where[0][0] for tensor, where in pieces_by_tensor(self.cut).items()}
+        self._last: dict[str, np.ndarray] = {}
+
+    def stream(self, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """All parameters of all vshards in loading order, as `pack` yields them; one layer on the host at a time."""
+        matrices = matrix_dtype(dtype)
+        for _, group in itertools.groupby(self._params.values(), key=_layer_of):
+            members = list(group)
+            values = self._restore(
+                {(p.name, p.vshard): ocp.RestoreArgs(restore_type=np.ndarray, dtype=p.dtype(matrices)) for p in members}
+            )
+            for param in members:
+                yield param.name, param.vshard, values.pop((param.name, param.vshard))
+
+    def place(
+        self, devices: Sequence[jax.Device], residency: Mapping[int, Set[int]], dtype: "str | np.dtype"
+    ) -> Iterator[tuple[str, int | None, int, jax.Array]]:
+        """All parameters, layer by layer, each read once and put on every device that holds it.
+
+        Args:
+          devices: of the cell.
+          residency: device index -> the vshards it holds; it holds the replicated parameters as well.
+          dtype: of the matrices.
+
+        Yields:
+          (parameter name, vshard or None, device index, single-device array).
+        """
+        matrices = matrix_dtype(dtype)
+        for _, group in itertools.groupby(self._params.values(), key=_layer_of):
+            homes: dict[Key, list[int]] = {}
+            for param in group:
+                held_by = [d for d, held in residency.items() if param.vshard is None or param.vshard in held]
+                if held_by:
+                    homes[param.name, param.vshard] = held_by
+            shardings = {key: _replicated_over([devices[d] for d in held_by]) for key, held_by in homes.items()}
+            values = self.restore(shardings, matrices)
+            for key, held_by in homes.items():
+                buffers = {shard.device: shard.data for shard in values.pop(key).addressable_shards}
+                for d in held_by:
+                    yield *key, d, buffers[devices[d]]
+
+    def restore(self, shardings: Mapping[Key, jax.sharding.Sharding], dtype: "str | np.dtype") -> dict[Key, jax.Array]:
+        """Restores parameters straight to devices.
+
+        A vshard that several devices hold gets a fully replicated NamedSharding over them: the file is read once, and
+        `addressable_shards` are the single-device buffers.
+
+        Args:
+          shardings: where each wanted parameter goes; others are not read.
+          dtype: of the matrices.
+
+        Raises:
+          InvalidInputError: a key is not in this checkpoint, or the checkpoint is damaged.
+        """
+        matrices = matrix_dtype(dtype)
+        wanted: dict[Key, Any] = {}
+        for key, sharding in shardings.items():
+            if key not in self._params:
+                raise missing_tensor(f"{key[0]} of vshard {key[1]}", self.folder)
+            param = self._params[key]
+            wanted[key] = ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=param.shape, dtype=param.dtype(matrices), strict=True
+            )
+        return self._restore(wanted)
+
+    def names(self) -> Iterable[str]:
+        """All tensor names."""
+        return self._tensor_shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        if name not in self._tensor_shapes:
+            raise missing_tensor(name, self.folder)
+        return self._tensor_shapes[name]
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, put together from all vshards."""
+        self.shape(name)
+        if name not in self._last:
+            # q, k and v come from one parameter, and another cut asks for each once per vshard: keep the last ones.
+            param = self._param_of[name]
+            keys = [key for key in self._params if key[0] == param]
+            values = self._restore({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys})
+            tensors = [tensor for tensor, of in self._param_of.items() if of == param]
+            self._last = {t: unpack_tensor(self.config, self.cut, t, lambda *key: values[key]) for t in tensors}
+        return self._last[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the first axis."""
+        return self.read(name)[start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Elements [start, stop) of the second axis."""
+        return self.read(name)[:, start:stop]
+
+    def _restore(self, wanted: Mapping[Key, Any]) -> dict[Key, Any]:
+        item = _nested({key: jax.ShapeDtypeStruct(self._params[key].shape, np.float32) for key in wanted})
+        args = ocp.args.PyTreeRestore(item=item, restore_args=_nested(wanted), partial_restore=True)
+        try:
+            with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+                tree = checkpointer.restore((self.folder / WEIGHTS_FOLDER).absolute(), args=args)
+        except (OSError, ValueError, KeyError) as error:
+            raise _damaged(self.folder) from error
+        result = {key: _leaf(tree, key) for key in wanted}
+        for key, value in result.items():
+            if tuple(value.shape) != self._params[key].shape:
+                raise _damaged(self.folder)
+        return result
+
+
+def save_orbax(
+    folder: str | Path,
+    config: ModelConfig,
+    cut: ModelCut,
+    params: Iterable[tuple[str, int | None, "np.ndarray | jax.Array"]],
+    dtype: "str | np.dtype",
+) -> None:
+    """Writes vshards as an Orbax folder of ours (without a tokenizer); the parameters are in memory while it writes.
+
+    Args:
+      folder: created if need be; it must not hold a checkpoint yet.
+      config: the model.
+      cut: how it is cut.
+      params: (parameter name, vshard or None, array), all of them: what `pack` yields, or arrays on devices.
+      dtype: of the matrices.
+
+    Raises:
+      InvalidInputError: the folder already holds a checkpoint.
+    """
+    folder = Path(folder)
+    if (folder / META_FILE).exists() or (folder / WEIGHTS_FOLDER).exists():
+        raise InvalidInputError(f"{folder} already holds a checkpoint; give another folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = _nested({(name, vshard): value for name, vshard, value in params})
+    with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+        checkpointer.save((folder / WEIGHTS_FOLDER).absolute(), args=ocp.args.PyTreeSave(tree))
+    config_json = config_to_hf(config) | {"torch_dtype": str(matrix_dtype(dtype))}
+    (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n")
+    # Written last: a folder without it is an unfinished checkpoint and is not taken for one.
+    meta = {"format_version": FORMAT_VERSION, "num_vshards": cut.num_vshards, "dtype": str(matrix_dtype(dtype))}
+    (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def is_orbax_folder(folder: Path) -> bool:
+    """Whether a folder is a finished Orbax checkpoint of ours."""
+    return (folder / META_FILE).is_file()
+
+
+def _replicated_over(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
+    if len(devices) == 1:
+        return jax.sharding.SingleDeviceSharding(devices[0])
+    mesh = jax.sharding.Mesh(np.array(devices), ("copies",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def _layer_of(param: PlannedParam) -> str:
+    parts = param.name.split(".")
+    return parts[1] if parts[0] == "layers" else parts[0]
+
+
+def _path(key: Key) -> list[str]:
+    name, vshard = key
+    return [*name.split("."), "all" if vshard is None else f"v{vshard}"]
+
+
+def _nested(flat: Mapping[Key, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, last = _path(key)
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def _leaf(tree: Mapping[str, Any], key: Key) -> Any:
+    node: Any = tree
+    for part in _path(key):
+        node = node[part]
+    return node
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise _damaged(path.parent)
+    return value
+
+
+def _damaged(folder: Path) -> InvalidInputError:
+    return InvalidInputError(f"Orbax checkpoint {folder} is incomplete or damaged; convert the model again")
