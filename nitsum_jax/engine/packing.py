@@ -1,0 +1,149 @@
+"""The host's inputs of a step, packed in one integer array so that they cost one transfer.
+
+A row of the array is one sequence of the batch: fixed columns, then its T new tokens, then its block table, K x P.  Floats travel as their bits.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nitsum_jax.engine.request import SamplingParams
+
+_COLUMNS = 13
+_ROW, _CONTEXT, _COUNT, _EMIT, _PROMPT_LEN, _SEED, _TOP_K = range(7)
+_FLOATS = 7  # temperature, top_p, min_p, repetition, presence, frequency
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class StepShape:
+    """The bucket of a step: B sequences with up to T new tokens each."""
+
+    batch: int
+    tokens: int
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether each sequence continues from its own last token."""
+        return self.tokens == 1
+
+
+class StepInputs(NamedTuple):
+    """Unpacked inputs of a step.
+
+    Attributes:
+      row: i32[B], the sequence's row in the token history; the last row is a dummy for padding.
+      context: i32[B], tokens already in the pool.
+      count: i32[B], new tokens of this step that are real (0 for padding).
+      emit: bool[B], whether the step samples the token that follows.
+      prompt_len: i32[B].
+      seed: u32[B].
+      top_k: i32[B].
+      floats: f32[B, 6], temperature, top_p, min_p, repetition, presence and frequency penalty.
+      tokens: i32[B, T].
+      table: i32[B, K, P], block ids, each on the device of its virtual shard.
+    """
+
+    row: jax.Array
+    context: jax.Array
+    count: jax.Array
+    emit: jax.Array
+    prompt_len: jax.Array
+    seed: jax.Array
+    top_k: jax.Array
+    floats: jax.Array
+    tokens: jax.Array
+    table: jax.Array
+
+
+def packed_shape(shape: StepShape, vshards: int, pages: int) -> tuple[int, int]:
+    """Shape of the packed array, `[B, columns]`."""
+    return shape.batch, _COLUMNS + shape.tokens + vshards * pages
+
+
+def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
+    """Takes a packed i32[B, columns] apart, inside a jitted step."""
+    table = _COLUMNS + shape.tokens
+    return StepInputs(
+        row=packed[:, _ROW],
+        context=packed[:, _CONTEXT],
+        count=packed[:, _COUNT],
+        emit=packed[:, _EMIT] > 0,
+        prompt_len=packed[:, _PROMPT_LEN],
+        seed=jax.lax.bitcast_convert_type(packed[:, _SEED], jnp.uint32),
+        top_k=packed[:, _TOP_K],
+        floats=jax.lax.bitcast_convert_type(packed[:, _FLOATS:_COLUMNS], jnp.float32),
+        tokens=packed[:, _COLUMNS:table],
+        table=packed[:, table:].reshape(shape.batch, vshards, pages),
+    )
+
+
+def sampling_columns(sampling: SamplingParams, seed: int, prompt_len: int) -> np.ndarray:
+    """The columns of a row that stay the same for all of a request's steps, i32[columns]; made once per request."""
+    columns = np.zeros(_COLUMNS, np.int32)
+    columns[_PROMPT_LEN] = prompt_len
+    columns[_SEED] = np.array(seed, np.uint32).view(np.int32)
+    columns[_TOP_K] = min(sampling.top_k, 2**31 - 1)
+    columns[_FLOATS:] = np.array(
+        [
+            sampling.temperature,
+            sampling.top_p,
+            sampling.min_p,
+            sampling.repetition_penalty,
+            sampling.presence_penalty,
+            sampling.frequency_penalty,
+        ],
+        np.float32,
+    ).view(np.int32)
+    return columns
+
+
+class Packer:
+    """Fills packed arrays of one step shape."""
+
+    def __init__(self, shape: StepShape, vshards: int, pages: int, dummy_row: int):
+        self._shape = shape
+        self._vshards = vshards
+        self._pages = pages
+        self._packed = np.zeros(packed_shape(shape, vshards, pages), np.int32)
+        self._packed[:, _ROW] = dummy_row
+        self._used = 0
+
+    def add(
+        self,
+        columns: np.ndarray,
+        *,
+        row: int,
+        context: int,
+        tokens: Sequence[int] | None,
+        emit: bool,
+        table: np.ndarray,
+    ) -> None:
+        """Adds one sequence.
+
+        Args:
+          columns: from `sampling_columns`.
+          row: the sequence's row in the token history.
+          context: tokens already in the pool.
+          tokens: the new tokens, or None to continue from the token history (decode).
+          emit: whether to sample the token that follows.
+          table: i32[K, n], block ids so far, n <= P.
+        """
+        line = self._packed[self._used]
+        self._used += 1
+        line[:_COLUMNS] = columns
+        line[_ROW] = row
+        line[_CONTEXT] = context
+        line[_COUNT] = 1 if tokens is None else len(tokens)
+        line[_EMIT] = emit
+        if tokens is not None:
+            line[_COLUMNS : _COLUMNS + len(tokens)] = tokens
+        start = _COLUMNS + self._shape.tokens
+        line[start:].reshape(self._vshards, self._pages)[:, : table.shape[1]] = table
+
+    def done(self) -> np.ndarray:
+        """The packed array; rows not added are padding."""
+        return self._packed

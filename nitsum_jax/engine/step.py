@@ -1,0 +1,202 @@
+"""One step of an instance as a pure function: new tokens through the model, the KV pool, and the next token of every row."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nitsum_jax.engine import sampling
+from nitsum_jax.engine.attention import PoolShape, paged_attention, write_tokens
+from nitsum_jax.engine.packing import StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.decoder import TP_AXIS, Decoder
+from nitsum_jax.models.matmul import MatmulChoice
+from nitsum_jax.models.reduction import Ranks
+
+StepFunction = Callable[..., tuple[jax.Array, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything that a step's code depends on beside its bucket and its devices.
+
+    Attributes:
+      config: the model.
+      cut: how it is cut in virtual shards.
+      dtype: type of weights, float32 or bfloat16.
+      pool: shape of one device's KV pool.
+      max_batch: rows of the token history, without the dummy row.
+      max_model_len: longest prompt and output together, in tokens.
+      matmul: form of the matrix products.
+    """
+
+    config: ModelConfig
+    cut: ModelCut
+    dtype: str
+    pool: PoolShape
+    max_batch: int
+    max_model_len: int
+    matmul: MatmulChoice = MatmulChoice()
+
+    @property
+    def pages(self) -> int:
+        """P, pages of a block table."""
+        return self.pool.pages(self.max_model_len)
+
+    @property
+    def history_shape(self) -> tuple[int, int]:
+        """Shape of an instance's token history; its last row is the dummy of padding rows."""
+        return self.max_batch + 1, self.max_model_len + 1
+
+    def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
+        """Structure and abstract parameters of one rank's part of the model."""
+        ranks = Ranks(tp, TP_AXIS)
+
+        def make() -> Decoder:
+            return Decoder(
+                self.config,
+                self.cut,
+                slots=self.cut.num_vshards // tp,
+                dtype=jnp.dtype(self.dtype),
+                ranks=ranks,
+                matmul=self.matmul,
+                rngs=nnx.Rngs(0),
+            )
+
+        return nnx.split(nnx.eval_shape(make))
+
+    def parameters(self, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
+        """Name, slot (None: replicated) and sharding of every parameter, in the order a step takes them."""
+        _, state = self.decoder(tp)
+        specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+        found: list[tuple[str, int | None, PartitionSpec]] = []
+        for path, _ in nnx.to_flat_state(state):
+            spec = specs[path].get_value()
+            cut = TP_AXIS in spec
+            parts = path[:-1] if cut else path
+            found.append((".".join(map(str, parts)), int(path[-1]) if cut else None, spec if cut else PartitionSpec()))
+        return found
+
+
+def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: bool = False) -> StepFunction:
+    """The step as one rank runs it, under `jax.shard_map`.
+
+    Returns:
+      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens) and, with `with_logits`,
+      f32[B, V padded] logits of each row's last new token.
+    """
+    graph, _ = program.decoder(tp)
+    slots = program.cut.num_vshards // tp
+    ranks = Ranks(tp, TP_AXIS)
+
+    def step(
+        leaves: tuple[jax.Array, ...], pool: jax.Array, history: jax.Array, packed: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        model = nnx.merge(graph, _state(program, tp, leaves))
+        inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
+        table = jax.lax.dynamic_slice_in_dim(inputs.table, ranks.index() * jnp.int32(slots), slots, axis=1)
+        tokens = history[inputs.row, inputs.context][:, None] if shape.is_decode else inputs.tokens
+        new: list[jax.Array] = []
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            new.append(jnp.stack([k, v], axis=3))
+            return paged_attention(q, k, v, pool, layer, table, inputs.context, program.pool)
+
+        positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+        x = model(tokens, positions, attend)
+        last = jnp.maximum(inputs.count - 1, 0)
+        logits = model.logits(x[jnp.arange(shape.batch), last])
+        sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks, program)
+
+        # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not feed the new
+        # keys and values, so the tie is made by hand: token ids are never negative, but the compiler cannot know.
+        context = inputs.context + jnp.any(sampled < 0).astype(jnp.int32)
+        pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.count, program.pool)
+        history = _remember(history, inputs, tokens, sampled, shape)
+        outputs = (pool, history, sampled)
+        return (*outputs, ranks.concat_last(logits)) if with_logits else outputs
+
+    return step
+
+
+def compile_step(program: Program, shape: StepShape, mesh: Mesh, *, with_logits: bool = False) -> jax.stages.Compiled:
+    """Compiles a step ahead of time for the devices of `mesh` (1-D, axis "tp", in rank order)."""
+    tp = mesh.devices.size
+    along, everywhere = PartitionSpec(TP_AXIS), PartitionSpec()
+    parameters = program.parameters(tp)
+    _, state = program.decoder(tp)
+    abstract = []
+    for leaf, (_, slot, spec) in zip(jax.tree.leaves(state), parameters, strict=True):
+        first = leaf.shape[0] * (tp if slot is not None else 1)
+        sharding = NamedSharding(mesh, spec)
+        abstract.append(jax.ShapeDtypeStruct((first, *leaf.shape[1:]), leaf.dtype, sharding=sharding))
+    pool = (program.pool.blocks * tp, *program.pool.block_shape)
+    arguments = (
+        tuple(abstract),
+        jax.ShapeDtypeStruct(pool, program.pool.storage_dtype, sharding=NamedSharding(mesh, along)),
+        jax.ShapeDtypeStruct(program.history_shape, jnp.int32, sharding=NamedSharding(mesh, everywhere)),
+        jax.ShapeDtypeStruct(
+            packed_shape(shape, program.cut.num_vshards, program.pages),
+            jnp.int32,
+            sharding=NamedSharding(mesh, everywhere),
+        ),
+    )
+    mapped = jax.shard_map(
+        step_function(program, shape, tp, with_logits=with_logits),
+        mesh=mesh,
+        in_specs=(tuple(spec for _, _, spec in parameters), along, everywhere, everywhere),
+        out_specs=(along, everywhere, everywhere, everywhere)[: 4 if with_logits else 3],
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=(1, 2)).lower(*arguments).compile()
+
+
+def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:
+    _, abstract = program.decoder(tp)
+    state: nnx.State = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return state
+
+
+def _sample(
+    logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: jax.Array, ranks: Ranks, program: Program
+) -> jax.Array:
+    arrays = sampling.SamplingArrays(
+        temperature=inputs.floats[:, 0],
+        top_k=inputs.top_k,
+        top_p=inputs.floats[:, 1],
+        min_p=inputs.floats[:, 2],
+        repetition=inputs.floats[:, 3],
+        presence=inputs.floats[:, 4],
+        frequency=inputs.floats[:, 5],
+        seed=inputs.seed,
+        position=inputs.context + inputs.count,
+        prompt_len=inputs.prompt_len,
+    )
+
+    def everything(logits: jax.Array) -> jax.Array:
+        # Every rank samples from the whole vocabulary; they all find the same token.
+        full = ranks.concat_last(logits)
+        return sampling.sample(full, arrays, history[inputs.row])
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        value, token = sampling.greedy_local(logits, offset)
+        return sampling.combine(value, token, ranks.axis) if ranks.size > 1 else token
+
+    return jax.lax.cond(sampling.all_greedy(arrays), greedy, everything, logits)
+
+
+def _remember(
+    history: jax.Array, inputs: StepInputs, tokens: jax.Array, sampled: jax.Array, shape: StepShape
+) -> jax.Array:
+    """Puts the step's tokens and the sampled ones into the token history."""
+    columns = history.shape[1]
+    if not shape.is_decode:
+        step = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+        position = jnp.where(step < inputs.count[:, None], inputs.context[:, None] + step, jnp.int32(columns))
+        history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
+    position = jnp.where(inputs.emit, inputs.context + inputs.count, jnp.int32(columns))
+    return history.at[inputs.row, position].set(sampled, mode="drop")
