@@ -44,6 +44,7 @@ DISTRIBUTIONS = {
     "pytest": "pytest",
     "safetensors": "safetensors",
     "scipy": "scipy",
+    "setuptools": "setuptools",
     "tokenizers": "tokenizers",
 }
 # Only compared with, when they happen to be installed; a Bazel build does without.

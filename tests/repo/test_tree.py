@@ -5,6 +5,8 @@ import pathlib
 import re
 import tomllib
 
+import setuptools
+
 import nitsum_jax
 from tools import source_tree
 
@@ -61,6 +63,13 @@ def test_links_lead_into_the_package() -> None:
 def test_every_folder_of_the_package_is_packaged() -> None:
     folders = {p.parent for p in source_tree.python_files() if p.parts[0] == source_tree.PACKAGE}
     assert [str(f) for f in sorted(folders) if not (ROOT / f / "__init__.py").exists()] == []
+
+
+def test_only_the_package_is_packaged() -> None:
+    include = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    found = setuptools.find_namespace_packages(str(ROOT), include=include)
+    assert {name.partition(".")[0] for name in found} == {"nitsum_jax"}
+    assert {f"nitsum_jax.{room}" for room in ("control", "engine", "meshes", "models", "server")} <= set(found)
 
 
 def test_test_folders_are_namespace_packages() -> None:
