@@ -12,6 +12,7 @@ ARGS ?=
 DEVICES ?= 4
 BUILDIFIER ?= $(shell command -v buildifier 2>/dev/null)
 BUILDIFIER_NPM := @bazel/buildifier@8.2.1
+BUILDIFIER_ARGS = -mode=check -lint=warn MODULE.bazel $(shell find BUILD nitsum_jax tests tools benchmarks -name BUILD)
 
 BIN := .venv/bin
 RUNTIME := .venv/.runtime-$(EXTRA)
@@ -27,7 +28,7 @@ help:
 	@sed -n '1,6s/^# //p' Makefile
 
 serve: $(RUNTIME)
-	JAX_NUM_CPU_DEVICES=$(DEVICES) exec $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
+	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
@@ -37,8 +38,8 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tools/generate_build.py --check
-	@if [ -n "$(BUILDIFIER)" ]; then set -x; "$(BUILDIFIER)" -mode=check -lint=warn -r .; \
-	elif command -v npx >/dev/null 2>&1; then set -x; npx --yes $(BUILDIFIER_NPM) -mode=check -lint=warn -r .; \
+	@if [ -n "$(BUILDIFIER)" ]; then set -x; "$(BUILDIFIER)" $(BUILDIFIER_ARGS); \
+	elif command -v npx >/dev/null 2>&1; then set -x; npx --yes $(BUILDIFIER_NPM) $(BUILDIFIER_ARGS); \
 	else echo "buildifier is not installed: the form of the BUILD files was not checked (BUILDIFIER=path names one)"; fi
 
 format: $(DEV)
