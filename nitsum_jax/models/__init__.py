@@ -1,0 +1,1 @@
+"""Decoder models: configs, cutting rules, checkpoints, tokenizer and chat template."""
