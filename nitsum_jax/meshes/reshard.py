@@ -5,15 +5,14 @@ need only be wrapped (see `weight_bank`); it does not belong on the layout-switc
 """
 
 import math
-from typing import TypeVar
+from typing import Any
 
 import jax
 
-_T = TypeVar("_T")
 _Box = tuple[tuple[int, int], ...]  # per axis, start and stop
 
 
-def reshard(tree: _T, shardings: object) -> tuple[_T, int]:
+def reshard(tree: Any, shardings: Any) -> tuple[Any, int]:
     """Puts a tree of arrays where the shardings say.
 
     Args:
