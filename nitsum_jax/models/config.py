@@ -3,8 +3,9 @@
 Everything the decoder does not implement is refused here, by name, so that a model is never served wrongly.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -136,6 +137,11 @@ def config_from_hf(config: Mapping[str, Any], name: str = "") -> ModelConfig:
     Raises:
       InvalidInputError: a feature the decoder lacks, or a missing or impossible value; it names the feature or key.
     """
+    with _readable("config.json"):
+        return _config_from_hf(config, name)
+
+
+def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     architecture = str(config.get("model_type", "of unknown type"))
     if architecture not in ARCHITECTURES:
         raise _unsupported(f"model architecture '{architecture}'", ", ".join(ARCHITECTURES))
@@ -213,6 +219,11 @@ def config_from_gguf(reader: GgufReader, name: str = "") -> ModelConfig:
     Raises:
       InvalidInputError: a feature the decoder lacks, or a missing or impossible value; it names the feature or key.
     """
+    with _readable("the metadata of the GGUF file"):
+        return _config_from_gguf(reader, name)
+
+
+def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     architecture = str(gguf_field(reader, "general.architecture", "of unknown type"))
     if architecture not in GGUF_ARCHITECTURES:
         raise _unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_ARCHITECTURES))
@@ -273,6 +284,19 @@ def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
     """The value of one metadata key of a GGUF file (str, number or list), or `default` if it is not there."""
     field = reader.get_field(key)
     return default if field is None else field.contents()
+
+
+@contextlib.contextmanager
+def _readable(where: str) -> Iterator[None]:
+    """Turns what a value of the wrong type sets off into an error for the user."""
+    try:
+        yield
+    except InvalidInputError:
+        raise
+    except (TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise InvalidInputError(
+            f"{where} holds a value of the wrong kind ({error}); fetch or convert it again"
+        ) from None
 
 
 def _unsupported(what: str, supported: str) -> InvalidInputError:

@@ -98,7 +98,9 @@ class GgufFile:
         self._at = 4
         try:
             self._read_header()
-        except (struct.error, ValueError, OverflowError, MemoryError):
+        except InvalidInputError:
+            raise
+        except (struct.error, ValueError, OverflowError, MemoryError, RecursionError):
             raise self.damaged() from None
 
     def get_field(self, key: str) -> GgufField | None:
@@ -122,6 +124,8 @@ class GgufFile:
             self.fields[key] = GgufField(self._value(self._number(_UINT32)))
         alignment = self.fields.get("general.alignment", GgufField(_DEFAULT_ALIGNMENT)).value
         infos = [self._tensor_info() for _ in range(num_tensors)]
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError("no alignment")
         start = -(-self._at // alignment) * alignment
         self.tensors = [self._tensor(name, dims, kind, start + offset) for name, dims, kind, offset in infos]
 

@@ -1,0 +1,164 @@
+"""From what --model says to a model that is ready to be loaded: config and tokenizer now, weights as a stream."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.gguf_file import GgufFile
+from nitsum_jax.models.checkpoint.gguf_source import GgufSource
+from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
+from nitsum_jax.models.checkpoint.source import TensorSource
+from nitsum_jax.models.config import ModelConfig, config_from_gguf, config_from_hf
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.pack import check_tensors, pack
+from nitsum_jax.models.registry import KNOWN_MODELS, fetch
+from nitsum_jax.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nitsum_jax.models.checkpoint.orbax_io import OrbaxCheckpoint
+
+_ORBAX_META = "nitsum.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """A checkpoint that was opened; its weights are read only when asked for.
+
+    Attributes:
+      name: for people: the known name, or the name of the file or folder.
+      config: the model; `eos_ids` are those of the checkpoint and of the tokenizer together.
+      tokenizer: its tokenizer.
+      source: its tensors.
+      vshards: the checkpoint if it holds vshards already (Orbax), else None.
+    """
+
+    name: str
+    config: ModelConfig
+    tokenizer: Tokenizer
+    source: TensorSource
+    vshards: "OrbaxCheckpoint | None" = None
+
+    def weights(self, cut: ModelCut, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
+        """All parameters as vshards on the host, one after the other.
+
+        Args:
+          cut: how the model is cut.
+          dtype: of matrices and embedding ("float32", "bfloat16"); norms and biases are float32.
+
+        Yields:
+          (parameter name, vshard or None for replicated, array).
+
+        Raises:
+          InvalidInputError: the checkpoint is damaged.
+        """
+        if self.vshards is not None and self.vshards.cut.num_vshards == cut.num_vshards:
+            return self.vshards.stream(dtype)
+        return pack(self.config, cut, self.source, dtype)
+
+    def place(
+        self,
+        cut: ModelCut,
+        dtype: "str | np.dtype",
+        devices: Sequence[jax.Device],
+        residency: Mapping[int, Set[int]],
+    ) -> Iterator[tuple[str, int | None, int, jax.Array]]:
+        """All parameters on the devices that hold them; from Orbax with the same cut without passing through the host.
+
+        Args:
+          cut: how the model is cut.
+          dtype: of matrices and embedding.
+          devices: of the cell.
+          residency: device index -> its vshards; every device in it gets the replicated parameters too.
+
+        Yields:
+          (parameter name, vshard or None, device index, single-device array).
+
+        Raises:
+          InvalidInputError: the checkpoint is damaged.
+        """
+        if self.vshards is not None and self.vshards.cut.num_vshards == cut.num_vshards:
+            yield from self.vshards.place(devices, residency, dtype)
+            return
+        for name, vshard, value in pack(self.config, cut, self.source, dtype):
+            for device, held in residency.items():
+                if vshard is None or vshard in held:
+                    yield name, vshard, device, jax.device_put(value, devices[device])
+
+
+def open_model(spec: str) -> OpenModel:
+    """Opens a model: reads its config and tokenizer and checks that all its tensors are there; reads no weights.
+
+    Args:
+      spec: a known name, a .gguf file, a Hugging Face model folder, or an Orbax folder of ours.
+
+    Raises:
+      InvalidInputError: none of these, damaged, or a model that is not supported.
+      PreconditionError: a known model cannot be fetched.
+    """
+    if spec in KNOWN_MODELS:
+        return _open_gguf(fetch(KNOWN_MODELS[spec]), spec)
+    path = Path(spec).expanduser() if spec else None
+    if path is None or not path.exists():
+        raise InvalidInputError(f"there is no model '{spec}': {_accepted()}")
+    name = path.resolve().name
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InvalidInputError(f"{path} is not a .gguf file: {_accepted()}")
+        return _open_gguf(path, name.removesuffix(".gguf"))
+    if (path / _ORBAX_META).is_file():
+        return _open_orbax(path, name)
+    if has_safetensors(path):
+        return _open_hf(path, name)
+    raise InvalidInputError(f"folder {path} holds no model with safetensors or Orbax weights: {_accepted()}")
+
+
+def _open_gguf(path: Path, name: str) -> OpenModel:
+    file = GgufFile(path)
+    config = config_from_gguf(file, name)
+    reader: Any = file  # has what the tokenizer asks of a gguf.GGUFReader
+    return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config))
+
+
+def _open_hf(folder: Path, name: str) -> OpenModel:
+    try:
+        config_json = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidInputError(f"{folder} has no config.json: give a complete Hugging Face model folder") from None
+    except (OSError, ValueError):
+        config_json = None
+    if not isinstance(config_json, dict):
+        raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
+    return _finished(name, config_from_hf(config_json, name), Tokenizer.from_file(folder), SafetensorsSource(folder))
+
+
+def _open_orbax(folder: Path, name: str) -> OpenModel:
+    # Orbax takes a while to import, and only these folders need it.
+    from nitsum_jax.models.checkpoint.orbax_io import OrbaxCheckpoint
+
+    checkpoint = OrbaxCheckpoint(folder)
+    return _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, checkpoint)
+
+
+def _finished(
+    name: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    source: TensorSource,
+    vshards: "OrbaxCheckpoint | None" = None,
+) -> OpenModel:
+    check_tensors(config, source)
+    eos_ids = tuple(dict.fromkeys((*config.eos_ids, *tokenizer.eos_ids)))
+    return OpenModel(name, dataclasses.replace(config, name=name, eos_ids=eos_ids), tokenizer, source, vshards)
+
+
+def _accepted() -> str:
+    return (
+        f"give a known name ({', '.join(sorted(KNOWN_MODELS))}), a .gguf file, a Hugging Face model folder "
+        "(config.json, tokenizer.json, safetensors), or a folder made by nitsum-convert"
+    )
