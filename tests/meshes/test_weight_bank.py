@@ -295,7 +295,7 @@ def test_load_keeps_to_the_residency() -> None:
         (0, 0, np.ones((), np.float32), "no leading axis to cut"),
     ],
 )
-def test_buffers_that_do_not_fit(vshard: int | None, device: int, value: np.ndarray, message: str) -> None:
+def test_buffers_that_do_not_fit(vshard: int, device: int, value: np.ndarray, message: str) -> None:
     bank = full_bank(2, 4)
     before = bank.counters
     with pytest.raises(ValueError, match=message):
