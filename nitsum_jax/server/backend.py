@@ -1,0 +1,141 @@
+"""What the server needs of an engine, a tokenizer and a model, and the state of the server between start and end.
+
+The protocols name exactly the part of `Engine` that is used here, so that the service is tested against a small engine
+without a model, and so that another engine can stand behind the same front ends.
+"""
+
+# ruff: noqa: D102  the members of the protocols are described where they are implemented
+
+import concurrent.futures
+import dataclasses
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from nitsum_jax.engine.request import Request
+from nitsum_jax.errors import UnavailableError
+from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.server.bridge import Bridge
+
+
+class EngineStats(Protocol):
+    """Counters and gauges of an engine; see `EngineStats` in nitsum.proto."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def queue_capacity(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def tokens_generated(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def switches(self) -> int: ...
+    @property
+    def compiles(self) -> int: ...
+
+
+class ServingEngine(Protocol):
+    """The thread-safe face of an engine; `nitsum_jax.engine.engine.Engine` is one."""
+
+    @property
+    def tier_names(self) -> tuple[str, ...]: ...
+    @property
+    def device_names(self) -> tuple[str, ...]: ...
+    @property
+    def memory_report(self) -> str: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def set_layout(self, layout: str) -> concurrent.futures.Future[Any]: ...  # of a SwitchReport
+    def layout(self) -> Layout: ...
+    def allowed_layouts(self) -> tuple[str, ...]: ...
+    def ready_layouts(self) -> tuple[str, ...]: ...
+    def stats(self) -> EngineStats: ...
+    def drain(self, timeout_s: float) -> bool: ...
+    def close(self) -> None: ...
+
+
+class TextStream(Protocol):
+    """Incremental detokenizer of one output."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+    def flush(self) -> str: ...
+
+
+class ServingTokenizer(Protocol):
+    """`nitsum_jax.models.tokenizer.Tokenizer` is one."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def stream(self) -> TextStream: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The part of a model that the front ends need: names, ids and text.
+
+    Attributes:
+      name: as the user gave it.
+      tokenizer: text to ids and back.
+      vocab_size: V of the model; ids are 0 to V - 1.
+      eos_ids: the ids that end an output, unless the request ignores them.
+      render_chat: messages (each with "role" and "content") to the text of the prompt, ending where the assistant
+        speaks; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
+    """
+
+    name: str
+    tokenizer: ServingTokenizer
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    render_chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+
+
+class Phase(enum.Enum):
+    """Where the server stands between start and end."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backend:
+    """A started engine with what connects it to the event loop."""
+
+    engine: ServingEngine
+    model: ServedModel
+    bridge: Bridge
+
+
+class ServerState:
+    """The phase of the server and, once it serves, the backend. Only the event loop touches it."""
+
+    def __init__(self) -> None:
+        self.phase = Phase.STARTING
+        self.backend: Backend | None = None
+
+    def present(self) -> Backend:
+        """The backend, also while draining.
+
+        Raises:
+          UnavailableError: the model is still being loaded.
+        """
+        if self.backend is None:
+            raise UnavailableError("the server is starting: try again when its health check says SERVING")
+        return self.backend
+
+    def admitting(self) -> Backend:
+        """The backend, if new work is welcome.
+
+        Raises:
+          UnavailableError: the server is starting or draining.
+        """
+        backend = self.present()
+        if self.phase is Phase.DRAINING:
+            raise UnavailableError("the server is draining: send the request to another one or try again later")
+        return backend

@@ -1,0 +1,67 @@
+"""What the command line tools share: absl flags of their own, and errors of one line."""
+
+import math
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.server.status import one_line
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 3
+EXIT_INTERRUPTED = 130
+
+
+class HelpRequested(Exception):  # noqa: N818  not an error
+    """The user asked for help; the message is the help text."""
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+    """Parses the flags of a tool, which takes no other arguments.
+
+    Each tool has `FlagValues` of its own rather than absl's global ones: several tools can then be imported in one
+    process, and `--help` tells the flags of the tool and no others.
+
+    Raises:
+      HelpRequested: --help, -h or --helpfull is among the arguments.
+      InvalidInputError: a flag is unknown or has a wrong value, or there is an argument that is no flag.
+    """
+    if any(argument.lstrip("-") in ("help", "helpfull", "h") and argument.startswith("-") for argument in argv[1:]):
+        raise HelpRequested(f"{usage}\n\nflags:\n{_describe(values)}")
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise InvalidInputError(f"{one_line(str(error))} (--help lists the flags)") from None
+    if len(rest) > 1:
+        raise InvalidInputError(f"unexpected argument {rest[1]!r}: everything is given by flags (--help lists them)")
+    for name in values:
+        value = values[name].value
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidInputError(f"--{name}={value} is not a finite number: give one")
+
+
+def out(line: str) -> None:
+    """Prints a line for the user, at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def err(line: str) -> None:
+    """Prints a line beside the output."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def _describe(values: flags.FlagValues) -> str:
+    lines = []
+    for name in sorted(values):
+        flag = values[name]
+        choices = getattr(flag.parser, "enum_values", None)
+        kind = "|".join(choices) if choices else flag.flag_type()
+        default = "" if flag.default is None or flag.default == "" else f" (default: {flag.default_as_str})"
+        lines.append(f"  --{name}: {one_line(flag.help or '', 1000)} [{kind}]{default}")
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""nitsum-serve: binds the port, loads the model, serves, drains."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nitsum_jax.engine.request import TokenDelta
+from nitsum_jax.errors import NitsumError
+from nitsum_jax.server import cli
+from nitsum_jax.server.address import callable_host, target
+from nitsum_jax.server.backend import Backend, ServedModel, ServingEngine
+from nitsum_jax.server.bridge import Bridge
+from nitsum_jax.server.launch_flags import LaunchOptions, read_options
+from nitsum_jax.server.server import GrpcServer, in_thread
+from nitsum_jax.server.status import one_line
+
+_NAME = "nitsum-serve"
+_LOG = logging.getLogger(__name__)
+
+Sink = Callable[[Sequence[TokenDelta]], None]
+Load = Callable[[LaunchOptions, Sink], tuple[ServingEngine, ServedModel]]
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: Sequence[str], load: Load | None = None) -> int:
+    """Runs the server until a signal ends it, and returns its exit status.
+
+    Args:
+      argv: the command line.
+      load: what makes engine and model of the options; the real ones if None.
+    """
+    debug = False
+    try:
+        options = read_options(argv)
+        debug = options.log_level == "debug"
+        logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        return asyncio.run(_serve(options, load or load_engine))
+    except cli.HelpRequested as request:
+        cli.out(str(request))
+        return cli.EXIT_OK
+    except NitsumError as error:
+        cli.err(f"{_NAME}: {one_line(str(error))}")
+        return cli.EXIT_USAGE
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    except Exception as error:
+        if debug:
+            _LOG.exception("failed")
+        where = "" if debug else " (--log_level=debug shows where)"
+        cli.err(f"{_NAME}: unexpected {type(error).__name__}: {one_line(str(error))}{where}")
+        return cli.EXIT_FAILED
+
+
+def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, ServedModel]:
+    """Opens the model and starts an engine on it; takes as long as loading and compiling take.
+
+    Raises:
+      NitsumError: model, devices, layout or memory do not fit what was asked for.
+    """
+    # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
+    from nitsum_jax.engine.config import EngineConfig
+    from nitsum_jax.engine.engine import start_engine
+    from nitsum_jax.meshes.devices import emulate_cpu_devices
+    from nitsum_jax.models.chat import render_chat
+    from nitsum_jax.models.loading import open_model
+    from nitsum_jax.server.compile_cache import enable
+
+    enable(options.cache_dir)
+    config = EngineConfig(**options.engine)
+    if config.devices is not None:
+        emulate_cpu_devices(config.devices)
+    model = open_model(options.model)
+    engine = start_engine(model, config, sink)
+    tokenizer = model.tokenizer
+
+    def chat(messages: Sequence[Mapping[str, str]]) -> str:
+        return render_chat(
+            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+
+    served = ServedModel(
+        name=model.name,
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        eos_ids=tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))),
+        render_chat=chat if tokenizer.chat_template else None,
+    )
+    return engine, served
+
+
+async def _serve(options: LaunchOptions, load: Load) -> int:
+    signals = _Signals(asyncio.get_running_loop())
+    server = GrpcServer(options.host, options.port)
+    await server.start()
+    try:
+        bridge = Bridge(asyncio.get_running_loop())
+        loading = asyncio.create_task(in_thread(lambda: load(options, bridge.sink)))
+        await _first(loading, signals.first)
+        if not loading.done():
+            cli.err(f"{_NAME}: stopped while starting")
+            await server.stop()
+            _leave(cli.EXIT_OK)
+        engine, model = await loading
+        await server.serve(Backend(engine, model, bridge))
+        _announce(server, engine, model)
+        await signals.first
+        return await _end(server, engine, signals, options.drain_s)
+    finally:
+        await server.stop()
+
+
+async def _end(server: GrpcServer, engine: ServingEngine, signals: "_Signals", drain_s: float) -> int:
+    """From the first signal to the exit status."""
+    cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
+    draining = asyncio.create_task(server.drain(drain_s))
+    await _first(draining, signals.second)
+    if not draining.done():
+        await server.stop()
+        cli.err(f"{_NAME}: stopped at once")
+        _leave(128 + signals.second.result())
+    if not await draining:
+        cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
+    await server.stop()
+    closing = asyncio.create_task(in_thread(engine.close))
+    await _first(closing, signals.second)
+    if not closing.done():
+        _leave(128 + signals.second.result())
+    await closing
+    return cli.EXIT_OK
+
+
+class _Signals:
+    """The first and the second SIGTERM or SIGINT, as futures of the signal's number."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first: asyncio.Future[int] = loop.create_future()
+        self.second: asyncio.Future[int] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._note, int(number))
+
+    def _note(self, number: int) -> None:
+        waiting = next((future for future in (self.first, self.second) if not future.done()), None)
+        if waiting is not None:
+            waiting.set_result(number)
+
+
+async def _first(task: asyncio.Future[Any], stop: asyncio.Future[Any]) -> None:
+    """Waits until the work is done or the signal has come."""
+    await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _leave(status: int) -> NoReturn:
+    """Ends the process without waiting for a thread that compiles or computes: it cannot be interrupted."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _announce(server: GrpcServer, engine: ServingEngine, model: ServedModel) -> None:
+    cli.out(engine.memory_report)
+    where = target(callable_host(server.host), server.port)
+    cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
+    chat = "--chat " if model.render_chat is not None else ""
+    cli.out(f'{_client_command()} --server={where} {chat}--prompt="Why is the sky blue?" --max_tokens=64')
+
+
+def _client_command() -> str:
+    """nitsum-generate as this installation has it: by its bare name only if a shell finds the same one."""
+    beside = Path(sys.executable).parent / "nitsum-generate"
+    found = shutil.which("nitsum-generate")
+    if beside.is_file():
+        if found is not None and os.path.samefile(found, beside):
+            return "nitsum-generate"
+        relative = os.path.relpath(beside)
+        return shlex.quote(str(beside) if relative.startswith("..") else relative)
+    return f"{shlex.quote(sys.executable)} -m nitsum_jax.server.client"
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,147 @@
+"""The flags of nitsum-serve."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
+from nitsum_jax.server.cli import parse
+from nitsum_jax.server.compile_cache import OFF, default_folder
+
+USAGE = """nitsum-serve serves a language model over gRPC and can change its tensor parallelism while it streams.
+
+  nitsum-serve --model=smollm2-135m --devices=4 --layout=tp2+tp1x2
+
+It prints the command that talks to it. SIGTERM or Ctrl-C lets the requests that are alive finish; a second one stops at
+once. Exit status: 0 stopped as asked; 1 a bug; 2 wrong flags, or something that they name is not to be had."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchOptions:
+    """What the flags say; `engine` has the fields of EngineConfig that were given."""
+
+    model: str
+    host: str
+    port: int
+    cache_dir: str | None
+    drain_s: float
+    log_level: str
+    engine: dict[str, Any]
+
+
+def read_options(argv: Sequence[str]) -> LaunchOptions:
+    """Parses the command line.
+
+    Raises:
+      HelpRequested: help is asked for.
+      InvalidInputError: the command line is wrong.
+    """
+    values = _define()
+    parse(values, argv, USAGE)
+    if not values.model:
+        raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
+    return LaunchOptions(
+        model=values.model,
+        host=values.host,
+        port=values.port,
+        cache_dir=values.cache_dir,
+        drain_s=values.drain_seconds,
+        log_level=values.log_level,
+        engine={
+            "devices": values.devices,
+            "layout": values.layout,
+            "vshards": values.vshards,
+            "dtype": values.dtype,
+            "max_model_len": values.max_model_len,
+            "max_batch": values.max_batch,
+            "page_size": values.page_size,
+            "prefill_chunk": values.prefill_chunk,
+            "kv_cache_gib": values.kv_cache_gib,
+            "deterministic": values.deterministic,
+            "max_queue": values.max_queue,
+            "layouts": _layouts(values.layouts),
+        },
+    )
+
+
+def _layouts(text: str | None) -> tuple[str, ...] | None:
+    # Semicolons, because a layout that names its devices has commas of its own.
+    return None if text is None else tuple(part.strip() for part in text.split(";") if part.strip())
+
+
+def _define() -> flags.FlagValues:
+    values = flags.FlagValues()
+
+    def text(name: str, default: str | None, meaning: str) -> None:
+        flags.DEFINE_string(name, default, meaning, flag_values=values)
+
+    def count(name: str, default: int | None, meaning: str) -> None:
+        flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=values)
+
+    text(
+        "model",
+        "smollm2-135m",
+        "name of a known model, a GGUF file, a Hugging Face folder or an Orbax checkpoint of ours",
+    )
+    text(
+        "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in, and nothing here asks who they are"
+    )
+    flags.DEFINE_integer(
+        "port", DEFAULT_PORT, "port to listen on; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
+    )
+    count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
+    text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
+    text(
+        "layouts",
+        None,
+        "allow-list of layouts, with semicolons between them: only these are compiled and may be switched to",
+    )
+    count(
+        "vshards",
+        None,
+        "K, into how many virtual shards the model is cut: the largest TP; from the devices if not given",
+    )
+    flags.DEFINE_enum(
+        "dtype",
+        "auto",
+        ["auto", "float32", "bfloat16"],
+        "of weights and KV cache; auto: what the checkpoint and devices suit",
+        flag_values=values,
+    )
+    count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")
+    count("max_batch", 32, "most sequences in one decode step of an instance")
+    count("page_size", 16, "tokens per KV block")
+    count("prefill_chunk", 256, "most prompt tokens in one step")
+    flags.DEFINE_float(
+        "kv_cache_gib",
+        None,
+        "memory of the KV cache per device, in GiB; what is free if not given",
+        lower_bound=0.0,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "deterministic",
+        False,
+        "one step shape for all batches: slower, but neither load nor a switch can change a token",
+        flag_values=values,
+    )
+    count("max_queue", 256, "most requests that wait; one more is refused with RESOURCE_EXHAUSTED")
+    flags.DEFINE_float(
+        "drain_seconds",
+        30.0,
+        "how long requests may take to finish after SIGTERM or Ctrl-C",
+        lower_bound=0.0,
+        flag_values=values,
+    )
+    text(
+        "cache_dir",
+        None,
+        f"folder for compiled executables ({OFF}: none); JAX_COMPILATION_CACHE_DIR or {default_folder()} if not given",
+    )
+    flags.DEFINE_enum(
+        "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
+    )
+    return values

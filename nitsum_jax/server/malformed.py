@@ -1,0 +1,56 @@
+"""Requests whose bytes are not a message: a clear INVALID_ARGUMENT instead of gRPC's UNKNOWN and a trace in the log.
+
+The usual case is text that is not UTF-8, which protobuf refuses in string fields.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+_ANSWER = "the request cannot be decoded: send a valid protobuf message, with text as UTF-8"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a request that could not be decoded."""
+
+
+class MalformedRequests(grpc.aio.ServerInterceptor):
+    """Answers undecodable requests of every method that takes one message, whichever service it belongs to."""
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        """Wraps decoder and behaviour of the method that is called; see grpc.aio.ServerInterceptor."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        behaviour = handler.unary_stream or handler.unary_unary
+        if not inspect.iscoroutinefunction(behaviour):
+            return handler
+        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
+        return make(_guarded(behaviour), _tolerant(handler.request_deserializer), handler.response_serializer)
+
+
+def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def decode_or_mark(data: bytes) -> Any:
+        try:
+            return decode(data)
+        except DecodeError:
+            return _Malformed()
+
+    return decode_or_mark
+
+
+def _guarded(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        if isinstance(request, _Malformed):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _ANSWER)
+        return await behaviour(request, context)
+
+    return answer

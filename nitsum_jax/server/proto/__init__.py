@@ -1,0 +1,1 @@
+"""The wire format: nitsum.proto and the modules generated from it (`python -m nitsum_jax.server.proto.generate`)."""

@@ -1,0 +1,156 @@
+"""The gRPC methods: thin translations between messages, the bridge and the engine."""
+
+import asyncio
+import time
+
+from grpc.aio import ServicerContext
+
+from nitsum_jax.engine.request import FinishReason, TokenDelta
+from nitsum_jax.errors import InvalidInputError, UnavailableError
+from nitsum_jax.server.backend import Backend, ServerState
+from nitsum_jax.server.bridge import DeltaStream
+from nitsum_jax.server.output import OutputText, OutputTimes
+from nitsum_jax.server.prompts import GenerateCall, prompt_size, read_call
+from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
+from nitsum_jax.server.status import DeadlineError, GenerationError, reported
+
+SERVICE_NAME = nitsum_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
+
+_LONG_PROMPT_CHARS = 4096  # about a millisecond of tokenizing; longer ones must not hold up the other streams
+_REASONS = {
+    FinishReason.STOP: nitsum_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: nitsum_pb2.FINISH_REASON_LENGTH,
+}
+_STATS = tuple(nitsum_pb2.EngineStats.DESCRIPTOR.fields_by_name)
+_REPORT = tuple(nitsum_pb2.SetLayoutResponse.DESCRIPTOR.fields_by_name)
+
+
+class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
+    """nitsum.v1.GenerationService over one engine."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def Generate(self, message: nitsum_pb2.GenerateRequest, context: ServicerContext) -> None:
+        """Streams the continuation of one prompt; see nitsum.proto."""
+        arrival_s = time.monotonic()
+        async with reported(context, "Generate", self._retry_after_s):
+            backend = self._state.admitting()
+            remaining_s: float | None = context.time_remaining()
+            deadline_s = None if remaining_s is None else arrival_s + remaining_s
+            if prompt_size(message) > _LONG_PROMPT_CHARS:
+                call = await asyncio.to_thread(read_call, message, backend.model, deadline_s)
+                backend = self._state.admitting()
+            else:
+                call = read_call(message, backend.model, deadline_s)
+            queued_before = backend.engine.stats().waiting
+            with backend.bridge.stream(backend.engine, call.request) as stream:
+                await context.write(_started(call, queued_before))
+                await _relay(call, stream, backend, arrival_s, context)
+
+    async def GetLayout(
+        self, message: nitsum_pb2.GetLayoutRequest, context: ServicerContext
+    ) -> nitsum_pb2.GetLayoutResponse:
+        """Tells the layout in force and what else there could be; see nitsum.proto."""
+        del message
+        async with reported(context, "GetLayout", self._retry_after_s):
+            backend = self._state.present()
+            layout = backend.engine.layout()
+            stats = backend.engine.stats()
+            return nitsum_pb2.GetLayoutResponse(
+                model=backend.model.name,
+                layout=str(layout),
+                instances=[
+                    nitsum_pb2.Instance(devices=instance.devices, tp=instance.tp, role=str(instance.role))
+                    for instance in layout.instances
+                ],
+                allowed_layouts=backend.engine.allowed_layouts(),
+                ready_layouts=backend.engine.ready_layouts(),
+                devices=backend.engine.device_names,
+                stats=nitsum_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS}),
+                tiers=backend.engine.tier_names,
+            )
+        raise AssertionError("unreachable: reported() ends the call")
+
+    async def SetLayout(
+        self, message: nitsum_pb2.SetLayoutRequest, context: ServicerContext
+    ) -> nitsum_pb2.SetLayoutResponse:
+        """Switches the layout under live streams; see nitsum.proto."""
+        async with reported(context, "SetLayout", self._retry_after_s):
+            backend = self._state.admitting()
+            if not message.layout:
+                raise InvalidInputError('layout is empty: give one such as "tp2+tp1x2"')
+            future = backend.engine.set_layout(message.layout)
+            try:
+                # Shielded: half a switch is no state to leave a cell in, so a caller that leaves does not stop it.
+                report = await asyncio.shield(asyncio.wrap_future(future))
+            except asyncio.CancelledError:
+                if future.cancelled():
+                    raise UnavailableError("the server is stopping: the layout was not changed") from None
+                raise
+            return nitsum_pb2.SetLayoutResponse(**{name: getattr(report, name) for name in _REPORT})
+        raise AssertionError("unreachable: reported() ends the call")
+
+    def _retry_after_s(self) -> float:
+        return self._state.present().bridge.retry_after_s()
+
+
+async def _relay(
+    call: GenerateCall, stream: DeltaStream, backend: Backend, arrival_s: float, context: ServicerContext
+) -> None:
+    """Writes deltas until the request ends, then the final message."""
+    output = OutputText(backend.model.tokenizer.stream(), call.stops)
+    times = OutputTimes(arrival_s)
+    reason: FinishReason | None = None
+    while reason is None:
+        ids: list[int] = []
+        text = ""
+        # A client that reads slowly gets fewer, larger messages.
+        for delta in await stream.next():
+            taken, piece = output.push(delta.token_ids)
+            times.add(len(taken), delta.time_s)
+            ids += taken
+            text += piece
+            if output.stopped_by is not None:
+                reason = FinishReason.STOP
+                backend.engine.cancel(call.request.id)  # now, not when the client has read the rest
+                break
+            reason = _checked(delta)
+        if reason is not None and output.stopped_by is None:
+            text += output.finish()
+            reason = FinishReason.STOP if output.stopped_by is not None else reason
+        if ids or text:
+            await context.write(nitsum_pb2.GenerateResponse(delta=nitsum_pb2.TokenDelta(text=text, token_ids=ids)))
+    finished = nitsum_pb2.Finished(
+        finish_reason=_REASONS[reason],
+        usage=nitsum_pb2.Usage(prompt_tokens=len(call.request.prompt_ids), output_tokens=times.tokens),
+        ttft_ms=times.ttft_ms,
+        tpot_ms=times.tpot_ms,
+        stop=output.stopped_by,
+    )
+    await context.write(nitsum_pb2.GenerateResponse(finished=finished))
+
+
+def _started(call: GenerateCall, queued_before: int) -> nitsum_pb2.GenerateResponse:
+    started = nitsum_pb2.Started(
+        request_id=call.request.id,
+        prompt_tokens=len(call.request.prompt_ids),
+        prompt_ids=call.request.prompt_ids if call.return_prompt_ids else (),
+        queued_before=queued_before,
+        tier=call.request.tier,
+        seed=call.request.sampling.seed,
+    )
+    return nitsum_pb2.GenerateResponse(started=started)
+
+
+def _checked(delta: TokenDelta) -> FinishReason | None:
+    """The finish reason of a delta, if it is one that a client asked for; the others end the call with an error."""
+    match delta.finish_reason:
+        case FinishReason.DEADLINE:
+            raise DeadlineError("the deadline of the call passed before the output was complete")
+        case FinishReason.CANCELLED:  # a cancelled handler is not here any more, so it was not the client
+            raise UnavailableError("the server stopped before the output was complete: send the request again")
+        case FinishReason.ERROR:
+            raise GenerationError(delta.error or "the engine failed on this request")
+        case reason:
+            return reason

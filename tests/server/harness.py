@@ -1,0 +1,128 @@
+"""A real gRPC server on a free port over a fake engine, and calls to it."""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as HfTokenizer
+
+from nitsum_jax.engine.request import Request
+from nitsum_jax.models.chat import render_chat
+from nitsum_jax.models.tokenizer import Tokenizer
+from nitsum_jax.server.backend import Backend, ServedModel
+from nitsum_jax.server.bridge import Bridge
+from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
+from nitsum_jax.server.server import GrpcServer
+from tests.server.fake_engine import FakeEngine, Script
+
+EOS = 256
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and an end token: every character beyond ASCII is spread over several tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = HfTokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken("<end>", special=True)])
+    return Tokenizer(inner, bos_id=None, eos_ids=[EOS], chat_template=TEMPLATE)
+
+
+TOKENIZER = byte_tokenizer()
+
+
+def served_model(chat: bool = True) -> ServedModel:
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        return render_chat(TEMPLATE, messages)
+
+    return ServedModel("fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None)
+
+
+def says(text: str, end: bool = True) -> Script:
+    """A script that answers every request with this text, over and over if it does not end."""
+    ids = TOKENIZER.encode(text) + ([EOS] if end else [])
+    return lambda request: ids
+
+
+def echo(request: Request) -> Sequence[int]:
+    """A script that says the prompt once."""
+    return (*request.prompt_ids, EOS)
+
+
+@dataclasses.dataclass
+class Running:
+    """A server under test."""
+
+    server: GrpcServer
+    engine: FakeEngine
+    bridge: Bridge
+    channel: grpc.aio.Channel
+    stub: nitsum_pb2_grpc.GenerationServiceStub
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+
+@contextlib.asynccontextmanager
+async def running(script: Script = echo, chat: bool = True, **options: Any) -> AsyncIterator[Running]:
+    server = GrpcServer("127.0.0.1", 0)
+    await server.start()
+    bridge = Bridge(asyncio.get_running_loop())
+    engine = FakeEngine(bridge.sink, script, **options)
+    await server.serve(Backend(engine, served_model(chat), bridge))
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        yield Running(server, engine, bridge, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
+    await server.stop()
+    engine.close()
+
+
+@dataclasses.dataclass
+class Answer:
+    started: nitsum_pb2.Started
+    deltas: list[nitsum_pb2.TokenDelta]
+    finished: nitsum_pb2.Finished
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+
+async def ask(stub: nitsum_pb2_grpc.GenerationServiceStub, text: str = "hello", **fields: Any) -> Answer:
+    """One whole call; checks the order of its messages."""
+    if "chat" not in fields and "tokens" not in fields:
+        fields["text"] = text
+    events = [event async for event in stub.Generate(nitsum_pb2.GenerateRequest(**fields), timeout=20)]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["started", *["delta"] * (len(events) - 2), "finished"]
+    return Answer(events[0].started, [event.delta for event in events[1:-1]], events[-1].finished)
+
+
+async def refusal(call: Awaitable[Any]) -> grpc.aio.AioRpcError:
+    """The error that a call ends with."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    error = caught.value
+    assert isinstance(error, grpc.aio.AioRpcError)
+    assert "\n" not in (error.details() or "")
+    return error
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 5.0) -> None:
+    """Waits for a condition that another thread brings about."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not come about"
+        await asyncio.sleep(0.002)

@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from nitsum_jax.server.proto import generate, nitsum_pb2
+
+
+def test_generated_code_is_up_to_date(tmp_path: Path) -> None:
+    generate.generate(tmp_path)
+    for path in generate.generated_paths():
+        committed = (generate.PACKAGE_ROOT / path).read_text()
+        assert (tmp_path / path).read_text() == committed, f"{path}: run python -m nitsum_jax.server.proto.generate"
+
+
+def test_numbers_that_clients_in_the_field_rely_on() -> None:
+    """Changing any of these breaks clients; new fields take new numbers."""
+    numbers = {
+        name: {field.name: field.number for field in message.fields}
+        for name, message in nitsum_pb2.DESCRIPTOR.message_types_by_name.items()
+    }
+    assert numbers["GenerateRequest"] == {
+        "text": 1,
+        "chat": 2,
+        "tokens": 3,
+        "sampling": 4,
+        "max_tokens": 5,
+        "stop": 6,
+        "stop_token_ids": 7,
+        "ignore_eos": 8,
+        "tier": 9,
+        "return_prompt_ids": 10,
+    }
+    assert numbers["SamplingParams"] == {
+        "temperature": 1,
+        "top_k": 2,
+        "top_p": 3,
+        "min_p": 4,
+        "repetition_penalty": 5,
+        "presence_penalty": 6,
+        "frequency_penalty": 7,
+        "seed": 8,
+    }
+    assert numbers["GenerateResponse"] == {"started": 1, "delta": 2, "finished": 3}
+    assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2}
+    assert numbers["Finished"] == {"finish_reason": 1, "usage": 2, "ttft_ms": 3, "tpot_ms": 4, "stop": 5}
+    assert numbers["SetLayoutRequest"] == {"layout": 1}
