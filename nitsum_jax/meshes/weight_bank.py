@@ -138,6 +138,8 @@ class WeightBank:
         if cached is not None:
             return cached
         with self._lock:
+            if instance.devices in self._wrapped:  # another thread was faster
+                return self._wrapped[instance.devices]
             missing = self.missing(instance)
             if missing:
                 name, vshard, device = missing[0]

@@ -3,8 +3,10 @@
 import gc
 import pathlib
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -327,8 +329,15 @@ def test_instances_that_cannot_be() -> None:
         bank.drop(9, [0])
 
 
-def test_threads_share_one_wrap() -> None:
+def test_threads_share_one_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = full_bank(4, 4)
+    make = jax.make_array_from_single_device_arrays
+
+    def slow(*args: Any) -> jax.Array:
+        time.sleep(0.02)  # so that every thread comes while the first is at it
+        return make(*args)
+
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", slow)
     found: list[object] = []
     threads = [threading.Thread(target=lambda: found.append(bank.wrap(Instance((0, 1, 2, 3))))) for _ in range(8)]
     for thread in threads:
