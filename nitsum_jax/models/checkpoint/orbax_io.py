@@ -2,7 +2,7 @@
 
 So a device's vshards are read straight onto it, and nothing is ever assembled on the host.  The folder holds
 
-    nitsum.json   format version, number of vshards, dtype
+    nitsum.json   format version, number of vshards, dtype, size of every file in weights/
     config.json   the model, as Hugging Face writes it
     weights/      the Orbax tree {parameter name split at dots: {"v<k>" or "all": array}}
     (tokenizer files)
@@ -11,6 +11,8 @@ So a device's vshards are read straight onto it, and nothing is ever assembled o
 import contextlib
 import itertools
 import json
+import logging
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,10 @@ META_FILE = "nitsum.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FOLDER = "weights"
 FORMAT_VERSION = 1
+GROUP_BYTES = 128 * 2**20  # what one restore reads, unless a single layer is larger
+
+# Orbax tells of every step at level INFO, through absl's logger; its warnings and errors stay.
+logging.getLogger("absl").addFilter(lambda r: r.levelno >= logging.WARNING or "orbax" not in Path(r.pathname).parts)
 
 Key = tuple[str, int | None]  # (parameter name, vshard or None for replicated)
 
@@ -51,10 +57,10 @@ class OrbaxCheckpoint:
     """
 
     def __init__(self, folder: str | Path):
-        """Reads the two JSON files; no weights.
+        """Reads the two JSON files and the shapes of all arrays; no weights.
 
         Raises:
-          InvalidInputError: not an Orbax folder of ours, or of a later format.
+          InvalidInputError: not an Orbax folder of ours, of a later format, or arrays are missing or misshapen.
         """
         self.folder = Path(folder)
         meta, config = _read_json(self.folder / META_FILE), _read_json(self.folder / CONFIG_FILE)
@@ -63,21 +69,22 @@ class OrbaxCheckpoint:
                 f"{self.folder} is of checkpoint format {meta.get('format_version')}, this program reads "
                 f"{FORMAT_VERSION}: update nitsum-jax or convert the model again"
             )
-        if not isinstance(meta.get("num_vshards"), int):
+        # Sizes first: a read that fails within Orbax leaves others behind, which print traces when the program ends.
+        if not isinstance(meta.get("num_vshards"), int) or meta.get("files") != _file_sizes(self.folder):
             raise _damaged(self.folder)
         self.config = config_from_hf(config)
         self.cut = ModelCut.of(self.config, meta["num_vshards"])
         self.dtype = matrix_dtype(str(meta.get("dtype")))
         self._params = {(param.name, param.vshard): param for param in plan(self.config, self.cut)}
+        self._check_shapes()
         self._tensor_shapes = checkpoint_shapes(self.config)
         self._param_of = {tensor: where[0][0] for tensor, where in pieces_by_tensor(self.cut).items()}
         self._last: dict[str, np.ndarray] = {}
 
     def stream(self, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
-        """All parameters of all vshards in loading order, as `pack` yields them; one layer on the host at a time."""
+        """All parameters of all vshards in loading order, as `pack` yields them; some layers are read at a time."""
         matrices = matrix_dtype(dtype)
-        for _, group in itertools.groupby(self._params.values(), key=_layer_of):
-            members = list(group)
+        for members in self._groups(matrices):
             values = self._restore(
                 {(p.name, p.vshard): ocp.RestoreArgs(restore_type=np.ndarray, dtype=p.dtype(matrices)) for p in members}
             )
@@ -87,7 +94,7 @@ class OrbaxCheckpoint:
     def place(
         self, devices: Sequence[jax.Device], residency: Mapping[int, Set[int]], dtype: "str | np.dtype"
     ) -> Iterator[tuple[str, int | None, int, jax.Array]]:
-        """All parameters, layer by layer, each read once and put on every device that holds it.
+        """All parameters, group by group of layers, each read once and put on every device that holds it.
 
         Args:
           devices: of the cell.
@@ -98,9 +105,9 @@ class OrbaxCheckpoint:
           (parameter name, vshard or None, device index, single-device array).
         """
         matrices = matrix_dtype(dtype)
-        for _, group in itertools.groupby(self._params.values(), key=_layer_of):
+        for members in self._groups(matrices):
             homes: dict[Key, list[int]] = {}
-            for param in group:
+            for param in members:
                 held_by = [d for d, held in residency.items() if param.vshard is None or param.vshard in held]
                 if held_by:
                     homes[param.name, param.vshard] = held_by
@@ -149,11 +156,11 @@ class OrbaxCheckpoint:
         """The whole tensor, put together from all vshards."""
         self.shape(name)
         if name not in self._last:
-            # q, k and v come from one parameter, and another cut asks for each once per vshard: keep the last ones.
-            param = self._param_of[name]
-            keys = [key for key in self._params if key[0] == param]
+            # q, k and v come from one parameter, and another cut asks for each once per vshard: keep the last layer.
+            layer = _layer_of(self._param_of[name])
+            keys = [key for key in self._params if _layer_of(key[0]) == layer]
             values = self._restore({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys})
-            tensors = [tensor for tensor, of in self._param_of.items() if of == param]
+            tensors = [tensor for tensor, param in self._param_of.items() if _layer_of(param) == layer]
             self._last = {t: unpack_tensor(self.config, self.cut, t, lambda *key: values[key]) for t in tensors}
         return self._last[name]
 
@@ -165,19 +172,43 @@ class OrbaxCheckpoint:
         """Elements [start, stop) of the second axis."""
         return self.read(name)[:, start:stop]
 
+    def _check_shapes(self) -> None:
+        path = (self.folder / WEIGHTS_FOLDER).absolute()
+        try:
+            with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
+                tree = checkpointer.metadata(path).item_metadata.tree
+            shapes = {key: tuple(_leaf(tree, key).shape) for key in self._params}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(self.folder) from None
+        if any(shapes[key] != param.shape for key, param in self._params.items()):
+            raise _damaged(self.folder)
+
+    def _groups(self, matrices: np.dtype) -> Iterator[list[PlannedParam]]:
+        """Parameters in loading order, as many whole layers together as fit GROUP_BYTES, but at least one.
+
+        Every restore costs milliseconds, more with the number of arrays in the checkpoint; so small layers go together.
+        """
+        group: list[PlannedParam] = []
+        size = 0
+        for _, layer in itertools.groupby(self._params.values(), key=lambda param: _layer_of(param.name)):
+            members = list(layer)
+            layer_size = sum(math.prod(p.shape) * p.dtype(matrices).itemsize for p in members)
+            if group and size + layer_size > GROUP_BYTES:
+                yield group
+                group, size = [], 0
+            group += members
+            size += layer_size
+        yield group
+
     def _restore(self, wanted: Mapping[Key, Any]) -> dict[Key, Any]:
         item = _nested({key: jax.ShapeDtypeStruct(self._params[key].shape, np.float32) for key in wanted})
         args = ocp.args.PyTreeRestore(item=item, restore_args=_nested(wanted), partial_restore=True)
         try:
             with contextlib.closing(ocp.Checkpointer(ocp.PyTreeCheckpointHandler())) as checkpointer:
                 tree = checkpointer.restore((self.folder / WEIGHTS_FOLDER).absolute(), args=args)
-        except (OSError, ValueError, KeyError) as error:
-            raise _damaged(self.folder) from error
-        result = {key: _leaf(tree, key) for key in wanted}
-        for key, value in result.items():
-            if tuple(value.shape) != self._params[key].shape:
-                raise _damaged(self.folder)
-        return result
+        except (OSError, ValueError, KeyError):
+            raise _damaged(self.folder) from None
+        return {key: _leaf(tree, key) for key in wanted}
 
 
 def save_orbax(
@@ -209,7 +240,12 @@ def save_orbax(
     config_json = config_to_hf(config) | {"torch_dtype": str(matrix_dtype(dtype))}
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n")
     # Written last: a folder without it is an unfinished checkpoint and is not taken for one.
-    meta = {"format_version": FORMAT_VERSION, "num_vshards": cut.num_vshards, "dtype": str(matrix_dtype(dtype))}
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "num_vshards": cut.num_vshards,
+        "dtype": str(matrix_dtype(dtype)),
+        "files": _file_sizes(folder),
+    }
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
 
@@ -225,9 +261,9 @@ def _replicated_over(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
-def _layer_of(param: PlannedParam) -> str:
-    parts = param.name.split(".")
-    return parts[1] if parts[0] == "layers" else parts[0]
+def _layer_of(name: str) -> str:
+    first, second, *_ = [*name.split("."), ""]
+    return second if first == "layers" else first
 
 
 def _path(key: Key) -> list[str]:
@@ -251,6 +287,12 @@ def _leaf(tree: Mapping[str, Any], key: Key) -> Any:
     for part in _path(key):
         node = node[part]
     return node
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    weights = folder / WEIGHTS_FOLDER
+    files = sorted(path for path in weights.rglob("*") if path.is_file())
+    return {path.relative_to(weights).as_posix(): path.stat().st_size for path in files}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
