@@ -109,6 +109,8 @@ def test_writer_starts_a_new_file_when_one_is_full(tmp_path: Path, max_bytes: in
         assert set(index["weight_map"].values()) == set(names)
     else:
         assert written == ["model.safetensors"]
+    (tmp_path / "other").touch()
+    assert (tmp_path / names[0]).stat().st_mode == (tmp_path / "other").stat().st_mode
     source = SafetensorsSource(tmp_path)
     for name, value in tensors.items():
         np.testing.assert_array_equal(source.read(name), value)

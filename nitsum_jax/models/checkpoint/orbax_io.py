@@ -249,11 +249,6 @@ def save_orbax(
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def is_orbax_folder(folder: Path) -> bool:
-    """Whether a folder is a finished Orbax checkpoint of ours."""
-    return (folder / META_FILE).is_file()
-
-
 def _replicated_over(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:
     if len(devices) == 1:
         return jax.sharding.SingleDeviceSharding(devices[0])

@@ -115,7 +115,10 @@ class SafetensorsWriter:
     def _flush(self) -> None:
         if self._pending:
             path = self._folder / f"part-{len(self._files):05d}.tmp"
+            path.touch()
+            mode = path.stat().st_mode  # save_file makes files that only their owner can read, whatever the umask
             safetensors.numpy.save_file(self._pending, path, metadata={"format": "pt"})
+            path.chmod(mode)
             self._files.append((path, list(self._pending)))
             self._pending = {}
 
