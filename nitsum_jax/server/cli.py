@@ -2,6 +2,7 @@
 
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from absl import flags
@@ -60,8 +61,10 @@ def _describe(values: flags.FlagValues) -> str:
     lines = []
     for name in sorted(values):
         flag = values[name]
-        choices = getattr(flag.parser, "enum_values", None)
-        kind = "|".join(choices) if choices else flag.flag_type()
-        default = "" if flag.default is None or flag.default == "" else f" (default: {flag.default_as_str})"
-        lines.append(f"  --{name}: {one_line(flag.help or '', 1000)} [{kind}]{default}")
+        # The help of an enum flag begins with its values, which serve as its type.
+        kind, _, meaning = (flag.help or "").rpartition(">: ")
+        kind = kind.removeprefix("<") or flag.flag_type()
+        default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
+        body = textwrap.fill(f"{one_line(meaning, 1000)} [{kind}]{default}", 110, break_on_hyphens=False)
+        lines.append(f"  --{name}:\n{textwrap.indent(body, '      ')}")
     return "\n".join(lines)

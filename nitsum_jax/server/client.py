@@ -39,18 +39,24 @@ def run() -> None:
 def main(argv: list[str]) -> int:
     """Runs the tool and returns its exit status."""
     try:
-        return asyncio.run(_Client(read_options(argv)).run())
+        return asyncio.run(main_async(argv))
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, and wants no more of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return cli.EXIT_FAILED
+
+
+async def main_async(argv: list[str]) -> int:
+    """Like `main`, on a loop that is running."""
+    try:
+        return await _Client(read_options(argv)).run()
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
     except NitsumError as error:
         cli.err(f"{_NAME}: {one_line(str(error))}")
         return cli.EXIT_USAGE
-    except KeyboardInterrupt:
-        return cli.EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has left, and wants no more of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return cli.EXIT_FAILED
 
 
 class _Client:

@@ -117,9 +117,7 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_float(name, None, meaning, flag_values=values)
     for name, meaning in _SAMPLING_INTS.items():
         flags.DEFINE_integer(name, None, meaning, flag_values=values)
-    flags.DEFINE_multi_string(
-        "stop", [], "the output ends before this text; may be given many times", flag_values=values
-    )
+    flags.DEFINE_multi_string("stop", [], "the output ends before this text; any number of these", flag_values=values)
     flags.DEFINE_list("stop_token_ids", [], "the output ends before any of these ids", flag_values=values)
     flag("ignore_eos", False, "go on past the end-of-sequence token of the model", flag_values=values)
     text("tier", None, "latency tier; the server's default is standard", flag_values=values)

@@ -104,6 +104,7 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
     signals = _Signals(asyncio.get_running_loop())
     server = GrpcServer(options.host, options.port)
     await server.start()
+    cli.out(f"loading {options.model}; {_address(server)} answers health checks meanwhile")
     try:
         bridge = Bridge(asyncio.get_running_loop())
         loading = asyncio.create_task(in_thread(lambda: load(options, bridge.sink)))
@@ -171,10 +172,14 @@ def _leave(status: int) -> NoReturn:
 
 def _announce(server: GrpcServer, engine: ServingEngine, model: ServedModel) -> None:
     cli.out(engine.memory_report)
-    where = target(callable_host(server.host), server.port)
+    where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""
     cli.out(f'{_client_command()} --server={where} {chat}--prompt="Why is the sky blue?" --max_tokens=64')
+
+
+def _address(server: GrpcServer) -> str:
+    return target(callable_host(server.host), server.port)
 
 
 def _client_command() -> str:

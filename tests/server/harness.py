@@ -78,11 +78,13 @@ async def running(script: Script = echo, chat: bool = True, **options: Any) -> A
     await server.start()
     bridge = Bridge(asyncio.get_running_loop())
     engine = FakeEngine(bridge.sink, script, **options)
-    await server.serve(Backend(engine, served_model(chat), bridge))
-    async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield Running(server, engine, bridge, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
-    await server.stop()
-    engine.close()
+    try:
+        await server.serve(Backend(engine, served_model(chat), bridge))
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+            yield Running(server, engine, bridge, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
+    finally:
+        await server.stop()
+        engine.close()
 
 
 @dataclasses.dataclass
