@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
-
 from nitsum_jax.errors import InvalidInputError
 
 OFF = "off"
@@ -27,6 +25,8 @@ def enable(folder: str | None) -> Path | None:
     Raises:
       InvalidInputError: the folder cannot be made or written.
     """
+    import jax  # here, because the flags of the launcher need this module long before anything needs JAX
+
     if folder == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return None

@@ -108,13 +108,13 @@ def test_a_layout_plan_switches_while_all_streams_go_on(tmp_path: Path, capsys: 
 
     async def use(run: Running, generate: Callable[..., Awaitable[int]]) -> None:
         plan = "--layout_plan=0:tp2x2,40:tp4,80:tp2+tp1x2,100000:tp1x4"
-        assert await generate(f"--prompts_file={tmp_path}/p.txt", "--json", "--max_tokens=60", plan) == 0
+        assert await generate(f"--prompts_file={tmp_path}/p.txt", "--json", "--max_tokens=300", plan) == 0
         assert str(run.engine.layout()) == "tp2+tp1x2"
         assert run.engine.stats().switches == 3
 
     _with_server(use, says("x", end=False))
     out, err = capsys.readouterr()
-    assert [len(json.loads(line)["output_ids"]) for line in out.splitlines()] == [60] * 4
+    assert [len(json.loads(line)["output_ids"]) for line in out.splitlines()] == [300] * 4
     assert "switched tp1x4 -> tp2x2: 0 sequences" in err
     assert "switched tp2x2 -> tp4: 4 sequences" in err
     assert "not switched to tp1x4: fewer than 100000 tokens came" in err

@@ -46,6 +46,7 @@ def test_serving_then_draining() -> None:
             assert await _health(run.channel) == {_SERVING}
             alive = asyncio.create_task(ask(run.stub, max_tokens=150))
             await until(lambda: run.engine.stats().running == 1)
+            run.engine.hold()
             draining = asyncio.create_task(run.server.drain(20))
             await asyncio.sleep(0.01)
             assert await _health(run.channel) == {_NOT_SERVING}
@@ -55,6 +56,7 @@ def test_serving_then_draining() -> None:
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert (await run.stub.GetLayout(nitsum_pb2.GetLayoutRequest())).layout == "tp1x4"
             assert not alive.done()
+            run.engine.release()
             assert await draining
             assert len((await alive).ids) == 150
 
@@ -94,8 +96,8 @@ def test_get_layout_tells_the_whole_state() -> None:
 def test_set_layout_under_streams_returns_the_report() -> None:
     async def scenario() -> None:
         async with running() as run:
-            text = "a prompt that is echoed while the layout changes"
-            streams = [asyncio.create_task(ask(run.stub, text)) for _ in range(4)]
+            text = "a prompt that is echoed while the layout changes" * 40
+            streams = [asyncio.create_task(ask(run.stub, text, max_tokens=2000)) for _ in range(4)]
             await until(lambda: run.engine.stats().running == 4)
             for layout in ("tp2x2", "tp4", "tp2+tp1x2"):
                 report = await run.stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout))
