@@ -87,6 +87,7 @@ FIXED_CASES: list[tuple[dict[str, float], list[int]]] = [
     ({"top_k": 4, "top_p": 0.5}, [1, 3]),  # 0.4 of the 0.7 that top-k left; half of everything would need three
     ({"top_k": 6, "top_p": 0.99, "min_p": 0.45}, [1, 3, 4, 6, 8]),
     ({"top_k": 5, "min_p": 0.6}, [1, 3, 6]),
+    ({"top_k": 2, "top_p": 0.4}, [1]),  # the third of the tied tokens must not count
 ]
 DRAWS = 256
 MANY = DRAWS * len(FIXED_CASES)
