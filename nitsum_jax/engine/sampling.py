@@ -27,7 +27,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-CANDIDATES = 128  # on CPU 128 of 49152 cost 20 % more than 64, and a whole row 4x more (top-p 0.9: 0.23 against 0.9 ms)
+# On a CPU (V=49152) a row with top-p 0.9 takes 0.2 ms from 128 candidates, 0.6 ms searched whole.
+CANDIDATES = 128
 
 _INF_BITS = 0x7F800000  # bit pattern of float32 +inf: the largest of all non-negative floats, as floats and as ints
 
