@@ -82,10 +82,6 @@ def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
     return stored
 
 
-# Largest score so far f32[B, G/K, rows], sum of weights f32[B, G/K, rows], weighted sum of values f32[B, G/K, rows, A].
-_Running = tuple[jax.Array, jax.Array, jax.Array]
-
-
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -114,57 +110,91 @@ def paged_attention(
     batch, length, slots, heads, width = q.shape
     groups = k.shape[3]
     per_group = heads // groups
+    # Sequences, virtual shards and KV heads make one batch axis n of the products.  It is never 1: XLA writes a product without a
+    # batch differently, and rounds it differently, and a shard alone on its device must get the bits it gets in company.
+    whole = batch * slots * groups
+    copies = 2 if whole == 1 else 1
+
+    def merged(x: jax.Array) -> jax.Array:
+        """`[B, S, G/K, rows, A] -> [n, rows, A]`."""
+        x = x.reshape(whole, *x.shape[3:])
+        return jnp.concatenate([x] * copies) if copies > 1 else x
+
+    def fetch(pages: jax.Array, which: int) -> jax.Array:
+        """Keys (0) or values (1) of i32[B, S, pages]: f32[n, tokens, A]."""
+        index = pages * jnp.int32(shape.layers * 2) + jnp.int32(layer * 2 + which)
+        stored = flat.at[index].get(mode="promise_in_bounds")
+        x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
+        return merged(x.transpose(0, 1, 3, 2, 4))
+
     rows = per_group * length
-    seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None, None]
+    scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(width**-0.5)
+    queries = merged(scaled.transpose(0, 2, 3, 4, 1, 5).reshape(batch, slots, groups, rows, width))
+    new_keys = merged(k.transpose(0, 2, 3, 1, 4))
+    new_values = merged(v.transpose(0, 2, 3, 1, 4))
+
+    # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
+    scores = jnp.einsum("nra,nua->nru", queries, new_keys)
+    if length > 1:
+        seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+    top = jnp.max(scores, axis=-1)
+    weights = exp_nonpositive(scores - top[..., None])
+    total = sum_last(weights)
+    out = jnp.einsum("nru,nua->nra", weights, new_values)
+
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
     flat = pool.reshape(shape.blocks * shape.layers * 2, shape.page_size, groups, width)
+    reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
+    reach = jnp.concatenate([reach] * copies)[:, None, None]
 
-    # Each virtual shard is computed by operations of its own, whose shapes do not depend on how many lie on this device: XLA
-    # writes a product with a batch axis of one differently from one of four, and rounds it differently.
-    def split(slot: int) -> jax.Array:
-        """Rows of the products, f32[B, G, R*T, A]: the query heads of a group and the new tokens together."""
-        x = q[:, :, slot].reshape(batch, length, groups, per_group, width) * jnp.float32(width**-0.5)
-        return x.transpose(0, 2, 3, 1, 4).reshape(batch, groups, rows, width)
-
-    def start(slot: int) -> _Running:
-        """The new tokens among themselves: the running maximum starts finite, because every token sees itself."""
-        scores = jnp.einsum("bgra,buga->bgru", queries[slot], k[:, :, slot])
-        if length > 1:
-            scores = jnp.where(seen, scores, -jnp.inf)
-        top = jnp.max(scores, axis=-1)
-        weights = jnp.exp(scores - top[..., None])
-        return top, jnp.sum(weights, axis=-1), jnp.einsum("bgru,buga->bgra", weights, v[:, :, slot])
-
-    def fetch(pages: jax.Array, which: int) -> jax.Array:
-        index = pages * jnp.int32(shape.layers * 2) + jnp.int32(layer * 2 + which)
-        stored = flat.at[index].get(mode="promise_in_bounds")
-        return decode(stored, shape).reshape(batch, tokens, groups, width)
-
-    def chunk_step(index: jax.Array, carry: list[_Running]) -> list[_Running]:
+    def attend_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        pages = jax.lax.dynamic_slice_in_dim(table, index * chunk, chunk, axis=2)
         position = index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
-        old = (position[None, :] < context[:, None])[:, None, None, :]
-        result = []
-        for slot, (top, total, out) in enumerate(carry):
-            pages = jax.lax.dynamic_slice_in_dim(table[:, slot], index * chunk, chunk, axis=1)
-            scores = jnp.einsum("bgra,btga->bgrt", queries[slot], fetch(pages, 0))
-            scores = jnp.where(old, scores, -jnp.inf)
-            new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-            shrink = jnp.exp(top - new_top)
-            weights = jnp.exp(scores - new_top[..., None])
-            total = total * shrink + jnp.sum(weights, axis=-1)
-            out = out * shrink[..., None] + jnp.einsum("bgrt,btga->bgra", weights, fetch(pages, 1))
-            result.append((new_top, total, out))
-        return result
+        scores = jnp.einsum("nra,nta->nrt", queries, fetch(pages, 0))
+        scores = jnp.where(position[None, None, :] < reach, scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shrink = exp_nonpositive(top - new_top)
+        weights = exp_nonpositive(scores - new_top[..., None])
+        total = total * shrink + sum_last(weights)
+        out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(pages, 1))
+        return new_top, total, out
 
-    queries = [split(slot) for slot in range(slots)]
     chunks = (jnp.max(context) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
-    running = jax.lax.fori_loop(jnp.int32(0), chunks, chunk_step, [start(slot) for slot in range(slots)])
-    results = []
-    for _, total, out in running:
-        x = (out / total[..., None]).reshape(batch, groups, per_group, length, width)
-        results.append(x.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, width))
-    return jnp.stack(results, axis=2)
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, (top, total, out))
+    out = (out / total[..., None])[:whole].reshape(batch, slots, groups, per_group, length, width)
+    return out.transpose(0, 4, 1, 2, 3, 5).reshape(batch, length, slots, heads, width)
+
+
+def exp_nonpositive(x: jax.Array) -> jax.Array:
+    """e**x for x <= 0 (-inf included) within 2 units in the last place; below -87 it is 0.
+
+    The exponential of XLA:CPU gives other bits in a large array than in a small one, because one loop is vectorised and the other is not.  How large the
+    arrays of a device are depends on the layout, so the softmax needs one of its own: Cody-Waite reduction and the polynomial of Cephes' expf,
+    made of operations that are rounded alike everywhere.
+    """
+    bounded = jnp.maximum(x, jnp.float32(-87.0))
+    power = jnp.floor(bounded * jnp.float32(1.44269504088896341) + jnp.float32(0.5))
+    r = bounded - power * jnp.float32(0.693359375) - power * jnp.float32(-2.12194440e-4)
+    y = jnp.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = y * r + jnp.float32(coefficient)
+    y = y * (r * r) + r + jnp.float32(1)
+    scale = jax.lax.bitcast_convert_type((power.astype(jnp.int32) + 127) << 23, jnp.float32)
+    return jnp.where(x < -87, jnp.float32(0), y * scale)
+
+
+def sum_last(x: jax.Array) -> jax.Array:
+    """Sum over the last axis in a fixed tree; the order of XLA's own sums depends on the size of the array."""
+    while x.shape[-1] > 1:
+        half = (x.shape[-1] + 1) // 2
+        rest = x[..., half:]
+        if rest.shape[-1] < half:
+            rest = jnp.pad(rest, [(0, 0)] * (x.ndim - 1) + [(0, half - rest.shape[-1])])
+        x = x[..., :half] + rest
+    return x[..., 0]
 
 
 def write_tokens(

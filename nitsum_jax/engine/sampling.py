@@ -86,7 +86,6 @@ def sample(logits: jax.Array, params: SamplingArrays, history: jax.Array, *, can
     never = jnp.isnan(logits[:, 0]) & False
     params = jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), params)
     history = jnp.where(never[:, None], 0, history)
-    special = jnp.any((params.temperature > 0) | _has_penalty(params))
 
     def anything() -> jax.Array:
         x = lax.cond(jnp.any(_has_penalty(params)), lambda: penalise(logits, params, history), lambda: logits)
@@ -96,7 +95,12 @@ def sample(logits: jax.Array, params: SamplingArrays, history: jax.Array, *, can
             jnp.any(params.temperature > 0), lambda: _draw_where(x, greedy, params, candidates), lambda: greedy
         )
 
-    return lax.cond(special, anything, lambda: _lowest_argmax(_clean(logits)))
+    return lax.cond(all_greedy(params), lambda: _lowest_argmax(_clean(logits)), anything)
+
+
+def all_greedy(params: SamplingArrays) -> jax.Array:
+    """Whether every row takes the argmax of its bare logits: bool[]."""
+    return ~jnp.any((params.temperature > 0) | _has_penalty(params))
 
 
 def greedy_local(logits: jax.Array, offset: jax.Array | int) -> tuple[jax.Array, jax.Array]:

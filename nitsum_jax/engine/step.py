@@ -1,6 +1,7 @@
 """One step of an instance as a pure function: new tokens through the model, the KV pool, and the next token of every row."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -54,32 +55,41 @@ class Program:
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
-        ranks = Ranks(tp, TP_AXIS)
-
-        def make() -> Decoder:
-            return Decoder(
-                self.config,
-                self.cut,
-                slots=self.cut.num_vshards // tp,
-                dtype=jnp.dtype(self.dtype),
-                ranks=ranks,
-                matmul=self.matmul,
-                rngs=nnx.Rngs(0),
-            )
-
-        return nnx.split(nnx.eval_shape(make))
+        return _decoder(self, tp)
 
     def parameters(self, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
         """Name, slot (None: replicated) and sharding of every parameter, in the order a step takes them."""
-        _, state = self.decoder(tp)
-        specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
-        found: list[tuple[str, int | None, PartitionSpec]] = []
-        for path, _ in nnx.to_flat_state(state):
-            spec = specs[path].get_value()
-            cut = TP_AXIS in spec
-            parts = path[:-1] if cut else path
-            found.append((".".join(map(str, parts)), int(path[-1]) if cut else None, spec if cut else PartitionSpec()))
-        return found
+        return _parameters(self, tp)
+
+
+@functools.cache
+def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
+    # Cached: building the modules of a model takes seconds, and every bucket and group of devices asks for them.
+    def make() -> Decoder:
+        return Decoder(
+            program.config,
+            program.cut,
+            slots=program.cut.num_vshards // tp,
+            dtype=jnp.dtype(program.dtype),
+            ranks=Ranks(tp, TP_AXIS),
+            matmul=program.matmul,
+            rngs=nnx.Rngs(0),
+        )
+
+    return nnx.split(nnx.eval_shape(make))
+
+
+@functools.cache
+def _parameters(program: Program, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
+    _, state = program.decoder(tp)
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    found: list[tuple[str, int | None, PartitionSpec]] = []
+    for path, _ in nnx.to_flat_state(state):
+        spec = specs[path].get_value()
+        cut = TP_AXIS in spec
+        parts = path[:-1] if cut else path
+        found.append((".".join(map(str, parts)), int(path[-1]) if cut else None, spec if cut else PartitionSpec()))
+    return found
 
 
 def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: bool = False) -> StepFunction:

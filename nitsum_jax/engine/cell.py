@@ -1,0 +1,211 @@
+"""Building a cell: devices, cut, memory, weights, pool, executables."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import jax
+from jax.sharding import Mesh
+
+from nitsum_jax.engine.config import EngineConfig, resolve_dtype
+from nitsum_jax.engine.executables import Executables, Group
+from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.kv_pool import KvPool
+from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
+from nitsum_jax.engine.step import Program
+from nitsum_jax.engine.transfer import BlockMover
+from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.meshes.devices import discover, free_bytes
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.meshes.layout import Layout, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
+from nitsum_jax.meshes.weight_bank import WeightBank
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.loading import OpenModel
+from nitsum_jax.models.matmul import MatmulChoice, MatmulForm
+from nitsum_jax.models.pack import cut_bytes
+
+_LOG = logging.getLogger(__name__)
+# What all vshards of a device may take of its memory before a higher least TP is chosen.
+_WEIGHT_SHARE = 0.85
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The devices that one process drives, with all that lies on them.
+
+    Attributes:
+      devices: N devices.
+      vmap: which vshards lie where.
+      program: what steps compute.
+      memory: the memory plan.
+      bank: the weights.
+      pool: the KV pool.
+      mover: copies KV blocks between devices.
+      executables: compiled steps.
+      allowed: the allow-list of layouts, or None for every one that fits.
+      first: the layout to start with.
+    """
+
+    devices: tuple[jax.Device, ...]
+    vmap: VshardMap
+    program: Program
+    memory: MemoryPlan
+    bank: WeightBank
+    pool: KvPool
+    mover: BlockMover
+    executables: Executables
+    allowed: tuple[Layout, ...] | None
+    first: Layout
+
+    def group(self, spec: InstanceSpec) -> Group:
+        """An instance's devices in rank order: what its executables are compiled for."""
+        return self.vmap.ordered(spec.devices)
+
+    def groups(self, layout: Layout) -> list[Group]:
+        """The groups of a layout."""
+        return [self.group(spec) for spec in layout.instances]
+
+    def known_layouts(self) -> tuple[Layout, ...]:
+        """The allow-list, or one placement of every layout of the cell."""
+        if self.allowed is not None:
+            return self.allowed
+        found = enumerate_layouts(len(self.devices), self.vmap.num_vshards, self.vmap.min_tp)
+        return tuple(dict.fromkeys((self.first, *found)))
+
+    def check(self, layout: Layout) -> None:
+        """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout."""
+        _check(layout, len(self.devices), self.vmap, self.allowed)
+
+    def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
+        """Starts an instance; its devices' pools must be free and its executables ready."""
+        wrapped = self.bank.wrap(spec)
+        leaves = tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
+        mesh = instance_mesh(self.devices, spec, self.vmap)
+        executables = self.executables.of(self.group(spec))
+        return Instance(spec, self.program, self.vmap, mesh, leaves, executables, self.pool, on_step)
+
+
+def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:
+    """Loads a model onto the devices and begins to compile.
+
+    Args:
+      model: what to serve.
+      config: settings.
+      on_ready: called on a compiling thread when a group of devices has its executables.
+
+    Raises:
+      NitsumError: devices, layout, lengths or memory do not fit.
+    """
+    devices = discover(config.devices)
+    platform = devices[0].platform
+    dtype = resolve_dtype(config.dtype, platform)
+    vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
+    if not is_power_of_two(vshards):
+        raise InvalidInputError(f"vshards={vshards} is not a power of two: give 1, 2, 4, 8, ...")
+    cut = ModelCut.of(model.config, vshards)
+    max_model_len = _max_model_len(model.config, config.max_model_len)
+    chunk = min(config.prefill_chunk, max_model_len)
+    free = free_bytes(devices[0])
+    shard_bytes, replicated = cut_bytes(model.config, cut, dtype)
+    workspace = workspace_bytes(model.config, cut, config.max_batch, chunk)
+    min_tp = 1
+    if platform != "cpu" and free is not None:
+        while min_tp < vshards and vshards // min_tp * shard_bytes + workspace > _WEIGHT_SHARE * free:
+            min_tp *= 2
+    vmap = VshardMap(vshards, min_tp)
+    first, allowed = _layouts(config, len(devices), vmap)
+
+    weights = vshards // min_tp * shard_bytes + replicated
+    shared = 1 if platform == "cpu" else len(devices)
+    memory = plan_memory(
+        model.config,
+        cut,
+        dtype=dtype,
+        platform=platform,
+        devices=len(devices),
+        weights=weights,
+        allocated=weights * shared,
+        free=free,
+        max_batch=config.max_batch,
+        max_model_len=max_model_len,
+        page_size=config.page_size,
+        chunk=chunk,
+        kv_cache_gib=config.kv_cache_gib,
+    )
+    program = Program(
+        model.config, cut, dtype, memory.pool, config.max_batch, max_model_len, matmul_choice(platform, dtype)
+    )
+
+    def mesh_of(group: Group) -> Mesh:
+        return instance_mesh(devices, InstanceSpec(group), vmap)
+
+    # Compiling starts before the weights are read: both take seconds, and neither needs the other.
+    executables = Executables(program, (*config.prefill_shapes(), *config.decode_shapes()), mesh_of, on_ready)
+    executables.want([vmap.ordered(spec.devices) for spec in first.instances])
+    bank = WeightBank(devices, vmap)
+    residency = {index: frozenset(vmap.resident(index, [min_tp])) for index in range(len(devices))}
+    if model.vshards is not None:
+        for name, vshard, device, array in model.place(cut, dtype, devices, residency):
+            if vshard is None:
+                bank.add_replicated(name, device, array)
+            else:
+                bank.add_cut(name, vshard, device, array)
+    else:
+        bank.load(model.weights(cut, dtype), residency)
+    pool = KvPool(devices, memory.pool)
+    return Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), executables, allowed, first)
+
+
+def matmul_choice(platform: str, dtype: str) -> MatmulChoice:
+    """The forms of matrix products that benchmarks/matmul_forms.py finds fastest.
+
+    A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend on what else ran
+    on the machine at start-up.
+    """
+    if platform == "cpu" and dtype == "bfloat16":
+        return MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT)
+    return MatmulChoice()
+
+
+def _max_model_len(model: ModelConfig, wanted: int | None) -> int:
+    if wanted is None:
+        return model.max_context
+    if wanted > model.max_context:
+        raise InvalidInputError(
+            f"max_model_len={wanted} is more than the model's context of {model.max_context} tokens: lower --max_model_len"
+        )
+    return wanted
+
+
+def _layouts(config: EngineConfig, devices: int, vmap: VshardMap) -> tuple[Layout, tuple[Layout, ...] | None]:
+    allowed = None
+    if config.layouts is not None:
+        if not config.layouts:
+            raise InvalidInputError("the list of layouts is empty: give at least one, or leave --layouts out")
+        allowed = tuple(parse_layout(text, devices) for text in config.layouts)
+        for layout in allowed:
+            _check(layout, devices, vmap, None)
+    if config.layout is not None:
+        first = parse_layout(config.layout, devices)
+    elif allowed:
+        first = allowed[0]
+    else:
+        count = devices // vmap.min_tp
+        first = parse_layout(f"tp{vmap.min_tp}x{count}" if count > 1 else f"tp{vmap.min_tp}", devices)
+    _check(first, devices, vmap, allowed)
+    return first, allowed
+
+
+def _check(layout: Layout, devices: int, vmap: VshardMap, allowed: tuple[Layout, ...] | None) -> None:
+    layout.validate(devices, max_tp=vmap.num_vshards, min_tp=vmap.min_tp)
+    for spec in layout.instances:
+        if spec.role is not Role.MIXED:
+            raise PreconditionError(
+                f"{spec} has a role, and this server runs prefill and decode in the same instances: leave :{spec.role} out"
+            )
+    if allowed is not None and layout not in allowed:
+        names = "; ".join(map(str, allowed))
+        raise PreconditionError(f"layout {layout} is not on the server's list: choose one of {names}")

@@ -1,0 +1,89 @@
+"""What an engine can be told at its start."""
+
+import dataclasses
+import pathlib
+
+from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.errors import InvalidInputError
+
+_DTYPES = ("auto", "float32", "bfloat16")
+_DECODE_BUCKETS = (1, 8, 32, 128)
+_PREFILL_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """Settings of one engine; None means: chosen to fit.
+
+    Attributes:
+      devices: N, devices of the cell; all there are.
+      layout: text form of the first layout; every device an instance of its own, as far as the weights fit.
+      vshards: K; the largest power of two that is at most N.
+      dtype: of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 wherever the hardware multiplies it).
+      max_model_len: longest prompt and output together, tokens; what the model was trained for.
+      max_batch: most sequences of an instance at a time.
+      page_size: W, tokens per KV block, a power of two up to 128.
+      prefill_chunk: most prompt tokens in one step.
+      kv_cache_gib: KV pool per device, GiB.
+      deterministic: one bucket per phase, so that neither load nor a switch can change a token.
+      max_queue: most requests that wait; one more is refused.
+      layouts: allow-list of layouts; all.
+      tier_names: tiers that requests may name.
+    """
+
+    devices: int | None = None
+    layout: str | None = None
+    vshards: int | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_batch: int = 32
+    page_size: int = 16
+    prefill_chunk: int = 128
+    kv_cache_gib: float | None = None
+    deterministic: bool = False
+    max_queue: int = 256
+    layouts: tuple[str, ...] | None = None
+    tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
+
+    def __post_init__(self) -> None:
+        """Raises InvalidInputError for a value outside its range."""
+        if self.dtype not in _DTYPES:
+            raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
+        if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
+            raise InvalidInputError(f"page_size={self.page_size} does not do: give a power of two from 1 to 128")
+        for name in ("devices", "vshards", "max_model_len", "max_batch", "prefill_chunk", "max_queue"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInputError(f"{name}={value} does not do: give at least 1")
+        if self.prefill_chunk < 2:
+            raise InvalidInputError("prefill_chunk=1 does not do: give at least 2")
+        if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
+            raise InvalidInputError(f"kv_cache_gib={self.kv_cache_gib} does not do: give more than 0")
+
+    def decode_shapes(self) -> tuple[StepShape, ...]:
+        """Buckets of decode steps, smallest first."""
+        smaller = () if self.deterministic else tuple(size for size in _DECODE_BUCKETS if size < self.max_batch)
+        return tuple(StepShape(size, 1) for size in (*smaller, self.max_batch))
+
+    def prefill_shapes(self) -> tuple[StepShape, ...]:
+        """Buckets of prefill steps, smallest first: one sequence at a time."""
+        small = not self.deterministic and self.prefill_chunk >= 2 * _PREFILL_BUCKET
+        sizes = (_PREFILL_BUCKET, self.prefill_chunk) if small else (self.prefill_chunk,)
+        return tuple(StepShape(1, size) for size in sizes)
+
+
+def resolve_dtype(name: str, platform: str) -> str:
+    """What "auto" means on a platform ("cpu", "gpu", "tpu").
+
+    On a CPU bfloat16 halves the bytes of a step, but only with instructions for it is the product fast: without them it is
+    many times slower than float32.
+    """
+    if name != "auto":
+        return name
+    if platform != "cpu":
+        return "bfloat16"
+    try:
+        flags = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "float32"
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"

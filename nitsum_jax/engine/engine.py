@@ -1,0 +1,232 @@
+"""The engine of one cell: requests in, tokens out, and the layout changed in between."""
+
+import concurrent.futures
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from nitsum_jax.engine.cell import build_cell
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.executables import compile_counter
+from nitsum_jax.engine.loop import Loop
+from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
+from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
+from nitsum_jax.errors import InvalidInputError, PreconditionError, UnavailableError
+from nitsum_jax.meshes.layout import Layout, parse_layout
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.loading import OpenModel
+
+_LIKELY = 10  # priority of compiling layouts that nobody has asked for yet
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStats:
+    """A snapshot of counters and gauges.
+
+    Attributes:
+      waiting: requests that no instance has taken.
+      running: requests that an instance works on.
+      queue_capacity: most requests that may wait.
+      blocks_free: free KV blocks of all devices.
+      blocks_total: all KV blocks.
+      tokens_generated: output tokens so far.
+      steps: steps finished so far.
+      switches: layout switches so far.
+      sent_back: sequences that lost their blocks and were computed anew.
+      compiles: XLA compilations of this process.
+    """
+
+    waiting: int
+    running: int
+    queue_capacity: int
+    blocks_free: int
+    blocks_total: int
+    tokens_generated: int
+    steps: int
+    switches: int
+    sent_back: int
+    compiles: int
+
+
+class Engine:
+    """The thread-safe face of a running cell; made by `start_engine`."""
+
+    def __init__(
+        self,
+        model: OpenModel,
+        config: EngineConfig,
+        sink: Callable[[Sequence[TokenDelta]], None],
+        waiting: AdmissionQueue,
+    ):
+        self._counter = compile_counter()
+        self.config = config
+        self.model_config: ModelConfig = model.config
+        self.tier_names = config.tier_names
+        self._waiting = waiting
+        self._accepting = True
+        self._closed = threading.Lock()
+        self._loop: Loop | None = None
+        self._cell = build_cell(model, config, self._on_compiled)
+        self.memory_report = self._cell.memory.text
+        self.device_names = tuple(str(device) for device in self._cell.devices)
+        first = self._cell.groups(self._cell.first)
+        self._cell.executables.wait(first)
+        self._loop = Loop(self._cell, waiting, sink, deterministic=config.deterministic)
+        for layout in self._cell.known_layouts():
+            self._cell.executables.want(self._cell.groups(layout), _LIKELY)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; its deltas go to the sink.
+
+        Raises:
+          InvalidInputError: the request is wrong in itself.
+          PreconditionError: it cannot be served by this engine: longer than context or pool.
+          OverloadedError: the queue is full.
+          UnavailableError: the engine drains or is closed.
+        """
+        if not self._accepting:
+            raise UnavailableError("the server is stopping and takes no new requests: try another one")
+        self._validate(request)
+        self._running.add(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request within a step and frees its blocks; unknown ids are ignored."""
+        self._running.cancel(request_id)
+
+    def set_layout(self, layout: str | Layout) -> "concurrent.futures.Future[SwitchReport]":
+        """Asks for another layout; the future is done when it is in force.
+
+        Raises:
+          InvalidInputError: the layout is malformed.
+          PreconditionError: this cell cannot take it.
+          UnavailableError: the engine is closed.
+        """
+        if isinstance(layout, str):
+            layout = parse_layout(layout, len(self._cell.devices))
+        self._cell.check(layout)
+        if self._closed.locked():
+            raise UnavailableError("the server is stopping: no layout switch any more")
+        pending = PendingSwitch(layout)
+        self._running.switch(pending)
+        return pending.future
+
+    def layout(self) -> Layout:
+        """The layout in force."""
+        return self._running.layout
+
+    def allowed_layouts(self) -> tuple[str, ...]:
+        """The allow-list in text form; empty: every layout that fits."""
+        return tuple(map(str, self._cell.allowed or ()))
+
+    def ready_layouts(self) -> tuple[str, ...]:
+        """Known layouts whose executables are compiled: a switch to them starts at once."""
+        ready = self._cell.executables.ready
+        return tuple(
+            str(layout) for layout in self._cell.known_layouts() if all(map(ready, self._cell.groups(layout)))
+        )
+
+    def wait_for_layouts(self, layouts: Sequence[str | Layout] | None = None) -> None:
+        """Blocks until the executables of these layouts (all known ones if None) are compiled."""
+        count = len(self._cell.devices)
+        wanted = self._cell.known_layouts() if layouts is None else layouts
+        for layout in wanted:
+            groups = self._cell.groups(parse_layout(layout, count) if isinstance(layout, str) else layout)
+            self._cell.executables.want(groups, 1)
+            self._cell.executables.wait(groups)
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges now."""
+        loop = self._running
+        with loop.lock:
+            waiting, alive = len(self._waiting), len(loop.alive)
+        return EngineStats(
+            waiting=waiting,
+            running=alive - waiting,
+            queue_capacity=self._waiting.capacity,
+            blocks_free=self._cell.pool.free,
+            blocks_total=self._cell.pool.total,
+            tokens_generated=loop.counters.tokens,
+            steps=loop.counters.steps,
+            switches=loop.counters.switches,
+            sent_back=loop.counters.sent_back,
+            compiles=self._counter.count,
+        )
+
+    def drain(self, timeout_s: float) -> bool:
+        """Takes no new requests and waits for those alive; returns whether all ended in time."""
+        self._accepting = False
+        loop = self._running
+        end = time.monotonic() + timeout_s
+        with loop.lock:
+            while loop.alive:
+                left = end - time.monotonic()
+                if left <= 0:
+                    return False
+                loop.idle.wait(left)
+        return True
+
+    def close(self) -> None:
+        """Ends what is alive with CANCELLED, stops all threads; a second call does nothing."""
+        self._accepting = False
+        if self._closed.acquire(blocking=False):
+            self._running.stop()
+            self._cell.executables.close()
+
+    @property
+    def _running(self) -> Loop:
+        if self._loop is None:
+            raise UnavailableError("the engine is starting")
+        return self._loop
+
+    def _on_compiled(self) -> None:
+        if self._loop is not None:
+            self._loop.wake()
+
+    def _validate(self, request: Request) -> None:
+        request.sampling.validate()
+        if request.tier not in self.tier_names:
+            raise InvalidInputError(f"tier '{request.tier}' is not known: give one of {', '.join(self.tier_names)}")
+        if not request.prompt_ids:
+            raise InvalidInputError("the prompt is empty: give at least one token")
+        if request.max_tokens < 1:
+            raise InvalidInputError(f"max_tokens={request.max_tokens} does not do: give at least 1")
+        vocab = self.model_config.vocab_size
+        for name, ids in (("prompt", request.prompt_ids), ("stop_token_ids", request.stop_token_ids)):
+            wrong = next((token for token in ids if not 0 <= token < vocab), None)
+            if wrong is not None:
+                raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
+        limit = self._cell.program.max_model_len
+        if len(request.prompt_ids) >= limit:
+            raise InvalidInputError(
+                f"the prompt has {len(request.prompt_ids)} tokens, and prompt and output together may have {limit}: "
+                "shorten it, or restart with a larger --max_model_len"
+            )
+        tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
+        pool = max(instance.total_pages() for instance in self._running.instances) * self.config.page_size
+        if tokens > pool:
+            raise PreconditionError(
+                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: shorten them, "
+                "choose a layout of higher TP, or restart with a larger --kv_cache_gib"
+            )
+
+
+def start_engine(
+    model: OpenModel,
+    config: EngineConfig,
+    sink: Callable[[Sequence[TokenDelta]], None],
+    waiting: AdmissionQueue | None = None,
+) -> Engine:
+    """Loads a model and starts serving it.
+
+    Args:
+      model: from `open_model`.
+      config: settings.
+      sink: called on the engine's thread once per step with all deltas of the step.
+      waiting: which request is next; first come, first served if None.
+
+    Raises:
+      NitsumError: devices, layout, lengths or memory do not fit.
+    """
+    return Engine(model, config, sink, waiting or FifoQueue(config.max_queue))

@@ -1,0 +1,279 @@
+"""One instance: a group of devices that runs one batch loop.
+
+The engine's thread decides and dispatches; a reader thread per instance waits for results, so that nothing waits on the host.  Up to two
+steps are in flight: step n+1 takes its tokens from the device before step n's tokens were read back.
+"""
+
+import collections
+import dataclasses
+import queue
+import threading
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nitsum_jax.engine.kv_pool import KvPool
+from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.engine.step import Program
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.meshes.vshards import VshardMap
+
+MAX_IN_FLIGHT = 2
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """A dispatched step: who took part, and who gets a token of it."""
+
+    shape: StepShape
+    sequences: list[Sequence]
+    emits: list[bool]
+    tokens: np.ndarray | None = None
+    error: Exception | None = None
+
+
+class Instance:
+    """Batch state of one group of devices; used by the engine's thread alone."""
+
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        program: Program,
+        vmap: VshardMap,
+        mesh: Mesh,
+        leaves: tuple[jax.Array, ...],
+        executables: Mapping[StepShape, jax.stages.Compiled],
+        pool: KvPool,
+        on_step: Callable[["Instance", Step], None],
+    ):
+        """Takes over the pools of its devices.
+
+        Args:
+          spec: devices and role.
+          program: what its steps compute.
+          vmap: where vshards lie.
+          mesh: its devices in rank order.
+          leaves: wrapped parameters in the order of `Program.parameters`.
+          executables: one per bucket.
+          pool: the cell's KV pool.
+          on_step: called on the reader thread with every finished step.
+        """
+        self.spec = spec
+        self.order = vmap.ordered(spec.devices)
+        # Device of every vshard: where its blocks are taken from.
+        self.device_of = [vmap.device_of(spec.devices, vshard) for vshard in range(vmap.num_vshards)]
+        self.rows: dict[int, Sequence] = {}
+        self.prefills: collections.deque[Sequence] = collections.deque()
+        self.in_flight = 0
+        self.steps = 0
+        self._program = program
+        self._mesh = mesh
+        self._leaves = leaves
+        self._executables = executables
+        self._decode = sorted(shape for shape in executables if shape.is_decode)
+        self._prefill = sorted(shape for shape in executables if not shape.is_decode)
+        self._pool = pool
+        self._array = pool.lend(mesh, self.order)
+        self._slots = collections.Counter(self.device_of)
+        self._free_rows = list(range(program.max_batch - 1, -1, -1))
+        self._prefilled_last = False
+        self._history = self._put_history(np.zeros(program.history_shape, np.int32))
+        self._results: queue.SimpleQueue[tuple[Step, jax.Array] | None] = queue.SimpleQueue()
+        self._on_step = on_step
+        name = "nitsum-read-" + "-".join(map(str, spec.devices))
+        self._reader = threading.Thread(target=self._read, name=name, daemon=True)
+        self._reader.start()
+
+    # ---- capacity
+
+    @property
+    def free_rows(self) -> int:
+        """Sequences that could still join."""
+        return len(self._free_rows)
+
+    def free_pages(self) -> int:
+        """Pages that all of its devices could still give."""
+        return min(self._pool.allocators[device].free // count for device, count in self._slots.items())
+
+    def total_pages(self) -> int:
+        """Pages of its devices when empty."""
+        return min(self._pool.allocators[device].total // count for device, count in self._slots.items())
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that `tokens` tokens take."""
+        return -(-tokens // self._program.pool.page_size)
+
+    def grow(self, sequence: Sequence, tokens: int) -> bool:
+        """Gives a sequence pages for its first `tokens` tokens; False, and nothing taken, if there are not enough."""
+        missing = self.pages_for(tokens) - sequence.pages
+        if missing <= 0:
+            return True
+        if missing > self.free_pages():
+            return False
+        for vshard, device in enumerate(self.device_of):
+            blocks = self._pool.allocators[device].take(missing)
+            sequence.table[vshard, sequence.pages : sequence.pages + missing] = blocks
+        sequence.pages += missing
+        return True
+
+    # ---- membership
+
+    def join(self, sequence: Sequence) -> None:
+        """Adds a sequence that has yet to be prefilled."""
+        self._seat(sequence)
+        self.prefills.append(sequence)
+
+    def adopt(self, sequences: list[Sequence]) -> None:
+        """Adds sequences that come with their blocks, before the first step of this instance."""
+        history = np.zeros(self._program.history_shape, np.int32)
+        for sequence in sequences:
+            self._seat(sequence)
+            history[sequence.row, : len(sequence.tokens)] = sequence.tokens
+            if sequence.prefilling:
+                self.prefills.append(sequence)
+        self._history = self._put_history(history)
+
+    def leave(self, sequence: Sequence) -> None:
+        """Takes a sequence out and frees its blocks.
+
+        Safe while its steps are in flight: whoever gets the blocks writes to them in a later step of the same devices.
+        """
+        for vshard, device in enumerate(self.device_of):
+            self._pool.allocators[device].give(sequence.table[vshard, : sequence.pages])
+        self.part(sequence)
+        sequence.pages = 0
+
+    def part(self, sequence: Sequence) -> None:
+        """Takes a sequence out and leaves it its blocks."""
+        del self.rows[sequence.row]
+        self._free_rows.append(sequence.row)
+        if sequence in self.prefills:
+            self.prefills.remove(sequence)
+        sequence.row = -1
+        sequence.home = None
+
+    def _seat(self, sequence: Sequence) -> None:
+        sequence.row = self._free_rows.pop()
+        sequence.home = self
+        self.rows[sequence.row] = sequence
+
+    # ---- steps
+
+    def next_prefill(self) -> Sequence | None:
+        """Whose prompt would be worked on next, if that is due: prefill and decode steps take turns."""
+        if not self.prefills or (self._prefilled_last and self._decodable()):
+            return None
+        return self.prefills[0]
+
+    def dispatch(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+        """Starts the next step, if there is one and fewer than two are in flight.
+
+        Args:
+          make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
+
+        Returns:
+          Whether a step was started.
+        """
+        if self.in_flight >= MAX_IN_FLIGHT:
+            return False
+        sequence = self.next_prefill()
+        if sequence is not None:
+            self._prefilled_last = True
+            return self._dispatch_prefill(sequence, make_room)
+        self._prefilled_last = False
+        return self._dispatch_decode(make_room)
+
+    def _decodable(self) -> list[Sequence]:
+        return [sequence for sequence in self.rows.values() if sequence.may_decode]
+
+    def _dispatch_prefill(
+        self, sequence: Sequence, make_room: Callable[["Instance", Sequence, int], bool]
+    ) -> bool:
+        left = sequence.target - sequence.cached
+        shape = next((shape for shape in self._prefill if shape.tokens >= left), self._prefill[-1])
+        count = min(left, shape.tokens)
+        if not make_room(self, sequence, sequence.cached + count):
+            return True  # something changed: look again
+        packer = self._packer(shape)
+        last = count == left
+        self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
+        sequence.cached += count
+        if last:
+            sequence.pending += 1
+            self.prefills.remove(sequence)
+        self._start(shape, packer, [sequence], [last])
+        return True
+
+    def _dispatch_decode(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+        chosen: list[Sequence] = []
+        for sequence in self._decodable():
+            # Making room may send others back, even some that were chosen.
+            if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
+                chosen.append(sequence)
+        chosen = [sequence for sequence in chosen if sequence.row >= 0]
+        if not chosen:
+            return False
+        shape = next(shape for shape in self._decode if shape.batch >= len(chosen))
+        packer = self._packer(shape)
+        for sequence in chosen:
+            self._add(packer, sequence, None, emit=True)
+            sequence.cached += 1
+            sequence.pending += 1
+        self._start(shape, packer, chosen, [True] * len(chosen))
+        return True
+
+    def _packer(self, shape: StepShape) -> Packer:
+        return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)
+
+    def _add(self, packer: Packer, sequence: Sequence, tokens: list[int] | None, *, emit: bool) -> None:
+        packer.add(
+            sequence.columns,
+            row=sequence.row,
+            context=sequence.cached,
+            tokens=tokens,
+            emit=emit,
+            table=sequence.table[:, : sequence.pages],
+        )
+
+    def _start(self, shape: StepShape, packer: Packer, sequences: list[Sequence], emits: list[bool]) -> None:
+        step = Step(shape, sequences, emits)
+        self._array, self._history, tokens = self._executables[shape](
+            self._leaves, self._array, self._history, packer.done()
+        )
+        tokens.copy_to_host_async()
+        self.in_flight += 1
+        self.steps += 1
+        self._results.put((step, tokens))
+
+    def _read(self) -> None:
+        while (item := self._results.get()) is not None:
+            step, tokens = item
+            try:
+                step.tokens = np.asarray(tokens)
+            except Exception as error:  # a failed step is the engine's to deal with, not this thread's
+                step.error = error
+            self._on_step(self, step)
+
+    # ---- end
+
+    def release(self) -> None:
+        """Gives the pools back and ends the reader; no step may be in flight."""
+        self._pool.take_back(self._array, self.order)
+        self.close()
+
+    def abandon(self) -> None:
+        """After a failed step: the pool array went with it, so its devices get new ones."""
+        for device in self.order:
+            self._pool.renew(device)
+        self._array = self._pool.lend(self._mesh, self.order)
+        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+
+    def close(self) -> None:
+        """Ends the reader thread."""
+        self._results.put(None)
+
+    def _put_history(self, history: np.ndarray) -> jax.Array:
+        return jax.device_put(history, NamedSharding(self._mesh, PartitionSpec()))

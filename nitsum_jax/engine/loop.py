@@ -1,0 +1,333 @@
+"""The engine's own thread: admits, dispatches, takes results in, and switches layouts.
+
+One thread owns all state.  Others post events to it: new requests, cancellations, finished steps, finished compilations, layout switches.  Programs are
+launched by this thread alone, hence in one order on all devices, so collectives of different instances cannot deadlock.
+"""
+
+import collections
+import dataclasses
+import heapq
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+import numpy as np
+
+from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
+from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.engine.switch import PendingSwitch, perform_switch
+from nitsum_jax.engine.waiting import AdmissionQueue
+from nitsum_jax.errors import PreconditionError, UnavailableError
+
+_LOG = logging.getLogger(__name__)
+
+Sink = Callable[[Seq[TokenDelta]], None]
+
+
+@dataclasses.dataclass
+class Counters:
+    """What the loop has done so far; written by its thread, read by any."""
+
+    tokens: int = 0
+    steps: int = 0
+    switches: int = 0
+    sent_back: int = 0
+
+
+class Loop:
+    """State of a running cell."""
+
+    def __init__(self, cell: Cell, waiting: AdmissionQueue, sink: Sink, *, deterministic: bool):
+        """Starts with the cell's first layout, whose executables must be ready.
+
+        Args:
+          cell: devices, weights, pool, executables.
+          waiting: requests that no instance has taken yet; shared with `Engine.submit` under `lock`.
+          sink: takes the deltas of a step.
+          deterministic: reserve all blocks of a sequence at admission, and recompute outputs token by token.
+        """
+        self.cell = cell
+        self.layout = cell.first
+        self.counters = Counters()
+        self.lock = threading.Lock()
+        self.alive: dict[str, Sequence] = {}
+        self.idle = threading.Condition(self.lock)
+        self._waiting = waiting
+        self._sink = sink
+        self._deterministic = deterministic
+        self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._deltas: list[TokenDelta] = []
+        self._deadlines: list[tuple[float, str]] = []
+        self._returned: collections.deque[Sequence] = collections.deque()
+        self._admissions = 0
+        self._switches: collections.deque[PendingSwitch] = collections.deque()
+        self._closing = False
+        self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
+        self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
+        self._thread.start()
+
+    # ---- called by other threads
+
+    def post(self, event: Callable[[], None]) -> None:
+        """Has the engine's thread call `event` soon."""
+        self._events.put(event)
+
+    def wake(self) -> None:
+        """Has the engine's thread look around."""
+        self._events.put(_nothing)
+
+    def add(self, request: Request) -> None:
+        """Queues a valid request.
+
+        Raises:
+          OverloadedError: the queue is full.
+          PreconditionError: a request of this id is alive.
+        """
+        seed = request.sampling.seed
+        sequence = Sequence(
+            request,
+            seed if seed is not None else secrets.randbelow(MAX_SEED + 1),
+            list(request.prompt_ids),
+            np.zeros((self.cell.vmap.num_vshards, self.cell.program.pages), np.int32),
+        )
+        with self.lock:
+            if request.id in self.alive:
+                raise PreconditionError(f"a request with id {request.id} is alive: choose another id")
+            self._waiting.push(request.id, request.tier, sequence.arrival_s, sequence.prompt_len)
+            self.alive[request.id] = sequence
+        if request.deadline_s is not None:
+            deadline = request.deadline_s
+            self.post(lambda: heapq.heappush(self._deadlines, (deadline, request.id)))
+        self.wake()
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request, if it lives."""
+        self.post(lambda: self._end(request_id, FinishReason.CANCELLED))
+
+    def switch(self, pending: PendingSwitch) -> None:
+        """Queues a layout switch."""
+        self.post(lambda: self._switches.append(pending))
+
+    def stop(self) -> None:
+        """Ends everything that is alive, and the threads."""
+        self._events.put(None)
+        self._thread.join()
+
+    # ---- the engine's thread
+
+    def _run(self) -> None:
+        while not self._closing:
+            try:
+                self._turn()
+            except Exception as error:  # a bug here must not leave streams hanging
+                _LOG.exception("the engine failed; all requests that are alive end")
+                self._end_all(FinishReason.ERROR, f"internal error: {type(error).__name__}")
+                self._flush()
+        self._end_all(FinishReason.CANCELLED, None)
+        self._flush()
+        for pending in self._switches:
+            pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
+        for instance in self.instances:
+            instance.close()
+
+    def _turn(self) -> None:
+        timeout = None
+        if self._deadlines:
+            timeout = max(0.0, self._deadlines[0][0] - time.monotonic())
+        try:
+            event = self._events.get(timeout=timeout)
+            while True:
+                if event is None:
+                    self._closing = True
+                    return
+                event()
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        self._expire()
+        self._advance_switch()
+        self._admit()
+        for instance in self.instances:
+            if not self._stopped(instance):
+                while instance.dispatch(self._make_room):
+                    pass
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._deltas:
+            deltas, self._deltas = self._deltas, []
+            self._sink(deltas)
+        with self.lock:
+            if not self.alive:
+                self.idle.notify_all()
+
+    # ---- admission
+
+    def _admit(self) -> None:
+        instances = [instance for instance in self.instances if not self._stopped(instance)]
+        while True:
+            sequence = self._next_waiting()
+            if sequence is None:
+                return
+            pages = self._pages_at_admission(sequence)
+            if pages > max(instance.total_pages() for instance in self.instances) and not self._switches:
+                self._drop_from_queue(sequence)
+                self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
+                continue
+            fitting = [i for i in instances if i.free_rows and i.free_pages() >= pages]
+            if not fitting:
+                return
+            instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
+            self._drop_from_queue(sequence)
+            sequence.start_prefill(again=self._deterministic)
+            if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
+                raise AssertionError("pages were counted as free and are not")
+            sequence.admitted = self._admissions
+            self._admissions += 1
+            instance.join(sequence)
+
+    def _pages_at_admission(self, sequence: Sequence) -> int:
+        # In deterministic mode nobody may be sent back for want of blocks.
+        tokens = sequence.limit if self._deterministic else len(sequence.tokens) + 1
+        tokens = min(tokens, self.cell.program.max_model_len)
+        return -(-tokens // self.cell.program.pool.page_size)
+
+    def _next_waiting(self) -> Sequence | None:
+        if self._returned:
+            return self._returned[0]
+        with self.lock:
+            name = self._waiting.peek(time.monotonic())
+            return None if name is None else self.alive[name]
+
+    def _drop_from_queue(self, sequence: Sequence) -> None:
+        if sequence in self._returned:
+            self._returned.remove(sequence)
+            return
+        with self.lock:
+            self._waiting.remove(sequence.request.id)
+
+    def _make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
+        while not instance.grow(sequence, tokens):
+            victim = max(instance.rows.values(), key=lambda s: s.admitted)
+            if victim is sequence and len(instance.rows) == 1:
+                self._finish(sequence, FinishReason.ERROR, "its KV cache outgrew the instance: lower max_tokens")
+                return False
+            self._send_back(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Frees a sequence's blocks; it keeps its tokens and is computed again later."""
+        if sequence.home is not None:
+            sequence.home.leave(sequence)
+        self.counters.sent_back += 1
+        if not sequence.pending:
+            self._await_again(sequence)
+
+    def _await_again(self, sequence: Sequence) -> None:
+        self._returned.append(sequence)
+        self._returned = collections.deque(sorted(self._returned, key=lambda s: s.admitted))
+
+    # ---- results
+
+    def _on_step(self, instance: Instance, step: Step) -> None:
+        self.post(lambda: self._take_in(instance, step))
+
+    def _take_in(self, instance: Instance, step: Step) -> None:
+        instance.in_flight -= 1
+        self.counters.steps += 1
+        if step.tokens is None:
+            self._fail(instance, step.error)
+            return
+        now = time.monotonic()
+        for sequence, emits, token in zip(step.sequences, step.emits, step.tokens.tolist(), strict=False):
+            if not emits:
+                continue
+            sequence.pending -= 1
+            if sequence.finish is not None:
+                continue
+            sequence.accept(token, self.cell.program.max_model_len)
+            new = sequence.take_undelivered()
+            self.counters.tokens += len(new)
+            if sequence.finish is not None:
+                self._retire(sequence)
+            elif sequence.home is None and not sequence.pending:
+                self._await_again(sequence)  # sent back while this step ran
+            if new or sequence.finish is not None:
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, sequence.finish))
+
+    def _fail(self, instance: Instance, error: Exception | None) -> None:
+        """A step failed: its sequences end with an error, and the instance goes on with a fresh pool."""
+        _LOG.error("a step on devices %s failed: %s", instance.spec.devices, error)
+        for sequence in list(instance.rows.values()):
+            self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")
+        if not instance.in_flight:
+            instance.abandon()
+
+    # ---- ends
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            self._end(request_id, FinishReason.DEADLINE)
+
+    def _end(self, request_id: str, reason: FinishReason) -> None:
+        with self.lock:
+            sequence = self.alive.get(request_id)
+        if sequence is not None:
+            self._finish(sequence, reason, None)
+
+    def _end_all(self, reason: FinishReason, error: str | None) -> None:
+        with self.lock:
+            sequences = list(self.alive.values())
+        for sequence in sequences:
+            self._finish(sequence, reason, error)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None) -> None:
+        sequence.finish = reason
+        self._drop_from_queue(sequence)
+        self._retire(sequence)
+        self._deltas.append(TokenDelta(sequence.request.id, (), time.monotonic(), reason, error))
+
+    def _retire(self, sequence: Sequence) -> None:
+        if sequence.home is not None:
+            sequence.home.leave(sequence)
+        with self.lock:
+            self.alive.pop(sequence.request.id, None)
+
+    # ---- switching
+
+    def _stopped(self, instance: Instance) -> bool:
+        """Whether an instance dispatches nothing because a switch is about to take it away."""
+        return bool(self._switches) and self._switches[0].stops(instance)
+
+    def _advance_switch(self) -> None:
+        while self._switches:
+            pending = self._switches[0]
+            if not pending.prepare(self.cell, self.instances):
+                return
+            if any(instance.in_flight for instance in self.instances if pending.stops(instance)):
+                return
+            self._switches.popleft()
+            if pending.future.done():
+                continue
+            outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
+            self.layout, self.instances = outcome.layout, outcome.instances
+            for sequence in outcome.homeless:
+                self.counters.sent_back += 1
+                self._await_again(sequence)
+            if outcome.report is not None:
+                self.counters.switches += 1
+                pending.future.set_result(outcome.report)
+
+
+def _nothing() -> None:
+    """An event that only wakes the loop."""

@@ -1,0 +1,106 @@
+"""One request on its way through the engine."""
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from nitsum_jax.engine.packing import sampling_columns
+from nitsum_jax.engine.request import FinishReason, Request
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.instance import Instance
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """State of a request, changed by the engine's thread alone.
+
+    Attributes:
+      request: what was asked.
+      seed: of its random keys.
+      tokens: prompt and output that the host knows.
+      cached: tokens whose keys and values are in the pool once all dispatched steps have run.
+      pending: sampled tokens of dispatched steps that the host has not read yet.
+      target: prefill reaches to here; the step that gets there samples the next token.
+      table: i32[K, P]; the first `pages` columns are blocks, each on the device of its vshard.
+      pages: pages held.
+      row: row in its instance's token history, or -1.
+      delivered: output tokens that went out; they are not sent again when they are made a second time.
+      admitted: order of admission, for choosing whom to send back.
+      finish: why it ended; None while it lives.
+      home: the instance it is in, or None.
+      arrival_s: when it was submitted (time.monotonic).
+    """
+
+    request: Request
+    seed: int
+    tokens: list[int]
+    table: np.ndarray
+    cached: int = 0
+    pending: int = 0
+    target: int = 0
+    pages: int = 0
+    row: int = -1
+    delivered: int = 0
+    admitted: int = -1
+    finish: FinishReason | None = None
+    home: "Instance | None" = None
+    arrival_s: float = dataclasses.field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.columns = sampling_columns(self.request.sampling, self.seed, self.prompt_len)
+        self.stops = frozenset(self.request.stop_token_ids)
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens with those still in flight."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def limit(self) -> int:
+        """Tokens of prompt and output at which it ends."""
+        return self.prompt_len + self.request.max_tokens
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens are left to be prefilled."""
+        return self.cached < self.target
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether another decode step may be dispatched."""
+        return self.finish is None and not self.prefilling and self.length < self.limit
+
+    def start_prefill(self, *, again: bool) -> None:
+        """Prepares for (re)computation from the first token.
+
+        Args:
+          again: make the output anew too, token by token as the first time (it is not sent again).  Keys and values that a prefill step
+            makes differ in the last bits from those of a decode step, which deterministic mode must not let show.
+        """
+        if again:
+            del self.tokens[self.prompt_len :]
+        self.cached = 0
+        self.target = len(self.tokens)
+
+    def accept(self, token: int, max_model_len: int) -> None:
+        """Takes a sampled token in, and ends the sequence where it must end."""
+        if token in self.stops:
+            self.finish = FinishReason.STOP
+            return
+        self.tokens.append(token)
+        if len(self.tokens) >= min(self.limit, max_model_len):
+            self.finish = FinishReason.LENGTH
+
+    def take_undelivered(self) -> tuple[int, ...]:
+        """Output tokens that have not gone out yet; they count as delivered from now on."""
+        new = tuple(self.tokens[self.prompt_len + self.delivered :])
+        self.delivered += len(new)
+        return new
