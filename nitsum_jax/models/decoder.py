@@ -152,7 +152,7 @@ class Attention(nnx.Module):
         for slot, weight in enumerate(self.qkv):
             y = column_parallel(x, weight[...], model.matmul)
             if config.qkv_bias:
-                y = y + self.qkv_bias[slot][...].astype(jnp.float32)
+                y = y + self.qkv_bias[slot][...].astype(jnp.float32)[None, None, :]
             y = y.reshape(*y.shape[:2], -1, config.head_dim)
             slot_q, slot_k, slot_v = jnp.split(y, [cut.q_heads, cut.q_heads + cut.kv_heads], axis=2)
             if config.qk_norm:

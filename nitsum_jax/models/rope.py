@@ -28,7 +28,7 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
 
 def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of `positions[B, T]` for every feature pair: two of f32[B, T, A/2]."""
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(inverse)
+    angles = positions.astype(jnp.float32)[:, :, None] * jnp.asarray(inverse)[None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
