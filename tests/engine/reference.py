@@ -1,0 +1,162 @@
+"""What the engine is compared with: the decoder over whole sequences, without a cache, and the plainest generation loop."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nitsum_jax.models.config import ModelConfig, config_from_hf
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.decoder import TP_AXIS, Decoder, causal_attend
+from nitsum_jax.models.pack import pack
+from nitsum_jax.models.reduction import Ranks
+from tests.golden import tiny_models
+
+Params = dict[tuple[str, int | None], np.ndarray]
+# Sequences of the reference loop are padded to this length, so that one compilation serves them all.
+REFERENCE_LENGTH = 128
+# Each program runs a few times only: what counts is how long it compiles, a third of what it takes otherwise.
+_COMPILE_FAST = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+
+
+class ArraySource:
+    """Tensors in memory, as a checkpoint would give them."""
+
+    def __init__(self, tensors: Mapping[str, np.ndarray]):
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        return self._tensors[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._tensors[name][start:stop]
+
+    def read_columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self._tensors[name][:, start:stop]
+
+
+def tiny_config(variant: str) -> ModelConfig:
+    """The config of a tiny model."""
+    return config_from_hf(tiny_models.VARIANTS[variant], variant)
+
+
+def tiny_params(variant: str, num_vshards: int, dtype: str = "float32") -> tuple[ModelCut, Params]:
+    """A tiny model cut in K vshards: host arrays by parameter name and vshard (None: replicated)."""
+    config = tiny_config(variant)
+    cut = ModelCut.of(config, num_vshards)
+    source = ArraySource(tiny_models.tensors(variant))
+    return cut, {(name, vshard): np.asarray(value) for name, vshard, value in pack(config, cut, source, dtype)}
+
+
+def split_decoder(cut: ModelCut, tp: int) -> tuple[nnx.GraphDef, nnx.State, list[tuple[str, int | None]]]:
+    """Structure and abstract parameters of one rank's part, and of every parameter its name and slot (None: replicated)."""
+
+    def make() -> Decoder:
+        slots = cut.num_vshards // tp
+        return Decoder(cut.config, cut, slots=slots, ranks=Ranks(tp, TP_AXIS), rngs=nnx.Rngs(0))
+
+    graph, state = nnx.split(nnx.eval_shape(make))
+    names: list[tuple[str, int | None]] = []
+    for path, _ in nnx.to_flat_state(state):
+        slotted = isinstance(path[-1], int)
+        names.append((".".join(map(str, path[:-1] if slotted else path)), int(path[-1]) if slotted else None))
+    return graph, state, names
+
+
+def decoder_logits(cut: ModelCut, params: Params, tokens: np.ndarray, tp: int = 1) -> np.ndarray:
+    """Logits f32[B, T, V] of whole sequences i32[B, T] by `Decoder` and `causal_attend` on `tp` devices."""
+    return _Forward(cut, params, tp)(tokens)
+
+
+class _Forward:
+    def __init__(self, cut: ModelCut, params: Params, tp: int):
+        graph, state, names = split_decoder(cut, tp)
+        slots = cut.num_vshards // tp
+        self._mesh = Mesh(np.array(jax.devices()[:tp]), (TP_AXIS,))
+        self._vocab = cut.config.vocab_size
+        leaves, specs = [], []
+        for name, slot in names:
+            # Slot j of rank r holds vshard r * K/TP + j; ranks lie along the leading axis.
+            if slot is None:
+                value, spec = params[name, None], PartitionSpec()
+            else:
+                value = np.concatenate([params[name, rank * slots + slot] for rank in range(tp)])
+                spec = PartitionSpec(TP_AXIS)
+            leaves.append(jax.device_put(value, NamedSharding(self._mesh, spec)))
+            specs.append(spec)
+        self._leaves = tuple(leaves)
+
+        def forward(leaves: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
+            model: Decoder = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
+            x = model(tokens, positions, lambda _, q, k, v: causal_attend(q, k, v))
+            logits = model.logits(x.reshape(-1, x.shape[-1]))
+            return model.ranks.concat_last(logits).reshape(*tokens.shape, -1)
+
+        self._mapped = jax.jit(
+            jax.shard_map(
+                forward,
+                mesh=self._mesh,
+                in_specs=(tuple(specs), PartitionSpec()),
+                out_specs=PartitionSpec(),
+                check_vma=False,
+            )
+        )
+        self._compiled: dict[tuple[int, ...], jax.stages.Compiled] = {}
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        placed = jax.device_put(tokens.astype(np.int32), NamedSharding(self._mesh, PartitionSpec()))
+        if tokens.shape not in self._compiled:
+            lowered = self._mapped.lower(self._leaves, placed)
+            self._compiled[tokens.shape] = lowered.compile(_COMPILE_FAST)
+        return np.asarray(self._compiled[tokens.shape](self._leaves, placed))[..., : self._vocab]
+
+
+@functools.cache
+def _whole_model(variant: str) -> _Forward:
+    return _Forward(*tiny_params(variant, 1), 1)
+
+
+def generate(variant: str, prompts: Sequence[Sequence[int]], max_tokens: int) -> tuple[list[list[int]], float]:
+    """Greedy answers of a tiny model, each token from a forward pass over everything before it.
+
+    Returns:
+      `max_tokens` ids per prompt, and the smallest gap between a best and a second best logit that decided one of them.
+    """
+    model = _whole_model(variant)
+    tokens = np.zeros((len(prompts), REFERENCE_LENGTH), np.int32)
+    ends = np.array([len(prompt) for prompt in prompts])
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    smallest = np.inf
+    for _ in range(max_tokens):
+        last = model(tokens)[np.arange(len(prompts)), ends - 1]
+        best = np.sort(last, axis=-1)[:, -2:]
+        smallest = min(smallest, float((best[:, 1] - best[:, 0]).min()))
+        tokens[np.arange(len(prompts)), ends] = last.argmax(-1)
+        ends += 1
+    answers = [row[end - max_tokens : end].tolist() for row, end in zip(tokens, ends, strict=True)]
+    return answers, smallest
+
+
+def random_prompts(count: int, lengths: tuple[int, int], vocab: int, seed: int) -> list[tuple[int, ...]]:
+    """Prompts of random ids, with lengths from `lengths[0]` to `lengths[1]` inclusive."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(lengths[0], lengths[1] + 1, count)
+    return [tuple(int(token) for token in rng.integers(0, vocab, size)) for size in sizes]
+
+
+def small_differences(actual: Any, expected: Any) -> float:
+    """Largest absolute difference."""
+    return float(np.max(np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))))

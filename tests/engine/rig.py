@@ -1,0 +1,138 @@
+"""Single steps by hand: one program at several degrees of tensor parallelism, over the same weights and the same pool."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nitsum_jax.engine.attention import PoolShape
+from nitsum_jax.engine.cell import matmul_choice
+from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.step import Program, compile_step
+from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.meshes.weight_bank import WeightBank
+from tests.engine.reference import Params, tiny_params
+
+PAGE_SIZE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One sequence of a step.
+
+    Attributes:
+      context: tokens in the pool.
+      tokens: new tokens; one of them for a decode step.
+      sampling: parameters.
+    """
+
+    context: int
+    tokens: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a step left behind.
+
+    Attributes:
+      sampled: i32[B].
+      logits: f32[B, V padded].
+      blocks: `[N, L, 2, W, G/K, A]`; of every block the copy on the device that its vshard lies on.
+      history: the token history.
+    """
+
+    sampled: np.ndarray
+    logits: np.ndarray
+    blocks: np.ndarray
+    history: np.ndarray
+
+
+class StepRig:
+    """A tiny model cut in K vshards, with blocks of its own for every sequence, vshard and page."""
+
+    def __init__(
+        self, variant: str, dtype: str, *, vshards: int = 8, batch: int = 16, max_model_len: int = 320, seed: int = 0
+    ):
+        self.cut, self.params = tiny_params(variant, vshards, dtype)
+        config = self.cut.config
+        one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype)
+        pages = one.pages(max_model_len)
+        pool = dataclasses.replace(one, blocks=batch * vshards * pages + 1)
+        choice = matmul_choice("cpu", dtype)
+        self.program = Program(config, self.cut, dtype, pool, batch, max_model_len, choice)
+        self.vmap = VshardMap(vshards)
+        self.bank = _bank(self.params, self.vmap)
+        rng = np.random.default_rng(seed)
+        self.table = rng.permutation(pool.blocks)[: batch * vshards * pages].reshape(batch, vshards, pages)
+        values = rng.standard_normal((pool.blocks, *pool.block_shape)).astype(np.float32)
+        # Any keys and values will do as a past, so that one step tells about long contexts without the steps before it.
+        self.past = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        self.compiled = functools.cache(self._compile)
+
+    def run(self, rows: Sequence[Row], shape: StepShape, tp: int, past: np.ndarray | None = None) -> Outcome:
+        """One step of an instance on devices 0 to TP-1; the pool of each of them begins as `past`."""
+        mesh = self.mesh(tp)
+        packer = Packer(shape, self.cut.num_vshards, self.program.pages, self.program.max_batch)
+        history = np.zeros(self.program.history_shape, np.int32)
+        for index, row in enumerate(rows):
+            columns = sampling_columns(row.sampling, row.sampling.seed or 0, row.context)
+            if shape.is_decode:
+                history[index, row.context] = row.tokens[0]
+            used = -(-(row.context + len(row.tokens)) // PAGE_SIZE)
+            packer.add(
+                columns,
+                row=index,
+                context=row.context,
+                tokens=None if shape.is_decode else row.tokens,
+                emit=True,
+                table=self.table[index, :, :used],
+            )
+        blocks = np.concatenate([self.past if past is None else past] * tp)
+        pool = jax.device_put(jnp.asarray(blocks), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
+        placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
+        new_pool, new_history, sampled, logits = self.compiled(shape, tp)(
+            self.leaves(tp), pool, placed, packer.done()
+        )
+        by_rank = np.asarray(new_pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
+        merged = by_rank[0].copy()
+        for vshard in range(self.cut.num_vshards):
+            ids = self.table[:, vshard].reshape(-1)
+            merged[ids] = by_rank[vshard * tp // self.cut.num_vshards][ids]
+        return Outcome(np.asarray(sampled), np.asarray(logits), merged, np.asarray(new_history))
+
+    def leaves(self, tp: int) -> tuple[jax.Array, ...]:
+        """Parameters wrapped for devices 0 to TP-1."""
+        wrapped = self.bank.wrap(Instance(tuple(range(tp))))
+        return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(tp))
+
+    def compile_all(self, shapes: Iterable[StepShape], tps: Iterable[int]) -> None:
+        """Compiles the steps of these shapes on two cores."""
+        wanted = list(itertools.product(dict.fromkeys(shapes), tps))
+        with concurrent.futures.ThreadPoolExecutor(2) as threads:
+            for _ in threads.map(lambda what: self.compiled(*what), wanted):
+                pass
+
+    def mesh(self, tp: int) -> Mesh:
+        """The mesh of devices 0 to TP-1."""
+        return instance_mesh(jax.devices(), Instance(tuple(range(tp))), self.vmap)
+
+    def _compile(self, shape: StepShape, tp: int) -> jax.stages.Compiled:
+        return compile_step(self.program, shape, self.mesh(tp), with_logits=True)
+
+
+def _bank(params: Params, vmap: VshardMap) -> WeightBank:
+    bank = WeightBank(jax.devices(), vmap)
+    everything = {device: frozenset(range(vmap.num_vshards)) for device in range(len(jax.devices()))}
+    bank.load(((name, vshard, value) for (name, vshard), value in params.items()), everything)
+    return bank
