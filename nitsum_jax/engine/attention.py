@@ -1,12 +1,14 @@
 """Attention of new tokens over a paged KV pool.
 
 A block is `page_size` tokens of one virtual shard's KV heads with all layers: the pool of a device is
-`[blocks, L, 2, W, G/K, A]`.  Keys and values of the tokens of the present step are not in the pool yet: they are attended to
-directly and written in one go at the end of the step, so that within a step the pool is only read, then written in place.
+`[blocks, L, 2, W, G/K, A]`.  Keys and values of the tokens of the present step are not in the pool yet: they are
+attended to directly and written in one go at the end of the step, so that within a step the pool is only read, then
+written in place.
 
-Old tokens are taken in chunks of a fixed number of pages with a running maximum and sum (online softmax, arXiv 1805.02867).  A chunk that
-lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a row's result depends on its own context alone,
-not on the longest context of the batch, and one executable serves all context lengths.
+Old tokens are taken in chunks of a fixed number of pages with a running maximum and sum (online softmax, arXiv
+1805.02867).  A chunk that lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a
+row's result depends on its own context alone, not on the longest context of the batch, and one executable serves all
+context lengths.
 """
 
 import dataclasses
@@ -27,8 +29,8 @@ class PoolShape:
       page_size: W, tokens per block.
       kv_heads: G/K, KV heads of one virtual shard.
       head_dim: A.
-      dtype: float32 or bfloat16.  bfloat16 lies in the pool as uint16: XLA:CPU widens whole bfloat16 operands of a scatter
-        to float32, which would copy the pool; integers it leaves alone.
+      dtype: float32 or bfloat16.  bfloat16 lies in the pool as uint16: XLA:CPU widens whole bfloat16 operands of a
+        scatter to float32, which would copy the pool; integers it leaves alone.
     """
 
     blocks: int
@@ -110,8 +112,9 @@ def paged_attention(
     batch, length, slots, heads, width = q.shape
     groups = k.shape[3]
     per_group = heads // groups
-    # Sequences, virtual shards and KV heads make one batch axis n of the products.  It is never 1: XLA writes a product without a
-    # batch differently, and rounds it differently, and a shard alone on its device must get the bits it gets in company.
+    # Sequences, virtual shards and KV heads make one batch axis n of the products.  It is never 1: XLA writes a
+    # product without a batch differently, and rounds it differently, and a shard alone on its device must get the bits
+    # it gets in company.
     whole = batch * slots * groups
     copies = 2 if whole == 1 else 1
 
@@ -171,9 +174,9 @@ def paged_attention(
 def exp_nonpositive(x: jax.Array) -> jax.Array:
     """e**x for x <= 0 (-inf included) within 2 units in the last place; below -87 it is 0.
 
-    The exponential of XLA:CPU gives other bits in a large array than in a small one, because one loop is vectorised and the other is not.  How large the
-    arrays of a device are depends on the layout, so the softmax needs one of its own: Cody-Waite reduction and the polynomial of Cephes' expf,
-    made of operations that are rounded alike everywhere.
+    The exponential of XLA:CPU gives other bits in a large array than in a small one, because one loop is vectorised
+    and the other is not.  How large the arrays of a device are depends on the layout, so the softmax needs one of its
+    own: Cody-Waite reduction and the polynomial of Cephes' expf, made of operations that are rounded alike everywhere.
     """
     bounded = jnp.maximum(x, jnp.float32(-87.0))
     power = jnp.floor(bounded * jnp.float32(1.44269504088896341) + jnp.float32(0.5))

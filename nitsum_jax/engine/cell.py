@@ -5,13 +5,15 @@ import logging
 from collections.abc import Callable
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, resolve_dtype
 from nitsum_jax.engine.executables import Executables, Group
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
+from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.step import Program
 from nitsum_jax.engine.transfer import BlockMover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -79,13 +81,49 @@ class Cell:
         """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout."""
         _check(layout, len(self.devices), self.vmap, self.allowed)
 
+    def leaves(self, spec: InstanceSpec) -> tuple[jax.Array, ...]:
+        """The parameters of an instance, wrapped, in the order that its steps take them."""
+        wrapped = self.bank.wrap(spec)
+        return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
+
+    def trial_run(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
+        """Runs a step in which every row is padding, on a pool and a history of its own; does not wait for it.
+
+        The pool is never written and hardly read, so that on a CPU, where memory becomes real when it is touched, it
+        takes none.
+        """
+        spec = InstanceSpec(group)
+        mesh = instance_mesh(self.devices, spec, self.vmap)
+        program = self.program
+        pool, history = empty_arrays(
+            (
+                (program.pool.blocks * spec.tp, *program.pool.block_shape),
+                program.pool.storage_dtype,
+                PartitionSpec("tp"),
+            ),
+            (program.history_shape, jnp.dtype(jnp.int32), PartitionSpec()),
+            mesh=mesh,
+        )
+        packed = Packer(shape, self.vmap.num_vshards, program.pages, program.max_batch).done()
+        return compiled(self.leaves(spec), pool, history, packed)
+
     def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
         """Starts an instance; its devices' pools must be free and its executables ready."""
-        wrapped = self.bank.wrap(spec)
-        leaves = tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
         mesh = instance_mesh(self.devices, spec, self.vmap)
-        executables = self.executables.of(self.group(spec))
-        return Instance(spec, self.program, self.vmap, mesh, leaves, executables, self.pool, on_step)
+        group = self.group(spec)
+
+        def executables() -> dict[StepShape, jax.stages.Compiled]:
+            return self.executables.of(group)
+
+        return Instance(spec, self.program, self.vmap, mesh, self.leaves(spec), executables, self.pool, on_step)
+
+
+def empty_arrays(*what: tuple[tuple[int, ...], jnp.dtype, PartitionSpec], mesh: Mesh) -> tuple[jax.Array, ...]:
+    """Arrays with whatever happens to lie in their memory: (global shape, type, sharding) each."""
+    shardings = tuple(NamedSharding(mesh, spec) for _, _, spec in what)
+    make = jax.jit(lambda: tuple(jax.lax.empty(shape, dtype) for shape, dtype, _ in what), out_shardings=shardings)
+    arrays: tuple[jax.Array, ...] = make()
+    return arrays
 
 
 def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:
@@ -143,7 +181,15 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         return instance_mesh(devices, InstanceSpec(group), vmap)
 
     # Compiling starts before the weights are read: both take seconds, and neither needs the other.
-    executables = Executables(program, (*config.prefill_shapes(), *config.decode_shapes()), mesh_of, on_ready)
+    prefill, decode = config.prefill_shapes(), config.decode_shapes()
+    executables = Executables(
+        program,
+        (*prefill, *decode),
+        mesh_of,
+        on_ready,
+        essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
+        trials=platform == "cpu",
+    )
     executables.want([vmap.ordered(spec.devices) for spec in first.instances])
     bank = WeightBank(devices, vmap)
     residency = {index: frozenset(vmap.resident(index, [min_tp])) for index in range(len(devices))}
@@ -156,14 +202,16 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     else:
         bank.load(model.weights(cut, dtype), residency)
     pool = KvPool(devices, memory.pool)
-    return Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), executables, allowed, first)
+    cell = Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), executables, allowed, first)
+    executables.provide(cell.trial_run)
+    return cell
 
 
 def matmul_choice(platform: str, dtype: str) -> MatmulChoice:
     """The forms of matrix products that benchmarks/matmul_forms.py finds fastest.
 
-    A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend on what else ran
-    on the machine at start-up.
+    A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend
+    on what else ran on the machine at start-up.
     """
     if platform == "cpu" and dtype == "bfloat16":
         return MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT)
@@ -175,7 +223,8 @@ def _max_model_len(model: ModelConfig, wanted: int | None) -> int:
         return model.max_context
     if wanted > model.max_context:
         raise InvalidInputError(
-            f"max_model_len={wanted} is more than the model's context of {model.max_context} tokens: lower --max_model_len"
+            f"max_model_len={wanted} is more than the model's context of {model.max_context} tokens: "
+            "lower --max_model_len"
         )
     return wanted
 
@@ -204,7 +253,7 @@ def _check(layout: Layout, devices: int, vmap: VshardMap, allowed: tuple[Layout,
     for spec in layout.instances:
         if spec.role is not Role.MIXED:
             raise PreconditionError(
-                f"{spec} has a role, and this server runs prefill and decode in the same instances: leave :{spec.role} out"
+                f"{spec} has a role, and here every instance both prefills and decodes: leave :{spec.role} out"
             )
     if allowed is not None and layout not in allowed:
         names = "; ".join(map(str, allowed))

@@ -75,8 +75,8 @@ class EngineConfig:
 def resolve_dtype(name: str, platform: str) -> str:
     """What "auto" means on a platform ("cpu", "gpu", "tpu").
 
-    On a CPU bfloat16 halves the bytes of a step, but only with instructions for it is the product fast: without them it is
-    many times slower than float32.
+    On a CPU bfloat16 halves the bytes of a step, but only with instructions for it is the product fast: without them
+    it is many times slower than float32.
     """
     if name != "auto":
         return name

@@ -73,6 +73,7 @@ class Engine:
         self.device_names = tuple(str(device) for device in self._cell.devices)
         first = self._cell.groups(self._cell.first)
         self._cell.executables.wait(first)
+        self._cell.executables.serve()
         self._loop = Loop(self._cell, waiting, sink, deterministic=config.deterministic)
         for layout in self._cell.known_layouts():
             self._cell.executables.want(self._cell.groups(layout), _LIKELY)
@@ -123,9 +124,7 @@ class Engine:
     def ready_layouts(self) -> tuple[str, ...]:
         """Known layouts whose executables are compiled: a switch to them starts at once."""
         ready = self._cell.executables.ready
-        return tuple(
-            str(layout) for layout in self._cell.known_layouts() if all(map(ready, self._cell.groups(layout)))
-        )
+        return tuple(str(layout) for layout in self._cell.known_layouts() if all(map(ready, self._cell.groups(layout))))
 
     def wait_for_layouts(self, layouts: Sequence[str | Layout] | None = None) -> None:
         """Blocks until the executables of these layouts (all known ones if None) are compiled."""
@@ -134,7 +133,7 @@ class Engine:
         for layout in wanted:
             groups = self._cell.groups(parse_layout(layout, count) if isinstance(layout, str) else layout)
             self._cell.executables.want(groups, 1)
-            self._cell.executables.wait(groups)
+            self._cell.executables.wait(groups, everything=True)
 
     def stats(self) -> EngineStats:
         """Counters and gauges now."""
@@ -207,8 +206,8 @@ class Engine:
         pool = max(instance.total_pages() for instance in self._running.instances) * self.config.page_size
         if tokens > pool:
             raise PreconditionError(
-                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: shorten them, "
-                "choose a layout of higher TP, or restart with a larger --kv_cache_gib"
+                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "
+                "shorten them, choose a layout of higher TP, or restart with a larger --kv_cache_gib"
             )
 
 

@@ -5,14 +5,15 @@ import heapq
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from nitsum_jax.engine.packing import StepShape
-from nitsum_jax.engine.rebind import Blueprint, can_rebind
+from nitsum_jax.engine.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.step import Program, compile_step
+from nitsum_jax.engine.step_store import StepStore
 
 _LOG = logging.getLogger(__name__)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -20,16 +21,24 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 Group = tuple[int, ...]
 
 
+# Runs an executable once with inputs that change nothing, and returns what it returned (without waiting for it).
+TrialRun = Callable[[Group, StepShape, jax.stages.Compiled], object]
+
+
 @dataclasses.dataclass(order=True)
 class _Job:
+    """Something for a thread to do: compile, try, or wait for the outputs of a trial run that the engine launched."""
+
     priority: int
     order: int
     group: Group = dataclasses.field(compare=False)
     shape: StepShape = dataclasses.field(compare=False)
+    compiled: jax.stages.Compiled | None = dataclasses.field(compare=False, default=None)
+    outputs: object = dataclasses.field(compare=False, default=None)
 
 
 class CompileCounter:
-    """Counts what XLA compiles in this process, by JAX's monitoring events (a hit of the persistent cache counts too)."""
+    """Counts what XLA compiles in this process, by JAX's monitoring events; hits of the persistent cache count too."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -42,7 +51,8 @@ class CompileCounter:
         with self._lock:
             return self._count
 
-    def _listen(self, event: str, duration: float, **_: object) -> None:
+    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
         if event == _COMPILE_EVENT:
             with self._lock:
                 self._count += 1
@@ -63,6 +73,11 @@ class Executables:
     """Compiles steps per device group and bucket, and tells when a group has all that it needs.
 
     A group is an instance's devices in rank order.  Thread-safe.
+
+    Where the first run of an executable is slow (XLA:CPU plans its matrix products then, most of a second for a model
+    of 30 layers), each is tried once before its group counts as ready.  Programs with collectives may be launched by
+    one thread only as soon as there are others on the same devices: once `serve` was called, trials of groups of
+    several devices wait for `launch_trial`, for the engine's thread.
     """
 
     def __init__(
@@ -71,6 +86,9 @@ class Executables:
         shapes: Sequence[StepShape],
         mesh_of: Callable[[Group], Mesh],
         on_ready: Callable[[], None],
+        *,
+        essential: Collection[StepShape] = (),
+        trials: bool = False,
         threads: int = 2,
     ):
         """Starts the compiling threads.
@@ -79,11 +97,15 @@ class Executables:
           program: what the steps compute.
           shapes: buckets that a group needs.
           mesh_of: makes the mesh of a group.
-          on_ready: called on a compiling thread whenever a group has become ready or has failed.
+          on_ready: called on a compiling thread whenever a group has become ready or has failed, or a trial awaits its
+            launch.
+          essential: buckets with which a group can already serve everything, if not always fast; all if empty.
+          trials: whether executables are tried before they are used; they wait for `provide`.
           threads: how many compile at a time.
         """
         self._program = program
-        self._shapes = tuple(shapes)
+        self._essential = frozenset(essential or shapes)
+        self._shapes = tuple(sorted(shapes, key=lambda shape: shape not in self._essential))
         self._mesh_of = mesh_of
         self._on_ready = on_ready
         self._changed = threading.Condition()
@@ -91,8 +113,14 @@ class Executables:
         self._order = itertools.count()
         self._asked: dict[tuple[Group, StepShape], int] = {}
         self._done: dict[Group, dict[StepShape, jax.stages.Compiled]] = {}
+        self._trials = trials
+        self._trial_run: TrialRun | None = None
+        self._trial_lock = threading.Lock()
+        self._serving = False
+        self._parked: list[_Job] = []
         self._failed: dict[Group, str] = {}
         self._blueprints: dict[tuple[int, StepShape], Blueprint] = {}
+        self._store = StepStore.beside_jax_cache()
         self._compiling: set[tuple[int, StepShape]] = set()
         self._closed = False
         self._threads = [
@@ -125,12 +153,12 @@ class Executables:
             return self._failed.get(group)
 
     def of(self, group: Group) -> dict[StepShape, jax.stages.Compiled]:
-        """The executables of a ready group."""
+        """The executables of a group that there are by now."""
         with self._changed:
             return dict(self._done[group])
 
-    def wait(self, groups: Sequence[Group]) -> None:
-        """Blocks until these groups are ready.
+    def wait(self, groups: Sequence[Group], *, everything: bool = False) -> None:
+        """Blocks until these groups can serve, that is, their essential buckets (or all of them) are ready.
 
         Raises:
           RuntimeError: one of them does not compile.
@@ -140,9 +168,40 @@ class Executables:
                 for group in groups:
                     if group in self._failed:
                         raise RuntimeError(f"the steps of devices {group} do not compile: {self._failed[group]}")
-                if all(self._is_ready(group) for group in groups):
+                needed = frozenset(self._shapes) if everything else self._essential
+                if all(needed <= self._done.get(group, {}).keys() for group in groups):
                     return
                 self._changed.wait()
+
+    def provide(self, trial_run: TrialRun) -> None:
+        """Says how to try executables: possible when the weights are there."""
+        with self._changed:
+            self._trial_run = trial_run
+            self._changed.notify_all()
+
+    def serve(self) -> None:
+        """From now on, programs with collectives are launched by the engine's thread alone."""
+        with self._trial_lock, self._changed:
+            self._serving = True
+
+    def launch_trial(self, groups: Collection[Group] | None) -> None:
+        """Launches one trial that waits for the engine's thread, without waiting for its end.
+
+        Args:
+          groups: only of these groups; None: of any, the engine has nothing better to do.
+        """
+        with self._changed:
+            fitting = [job for job in self._parked if groups is None or job.group in groups]
+            if not fitting or self._trial_run is None:
+                return
+            job = min(fitting)
+            self._parked.remove(job)
+            run = self._trial_run
+        assert job.compiled is not None
+        job.outputs = run(job.group, job.shape, job.compiled)
+        with self._changed:
+            heapq.heappush(self._jobs, dataclasses.replace(job, priority=-1))
+            self._changed.notify_all()
 
     def close(self) -> None:
         """Stops compiling; what is being compiled is finished and thrown away."""
@@ -157,9 +216,11 @@ class Executables:
         return len(self._done.get(group, {})) == len(self._shapes)
 
     def _make(self, job: _Job) -> jax.stages.Compiled:
-        """Compiles a step, or loads what was compiled for another group of the same size."""
+        """Compiles a step, or loads what was compiled for another group of the same size or by an earlier start."""
         mesh = self._mesh_of(job.group)
         devices = list(mesh.devices.flat)
+        if not self._portable(devices[0]):
+            return compile_step(self._program, job.shape, mesh)
         key = (len(devices), job.shape)
         with self._changed:
             while key in self._compiling:  # another thread compiles the same for its group
@@ -168,56 +229,99 @@ class Executables:
             if blueprint is None:
                 self._compiling.add(key)
         if blueprint is not None:
-            try:
-                return blueprint.load(devices)
-            except Exception as error:  # what worked for the probe may not work for a real step
-                _LOG.info("devices %s compile %s for themselves: %s", job.group, job.shape, error)
-                return compile_step(self._program, job.shape, mesh)
+            return self._load(blueprint, job, mesh)
         try:
-            compiled = compile_step(self._program, job.shape, mesh)
-            blueprint = self._blueprint(compiled, devices)
+            blueprint = self._store.get(self._program, job.shape, devices[0], len(devices))
+            if blueprint is not None:
+                return self._load(blueprint, job, mesh)
+            with without_jax_cache():
+                compiled = compile_step(self._program, job.shape, mesh)
+            blueprint = Blueprint(compiled, devices)
+            self._store.put(self._program, job.shape, devices[0], len(devices), blueprint)
+            return compiled
         finally:
             with self._changed:
                 self._compiling.discard(key)
                 if blueprint is not None:
                     self._blueprints[key] = blueprint
                 self._changed.notify_all()
-        return compiled
 
-    def _blueprint(self, compiled: jax.stages.Compiled, devices: list[jax.Device]) -> Blueprint | None:
-        others = [device for device in devices[0].client.local_devices() if device != devices[0]]
-        if not others or not can_rebind(devices[0], others[0]):
-            return None
+    def _load(self, blueprint: Blueprint, job: _Job, mesh: Mesh) -> jax.stages.Compiled:
         try:
-            return Blueprint(compiled, devices)
-        except Exception as error:  # not serialisable on this platform
-            _LOG.info("executables are compiled per device group: %s", error)
-            return None
+            return blueprint.load(list(mesh.devices.flat))
+        except Exception as error:  # what worked for the probe may not work for a real step
+            _LOG.warning("devices %s compile %s for themselves: %s", job.group, job.shape, error)
+            return compile_step(self._program, job.shape, mesh)
+
+    def _portable(self, device: jax.Device) -> bool:
+        others = [other for other in device.client.local_devices() if other != device]
+        return can_rebind(device, others[0] if others else device)
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._jobs and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return
-                job = heapq.heappop(self._jobs)
-                if self._asked.get((job.group, job.shape)) != job.priority:
-                    continue  # asked for again with more haste; that entry came first
-                self._asked[(job.group, job.shape)] = -1  # taken: cannot be hastened any more
+        while (job := self._next()) is not None:
             error = None
-            compiled = None
+            finished = None
             try:
-                compiled = self._make(job)
+                if job.compiled is None:
+                    job.compiled = self._make(job)
+                    finished = self._after_compiling(job)
+                else:
+                    finished = self._try(job)
             except Exception as caught:  # whatever XLA throws must not end the thread
-                _LOG.exception("compiling %s for devices %s failed", job.shape, job.group)
+                _LOG.exception("%s for devices %s failed", job.shape, job.group)
                 error = f"{type(caught).__name__}: {caught}".splitlines()[0]
             with self._changed:
-                if compiled is not None:
-                    self._done.setdefault(job.group, {})[job.shape] = compiled
+                if finished is not None:
+                    self._done.setdefault(job.group, {})[job.shape] = finished
                 elif error is not None:
                     self._failed[job.group] = error
-                tell = error is not None or self._is_ready(job.group)
+                tell = error is not None or self._is_ready(job.group) or bool(self._parked)
                 self._changed.notify_all()
             if tell and not self._closed:
                 self._on_ready()
+
+    def _next(self) -> _Job | None:
+        """The next thing to do, None at the end."""
+        with self._changed:
+            while True:
+                if self._closed:
+                    return None
+                if self._jobs:
+                    job = heapq.heappop(self._jobs)
+                    if job.compiled is not None:
+                        return job
+                    if self._asked.get((job.group, job.shape)) == job.priority:
+                        self._asked[(job.group, job.shape)] = -1  # taken: cannot be hastened any more
+                        return job
+                    continue  # asked for again with more haste; that entry came first
+                self._changed.wait()
+
+    def _after_compiling(self, job: _Job) -> jax.stages.Compiled | None:
+        if not self._trials:
+            return job.compiled
+        with self._changed:
+            heapq.heappush(self._jobs, dataclasses.replace(job, order=next(self._order)))
+            self._changed.notify_all()
+        return None
+
+    def _try(self, job: _Job) -> jax.stages.Compiled | None:
+        assert job.compiled is not None
+        if job.outputs is not None:
+            jax.block_until_ready(job.outputs)
+            return job.compiled
+        with self._changed:
+            while self._trial_run is None and not self._closed:
+                self._changed.wait()
+            run = self._trial_run
+        if run is None:
+            return None
+        if len(job.group) == 1:
+            jax.block_until_ready(run(job.group, job.shape, job.compiled))
+            return job.compiled
+        with self._trial_lock:
+            if not self._serving:
+                jax.block_until_ready(run(job.group, job.shape, job.compiled))
+                return job.compiled
+        with self._changed:
+            self._parked.append(job)
+        return None

@@ -1,7 +1,8 @@
 """One instance: a group of devices that runs one batch loop.
 
-The engine's thread decides and dispatches; a reader thread per instance waits for results, so that nothing waits on the host.  Up to two
-steps are in flight: step n+1 takes its tokens from the device before step n's tokens were read back.
+The engine's thread decides and dispatches; a reader thread per instance waits for results, so that nothing waits on
+the host.  Up to two steps are in flight: step n+1 takes its tokens from the device before step n's tokens were read
+back.
 """
 
 import collections
@@ -45,7 +46,7 @@ class Instance:
         vmap: VshardMap,
         mesh: Mesh,
         leaves: tuple[jax.Array, ...],
-        executables: Mapping[StepShape, jax.stages.Compiled],
+        executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
         on_step: Callable[["Instance", Step], None],
     ):
@@ -57,7 +58,7 @@ class Instance:
           vmap: where vshards lie.
           mesh: its devices in rank order.
           leaves: wrapped parameters in the order of `Program.parameters`.
-          executables: one per bucket.
+          executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
           on_step: called on the reader thread with every finished step.
         """
@@ -68,13 +69,12 @@ class Instance:
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
         self.in_flight = 0
+        self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
         self._mesh = mesh
         self._leaves = leaves
         self._executables = executables
-        self._decode = sorted(shape for shape in executables if shape.is_decode)
-        self._prefill = sorted(shape for shape in executables if not shape.is_decode)
         self._pool = pool
         self._array = pool.lend(mesh, self.order)
         self._slots = collections.Counter(self.device_of)
@@ -172,12 +172,13 @@ class Instance:
         """Starts the next step, if there is one and fewer than two are in flight.
 
         Args:
-          make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
+          make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence
+            itself had to go.
 
         Returns:
           Whether a step was started.
         """
-        if self.in_flight >= MAX_IN_FLIGHT:
+        if self.in_flight >= MAX_IN_FLIGHT or self.broken:
             return False
         sequence = self.next_prefill()
         if sequence is not None:
@@ -189,11 +190,11 @@ class Instance:
     def _decodable(self) -> list[Sequence]:
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
-    def _dispatch_prefill(
-        self, sequence: Sequence, make_room: Callable[["Instance", Sequence, int], bool]
-    ) -> bool:
+    def _dispatch_prefill(self, sequence: Sequence, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
         left = sequence.target - sequence.cached
-        shape = next((shape for shape in self._prefill if shape.tokens >= left), self._prefill[-1])
+        executables = self._executables()
+        buckets = sorted(shape for shape in executables if not shape.is_decode)
+        shape = next((shape for shape in buckets if shape.tokens >= left), buckets[-1])
         count = min(left, shape.tokens)
         if not make_room(self, sequence, sequence.cached + count):
             return True  # something changed: look again
@@ -204,7 +205,7 @@ class Instance:
         if last:
             sequence.pending += 1
             self.prefills.remove(sequence)
-        self._start(shape, packer, [sequence], [last])
+        self._start(shape, executables[shape], packer, [sequence], [last])
         return True
 
     def _dispatch_decode(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
@@ -216,13 +217,14 @@ class Instance:
         chosen = [sequence for sequence in chosen if sequence.row >= 0]
         if not chosen:
             return False
-        shape = next(shape for shape in self._decode if shape.batch >= len(chosen))
+        executables = self._executables()
+        shape = min(shape for shape in executables if shape.is_decode and shape.batch >= len(chosen))
         packer = self._packer(shape)
         for sequence in chosen:
             self._add(packer, sequence, None, emit=True)
             sequence.cached += 1
             sequence.pending += 1
-        self._start(shape, packer, chosen, [True] * len(chosen))
+        self._start(shape, executables[shape], packer, chosen, [True] * len(chosen))
         return True
 
     def _packer(self, shape: StepShape) -> Packer:
@@ -238,11 +240,16 @@ class Instance:
             table=sequence.table[:, : sequence.pages],
         )
 
-    def _start(self, shape: StepShape, packer: Packer, sequences: list[Sequence], emits: list[bool]) -> None:
+    def _start(
+        self,
+        shape: StepShape,
+        executable: jax.stages.Compiled,
+        packer: Packer,
+        sequences: list[Sequence],
+        emits: list[bool],
+    ) -> None:
         step = Step(shape, sequences, emits)
-        self._array, self._history, tokens = self._executables[shape](
-            self._leaves, self._array, self._history, packer.done()
-        )
+        self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
         tokens.copy_to_host_async()
         self.in_flight += 1
         self.steps += 1
@@ -270,6 +277,7 @@ class Instance:
             self._pool.renew(device)
         self._array = self._pool.lend(self._mesh, self.order)
         self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self.broken = False
 
     def close(self) -> None:
         """Ends the reader thread."""

@@ -46,8 +46,8 @@ class BlockAllocator:
 class KvPool:
     """One pool array and one allocator per device.
 
-    The arrays are lent to the instances, whose steps donate them and get new ones: `lend` wraps the arrays of an instance's devices in one
-    global array without a copy, and `take_back` unwraps it.
+    The arrays are lent to the instances, whose steps donate them and get new ones: `lend` wraps the arrays of an
+    instance's devices in one global array without a copy, and `take_back` unwraps it.
     """
 
     def __init__(self, devices: Sequence[jax.Device], shape: PoolShape):

@@ -1,7 +1,8 @@
 """The engine's own thread: admits, dispatches, takes results in, and switches layouts.
 
-One thread owns all state.  Others post events to it: new requests, cancellations, finished steps, finished compilations, layout switches.  Programs are
-launched by this thread alone, hence in one order on all devices, so collectives of different instances cannot deadlock.
+One thread owns all state.  Others post events to it: new requests, cancellations, finished steps, finished
+compilations, layout switches.  Programs are launched by this thread alone, hence in one order on all devices, so
+collectives of different instances cannot deadlock.
 """
 
 import collections
@@ -95,6 +96,7 @@ class Loop:
             seed if seed is not None else secrets.randbelow(MAX_SEED + 1),
             list(request.prompt_ids),
             np.zeros((self.cell.vmap.num_vshards, self.cell.program.pages), np.int32),
+            min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
         )
         with self.lock:
             if request.id in self.alive:
@@ -158,6 +160,14 @@ class Loop:
                 while instance.dispatch(self._make_room):
                     pass
         self._flush()
+        self._launch_trials()
+
+    def _launch_trials(self) -> None:
+        """Lets executables run for the first time, when no request is alive or a switch waits for them."""
+        if self._switches:
+            self.cell.executables.launch_trial(self.cell.groups(self._switches[0].layout))
+        elif not self.alive:
+            self.cell.executables.launch_trial(None)
 
     def _flush(self) -> None:
         if self._deltas:
@@ -184,7 +194,7 @@ class Loop:
             if not fitting:
                 return
             instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
-            self._drop_from_queue(sequence)
+            self._admit_from_queue(sequence)
             sequence.start_prefill(again=self._deterministic)
             if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
                 raise AssertionError("pages were counted as free and are not")
@@ -195,7 +205,6 @@ class Loop:
     def _pages_at_admission(self, sequence: Sequence) -> int:
         # In deterministic mode nobody may be sent back for want of blocks.
         tokens = sequence.limit if self._deterministic else len(sequence.tokens) + 1
-        tokens = min(tokens, self.cell.program.max_model_len)
         return -(-tokens // self.cell.program.pool.page_size)
 
     def _next_waiting(self) -> Sequence | None:
@@ -204,6 +213,13 @@ class Loop:
         with self.lock:
             name = self._waiting.peek(time.monotonic())
             return None if name is None else self.alive[name]
+
+    def _admit_from_queue(self, sequence: Sequence) -> None:
+        if self._returned and self._returned[0] is sequence:
+            self._returned.popleft()
+            return
+        with self.lock:
+            self._waiting.admit(sequence.request.id, time.monotonic())
 
     def _drop_from_queue(self, sequence: Sequence) -> None:
         if sequence in self._returned:
@@ -247,24 +263,26 @@ class Loop:
             self._fail(instance, step.error)
             return
         now = time.monotonic()
-        for sequence, emits, token in zip(step.sequences, step.emits, step.tokens.tolist(), strict=False):
+        tokens = step.tokens[: len(step.sequences)].tolist()  # what is behind belongs to padding
+        for sequence, emits, token in zip(step.sequences, step.emits, tokens, strict=True):
             if not emits:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
-            sequence.accept(token, self.cell.program.max_model_len)
+            finish = sequence.accept(token)
             new = sequence.take_undelivered()
             self.counters.tokens += len(new)
-            if sequence.finish is not None:
+            if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
                 self._await_again(sequence)  # sent back while this step ran
-            if new or sequence.finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, sequence.finish))
+            if new or finish is not None:
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
 
     def _fail(self, instance: Instance, error: Exception | None) -> None:
         """A step failed: its sequences end with an error, and the instance goes on with a fresh pool."""
+        instance.broken = True
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, error)
         for sequence in list(instance.rows.values()):
             self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")

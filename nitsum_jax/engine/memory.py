@@ -89,15 +89,15 @@ def plan_memory(
         left = (free - allocated) // devices - workspace if platform == "cpu" else free - weights - workspace
         if left <= 0:
             raise PreconditionError(
-                f"{_gib(weights)} GiB of weights and {_gib(workspace)} GiB of workspace do not fit in {_gib(free)} GiB: use "
-                "more devices, a smaller model, --dtype=bfloat16 or a smaller --max_batch"
+                f"{_gib(weights)} GiB of weights and {_gib(workspace)} GiB of workspace do not fit in {_gib(free)} "
+                "GiB: use more devices, a smaller model, --dtype=bfloat16 or a smaller --max_batch"
             )
     if kv_cache_gib is not None:
         size = int(kv_cache_gib * _GIB)
         if left is not None and size > left:
             raise PreconditionError(
-                f"a KV cache of {kv_cache_gib:g} GiB per device does not fit: {_gib(max(0, left))} GiB are left per device "
-                "beside weights and workspace; lower --kv_cache_gib"
+                f"a KV cache of {kv_cache_gib:g} GiB per device does not fit: {_gib(max(0, left))} GiB are left per "
+                "device beside weights and workspace; lower --kv_cache_gib"
             )
     else:
         size = useful if left is None else min(useful, int(left * _SHARE.get(platform, _DEFAULT_SHARE)))
@@ -107,8 +107,8 @@ def plan_memory(
     smallest = one.chunk_pages * page
     if blocks * one.block_bytes < smallest:
         raise PreconditionError(
-            f"a KV cache of {_gib(size)} GiB per device is too small: it must hold {one.chunk_pages * page_size} tokens, "
-            f"{_gib(smallest)} GiB; raise --kv_cache_gib"
+            f"a KV cache of {_gib(size)} GiB per device is too small: it must hold {one.chunk_pages * page_size} "
+            f"tokens, {_gib(smallest)} GiB; raise --kv_cache_gib"
         )
     pool = dataclasses.replace(one, blocks=blocks)
     tokens = blocks // cut.num_vshards * page_size
@@ -116,7 +116,11 @@ def plan_memory(
         [
             f"memory per device: weights {_gib(weights)} GiB, KV cache {_gib(blocks * one.block_bytes)} GiB "
             f"({tokens} tokens at TP 1, {dtype}, pages of {page_size}), workspace about {_gib(workspace)} GiB"
-            + ("" if free is None else f"; free before: {_gib(free)} GiB{' for all devices' if platform == 'cpu' else ''}"),
+            + (
+                ""
+                if free is None
+                else f"; free before: {_gib(free)} GiB{' for all devices' if platform == 'cpu' else ''}"
+            ),
             f"cut: {cut.describe()}",
         ]
     )

@@ -49,13 +49,14 @@ def moved_shards(old: Seq[int], new: Seq[int]) -> int:
 def plan_moves(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> Moves:
     """Assigns sequences to instances and takes the blocks that they need there.
 
-    Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not fuller than
-    balance allows: an instance takes its share by TP of all sequences, rounded up.
+    Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
+    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.
 
     Args:
       sequences: with the device of every vshard that they lie on now.
       hosts: the new instances.
-      pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until `freed` is given back.
+      pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
+        `freed` is given back.
 
     Returns:
       What to copy and to free.  A sequence without room keeps its old table.

@@ -1,6 +1,7 @@
 """The host's inputs of a step, packed in one integer array so that they cost one transfer.
 
-A row of the array is one sequence of the batch: fixed columns, then its T new tokens, then its block table, K x P.  Floats travel as their bits.
+A row of the array is one sequence of the batch: fixed columns, then its T new tokens, then its block table, K x P.
+Floats travel as their bits.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class StepInputs(NamedTuple):
     Attributes:
       row: i32[B], the sequence's row in the token history; the last row is a dummy for padding.
       context: i32[B], tokens already in the pool.
-      count: i32[B], new tokens of this step that are real (0 for padding).
+      new_tokens: i32[B], new tokens of this step that are real (0 for padding).
       emit: bool[B], whether the step samples the token that follows.
       prompt_len: i32[B].
       seed: u32[B].
@@ -49,7 +50,7 @@ class StepInputs(NamedTuple):
 
     row: jax.Array
     context: jax.Array
-    count: jax.Array
+    new_tokens: jax.Array
     emit: jax.Array
     prompt_len: jax.Array
     seed: jax.Array
@@ -70,7 +71,7 @@ def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> Ste
     return StepInputs(
         row=packed[:, _ROW],
         context=packed[:, _CONTEXT],
-        count=packed[:, _COUNT],
+        new_tokens=packed[:, _COUNT],
         emit=packed[:, _EMIT] > 0,
         prompt_len=packed[:, _PROMPT_LEN],
         seed=jax.lax.bitcast_convert_type(packed[:, _SEED], jnp.uint32),

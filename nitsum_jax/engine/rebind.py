@@ -1,14 +1,16 @@
 """One compilation for all groups of equal devices.
 
-XLA binds an executable to the devices that it was compiled for, and JAX's persistent cache keeps one entry per group.  The groups of a cell are alike, so here an
-executable is serialised once and loaded again with another assignment of devices.  This needs internals of JAX; `can_rebind` tries it on a tiny
-program of the same kind first, and where it does not work every group is compiled for itself.
+XLA binds an executable to the devices that it was compiled for, and JAX's persistent cache keeps one entry per group.
+The groups of a cell are alike, so here an executable is serialised once and loaded again with another assignment of
+devices.  This needs internals of JAX; `can_rebind` tries it on a tiny program of the same kind first, and where it
+does not work every group is compiled for itself.
 """
 
+import contextlib
 import functools
 import io
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,15 +28,24 @@ class Blueprint:
     def __init__(self, compiled: jax.stages.Compiled, devices: Sequence[jax.Device]):
         """Serialises an executable that was compiled for `devices` (in mesh order)."""
         self._data, self._in_tree, self._out_tree = serialize_executable.serialize(compiled)
-        self._devices = tuple(devices)
+        self._ids = tuple(device.id for device in devices)
 
     def load(self, devices: Sequence[jax.Device]) -> jax.stages.Compiled:
         """The same executable for other devices, as many and of the same kind."""
-        unpickler = _unpickler(self._data, self._devices, tuple(devices))
+        unpickler = _unpickler(self._data, self._ids, tuple(devices))
         executable, arguments, no_kwargs = unpickler.load()
         return jax.stages.Compiled(
             executable.load(), [], self._in_tree.unflatten(arguments), self._out_tree, no_kwargs=no_kwargs
         )
+
+
+@contextlib.contextmanager
+def without_jax_cache() -> Iterator[None]:
+    """Compiles on this thread pass by JAX's persistent cache: on a CPU, what comes out of it cannot be serialised."""
+    from jax._src import config
+
+    with config.enable_compilation_cache(False):
+        yield
 
 
 @functools.cache
@@ -55,7 +66,8 @@ def _probe(first: jax.Device, second: jax.Device) -> np.ndarray:
     mesh = Mesh(np.array([first]), ("tp",))
     mapped = jax.shard_map(lambda x: x * jnp.float32(2), mesh=mesh, in_specs=spec, out_specs=spec)
     shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, spec))
-    compiled = jax.jit(mapped, donate_argnums=0).lower(shape).compile()
+    with without_jax_cache():
+        compiled = jax.jit(mapped, donate_argnums=0).lower(shape).compile()
     loaded = Blueprint(compiled, [first]).load([second])
     there = NamedSharding(Mesh(np.array([second]), ("tp",)), spec)
     result = loaded(jax.device_put(np.arange(4, dtype=np.float32), there))
@@ -64,15 +76,15 @@ def _probe(first: jax.Device, second: jax.Device) -> np.ndarray:
     return np.asarray(result)
 
 
-def _unpickler(data: bytes, before: tuple[jax.Device, ...], after: tuple[jax.Device, ...]) -> Any:
+def _unpickler(data: bytes, before: tuple[int, ...], after: tuple[jax.Device, ...]) -> Any:
     from jax._src import compiler
 
     class Unpickler(serialize_executable._JaxPjrtUnpickler):
-        """Puts devices `after` where the executable says `before`."""
+        """Puts devices `after` where the executable has those with the ids `before`."""
 
         def __init__(self) -> None:
             super().__init__(io.BytesIO(data), after[0].client, list(after))
-            self.devices_by_id = {old.id: new for old, new in zip(before, after, strict=True)}
+            self.devices_by_id = dict(zip(before, after, strict=True))
 
         def persistent_load(self, pid: tuple[Any, ...]) -> Any:
             if pid[0] != "exec":

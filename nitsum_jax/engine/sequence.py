@@ -21,6 +21,7 @@ class Sequence:
       request: what was asked.
       seed: of its random keys.
       tokens: prompt and output that the host knows.
+      limit: tokens of prompt and output at which it ends.
       cached: tokens whose keys and values are in the pool once all dispatched steps have run.
       pending: sampled tokens of dispatched steps that the host has not read yet.
       target: prefill reaches to here; the step that gets there samples the next token.
@@ -38,6 +39,7 @@ class Sequence:
     seed: int
     tokens: list[int]
     table: np.ndarray
+    limit: int
     cached: int = 0
     pending: int = 0
     target: int = 0
@@ -64,11 +66,6 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
-    def limit(self) -> int:
-        """Tokens of prompt and output at which it ends."""
-        return self.prompt_len + self.request.max_tokens
-
-    @property
     def prefilling(self) -> bool:
         """Whether tokens are left to be prefilled."""
         return self.cached < self.target
@@ -82,22 +79,24 @@ class Sequence:
         """Prepares for (re)computation from the first token.
 
         Args:
-          again: make the output anew too, token by token as the first time (it is not sent again).  Keys and values that a prefill step
-            makes differ in the last bits from those of a decode step, which deterministic mode must not let show.
+          again: make the output anew too, token by token as the first time (it is not sent again).  Keys and values
+            that a prefill step makes differ in the last bits from those of a decode step, which deterministic mode
+            must not let show.
         """
         if again:
             del self.tokens[self.prompt_len :]
         self.cached = 0
         self.target = len(self.tokens)
 
-    def accept(self, token: int, max_model_len: int) -> None:
-        """Takes a sampled token in, and ends the sequence where it must end."""
+    def accept(self, token: int) -> FinishReason | None:
+        """Takes a sampled token in; ends the sequence where it must end, and returns why."""
         if token in self.stops:
             self.finish = FinishReason.STOP
-            return
-        self.tokens.append(token)
-        if len(self.tokens) >= min(self.limit, max_model_len):
-            self.finish = FinishReason.LENGTH
+        else:
+            self.tokens.append(token)
+            if len(self.tokens) >= self.limit:
+                self.finish = FinishReason.LENGTH
+        return self.finish
 
     def take_undelivered(self) -> tuple[int, ...]:
         """Output tokens that have not gone out yet; they count as delivered from now on."""

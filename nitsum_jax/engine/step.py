@@ -1,4 +1,4 @@
-"""One step of an instance as a pure function: new tokens through the model, the KV pool, and the next token of every row."""
+"""One step of an instance as a pure function: tokens in, the KV pool updated, the next token of every row out."""
 
 import dataclasses
 import functools
@@ -88,7 +88,7 @@ def _parameters(program: Program, tp: int) -> list[tuple[str, int | None, Partit
         spec = specs[path].get_value()
         cut = TP_AXIS in spec
         parts = path[:-1] if cut else path
-        found.append((".".join(map(str, parts)), int(path[-1]) if cut else None, spec if cut else PartitionSpec()))
+        found.append((".".join(map(str, parts)), int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
     return found
 
 
@@ -96,8 +96,8 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens) and, with `with_logits`,
-      f32[B, V padded] logits of each row's last new token.
+      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens) and, with
+      `with_logits`, f32[B, V padded] logits of each row's last new token.
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
@@ -118,14 +118,15 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
 
         positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
         x = model(tokens, positions, attend)
-        last = jnp.maximum(inputs.count - 1, 0)
+        last = jnp.maximum(inputs.new_tokens - 1, 0)
         logits = model.logits(x[jnp.arange(shape.batch), last])
         sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks, program)
 
-        # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not feed the new
-        # keys and values, so the tie is made by hand: token ids are never negative, but the compiler cannot know.
+        # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
+        # feed the new keys and values, so the tie is made by hand: token ids are never negative, but the compiler
+        # cannot know.
         context = inputs.context + jnp.any(sampled < 0).astype(jnp.int32)
-        pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.count, program.pool)
+        pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
         history = _remember(history, inputs, tokens, sampled, shape)
         outputs = (pool, history, sampled)
         return (*outputs, ranks.concat_last(logits)) if with_logits else outputs
@@ -183,7 +184,7 @@ def _sample(
         presence=inputs.floats[:, 4],
         frequency=inputs.floats[:, 5],
         seed=inputs.seed,
-        position=inputs.context + inputs.count,
+        position=inputs.context + inputs.new_tokens,
         prompt_len=inputs.prompt_len,
     )
 
@@ -206,7 +207,7 @@ def _remember(
     columns = history.shape[1]
     if not shape.is_decode:
         step = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
-        position = jnp.where(step < inputs.count[:, None], inputs.context[:, None] + step, jnp.int32(columns))
+        position = jnp.where(step < inputs.new_tokens[:, None], inputs.context[:, None] + step, jnp.int32(columns))
         history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
-    position = jnp.where(inputs.emit, inputs.context + inputs.count, jnp.int32(columns))
+    position = jnp.where(inputs.emit, inputs.context + inputs.new_tokens, jnp.int32(columns))
     return history.at[inputs.row, position].set(sampled, mode="drop")

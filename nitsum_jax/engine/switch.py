@@ -1,8 +1,10 @@
 """Going from one layout to another while sequences live.
 
 1. The executables of the new instances are compiled in the background; until then nothing stops.
-2. Instances that the new layout keeps go on.  The others start no step any more; when those in flight are read, they are gone.
-3. Blocks whose virtual shard now lies on another device are copied; all others stay where they are.  Weights are only wrapped anew.
+2. Instances that the new layout keeps go on.  The others start no step any more; when those in flight are read, they
+   are gone.
+3. Blocks whose virtual shard now lies on another device are copied; all others stay where they are.  Weights are only
+   wrapped anew.
 4. The new instances take over the pools, and the sequences go on with their next token.
 """
 

@@ -1,7 +1,7 @@
 """Moving KV blocks between devices: gather, transfer, scatter in place, in pieces that overlap.
 
-One piece carries whole blocks, so all layers travel together.  Pieces come in a few fixed sizes, compiled ahead of time; together they carry exactly
-the blocks asked for, not one more.
+One piece carries whole blocks, so all layers travel together.  Pieces come in a few fixed sizes, compiled ahead of
+time; together they carry exactly the blocks asked for, not one more.
 """
 
 from collections.abc import Sequence

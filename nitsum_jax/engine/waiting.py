@@ -1,4 +1,4 @@
-"""The queue in front of the instances, as the engine sees it; which request is next is policy, and comes from outside."""
+"""The queue in front of the instances, as the engine sees it.  Which request is next is policy, decided elsewhere."""
 
 import collections
 from typing import Protocol
@@ -7,7 +7,7 @@ from nitsum_jax.errors import OverloadedError
 
 
 class AdmissionQueue(Protocol):
-    """A bounded queue of request ids.  The engine guards it with a lock and passes the time in (time.monotonic, seconds)."""
+    """A bounded queue of request ids; the engine guards it with a lock, and times are those of time.monotonic."""
 
     @property
     def capacity(self) -> int:
@@ -25,8 +25,11 @@ class AdmissionQueue(Protocol):
     def peek(self, now_s: float) -> str | None:
         """The request that should be next."""
 
+    def admit(self, request_id: str, now_s: float) -> None:
+        """Takes a request out because an instance takes it."""
+
     def remove(self, request_id: str) -> bool:
-        """Takes a request out; returns whether it was there."""
+        """Takes a request out because it ended; returns whether it was there."""
 
 
 class FifoQueue:
@@ -51,6 +54,11 @@ class FifoQueue:
         del now_s
         return next(iter(self._ids), None)
 
+    def admit(self, request_id: str, now_s: float) -> None:
+        """Takes a request out because an instance takes it."""
+        del now_s
+        self.remove(request_id)
+
     def remove(self, request_id: str) -> bool:
-        """Takes a request out; returns whether it was there."""
+        """Takes a request out because it ended; returns whether it was there."""
         return self._ids.pop(request_id, self) is None

@@ -1,13 +1,14 @@
 """The decoder family: Llama 2/3, SmolLM2, Mistral (full attention), Qwen2/2.5 and Qwen3 dense, as Flax NNX modules.
 
-A `Decoder` holds the part of a model that one device works with at one degree of tensor parallelism: `slots` neighbouring
-virtual shards.  With `slots == K` it is the whole model; with fewer it is meant to run under `jax.shard_map`, and each
-parameter's sharding annotation says how the ranks' parts form the global array.
+A `Decoder` holds the part of a model that one device works with at one degree of tensor parallelism: `slots`
+neighbouring virtual shards.  With `slots == K` it is the whole model; with fewer it is meant to run under
+`jax.shard_map`, and each parameter's sharding annotation says how the ranks' parts form the global array.
 
-Every weight is a list with one array per slot, so that the arrays can be wrapped around buffers that already lie on the device.
-Attention over a cache is not the model's business: the caller passes it in as `Attend`.
+Every weight is a list with one array per slot, so that the arrays can be wrapped around buffers that already lie on
+the device. Attention over a cache is not the model's business: the caller passes it in as `Attend`.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -74,7 +75,7 @@ class Decoder(nnx.Module):
         x = self._embed(tokens)
         cos, sin = rotations(positions, inverse_frequencies(self.config))
         for index, block in enumerate(self.layers):
-            x = block(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v), self)
+            x = block(x, cos, sin, functools.partial(attend, index), self)
         return x
 
     def logits(self, x: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
 """The one order in which partial results of virtual shards are added.
 
-Floating-point addition is not associative, so a sum split over devices usually rounds differently for every degree of tensor
-parallelism.  Here the K virtual shards are always the leaves of one balanced binary tree.  A device adds up the subtree of its own
-shards, then the devices' sums are added up the rest of the way.  Every degree adds the same numbers in the same order.
+Floating-point addition is not associative, so a sum split over devices usually rounds differently for every degree of
+tensor parallelism.  Here the K virtual shards are always the leaves of one balanced binary tree.  A device adds up the
+subtree of its own shards, then the devices' sums are added up the rest of the way.  Every degree adds the same numbers
+in the same order.
 """
 
 import dataclasses
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-# Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each device adds
-# up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
+# Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each
+# device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
 _GATHER_LIMIT_BYTES = 1 << 20
 
 

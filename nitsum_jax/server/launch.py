@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nitsum_jax.control.tiers import DEFAULT_TIERS, read_tiers
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli
 from nitsum_jax.server.address import callable_host, target
+from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.backend import Backend, ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.launch_flags import LaunchOptions, read_options
@@ -78,11 +80,12 @@ def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, Serv
     from nitsum_jax.server.compile_cache import enable
 
     enable(options.cache_dir)
-    config = EngineConfig(**options.engine)
+    tiers = read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
+    config = EngineConfig(**options.engine, tier_names=tiers.names)
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    engine = start_engine(model, config, sink)
+    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue))
     tokenizer = model.tokenizer
 
     def chat(messages: Sequence[Mapping[str, str]]) -> str:

@@ -29,6 +29,7 @@ class LaunchOptions:
     cache_dir: str | None
     drain_s: float
     log_level: str
+    tiers: str | None
     engine: dict[str, Any]
 
 
@@ -50,6 +51,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         cache_dir=values.cache_dir,
         drain_s=values.drain_seconds,
         log_level=values.log_level,
+        tiers=values.tiers,
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -114,7 +116,7 @@ def _define() -> flags.FlagValues:
     count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")
     count("max_batch", 32, "most sequences in one decode step of an instance")
     count("page_size", 16, "tokens per KV block")
-    count("prefill_chunk", 256, "most prompt tokens in one step")
+    count("prefill_chunk", 128, "most prompt tokens in one step")
     flags.DEFINE_float(
         "kv_cache_gib",
         None,
@@ -127,6 +129,12 @@ def _define() -> flags.FlagValues:
         False,
         "one step shape for all batches: slower, but neither load nor a switch can change a token",
         flag_values=values,
+    )
+    text(
+        "tiers",
+        None,
+        "TOML file of latency tiers, a table [tiers.NAME] with ttft_ms and tpot_ms each; interactive, standard and "
+        "batch if not given",
     )
     count("max_queue", 256, "most requests that wait; one more is refused with RESOURCE_EXHAUSTED")
     flags.DEFINE_float(

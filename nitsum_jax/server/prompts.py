@@ -26,7 +26,9 @@ class GenerateCall:
     return_prompt_ids: bool
 
 
-def read_call(message: nitsum_pb2.GenerateRequest, model: ServedModel, deadline_s: float | None) -> GenerateCall:
+def read_call(
+    message: nitsum_pb2.GenerateRequest, model: ServedModel, tiers: Sequence[str], deadline_s: float | None
+) -> GenerateCall:
     """Checks and translates a message.
 
     What only the engine can know (context length, pool size, tiers, range of prompt ids) it checks itself on submit.
@@ -34,6 +36,7 @@ def read_call(message: nitsum_pb2.GenerateRequest, model: ServedModel, deadline_
     Args:
       message: as received.
       model: whose tokenizer and chat template turn text into ids.
+      tiers: names of the tiers; a call that names none gets "standard", or the first where there is no such tier.
       deadline_s: of the call, on the engine's monotonic clock; None where it has none.
 
     Raises:
@@ -53,7 +56,7 @@ def read_call(message: nitsum_pb2.GenerateRequest, model: ServedModel, deadline_
         max_tokens=max_tokens,
         sampling=sampling,
         stop_token_ids=stop_ids if message.ignore_eos else tuple(dict.fromkeys((*model.eos_ids, *stop_ids))),
-        tier=message.tier or DEFAULT_TIER,
+        tier=message.tier or (DEFAULT_TIER if DEFAULT_TIER in tiers else tiers[0]),
         deadline_s=deadline_s,
     )
     return GenerateCall(request, stops, message.return_prompt_ids)

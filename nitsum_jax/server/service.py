@@ -39,10 +39,10 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             remaining_s: float | None = context.time_remaining()
             deadline_s = None if remaining_s is None else arrival_s + remaining_s
             if prompt_size(message) > _LONG_PROMPT_CHARS:
-                call = await asyncio.to_thread(read_call, message, backend.model, deadline_s)
+                call = await asyncio.to_thread(read_call, message, backend.model, backend.engine.tier_names, deadline_s)
                 backend = self._state.admitting()
             else:
-                call = read_call(message, backend.model, deadline_s)
+                call = read_call(message, backend.model, backend.engine.tier_names, deadline_s)
             queued_before = backend.engine.stats().waiting
             with backend.bridge.stream(backend.engine, call.request) as stream:
                 await context.write(_started(call, queued_before))
