@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, resolve_dtype
-from nitsum_jax.engine.executables import Executables, Group
+from nitsum_jax.engine.executables import FIRST, Executables, Group
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
@@ -190,7 +190,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
         trials=platform == "cpu",
     )
-    executables.want([vmap.ordered(spec.devices) for spec in first.instances])
+    executables.want([vmap.ordered(spec.devices) for spec in first.instances], FIRST)
     bank = WeightBank(devices, vmap)
     residency = {index: frozenset(vmap.resident(index, [min_tp])) for index in range(len(devices))}
     if model.vshards is not None:

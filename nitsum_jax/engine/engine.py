@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from nitsum_jax.engine.cell import build_cell
 from nitsum_jax.engine.config import EngineConfig
-from nitsum_jax.engine.executables import compile_counter
+from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.request import Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
@@ -17,8 +17,6 @@ from nitsum_jax.errors import InvalidInputError, PreconditionError, UnavailableE
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.loading import OpenModel
-
-_LIKELY = 10  # priority of compiling layouts that nobody has asked for yet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +74,7 @@ class Engine:
         self._cell.executables.serve()
         self._loop = Loop(self._cell, waiting, sink, deterministic=config.deterministic)
         for layout in self._cell.known_layouts():
-            self._cell.executables.want(self._cell.groups(layout), _LIKELY)
+            self._cell.executables.want(self._cell.groups(layout), LIKELY)
 
     def submit(self, request: Request) -> None:
         """Queues a request; its deltas go to the sink.
@@ -104,14 +102,33 @@ class Engine:
           PreconditionError: this cell cannot take it.
           UnavailableError: the engine is closed.
         """
-        if isinstance(layout, str):
-            layout = parse_layout(layout, len(self._cell.devices))
-        self._cell.check(layout)
-        if self._closed.locked():
-            raise UnavailableError("the server is stopping: no layout switch any more")
-        pending = PendingSwitch(layout)
+        pending = PendingSwitch(self._checked(layout))
         self._running.switch(pending)
         return pending.future
+
+    def prepare_layout(self, layout: str | Layout) -> "concurrent.futures.Future[SwitchReport]":
+        """Compiles what a layout needs; the future is done, with an empty report, when a switch would start at once.
+
+        Raises:
+          InvalidInputError: the layout is malformed.
+          PreconditionError: this cell cannot take it.
+        """
+        target = self._checked(layout)
+        future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
+        groups = self._cell.groups(target)
+        self._cell.executables.want(groups, ASKED_FOR)
+        self._running.wake()
+
+        def wait() -> None:
+            try:
+                self._cell.executables.wait(groups)
+            except RuntimeError as error:
+                future.set_exception(PreconditionError(f"layout {target} is not to be had: {error}"))
+            else:
+                future.set_result(SwitchReport(str(self.layout()), str(target), 0, 0, 0, 0.0, 0))
+
+        threading.Thread(target=wait, name="nitsum-prepare", daemon=True).start()
+        return future
 
     def layout(self) -> Layout:
         """The layout in force."""
@@ -132,7 +149,7 @@ class Engine:
         wanted = self._cell.known_layouts() if layouts is None else layouts
         for layout in wanted:
             groups = self._cell.groups(parse_layout(layout, count) if isinstance(layout, str) else layout)
-            self._cell.executables.want(groups, 1)
+            self._cell.executables.want(groups, ASKED_FOR)
             self._cell.executables.wait(groups, everything=True)
 
     def stats(self) -> EngineStats:
@@ -178,6 +195,14 @@ class Engine:
         if self._loop is None:
             raise UnavailableError("the engine is starting")
         return self._loop
+
+    def _checked(self, layout: str | Layout) -> Layout:
+        if isinstance(layout, str):
+            layout = parse_layout(layout, len(self._cell.devices))
+        self._cell.check(layout)
+        if self._closed.locked():
+            raise UnavailableError("the server is stopping: no layout switch any more")
+        return layout
 
     def _on_compiled(self) -> None:
         if self._loop is not None:

@@ -4,6 +4,8 @@ import dataclasses
 import heapq
 import itertools
 import logging
+import os
+import sys
 import threading
 from collections.abc import Callable, Collection, Sequence
 
@@ -14,11 +16,16 @@ from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.step import Program, compile_step
 from nitsum_jax.engine.step_store import StepStore
+from nitsum_jax.errors import UnavailableError
 
 _LOG = logging.getLogger(__name__)
+_BACKGROUND_NICENESS = 10
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Group = tuple[int, ...]
+
+# Priorities: the first layout, what somebody waits for, what may come next.
+FIRST, ASKED_FOR, LIKELY = 0, 1, 10
 
 
 # Runs an executable once with inputs that change nothing, and returns what it returned (without waiting for it).
@@ -97,8 +104,8 @@ class Executables:
           program: what the steps compute.
           shapes: buckets that a group needs.
           mesh_of: makes the mesh of a group.
-          on_ready: called on a compiling thread whenever a group has become ready or has failed, or a trial awaits its
-            launch.
+          on_ready: called on a compiling thread whenever there is news: something is ready, failed, or awaits its
+            trial.
           essential: buckets with which a group can already serve everything, if not always fast; all if empty.
           trials: whether executables are tried before they are used; they wait for `provide`.
           threads: how many compile at a time.
@@ -129,9 +136,12 @@ class Executables:
         for thread in self._threads:
             thread.start()
 
-    def want(self, groups: Sequence[Group], priority: int = 0) -> None:
+    def want(self, groups: Sequence[Group], priority: int) -> None:
         """Asks for all buckets of these groups; lower priorities come first, and asking again may only hasten."""
         with self._changed:
+            for job in self._parked:
+                if job.group in groups:
+                    job.priority = min(job.priority, priority)
             # Shape by shape: the first group compiles one, the others only load it.
             for shape in self._shapes:
                 for group in groups:
@@ -143,9 +153,9 @@ class Executables:
             self._changed.notify_all()
 
     def ready(self, group: Group) -> bool:
-        """Whether all buckets of a group are compiled."""
+        """Whether a group can serve: its essential buckets are there."""
         with self._changed:
-            return self._is_ready(group)
+            return self._has(group, self._essential)
 
     def failure(self, group: Group) -> str | None:
         """Why a group could not be compiled, or None."""
@@ -162,6 +172,7 @@ class Executables:
 
         Raises:
           RuntimeError: one of them does not compile.
+          UnavailableError: compiling was stopped.
         """
         with self._changed:
             while True:
@@ -169,8 +180,10 @@ class Executables:
                     if group in self._failed:
                         raise RuntimeError(f"the steps of devices {group} do not compile: {self._failed[group]}")
                 needed = frozenset(self._shapes) if everything else self._essential
-                if all(needed <= self._done.get(group, {}).keys() for group in groups):
+                if all(self._has(group, needed) for group in groups):
                     return
+                if self._closed:
+                    raise UnavailableError("the engine is closed, and compiles no more")
                 self._changed.wait()
 
     def provide(self, trial_run: TrialRun) -> None:
@@ -183,15 +196,20 @@ class Executables:
         """From now on, programs with collectives are launched by the engine's thread alone."""
         with self._trial_lock, self._changed:
             self._serving = True
+        # Serving goes before compiling what may be needed later.  Linux gives each thread a priority of its own.
+        if sys.platform == "linux":
+            for thread in self._threads:
+                if thread.native_id is not None:
+                    os.setpriority(os.PRIO_PROCESS, thread.native_id, _BACKGROUND_NICENESS)
 
-    def launch_trial(self, groups: Collection[Group] | None) -> None:
+    def launch_trial(self, *, idle: bool) -> None:
         """Launches one trial that waits for the engine's thread, without waiting for its end.
 
         Args:
-          groups: only of these groups; None: of any, the engine has nothing better to do.
+          idle: whether nobody is kept waiting by it; if not, only what was asked for is tried.
         """
         with self._changed:
-            fitting = [job for job in self._parked if groups is None or job.group in groups]
+            fitting = [job for job in self._parked if idle or job.priority <= ASKED_FOR]
             if not fitting or self._trial_run is None:
                 return
             job = min(fitting)
@@ -212,8 +230,8 @@ class Executables:
         for thread in self._threads:
             thread.join()
 
-    def _is_ready(self, group: Group) -> bool:
-        return len(self._done.get(group, {})) == len(self._shapes)
+    def _has(self, group: Group, shapes: frozenset[StepShape]) -> bool:
+        return shapes <= self._done.get(group, {}).keys()
 
     def _make(self, job: _Job) -> jax.stages.Compiled:
         """Compiles a step, or loads what was compiled for another group of the same size or by an earlier start."""
@@ -275,9 +293,8 @@ class Executables:
                     self._done.setdefault(job.group, {})[job.shape] = finished
                 elif error is not None:
                     self._failed[job.group] = error
-                tell = error is not None or self._is_ready(job.group) or bool(self._parked)
                 self._changed.notify_all()
-            if tell and not self._closed:
+            if not self._closed:
                 self._on_ready()
 
     def _next(self) -> _Job | None:

@@ -81,7 +81,7 @@ class Instance:
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._prefilled_last = False
         self._history = self._put_history(np.zeros(program.history_shape, np.int32))
-        self._results: queue.SimpleQueue[tuple[Step, jax.Array] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
@@ -249,17 +249,22 @@ class Instance:
         emits: list[bool],
     ) -> None:
         step = Step(shape, sequences, emits)
-        self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
-        tokens.copy_to_host_async()
         self.in_flight += 1
         self.steps += 1
-        self._results.put((step, tokens))
+        try:
+            self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
+            tokens.copy_to_host_async()
+        except Exception as error:  # as a step that fails later: the reader hands it on in its turn
+            step.error = error
+            self._results.put((step, None))
+        else:
+            self._results.put((step, tokens))
 
     def _read(self) -> None:
         while (item := self._results.get()) is not None:
             step, tokens = item
             try:
-                step.tokens = np.asarray(tokens)
+                step.tokens = None if tokens is None else np.asarray(tokens)
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error
             self._on_step(self, step)

@@ -65,8 +65,9 @@ class KvPool:
 
     def renew(self, index: int) -> None:
         """Gives a device a fresh array: at the start, or when a failed step took the old one with it."""
-        zeros = jnp.zeros((self.shape.blocks, *self.shape.block_shape), self.shape.storage_dtype)
-        self._arrays[index] = jax.device_put(zeros, self.devices[index])
+        self._arrays[index] = None  # where the pool takes most of the memory there is no room for two
+        whole = (self.shape.blocks, *self.shape.block_shape)
+        self._arrays[index] = jnp.zeros(whole, self.shape.storage_dtype, device=self.devices[index])
 
     def reset(self, index: int) -> None:
         """Gives a device a fresh array and takes all its blocks back."""

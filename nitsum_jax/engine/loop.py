@@ -29,6 +29,8 @@ from nitsum_jax.errors import PreconditionError, UnavailableError
 _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Seq[TokenDelta]], None]
+# Between deadlines; threads cannot wait for ever longer times.
+_LONGEST_SLEEP_S = 3600.0
 
 
 @dataclasses.dataclass
@@ -64,11 +66,12 @@ class Loop:
         self._deterministic = deterministic
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines: list[tuple[float, int, Sequence]] = []
         self._returned: collections.deque[Sequence] = collections.deque()
         self._admissions = 0
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
+        self._ended = False
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
         self._thread.start()
@@ -89,6 +92,7 @@ class Loop:
         Raises:
           OverloadedError: the queue is full.
           PreconditionError: a request of this id is alive.
+          UnavailableError: the loop has ended.
         """
         seed = request.sampling.seed
         sequence = Sequence(
@@ -99,13 +103,16 @@ class Loop:
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
         )
         with self.lock:
+            if self._ended:
+                raise UnavailableError("the server is stopping and takes no new requests: try another one")
             if request.id in self.alive:
                 raise PreconditionError(f"a request with id {request.id} is alive: choose another id")
             self._waiting.push(request.id, request.tier, sequence.arrival_s, sequence.prompt_len)
             self.alive[request.id] = sequence
         if request.deadline_s is not None:
             deadline = request.deadline_s
-            self.post(lambda: heapq.heappush(self._deadlines, (deadline, request.id)))
+            # The sequence, not its id: that may live again by then.
+            self.post(lambda: heapq.heappush(self._deadlines, (deadline, id(sequence), sequence)))
         self.wake()
 
     def cancel(self, request_id: str) -> None:
@@ -113,8 +120,16 @@ class Loop:
         self.post(lambda: self._end(request_id, FinishReason.CANCELLED))
 
     def switch(self, pending: PendingSwitch) -> None:
-        """Queues a layout switch."""
-        self.post(lambda: self._switches.append(pending))
+        """Queues a layout switch.
+
+        Raises:
+          UnavailableError: the loop has ended.
+        """
+        with self.lock:
+            if self._ended:
+                raise UnavailableError("the server is stopping: no layout switch any more")
+            self._switches.append(pending)
+        self.wake()
 
     def stop(self) -> None:
         """Ends everything that is alive, and the threads."""
@@ -131,17 +146,20 @@ class Loop:
                 _LOG.exception("the engine failed; all requests that are alive end")
                 self._end_all(FinishReason.ERROR, f"internal error: {type(error).__name__}")
                 self._flush()
+        with self.lock:
+            self._ended = True  # what came before is ended below, and nothing comes after
         self._end_all(FinishReason.CANCELLED, None)
         self._flush()
         for pending in self._switches:
-            pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
             instance.close()
 
     def _turn(self) -> None:
         timeout = None
         if self._deadlines:
-            timeout = max(0.0, self._deadlines[0][0] - time.monotonic())
+            timeout = min(_LONGEST_SLEEP_S, max(0.0, self._deadlines[0][0] - time.monotonic()))
         try:
             event = self._events.get(timeout=timeout)
             while True:
@@ -163,16 +181,16 @@ class Loop:
         self._launch_trials()
 
     def _launch_trials(self) -> None:
-        """Lets executables run for the first time, when no request is alive or a switch waits for them."""
-        if self._switches:
-            self.cell.executables.launch_trial(self.cell.groups(self._switches[0].layout))
-        elif not self.alive:
-            self.cell.executables.launch_trial(None)
+        """Lets executables run for the first time: those that somebody waits for, and all when no request is alive."""
+        self.cell.executables.launch_trial(idle=not self.alive)
 
     def _flush(self) -> None:
         if self._deltas:
             deltas, self._deltas = self._deltas, []
-            self._sink(deltas)
+            try:
+                self._sink(deltas)
+            except Exception:  # whoever listens has a fault; that must not stop the streams of others
+                _LOG.exception("the sink failed; %d deltas are lost", len(deltas))
         with self.lock:
             if not self.alive:
                 self.idle.notify_all()
@@ -260,10 +278,15 @@ class Loop:
         instance.in_flight -= 1
         self.counters.steps += 1
         if step.tokens is None:
-            self._fail(instance, step.error)
-            return
+            self._fail(instance, step)
+        else:
+            self._accept(step, step.tokens)
+        if instance.broken and not instance.in_flight:
+            instance.abandon()
+
+    def _accept(self, step: Step, results: np.ndarray) -> None:
         now = time.monotonic()
-        tokens = step.tokens[: len(step.sequences)].tolist()  # what is behind belongs to padding
+        tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
         for sequence, emits, token in zip(step.sequences, step.emits, tokens, strict=True):
             if not emits:
                 continue
@@ -280,22 +303,26 @@ class Loop:
             if new or finish is not None:
                 self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
 
-    def _fail(self, instance: Instance, error: Exception | None) -> None:
-        """A step failed: its sequences end with an error, and the instance goes on with a fresh pool."""
-        instance.broken = True
-        _LOG.error("a step on devices %s failed: %s", instance.spec.devices, error)
-        for sequence in list(instance.rows.values()):
-            self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")
-        if not instance.in_flight:
-            instance.abandon()
+    def _fail(self, instance: Instance, step: Step) -> None:
+        """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
+        _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
+        if not instance.broken:  # the step behind it fails too, and whoever came in between has lost nothing
+            instance.broken = True
+            for sequence in list(instance.rows.values()):
+                self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")
+        for sequence, emits in zip(step.sequences, step.emits, strict=True):
+            sequence.pending -= emits
+            if sequence.finish is None and sequence.home is None and not sequence.pending:
+                self._await_again(sequence)  # sent back while this step ran: it lost nothing more
 
     # ---- ends
 
     def _expire(self) -> None:
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
-            _, request_id = heapq.heappop(self._deadlines)
-            self._end(request_id, FinishReason.DEADLINE)
+            _, _, sequence = heapq.heappop(self._deadlines)
+            if sequence.finish is None:
+                self._finish(sequence, FinishReason.DEADLINE, None)
 
     def _end(self, request_id: str, reason: FinishReason) -> None:
         with self.lock:
@@ -335,7 +362,7 @@ class Loop:
             if any(instance.in_flight for instance in self.instances if pending.stops(instance)):
                 return
             self._switches.popleft()
-            if pending.future.done():
+            if pending.future.done() or not pending.future.set_running_or_notify_cancel():
                 continue
             outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
             self.layout, self.instances = outcome.layout, outcome.instances

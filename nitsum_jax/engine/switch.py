@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.migration import Host, free, plan_moves
 from nitsum_jax.engine.sequence import Sequence
@@ -26,8 +27,6 @@ from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
 
 _LOG = logging.getLogger(__name__)
-# Executables of a layout that is asked for go before those that are merely likely.
-_ASKED_FOR = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,7 @@ class PendingSwitch:
     """A switch that was asked for."""
 
     def __init__(self, layout: Layout):
+        """Asks for `layout`, which the cell can take."""
         self.layout = layout
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
         self._stopped: frozenset[InstanceSpec] | None = None
@@ -70,7 +70,7 @@ class PendingSwitch:
         if self._stopped is not None:
             return True
         groups = cell.groups(self.layout)
-        cell.executables.want(groups, _ASKED_FOR)
+        cell.executables.want(groups, ASKED_FOR)
         for group in groups:
             failure = cell.executables.failure(group)
             if failure is not None:

@@ -1,6 +1,7 @@
 """nitsum-generate: sends prompts to a server, streams the answers to the terminal, and switches layouts meanwhile."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -83,6 +84,8 @@ class _Client:
     async def _generate(self) -> None:
         plan = PlanRunner(self._options.plan, self._switch)
         self._plan = plan
+        for planned in self._options.plan:
+            await self._prepare(planned.layout)
         await plan.begin()
         slots = asyncio.Semaphore(self._options.concurrency or len(self._options.requests))
 
@@ -125,6 +128,11 @@ class _Client:
             self._fail(outcome.failure, which)
         elif not self._options.json:
             cli.err(f"({outcome.summary()})")
+
+    async def _prepare(self, layout: str) -> None:
+        """Has a planned layout compiled before the streams begin: a switch in their midst should not wait for that."""
+        with contextlib.suppress(grpc.aio.AioRpcError):  # what is wrong with the layout, the switch itself will say
+            await self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
 
     async def _switch(self, layout: str) -> None:
         try:

@@ -80,7 +80,8 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             backend = self._state.admitting()
             if not message.layout:
                 raise InvalidInputError('layout is empty: give one such as "tp2+tp1x2"')
-            future = backend.engine.set_layout(message.layout)
+            change = backend.engine.prepare_layout if message.prepare else backend.engine.set_layout
+            future = change(message.layout)
             try:
                 # Shielded: half a switch is no state to leave a cell in, so a caller that leaves does not stop it.
                 report = await asyncio.shield(asyncio.wrap_future(future))

@@ -142,6 +142,13 @@ class FakeEngine:
             self._lock.notify_all()
         return future
 
+    def prepare_layout(self, layout: str) -> "concurrent.futures.Future[FakeReport]":
+        parsed = parse_layout(layout, 4)
+        future: concurrent.futures.Future[FakeReport] = concurrent.futures.Future()
+        with self._lock:
+            future.set_result(FakeReport(str(self._layout), str(parsed), 0))
+        return future
+
     def layout(self) -> Layout:
         with self._lock:
             return self._layout

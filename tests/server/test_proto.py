@@ -41,4 +41,4 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
     assert numbers["GenerateResponse"] == {"started": 1, "delta": 2, "finished": 3}
     assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2}
     assert numbers["Finished"] == {"finish_reason": 1, "usage": 2, "ttft_ms": 3, "tpot_ms": 4, "stop": 5}
-    assert numbers["SetLayoutRequest"] == {"layout": 1}
+    assert numbers["SetLayoutRequest"] == {"layout": 1, "prepare": 2}

@@ -193,10 +193,12 @@ class EngineStats(_message.Message):
     def __init__(self, waiting: _Optional[int] = ..., running: _Optional[int] = ..., queue_capacity: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_total: _Optional[int] = ..., tokens_generated: _Optional[int] = ..., steps: _Optional[int] = ..., switches: _Optional[int] = ..., compiles: _Optional[int] = ...) -> None: ...
 
 class SetLayoutRequest(_message.Message):
-    __slots__ = ("layout",)
+    __slots__ = ("layout", "prepare")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    PREPARE_FIELD_NUMBER: _ClassVar[int]
     layout: str
-    def __init__(self, layout: _Optional[str] = ...) -> None: ...
+    prepare: bool
+    def __init__(self, layout: _Optional[str] = ..., prepare: _Optional[bool] = ...) -> None: ...
 
 class SetLayoutResponse(_message.Message):
     __slots__ = ("from_layout", "to_layout", "sequences", "kv_bytes_moved", "weight_bytes_moved", "stall_ms", "requeued")
