@@ -114,6 +114,7 @@ def perform_switch(
     there = {instance.spec for instance in kept}
     specs = [spec for spec in pending.layout.instances if spec not in there]
     weights_before = cell.bank.counters.bytes_moved
+    fresh: list[Instance] = []
     try:
         hosts = [Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp) for spec in specs]
         moves = plan_moves(travellers, hosts, cell.pool)
@@ -129,12 +130,15 @@ def perform_switch(
         for spec in specs:
             cell.bank.fetch(spec)
         cell.mover.settle(sorted({target for _, target in moves.blocks}))
-        fresh = [cell.instance(spec, on_step) for spec in specs]
+        for spec in specs:
+            fresh.append(cell.instance(spec, on_step))
         for index, instance in enumerate(fresh):
             instance.adopt([s for (s, _), host in zip(travellers, moves.assigned, strict=True) if host == index])
     except Exception as error:
         _LOG.exception("switching from %s to %s failed; its sequences are computed anew", before, pending.layout)
         pending.future.set_exception(PreconditionError(f"the switch failed and {before} stays: {error}"))
+        for instance in fresh:
+            instance.close()
         return _start_over(cell, before, kept, gone, [sequence for sequence, _ in travellers], on_step)
     by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
     report = SwitchReport(
@@ -169,9 +173,9 @@ def _start_over(
     on_step: Callable[[Instance, Step], None],
 ) -> SwitchOutcome:
     """The old layout with empty pools on the devices of the failed switch."""
-    for instance in gone:
-        for device in instance.order:
-            cell.pool.reset(device)
+    # Devices that were idle count too: the new layout may have taken blocks there.
+    for device in set(range(len(cell.devices))).difference(*(instance.order for instance in kept)):
+        cell.pool.reset(device)
     for sequence in sequences:
         sequence.pages = 0
         sequence.row = -1
