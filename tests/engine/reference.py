@@ -1,8 +1,7 @@
-"""What the engine is compared with: the decoder over whole sequences, without a cache, and the plainest generation loop."""
+"""What the engine is compared with: the decoder over whole sequences without a cache, and the plainest loop."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,10 @@ Params = dict[tuple[str, int | None], np.ndarray]
 # Sequences of the reference loop are padded to this length, so that one compilation serves them all.
 REFERENCE_LENGTH = 128
 # Each program runs a few times only: what counts is how long it compiles, a third of what it takes otherwise.
-_COMPILE_FAST = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+_COMPILE_FAST: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
 
 
 class ArraySource:
@@ -60,7 +62,7 @@ def tiny_params(variant: str, num_vshards: int, dtype: str = "float32") -> tuple
 
 
 def split_decoder(cut: ModelCut, tp: int) -> tuple[nnx.GraphDef, nnx.State, list[tuple[str, int | None]]]:
-    """Structure and abstract parameters of one rank's part, and of every parameter its name and slot (None: replicated)."""
+    """Structure and abstract parameters of one rank's part; name and slot (None: replicated) of every parameter."""
 
     def make() -> Decoder:
         slots = cut.num_vshards // tp
@@ -69,8 +71,11 @@ def split_decoder(cut: ModelCut, tp: int) -> tuple[nnx.GraphDef, nnx.State, list
     graph, state = nnx.split(nnx.eval_shape(make))
     names: list[tuple[str, int | None]] = []
     for path, _ in nnx.to_flat_state(state):
-        slotted = isinstance(path[-1], int)
-        names.append((".".join(map(str, path[:-1] if slotted else path)), int(path[-1]) if slotted else None))
+        *parts, last = path
+        if isinstance(last, int):
+            names.append((".".join(map(str, parts)), last))
+        else:
+            names.append((".".join(map(str, path)), None))
     return graph, state, names
 
 
@@ -155,8 +160,3 @@ def random_prompts(count: int, lengths: tuple[int, int], vocab: int, seed: int) 
     rng = np.random.default_rng(seed)
     sizes = rng.integers(lengths[0], lengths[1] + 1, count)
     return [tuple(int(token) for token in rng.integers(0, vocab, size)) for size in sizes]
-
-
-def small_differences(actual: Any, expected: Any) -> float:
-    """Largest absolute difference."""
-    return float(np.max(np.abs(np.asarray(actual, np.float64) - np.asarray(expected, np.float64))))

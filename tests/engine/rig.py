@@ -1,4 +1,4 @@
-"""Single steps by hand: one program at several degrees of tensor parallelism, over the same weights and the same pool."""
+"""Single steps by hand: one program at several degrees of tensor parallelism, over the same weights and pool."""
 
 import concurrent.futures
 import dataclasses
@@ -101,9 +101,7 @@ class StepRig:
         blocks = np.concatenate([self.past if past is None else past] * tp)
         pool = jax.device_put(jnp.asarray(blocks), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
         placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
-        new_pool, new_history, sampled, logits = self.compiled(shape, tp)(
-            self.leaves(tp), pool, placed, packer.done()
-        )
+        new_pool, new_history, sampled, logits = self.compiled(shape, tp)(self.leaves(tp), pool, placed, packer.done())
         by_rank = np.asarray(new_pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
         merged = by_rank[0].copy()
         for vshard in range(self.cut.num_vshards):

@@ -1,4 +1,4 @@
-"""Blocks are neither lost nor given twice, arrays are lent without a copy, and copies move just the blocks asked for."""
+"""Blocks are neither lost nor given twice, arrays are lent without a copy, copies move just the blocks asked for."""
 
 import jax
 import numpy as np
@@ -39,7 +39,8 @@ def test_every_block_is_free_or_taken_once(total: int, data: st.DataObject) -> N
     allocator = BlockAllocator(total)
     taken: list[np.ndarray] = []
     for _ in range(data.draw(st.integers(0, 20))):
-        if taken and data.draw(st.booleans()):
+        give_back: bool = data.draw(st.booleans())
+        if taken and give_back:
             allocator.give(taken.pop(data.draw(st.integers(0, len(taken) - 1))))
         else:
             taken.append(allocator.take(data.draw(st.integers(0, allocator.free))))

@@ -137,5 +137,6 @@ def test_the_pool_is_updated_in_place(dtype: str, tp: int, shape: StepShape) -> 
     assert pool_bytes > 20e6
     program = dataclasses.replace(small.program, pool=pool)
     memory = compile_step(program, shape, small.mesh(tp)).memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes >= pool_bytes  # donated, and the result lies where the argument did
     assert memory.temp_size_in_bytes < pool_bytes // 10  # and no copy in between

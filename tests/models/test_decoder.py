@@ -30,9 +30,7 @@ SOME = [(variant, cut) for variant in ("llama_odd", "qwen3") for cut in ((2, 1),
 
 
 @pytest.mark.parametrize(("variant", "cut"), EVERY + SOME)
-def test_logits_are_those_of_transformers(
-    variant: str, cut: tuple[int, int], golden: dict[str, np.ndarray]
-) -> None:
+def test_logits_are_those_of_transformers(variant: str, cut: tuple[int, int], golden: dict[str, np.ndarray]) -> None:
     vshards, tp = cut
     model_cut, params = tiny_params(variant, vshards)
     logits = decoder_logits(model_cut, params, tiny_models.token_ids(variant), tp)

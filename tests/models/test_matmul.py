@@ -62,7 +62,13 @@ def test_one_row_and_many_rows_may_take_different_forms() -> None:
 # MULTIPLY_SUM is for a single row: with more, XLA splits its loop by how much else the program does.
 @pytest.mark.parametrize(
     ("form", "rows"),
-    [(MatmulForm.DOT, 1), (MatmulForm.DOT, 8), (MatmulForm.PADDED, 1), (MatmulForm.PADDED, 8), (MatmulForm.MULTIPLY_SUM, 1)],
+    [
+        (MatmulForm.DOT, 1),
+        (MatmulForm.DOT, 8),
+        (MatmulForm.PADDED, 1),
+        (MatmulForm.PADDED, 8),
+        (MatmulForm.MULTIPLY_SUM, 1),
+    ],
 )
 def test_a_vshard_gives_the_same_bits_alone_and_in_company(form: MatmulForm, rows: int, dtype: str) -> None:
     choice = MatmulChoice(form, form)

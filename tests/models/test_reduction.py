@@ -12,8 +12,8 @@ from nitsum_jax.models.reduction import Ranks, tree_sum
 
 K = 8
 TPS = (1, 2, 4, 8)
-# Partial results of a step, [B, T, D]: fetched whole by every rank; split among the ranks because they are large; large, but with
-# a number of rows that ranks cannot share.
+# Partial results of a step, [B, T, D]: fetched whole by every rank; split among the ranks because they are large;
+# large, but with a number of rows that ranks cannot share.
 SHAPES = {"small": (4, 1, 48), "large": (2, 32, 8192), "large_indivisible": (3, 1, 131072)}
 
 

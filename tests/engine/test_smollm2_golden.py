@@ -1,0 +1,105 @@
+"""The demo model answers as transformers does (tests/golden): same greedy tokens and logits, at every degree."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.step import compile_step
+from nitsum_jax.errors import PreconditionError
+from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.models.loading import OpenModel, open_model
+from nitsum_jax.models.registry import KNOWN_MODELS, fetch
+from tests.engine.harness import Harness
+from tests.golden import tiny_models
+
+GOLDEN = Path(tiny_models.__file__).parent
+STEPS = 48
+TPS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads((GOLDEN / "smollm2_135m.json").read_text(encoding="utf-8"))["prompts"]
+    assert len(entries) >= 16
+    return entries
+
+
+@pytest.fixture(scope="module")
+def model() -> OpenModel:
+    try:
+        fetch(KNOWN_MODELS["smollm2-135m"])
+    except PreconditionError as error:  # 98 MB that can neither be found in the cache nor be downloaded
+        pytest.skip(str(error))
+    return open_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def harness(model: OpenModel, prompts: list[dict[str, Any]]) -> Iterator[Harness]:
+    # One instance and one bucket per phase: all prompts are one batch, and few steps are compiled.
+    settings: dict[str, Any] = {"layouts": ("tp1", "tp2", "tp4"), "max_batch": len(prompts), "deterministic": True}
+    with Harness(model, **settings, max_model_len=512, prefill_chunk=128) as harness:
+        yield harness
+
+
+@pytest.mark.parametrize("tp", TPS)
+def test_greedy_answers(harness: Harness, prompts: list[dict[str, Any]], tp: int) -> None:
+    harness.switch(f"tp{tp}")
+    answers = harness.run([entry["prompt_ids"] for entry in prompts], STEPS)
+    for entry, answer in zip(prompts, answers, strict=True):
+        assert list(answer.tokens) == entry["output_ids"], entry["name"]
+    assert harness.engine.stats().sent_back == 0
+    harness.assert_balanced()
+
+
+def test_logits_at_the_end_of_a_prompt(harness: Harness, prompts: list[dict[str, Any]]) -> None:
+    shape = StepShape(1, 64)
+    with np.load(GOLDEN / "smollm2_135m.npz") as file:
+        golden = dict(file)
+    chosen = [entry for entry in prompts if f"logits.{entry['name']}" in golden]
+    chosen = [entry for entry in chosen if len(entry["prompt_ids"]) <= shape.tokens]
+    assert len(chosen) >= 3
+    at_first_tp: dict[str, np.ndarray] = {}
+    for tp in TPS:
+        run = LogitsOfPrompt(harness, tp, shape)
+        for entry in chosen:
+            name, logits = entry["name"], run(entry["prompt_ids"])
+            np.testing.assert_allclose(logits, golden[f"logits.{name}"], rtol=0, atol=2e-3)
+            bits = at_first_tp.setdefault(name, logits.view(np.uint32))
+            np.testing.assert_array_equal(logits.view(np.uint32), bits)
+
+
+class LogitsOfPrompt:
+    """A step of the engine's own program and weights that also gives its logits, on a pool of its own."""
+
+    def __init__(self, harness: Harness, tp: int, shape: StepShape):
+        cell = harness.engine._cell
+        (spec,) = next(layout for layout in cell.known_layouts() if layout.instances[0].tp == tp).instances
+        self._mesh = instance_mesh(cell.devices, spec, cell.vmap)
+        self._shape = shape
+        self._program = cell.program
+        self._leaves = cell.leaves(spec)
+        self._step = compile_step(cell.program, shape, self._mesh, with_logits=True)
+
+    def __call__(self, prompt: list[int]) -> np.ndarray:
+        program, vshards = self._program, self._program.cut.num_vshards
+        packer = Packer(self._shape, vshards, program.pages, program.max_batch)
+        used = -(-len(prompt) // program.pool.page_size)
+        table = np.arange(vshards * used, dtype=np.int32).reshape(vshards, used)
+        columns = sampling_columns(SamplingParams(), 0, len(prompt))
+        packer.add(columns, row=0, context=0, tokens=prompt, emit=True, table=table)
+        along, everywhere = (NamedSharding(self._mesh, spec) for spec in (PartitionSpec(TP_AXIS), PartitionSpec()))
+        tp = self._mesh.devices.size
+        whole = (program.pool.blocks * tp, *program.pool.block_shape)
+        pool = jax.jit(lambda: jnp.zeros(whole, program.pool.storage_dtype), out_shardings=along)()
+        history = jax.device_put(np.zeros(program.history_shape, np.int32), everywhere)
+        *_, logits = self._step(self._leaves, pool, history, packer.done())
+        return np.asarray(logits)[0, : program.config.vocab_size]
