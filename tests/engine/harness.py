@@ -2,10 +2,11 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Recorder:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._deltas: dict[str, list[TokenDelta]] = collections.defaultdict(list)
+        self._actions: list[tuple[str, int, Callable[[], object]]] = []
         self.fail_next = False
 
     def __call__(self, deltas: Sequence[TokenDelta]) -> None:
@@ -47,7 +49,19 @@ class Recorder:
                 before = self._deltas[delta.request_id]
                 assert not before or before[-1].finish_reason is None, f"a delta after the last one: {delta}"
                 before.append(delta)
+            due = [action for action in self._actions if self._has_come(*action[:2])]
+            self._actions = [action for action in self._actions if action not in due]
+            for _, _, do in due:
+                do()
             self._changed.notify_all()
+
+    def when(self, name: str, count: int, do: Callable[[], object]) -> None:
+        """Has the engine's thread call `do` as soon as so many tokens of a request have come, or it has ended.
+
+        So tests act at the same moment of a stream however slow and busy the machine is.
+        """
+        with self._changed:
+            self._actions.append((name, count, do))
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Waits until `ready`, which is asked again after every delta."""
@@ -71,6 +85,9 @@ class Recorder:
         """Whether the last delta of a request has come."""
         deltas = self._deltas[name]
         return bool(deltas) and deltas[-1].finish_reason is not None
+
+    def _has_come(self, name: str, count: int) -> bool:
+        return self.count(name) >= count or self.finished(name)
 
 
 class Harness:
@@ -125,8 +142,33 @@ class Harness:
 
     def wait_for_tokens(self, name: str, count: int) -> None:
         """Waits until so many tokens of a request have come (or it has ended)."""
-        recorder = self.recorder
-        recorder.wait(lambda: recorder.count(name) >= count or recorder.finished(name))
+        self.recorder.wait(lambda: self.recorder._has_come(name, count))
+
+    def switch_when(self, name: str, count: int, layout: str) -> "concurrent.futures.Future[SwitchReport]":
+        """Asks for a layout at the moment when so many tokens of a request have come."""
+        outer: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
+
+        def ask() -> None:
+            self.ask_for(layout).add_done_callback(lambda inner: _pass_on(inner, outer))
+
+        self.recorder.when(name, count, ask)
+        return outer
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The engine's thread does nothing meanwhile."""
+        reached, go_on = threading.Event(), threading.Event()
+
+        def pause() -> None:
+            reached.set()
+            go_on.wait(TIMEOUT_S)
+
+        self.engine._running.post(pause)
+        assert reached.wait(TIMEOUT_S)
+        try:
+            yield
+        finally:
+            go_on.set()
 
     def assert_balanced(self) -> None:
         """Nothing is alive, and every block is free."""
@@ -140,6 +182,16 @@ class Harness:
         for instance in self.engine._running.instances:
             assert instance.rows == {}
             assert instance.in_flight <= 2
+
+
+def _pass_on(
+    inner: "concurrent.futures.Future[SwitchReport]", outer: "concurrent.futures.Future[SwitchReport]"
+) -> None:
+    error = inner.exception()
+    if error is None:
+        outer.set_result(inner.result())
+    else:
+        outer.set_exception(error)
 
 
 def tiny_model(variant: str, folder: Path) -> OpenModel:

@@ -73,13 +73,12 @@ def test_a_walk_through_the_layouts_changes_no_token(
     harness: Harness, without_switches: list[tuple[int, ...]], every: int
 ) -> None:
     before = harness.engine.stats()
-    names = submit_all(harness)
-    reports = []
-    for number, layout in enumerate(WALK, 1):
-        harness.wait_for_tokens(names[1], number * every)
-        reports.append(harness.switch(layout))
-        assert str(harness.engine.layout()) == layout
+    with harness.paused():
+        names = submit_all(harness)
+        futures = [harness.switch_when(names[1], number * every, layout) for number, layout in enumerate(WALK, 1)]
     assert spoken(harness, names) == without_switches
+    reports = [future.result(60) for future in futures]
+    assert str(harness.engine.layout()) == WALK[-1]
     assert [(report.from_layout, report.to_layout) for report in reports] == list(
         zip(("tp1x4", *WALK[:-1]), WALK, strict=True)
     )
@@ -114,22 +113,22 @@ def test_switches_faster_than_tokens_change_none_either(
 def test_prompts_are_switched_in_the_middle_of_their_prefill(
     harness: Harness, without_switches: list[tuple[int, ...]]
 ) -> None:
-    names = submit_all(harness)
-    report = harness.switch("tp4")  # at once: most prompts have chunks left
-    assert report.sequences > 0
+    with harness.paused():
+        names = submit_all(harness)
+        future = harness.switch_when(names[0], 1, "tp4")  # the longest prompt has two chunks left at least
     assert spoken(harness, names) == without_switches
+    assert future.result(60).sequences == 8
 
 
 def test_an_instance_that_stays_is_not_stopped(harness: Harness) -> None:
     harness.switch("tp2x2")
     keeper = harness.engine._running.instances[0]
-    names = [harness.submit((i + 1, 2, 3), 200) for i in range(8)]
-    for name in names:
-        harness.wait_for_tokens(name, 2)
-    report = harness.switch("tp2+tp1x2")
-    assert harness.engine._running.instances[0] is keeper
-    assert 1 <= report.sequences <= 7
+    with harness.paused():
+        names = [harness.submit((i + 1, 2, 3), 200) for i in range(8)]
+        future = harness.switch_when(names[0], 20, "tp2+tp1x2")
     assert {answer.finish for answer in harness.collect(names)} == {FinishReason.LENGTH}
+    assert future.result(60).sequences == 4
+    assert harness.engine._running.instances[0] is keeper
 
 
 def test_the_same_layout_again_moves_nothing(harness: Harness) -> None:
@@ -142,9 +141,10 @@ def test_the_same_layout_again_moves_nothing(harness: Harness) -> None:
 
 def test_growing_moves_only_what_changes_its_device(harness: Harness) -> None:
     # One sequence on one of four devices: at TP 4 a quarter of its blocks may stay.
-    name = harness.submit((1, 2, 3), 100)
-    harness.wait_for_tokens(name, 5)
-    report = harness.switch("tp4")
+    with harness.paused():
+        name = harness.submit((1, 2, 3), 100)
+        future = harness.switch_when(name, 5, "tp4")
+    report = future.result(60)
     pool = harness.engine._cell.program.pool
     pages = -(-103 // pool.page_size)  # deterministic mode takes all at admission
     assert report.kv_bytes_moved == 3 * pages * pool.block_bytes
@@ -187,18 +187,18 @@ def test_a_switch_that_fails_leaves_all_streams_and_the_old_layout(
         return real(mover, source, target, old, new)
 
     real = BlockMover.move
-    names = submit_all(harness)
-    for name in names:
-        harness.wait_for_tokens(name, 5)
     sent_back = harness.engine.stats().sent_back
     with monkeypatch.context() as patch:
         patch.setattr(BlockMover, "move", move)
+        with harness.paused():
+            names = submit_all(harness)
+            future = harness.switch_when(names[7], 5, "tp4")
         with pytest.raises(PreconditionError, match="the switch failed and tp1x4 stays: the link is down"):
-            harness.switch("tp4")
+            future.result(60)
     assert str(harness.engine.layout()) == "tp1x4"
     # They are computed anew, and what was said is neither said again nor changed.
     assert spoken(harness, names) == without_switches
-    assert harness.engine.stats().sent_back >= sent_back + 6
+    assert harness.engine.stats().sent_back == sent_back + 8
     assert harness.switch("tp4").to_layout == "tp4"  # the link is up again
     assert "computed anew" in caplog.text
 
@@ -208,13 +208,14 @@ def test_a_failed_switch_frees_what_it_took_on_idle_devices(model: OpenModel, mo
         raise RuntimeError("the link is down")
 
     with Harness(model, deterministic=True, layouts=("tp1", "tp2", "tp4"), layout="tp1") as harness:
-        names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
-        for name in names:
-            harness.wait_for_tokens(name, 2)
+        harness.engine.wait_for_layouts()
         with monkeypatch.context() as patch:
             patch.setattr(BlockMover, "settle", settle)
+            with harness.paused():
+                names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
+                future = harness.switch_when(names[3], 2, "tp4")
             with pytest.raises(PreconditionError, match="tp1 stays"):
-                harness.switch("tp4")
+                future.result(60)
         assert {answer.finish for answer in harness.collect(names)} == {FinishReason.LENGTH}
         harness.assert_balanced()
         assert harness.switch("tp4").to_layout == "tp4"
@@ -226,7 +227,8 @@ class Fault:
     """Makes steps of the instance on a device fail: when dispatched, or when their result is read."""
 
     def __init__(self, patch: pytest.MonkeyPatch, device: int, count: int, *, late: bool):
-        self._left = count
+        self._left = 0
+        self._count = count
         self.struck = threading.Event()
         real_start: Callable[..., None] = Instance._start
 
@@ -237,6 +239,10 @@ class Fault:
             real_start(instance, shape, executable, *rest)
 
         patch.setattr(Instance, "_start", start)
+
+    def arm(self) -> None:
+        """From now on."""
+        self._left = self._count
 
     def _due(self) -> bool:
         self._left -= 1  # on the engine's thread alone
@@ -273,14 +279,14 @@ def test_a_step_that_fails_ends_its_streams_and_no_others(
 ) -> None:
     prompts = random_prompts(12, (3, 20), VOCAB, seed=11)
     expected = [answer.tokens for answer in harness.run(prompts, 100)]
-    names = [harness.submit(prompt, 100) for prompt in prompts]
-    for name in names:
-        harness.wait_for_tokens(name, 3)
     with monkeypatch.context() as patch:
-        Fault(patch, device=2, count=count, late=late)
+        fault = Fault(patch, device=2, count=count, late=late)
+        with harness.paused():
+            names = [harness.submit(prompt, 100) for prompt in prompts]
+            harness.recorder.when(names[-1], 3, fault.arm)
         answers = harness.collect(names)
     failed = [answer for answer in answers if answer.finish is FinishReason.ERROR]
-    assert 1 <= len(failed) <= 3  # those of one instance of four
+    assert len(failed) == 3  # those of one instance of four
     assert {answer.error for answer in failed} == {"the accelerator reported an error in this step"}
     for answer, whole in zip(answers, expected, strict=True):
         assert answer.tokens == (whole[: len(answer.tokens)] if answer in failed else whole)
@@ -294,17 +300,17 @@ def test_a_step_that_fails_ends_its_streams_and_no_others(
 def test_a_switch_can_follow_a_failed_step_at_once(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(8, (3, 20), VOCAB, seed=12)
     expected = [answer.tokens for answer in harness.run(prompts, 80)]
-    names = [harness.submit(prompt, 80) for prompt in prompts]
-    for name in names:
-        harness.wait_for_tokens(name, 3)
     with monkeypatch.context() as patch:
         fault = Fault(patch, device=1, count=1, late=True)
-        assert fault.struck.wait(30)
+        with harness.paused():
+            names = [harness.submit(prompt, 80) for prompt in prompts]
+            harness.recorder.when(names[-1], 3, fault.arm)
+        assert fault.struck.wait(60)
         assert harness.switch("tp4").to_layout == "tp4"
         answers = harness.collect(names)
     for answer, whole in zip(answers, expected, strict=True):
         assert answer.tokens == (whole if answer.finish is FinishReason.LENGTH else whole[: len(answer.tokens)])
-    assert sum(answer.finish is FinishReason.ERROR for answer in answers) <= 2
+    assert sum(answer.finish is FinishReason.ERROR for answer in answers) == 2
     assert [answer.tokens for answer in harness.run(prompts, 80)] == expected
 
 
@@ -319,9 +325,10 @@ def test_a_fault_of_our_own_ends_streams_but_not_the_engine(
             raise ZeroDivisionError("a bug")
         real(loop, step, results)
 
-    names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
     with monkeypatch.context() as patch:
         patch.setattr(type(harness.engine._running), "_accept", accept)
+        with harness.paused():
+            names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
         answers = harness.collect(names)
     assert {answer.finish for answer in answers} == {FinishReason.ERROR}
     assert {answer.error for answer in answers} == {"internal error: ZeroDivisionError"}
@@ -376,11 +383,10 @@ def test_shrinking_to_a_smaller_pool_computes_anew_what_has_no_room(small: Harne
     prompts = random_prompts(8, (20, 30), VOCAB, seed=24)
     expected, gap = generate(VARIANT, prompts, 40)
     assert gap > 1e-3
-    names = [small.submit(prompt, 40) for prompt in prompts]
-    for name in names:
-        small.wait_for_tokens(name, 15)
-    report = small.switch("tp1")
+    with small.paused():
+        names = [small.submit(prompt, 40) for prompt in prompts]
+        future = small.switch_when(names[-1], 10, "tp1")
     answers = small.collect(names)
-    assert report.requeued > 0
+    assert future.result(60).requeued > 0
     assert [list(answer.tokens) for answer in answers] == expected
     small.assert_balanced()
