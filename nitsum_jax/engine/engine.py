@@ -13,7 +13,7 @@ from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.request import Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
-from nitsum_jax.errors import InvalidInputError, PreconditionError, UnavailableError
+from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.loading import OpenModel
@@ -122,6 +122,8 @@ class Engine:
         def wait() -> None:
             try:
                 self._cell.executables.wait(groups)
+            except NitsumError as error:
+                future.set_exception(error)
             except RuntimeError as error:
                 future.set_exception(PreconditionError(f"layout {target} is not to be had: {error}"))
             else:

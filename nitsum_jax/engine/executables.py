@@ -20,6 +20,7 @@ from nitsum_jax.errors import UnavailableError
 
 _LOG = logging.getLogger(__name__)
 _BACKGROUND_NICENESS = 10
+_CLOSING_S = 0.5
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Group = tuple[int, ...]
@@ -131,7 +132,8 @@ class Executables:
         self._compiling: set[tuple[int, StepShape]] = set()
         self._closed = False
         self._threads = [
-            threading.Thread(target=self._work, name=f"nitsum-compile-{index}", daemon=True) for index in range(threads)
+            threading.Thread(target=self._work, args=(index,), name=f"nitsum-compile-{index}", daemon=True)
+            for index in range(threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -196,9 +198,10 @@ class Executables:
         """From now on, programs with collectives are launched by the engine's thread alone."""
         with self._trial_lock, self._changed:
             self._serving = True
-        # Serving goes before compiling what may be needed later.  Linux gives each thread a priority of its own.
+        # Serving goes before compiling what may be needed later: all threads but the first yield to it, and the first
+        # waits for what somebody asks for.  Linux gives each thread a priority of its own.
         if sys.platform == "linux":
-            for thread in self._threads:
+            for thread in self._threads[1:]:
                 if thread.native_id is not None:
                     os.setpriority(os.PRIO_PROCESS, thread.native_id, _BACKGROUND_NICENESS)
 
@@ -222,13 +225,13 @@ class Executables:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Stops compiling; what is being compiled is finished and thrown away."""
+        """Stops compiling; what is being compiled is thrown away when it is finished, which is not waited for long."""
         with self._changed:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join()
+            thread.join(_CLOSING_S)
 
     def _has(self, group: Group, shapes: frozenset[StepShape]) -> bool:
         return shapes <= self._done.get(group, {}).keys()
@@ -275,8 +278,8 @@ class Executables:
         others = [other for other in device.client.local_devices() if other != device]
         return can_rebind(device, others[0] if others else device)
 
-    def _work(self) -> None:
-        while (job := self._next()) is not None:
+    def _work(self, index: int) -> None:
+        while (job := self._next(index)) is not None:
             error = None
             finished = None
             try:
@@ -297,13 +300,14 @@ class Executables:
             if not self._closed:
                 self._on_ready()
 
-    def _next(self) -> _Job | None:
-        """The next thing to do, None at the end."""
+    def _next(self, index: int) -> _Job | None:
+        """The next thing for thread `index` to do, None at the end."""
+        reserved = index == 0 and len(self._threads) > 1
         with self._changed:
             while True:
                 if self._closed:
                     return None
-                if self._jobs:
+                if self._jobs and not (self._serving and reserved and self._jobs[0].priority > ASKED_FOR):
                     job = heapq.heappop(self._jobs)
                     if job.compiled is not None:
                         return job

@@ -110,7 +110,7 @@ def _define() -> flags.FlagValues:
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "of weights and KV cache; auto: what the checkpoint and devices suit",
+        "of weights and KV cache; auto: bfloat16 where the devices multiply it fast, else float32",
         flag_values=values,
     )
     count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from typing import Any
 
 from grpc.aio import ServicerContext
 
@@ -82,9 +83,11 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 raise InvalidInputError('layout is empty: give one such as "tp2+tp1x2"')
             change = backend.engine.prepare_layout if message.prepare else backend.engine.set_layout
             future = change(message.layout)
+            waiting = asyncio.wrap_future(future)
+            waiting.add_done_callback(_look_at)
             try:
                 # Shielded: half a switch is no state to leave a cell in, so a caller that leaves does not stop it.
-                report = await asyncio.shield(asyncio.wrap_future(future))
+                report = await asyncio.shield(waiting)
             except asyncio.CancelledError:
                 if future.cancelled():
                     raise UnavailableError("the server is stopping: the layout was not changed") from None
@@ -94,6 +97,12 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
 
     def _retry_after_s(self) -> float:
         return self._state.present().bridge.retry_after_s()
+
+
+def _look_at(future: "asyncio.Future[Any]") -> None:
+    """Takes note of an error whose caller has left, which asyncio would otherwise complain about."""
+    if not future.cancelled():
+        future.exception()
 
 
 async def _relay(
