@@ -20,6 +20,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags
@@ -96,7 +97,7 @@ def read_options(argv: Sequence[str]) -> Options:
         batches = ()
     if not batches or min(batches) < 1:
         raise InvalidInputError(f"--batches={','.join(values.batches)}: give numbers of at least 1, such as 1,8,32")
-    rest = {f.name: values[f.name].value for f in dataclasses.fields(Options) if f.name != "batches"}
+    rest: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Options) if f.name != "batches"}
     return Options(batches=batches, **rest)
 
 
@@ -128,6 +129,7 @@ class Benchmark:
         """All rounds; what a first run has to set up is done before they begin."""
         for batch in self._options.batches:
             self._round(batch, -1)
+            cli.err(f"batch {batch} warmed up")
         for number in range(self._options.rounds):
             for batch in self._options.batches:
                 self._round(batch, number)
@@ -139,13 +141,12 @@ class Benchmark:
             lambda: self._time_engine(batch, asked, number),
             lambda: self._time_bare(batch, asked, number),
         ]
-        if number % 2:
-            turns.reverse()  # whoever comes second may find a machine that is warmer
+        if number % 2 and number > 0:  # the warm-up has the engine first: the bare run needs to know its tokens
+            turns.reverse()  # whoever comes second may find another machine
         for name in self._reference.there if self._reference is not None else ():
             if name != LLAMA_CPP or batch == 1:
                 turns.append(lambda name=name: self._time_reference(name, batch, asked, number))  # type: ignore[misc]
-        # The warm-up has the engine's run first: the bare one needs to know its tokens.
-        samples = [turn() for turn in (turns if number >= 0 else [turns[1], turns[0], *turns[2:]])]
+        samples = [turn() for turn in turns]
         if number >= 0:
             self.samples += samples
 

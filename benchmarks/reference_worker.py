@@ -55,7 +55,7 @@ def transformers_runner(model: pathlib.Path, report: dict[str, str]) -> Runner:
                 for kind in ("eager", "sdpa"):
                     network.set_attn_implementation(kind)
                     once(prompts, 4)
-                    seconds[kind] = min(once(prompts, 16)["decode_s"] for _ in range(2))
+                    seconds[kind] = once(prompts, 16)["decode_s"]
                 best[len(prompts)] = min(seconds, key=lambda kind: seconds[kind])
             network.set_attn_implementation(best[len(prompts)])
             return {**once(prompts, tokens), "tokens": len(prompts) * tokens}
@@ -96,6 +96,7 @@ def main(model: pathlib.Path, commands: TextIO, answers: TextIO) -> None:
     runners: dict[str, Runner] = {}
     report: dict[str, str] = {}
     missing: dict[str, str] = {}
+    makers: dict[str, tuple[tuple[str, ...], Callable[[pathlib.Path, dict[str, str]], Runner]]]
     makers = {"transformers": (("torch", "transformers"), transformers_runner)}
     if model.suffix == ".gguf":
         makers["llama.cpp"] = (("llama_cpp",), llama_cpp_runner)
