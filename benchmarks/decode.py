@@ -56,6 +56,7 @@ class Options:
     rounds: int
     prompt_tokens: int
     tokens: int
+    prefill_chunk: int
     kv_cache_gib: float
     bandwidth_mb: int
     reference_python: str
@@ -85,6 +86,7 @@ def read_options(argv: Sequence[str]) -> Options:
     count("rounds", 5, "how often each is timed")
     count("prompt_tokens", 32, "length of the prompts")
     count("tokens", 64, "length of the decode phase")
+    count("prefill_chunk", 128, "most prompt tokens in one step")
     flags.DEFINE_float("kv_cache_gib", 0.5, "KV pool; there are two of them", lower_bound=0.0, flag_values=values)
     count("bandwidth_mb", 512, "size of the array whose reading is timed; much more than the caches hold")
     text("reference_python", default_python(), "interpreter with torch and transformers, or llama_cpp; empty: none")
@@ -178,6 +180,7 @@ def run(options: Options) -> dict[str, object]:
         vshards=options.vshards,
         dtype=options.dtype,
         max_batch=longest,
+        prefill_chunk=options.prefill_chunk,
         kv_cache_gib=options.kv_cache_gib,
     )
     needed = options.prompt_tokens + options.tokens + lead_limit(prompts(model, longest, options.prompt_tokens))

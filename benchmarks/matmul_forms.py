@@ -78,7 +78,9 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_list("rows", ["1", "2", "8", "32", "128"], "numbers of rows", flag_values=values)
     flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "types of weights", flag_values=values)
     flags.DEFINE_integer("repeats", 5, "runs of each", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("give_up_ms", 1000.0, "a form slower than this is not tried with more rows", flag_values=values)
+    flags.DEFINE_float(
+        "give_up_ms", 1000.0, "a form slower than this at 2 rows or more is tried with no more", flag_values=values
+    )
     flags.DEFINE_string("json", None, "file for the results", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
     if not values.rows or not all(item.isdecimal() and int(item) for item in values.rows):
@@ -147,7 +149,7 @@ def measure(options: Options, config: ModelConfig) -> list[Timing]:
                 if form is MatmulForm.PADDED and rows > 1:
                     continue  # the same as DOT
                 ms = None if form in slow else _time(options, config, cut, rows, form, layers, head)
-                if ms is not None and ms > options.give_up_ms:
+                if ms is not None and rows > 1 and ms > options.give_up_ms:  # one row is a case of its own
                     slow.add(form)
                 found.append(Timing(dtype, rows, str(form), ms))
     return found
