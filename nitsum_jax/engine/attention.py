@@ -16,6 +16,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from nitsum_jax.models.fixed_sums import sum_last
+
 CHUNK_TOKENS = 128
 
 
@@ -187,17 +189,6 @@ def exp_nonpositive(x: jax.Array) -> jax.Array:
     y = y * (r * r) + r + jnp.float32(1)
     scale = jax.lax.bitcast_convert_type((power.astype(jnp.int32) + 127) << 23, jnp.float32)
     return jnp.where(x < -87, jnp.float32(0), y * scale)
-
-
-def sum_last(x: jax.Array) -> jax.Array:
-    """Sum over the last axis in a fixed tree; the order of XLA's own sums depends on the size of the array."""
-    while x.shape[-1] > 1:
-        half = (x.shape[-1] + 1) // 2
-        rest = x[..., half:]
-        if rest.shape[-1] < half:
-            rest = jnp.pad(rest, [(0, 0)] * (x.ndim - 1) + [(0, half - rest.shape[-1])])
-        x = x[..., :half] + rest
-    return x[..., 0]
 
 
 def write_tokens(

@@ -190,7 +190,8 @@ def _sample(
 
     def everything(logits: jax.Array) -> jax.Array:
         # Every rank samples from the whole vocabulary; they all find the same token.
-        full = ranks.concat_last(logits)
+        # The barrier keeps XLA from fusing the sampling with what differs between layouts.
+        full = jax.lax.optimization_barrier(ranks.concat_last(logits))
         return sampling.sample(full, arrays, history[inputs.row])
 
     def greedy(logits: jax.Array) -> jax.Array:

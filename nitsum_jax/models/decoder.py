@@ -17,6 +17,7 @@ from flax import nnx
 
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.fixed_sums import sum_of_squares
 from nitsum_jax.models.matmul import MatmulChoice, column_parallel, row_parallel
 from nitsum_jax.models.reduction import Ranks
 from nitsum_jax.models.rope import inverse_frequencies, rotate, rotations
@@ -194,9 +195,11 @@ class Table(nnx.Module):
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32."""
-    variance = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    width = x.shape[-1]
+    # sqrt(D) / sqrt(sum + D eps) rather than 1 / sqrt(sum / D + eps): no product that is added to something.
+    inverse = jax.lax.rsqrt(sum_of_squares(x)[..., None] + jnp.float32(width * eps)) * jnp.float32(width**0.5)
     scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
-    return x * jax.lax.rsqrt(variance + jnp.float32(eps)) * scale
+    return x * inverse * scale
 
 
 def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -18,9 +18,9 @@ from nitsum_jax.engine.attention import (
     encode,
     exp_nonpositive,
     paged_attention,
-    sum_last,
     write_tokens,
 )
+from nitsum_jax.models.fixed_sums import sum_last
 
 LAYERS, WIDTH = 2, 8
 

@@ -31,7 +31,7 @@ def turned(x: np.ndarray, positions: np.ndarray, inverse: np.ndarray) -> np.ndar
 def test_unscaled_frequencies_fall_geometrically() -> None:
     frequencies = inverse_frequencies(config_with(8, 10000.0))
     np.testing.assert_allclose(frequencies, [1, 0.1, 0.01, 0.001], rtol=1e-6)
-    assert frequencies.dtype == np.float32
+    assert frequencies.dtype == np.float64
 
 
 def test_llama3_scaling_stretches_long_waves_and_keeps_short_ones() -> None:
