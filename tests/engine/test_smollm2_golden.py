@@ -46,7 +46,7 @@ def model() -> OpenModel:
 def harness(model: OpenModel, prompts: list[dict[str, Any]]) -> Iterator[Harness]:
     # One instance and one bucket per phase: all prompts are one batch, and few steps are compiled.
     settings: dict[str, Any] = {"layouts": ("tp1", "tp2", "tp4"), "max_batch": len(prompts), "deterministic": True}
-    with Harness(model, **settings, max_model_len=512, prefill_chunk=128) as harness:
+    with Harness(model, **settings, max_model_len=512, prefill_chunk=64) as harness:
         yield harness
 
 
