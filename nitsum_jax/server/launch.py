@@ -33,7 +33,8 @@ Load = Callable[[LaunchOptions, Sink], tuple[ServingEngine, ServedModel]]
 
 def run() -> None:
     """Entry point of the console script."""
-    sys.exit(main(sys.argv))
+    # Not sys.exit: a thread inside the compiler does not survive the end of the interpreter, and takes it down aloud.
+    _leave(main(sys.argv))
 
 
 def main(argv: Sequence[str], load: Load | None = None) -> int:
