@@ -16,7 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from nitsum_jax.models.fixed_sums import sum_last
+from nitsum_jax.models.fixed_sums import computed_once, sum_of_weights
 
 CHUNK_TOKENS = 128
 
@@ -143,10 +143,14 @@ def paged_attention(
     if length > 1:
         seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
         scores = jnp.where(seen, scores, -jnp.inf)
-    top = jnp.max(scores, axis=-1)
-    weights = exp_nonpositive(scores - top[..., None])
-    total = sum_last(weights)
-    out = jnp.einsum("nru,nua->nra", weights, new_values)
+        top = jnp.max(scores, axis=-1)
+        weights = exp_nonpositive(scores - top[..., None])
+        total = sum_of_weights(weights)
+        out = jnp.einsum("nru,nua->nra", weights, new_values)
+    else:  # a token that sees itself alone has weight 1
+        top = scores[..., 0]
+        total = jnp.ones_like(top)
+        out = jnp.broadcast_to(new_values, queries.shape)
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
@@ -161,9 +165,9 @@ def paged_attention(
         scores = jnp.einsum("nra,nta->nrt", queries, fetch(pages, 0))
         scores = jnp.where(position[None, None, :] < reach, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        shrink = exp_nonpositive(top - new_top)
+        shrink = computed_once(exp_nonpositive(top - new_top))
         weights = exp_nonpositive(scores - new_top[..., None])
-        total = total * shrink + sum_last(weights)
+        total = total * shrink + sum_of_weights(weights)
         out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(pages, 1))
         return new_top, total, out
 

@@ -1,6 +1,7 @@
 """Building a cell: devices, cut, memory, weights, pool, executables."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
@@ -120,10 +121,16 @@ class Cell:
 
 def empty_arrays(*what: tuple[tuple[int, ...], jnp.dtype, PartitionSpec], mesh: Mesh) -> tuple[jax.Array, ...]:
     """Arrays with whatever happens to lie in their memory: (global shape, type, sharding) each."""
-    shardings = tuple(NamedSharding(mesh, spec) for _, _, spec in what)
-    make = jax.jit(lambda: tuple(jax.lax.empty(shape, dtype) for shape, dtype, _ in what), out_shardings=shardings)
-    arrays: tuple[jax.Array, ...] = make()
+    arrays: tuple[jax.Array, ...] = _empty_maker(what, mesh)()
     return arrays
+
+
+@functools.lru_cache(maxsize=8)
+def _empty_maker(
+    what: tuple[tuple[tuple[int, ...], jnp.dtype, PartitionSpec], ...], mesh: Mesh
+) -> Callable[[], tuple[jax.Array, ...]]:
+    shardings = tuple(NamedSharding(mesh, spec) for _, _, spec in what)
+    return jax.jit(lambda: tuple(jax.lax.empty(shape, dtype) for shape, dtype, _ in what), out_shardings=shardings)
 
 
 def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:

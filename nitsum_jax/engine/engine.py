@@ -151,7 +151,7 @@ class Engine:
         wanted = self._cell.known_layouts() if layouts is None else layouts
         for layout in wanted:
             groups = self._cell.groups(parse_layout(layout, count) if isinstance(layout, str) else layout)
-            self._cell.executables.want(groups, ASKED_FOR)
+            self._cell.executables.want(groups, ASKED_FOR, everything=True)
             self._cell.executables.wait(groups, everything=True)
 
     def stats(self) -> EngineStats:

@@ -25,8 +25,9 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 Group = tuple[int, ...]
 
-# Priorities: the first layout, what somebody waits for, what may come next.
-FIRST, ASKED_FOR, LIKELY = 0, 1, 10
+# Priorities: what the first layout cannot do without, what somebody waits for, the buckets that make it faster, and
+# what may come next.
+FIRST, ASKED_FOR, FASTER, LIKELY = 0, 1, 5, 10
 
 
 # Runs an executable once with inputs that change nothing, and returns what it returned (without waiting for it).
@@ -138,20 +139,27 @@ class Executables:
         for thread in self._threads:
             thread.start()
 
-    def want(self, groups: Sequence[Group], priority: int) -> None:
-        """Asks for all buckets of these groups; lower priorities come first, and asking again may only hasten."""
+    def want(self, groups: Sequence[Group], priority: int, *, everything: bool = False) -> None:
+        """Asks for all buckets of these groups; lower priorities come first, and asking again may only hasten.
+
+        Args:
+          groups: devices in rank order.
+          priority: of the essential buckets; the others are made with FASTER at most.
+          everything: whether the others are as urgent.
+        """
         with self._changed:
             for job in self._parked:
-                if job.group in groups:
+                if job.group in groups and (everything or job.shape in self._essential):
                     job.priority = min(job.priority, priority)
             # Shape by shape: the first group compiles one, the others only load it.
             for shape in self._shapes:
+                rank = priority if everything or shape in self._essential else max(priority, FASTER)
                 for group in groups:
                     key = (group, shape)
-                    if shape in self._done.get(group, {}) or self._asked.get(key, priority + 1) <= priority:
+                    if shape in self._done.get(group, {}) or self._asked.get(key, rank + 1) <= rank:
                         continue
-                    self._asked[key] = priority
-                    heapq.heappush(self._jobs, _Job(priority, next(self._order), group, shape))
+                    self._asked[key] = rank
+                    heapq.heappush(self._jobs, _Job(rank, next(self._order), group, shape))
             self._changed.notify_all()
 
     def ready(self, group: Group) -> bool:

@@ -73,7 +73,6 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
             dtype=jnp.dtype(program.dtype),
             ranks=Ranks(tp, TP_AXIS),
             matmul=program.matmul,
-            rngs=nnx.Rngs(0),
         )
 
     return nnx.split(nnx.eval_shape(make))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.fixed_sums import computed_once
 
 
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
@@ -57,11 +58,12 @@ def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax
     sin = jnp.where(swap, cosine, sine)
     cos = jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
     sin = jnp.where(quarter >= 2, -sin, sin)
-    return cos, sin
+    return computed_once(cos), computed_once(sin)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x[B, T, heads, A]`, pairing feature i with feature i + A/2."""
+    """Rotates `x[B, T, ..., A]`, pairing feature i with feature i + A/2."""
     first, second = jnp.split(x, 2, axis=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    axes = tuple(range(2, x.ndim - 1))
+    cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

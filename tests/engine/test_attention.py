@@ -20,7 +20,6 @@ from nitsum_jax.engine.attention import (
     paged_attention,
     write_tokens,
 )
-from nitsum_jax.models.fixed_sums import sum_last
 
 LAYERS, WIDTH = 2, 8
 
@@ -173,15 +172,6 @@ def test_exp_gives_the_same_bits_in_arrays_of_every_size() -> None:
     whole = np.asarray(jax.jit(exp_nonpositive)(jnp.asarray(x)))
     for size in (1, 2, 3, 7, 8, 9, 31, 64, 1000):
         np.testing.assert_array_equal(jax.jit(exp_nonpositive)(jnp.asarray(x[:size])), whole[:size])
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 33, 128])
-def test_sum_last_adds_in_one_order_whatever_the_batch(size: int) -> None:
-    x = np.random.default_rng(size).standard_normal((40, size)).astype(np.float32)
-    total = np.asarray(jax.jit(sum_last)(jnp.asarray(x)))
-    np.testing.assert_allclose(total, x.astype(np.float64).sum(-1), rtol=0, atol=1e-5)
-    for rows in (1, 2, 7):
-        np.testing.assert_array_equal(jax.jit(sum_last)(jnp.asarray(x[:rows])), total[:rows])
 
 
 # ---- writing
