@@ -1,12 +1,11 @@
 """Building a cell: devices, cut, memory, weights, pool, executables."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, resolve_dtype
@@ -88,25 +87,23 @@ class Cell:
         return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
 
     def trial_run(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
-        """Runs a step in which every row is padding, on a pool and a history of its own; does not wait for it.
+        """Runs a step in which every row is padding; does not wait for it.
 
-        The pool is never written and hardly read, so that on a CPU, where memory becomes real when it is touched, it
-        takes none.
+        It takes the pools of its devices, which nobody may have on loan, and gives them back as they were.
         """
         spec = InstanceSpec(group)
         mesh = instance_mesh(self.devices, spec, self.vmap)
-        program = self.program
-        pool, history = empty_arrays(
-            (
-                (program.pool.blocks * spec.tp, *program.pool.block_shape),
-                program.pool.storage_dtype,
-                PartitionSpec("tp"),
-            ),
-            (program.history_shape, jnp.dtype(jnp.int32), PartitionSpec()),
-            mesh=mesh,
-        )
-        packed = Packer(shape, self.vmap.num_vshards, program.pages, program.max_batch).done()
-        return compiled(self.leaves(spec), pool, history, packed)
+        history = jax.device_put(np.zeros(self.program.history_shape, np.int32), NamedSharding(mesh, PartitionSpec()))
+        packed = Packer(shape, self.vmap.num_vshards, self.program.pages, self.program.max_batch).done()
+        leaves = self.leaves(spec)
+        pool = self.pool.lend(mesh, group)
+        try:
+            outputs = compiled(leaves, pool, history, packed)
+        except Exception:
+            self.pool.take_back(pool, group)
+            raise
+        self.pool.take_back(outputs[0], group)
+        return outputs[1:]  # not the pool: the next step takes it
 
     def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
         """Starts an instance; its devices' pools must be free and its executables ready."""
@@ -117,20 +114,6 @@ class Cell:
             return self.executables.of(group)
 
         return Instance(spec, self.program, self.vmap, mesh, self.leaves(spec), executables, self.pool, on_step)
-
-
-def empty_arrays(*what: tuple[tuple[int, ...], jnp.dtype, PartitionSpec], mesh: Mesh) -> tuple[jax.Array, ...]:
-    """Arrays with whatever happens to lie in their memory: (global shape, type, sharding) each."""
-    arrays: tuple[jax.Array, ...] = _empty_maker(what, mesh)()
-    return arrays
-
-
-@functools.lru_cache(maxsize=8)
-def _empty_maker(
-    what: tuple[tuple[tuple[int, ...], jnp.dtype, PartitionSpec], ...], mesh: Mesh
-) -> Callable[[], tuple[jax.Array, ...]]:
-    shardings = tuple(NamedSharding(mesh, spec) for _, _, spec in what)
-    return jax.jit(lambda: tuple(jax.lax.empty(shape, dtype) for shape, dtype, _ in what), out_shardings=shardings)
 
 
 def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:

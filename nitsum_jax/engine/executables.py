@@ -84,9 +84,9 @@ class Executables:
     A group is an instance's devices in rank order.  Thread-safe.
 
     Where the first run of an executable is slow (XLA:CPU plans its matrix products then, most of a second for a model
-    of 30 layers), each is tried once before its group counts as ready.  Programs with collectives may be launched by
-    one thread only as soon as there are others on the same devices: once `serve` was called, trials of groups of
-    several devices wait for `launch_trial`, for the engine's thread.
+    of 30 layers), each is tried once before its group counts as ready.  A trial borrows the pools of its devices, and
+    programs with collectives must be launched in one order; so once `serve` was called, trials wait for the engine's
+    thread to call `launch_trial`.
     """
 
     def __init__(
@@ -197,13 +197,13 @@ class Executables:
                 self._changed.wait()
 
     def provide(self, trial_run: TrialRun) -> None:
-        """Says how to try executables: possible when the weights are there."""
+        """Says how to try executables until `serve` is called: possible when the weights are there."""
         with self._changed:
             self._trial_run = trial_run
             self._changed.notify_all()
 
     def serve(self) -> None:
-        """From now on, programs with collectives are launched by the engine's thread alone."""
+        """From now on, programs are launched by the engine's thread alone."""
         with self._trial_lock, self._changed:
             self._serving = True
         # Serving goes before compiling what may be needed later: all threads but the first yield to it, and the first
@@ -213,24 +213,31 @@ class Executables:
                 if thread.native_id is not None:
                     os.setpriority(os.PRIO_PROCESS, thread.native_id, _BACKGROUND_NICENESS)
 
-    def launch_trial(self, *, idle: bool) -> None:
-        """Launches one trial that waits for the engine's thread, without waiting for its end.
+    def launch_trial(self, trial_run: TrialRun, *, idle: bool) -> None:
+        """Launches one of the trials that wait for the engine's thread, without waiting for its end.
 
         Args:
-          idle: whether nobody is kept waiting by it; if not, only what was asked for is tried.
+          trial_run: how to run it; returns None if that cannot be done now.
+          idle: whether nobody is kept waiting by it; if not, what only may come next is not tried.
         """
         with self._changed:
-            fitting = [job for job in self._parked if idle or job.priority <= ASKED_FOR]
-            if not fitting or self._trial_run is None:
+            fitting = [job for job in self._parked if idle or job.priority <= FASTER]
+            if not fitting:
                 return
             job = min(fitting)
             self._parked.remove(job)
-            run = self._trial_run
         assert job.compiled is not None
-        job.outputs = run(job.group, job.shape, job.compiled)
+        try:
+            job.outputs = trial_run(job.group, job.shape, job.compiled)
+        except Exception as error:  # the executable is of no use, and the engine's thread goes on
+            self._fail(job, error)
+            return
         with self._changed:
-            heapq.heappush(self._jobs, dataclasses.replace(job, priority=-1))
-            self._changed.notify_all()
+            if job.outputs is None:
+                self._parked.append(job)
+            else:
+                heapq.heappush(self._jobs, dataclasses.replace(job, priority=-1))
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Stops compiling; what is being compiled is thrown away when it is finished, which is not waited for long."""
@@ -263,8 +270,8 @@ class Executables:
             blueprint = self._store.get(self._program, job.shape, devices[0], len(devices))
             if blueprint is not None:
                 return self._load(blueprint, job, mesh)
-            with without_jax_cache():
-                compiled = compile_step(self._program, job.shape, mesh)
+            with without_jax_cache() as name:
+                compiled = compile_step(self._program, job.shape, mesh, name=name)
             blueprint = Blueprint(compiled, devices)
             self._store.put(self._program, job.shape, devices[0], len(devices), blueprint)
             return compiled
@@ -288,7 +295,6 @@ class Executables:
 
     def _work(self, index: int) -> None:
         while (job := self._next(index)) is not None:
-            error = None
             finished = None
             try:
                 if job.compiled is None:
@@ -296,17 +302,20 @@ class Executables:
                     finished = self._after_compiling(job)
                 else:
                     finished = self._try(job)
-            except Exception as caught:  # whatever XLA throws must not end the thread
-                _LOG.exception("%s for devices %s failed", job.shape, job.group)
-                error = f"{type(caught).__name__}: {caught}".splitlines()[0]
-            with self._changed:
-                if finished is not None:
+            except Exception as error:  # whatever XLA throws must not end the thread
+                self._fail(job, error)
+            if finished is not None:
+                with self._changed:
                     self._done.setdefault(job.group, {})[job.shape] = finished
-                elif error is not None:
-                    self._failed[job.group] = error
-                self._changed.notify_all()
+                    self._changed.notify_all()
             if not self._closed:
                 self._on_ready()
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        _LOG.error("%s for devices %s failed", job.shape, job.group, exc_info=error)
+        with self._changed:
+            self._failed[job.group] = f"{type(error).__name__}: {error}".splitlines()[0]
+            self._changed.notify_all()
 
     def _next(self, index: int) -> _Job | None:
         """The next thing for thread `index` to do, None at the end."""
@@ -344,13 +353,11 @@ class Executables:
             run = self._trial_run
         if run is None:
             return None
-        if len(job.group) == 1:
-            jax.block_until_ready(run(job.group, job.shape, job.compiled))
-            return job.compiled
         with self._trial_lock:
-            if not self._serving:
-                jax.block_until_ready(run(job.group, job.shape, job.compiled))
-                return job.compiled
+            outputs = None if self._serving else run(job.group, job.shape, job.compiled)
+        if outputs is not None:
+            jax.block_until_ready(outputs)
+            return job.compiled
         with self._changed:
             self._parked.append(job)
         return None

@@ -269,11 +269,21 @@ class Instance:
                 step.error = error
             self._on_step(self, step)
 
+    # ---- the pool
+
+    def lend_pool(self) -> None:
+        """Gives its devices' pools back for a while: for one program that is launched before the next step."""
+        self._pool.take_back(self._array, self.order)
+
+    def regain_pool(self) -> None:
+        """Takes the pools again."""
+        self._array = self._pool.lend(self._mesh, self.order)
+
     # ---- end
 
     def release(self) -> None:
         """Gives the pools back and ends the reader; no step may be in flight."""
-        self._pool.take_back(self._array, self.order)
+        self.lend_pool()
         self.close()
 
     def abandon(self) -> None:

@@ -16,10 +16,13 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import jax
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
@@ -181,8 +184,20 @@ class Loop:
         self._launch_trials()
 
     def _launch_trials(self) -> None:
-        """Lets executables run for the first time: those that somebody waits for, and all when no request is alive."""
-        self.cell.executables.launch_trial(idle=not self.alive)
+        """Lets executables run for the first time: those that are of use now, and all when no request is alive."""
+        self.cell.executables.launch_trial(self._trial, idle=not self.alive)
+
+    def _trial(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
+        lenders = [instance for instance in self.instances if not set(group).isdisjoint(instance.order)]
+        if any(instance.broken for instance in lenders):
+            return None
+        for instance in lenders:
+            instance.lend_pool()
+        try:
+            return self.cell.trial_run(group, shape, compiled)
+        finally:
+            for instance in lenders:
+                instance.regain_pool()
 
     def _flush(self) -> None:
         if self._deltas:

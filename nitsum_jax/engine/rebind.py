@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import logging
+import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,12 +41,17 @@ class Blueprint:
 
 
 @contextlib.contextmanager
-def without_jax_cache() -> Iterator[None]:
-    """Compiles on this thread pass by JAX's persistent cache: on a CPU, what comes out of it cannot be serialised."""
+def without_jax_cache() -> Iterator[str]:
+    """Compiles on this thread pass by JAX's persistent cache: on a CPU, what comes out of it cannot be serialised.
+
+    Yields:
+      A name that no function had before.  JAX decides once per process whether it looks into its cache, so a program
+      is sure not to be found there only if it bears such a name.
+    """
     from jax._src import config
 
-    with config.enable_compilation_cache(False):
-        yield
+    with config.enable_compilation_cache(False), config.persistent_cache_min_compile_time_secs(float("inf")):
+        yield f"step_{uuid.uuid4().hex}"
 
 
 @functools.cache
@@ -66,7 +72,8 @@ def _probe(first: jax.Device, second: jax.Device) -> np.ndarray:
     mesh = Mesh(np.array([first]), ("tp",))
     mapped = jax.shard_map(lambda x: x * jnp.float32(2), mesh=mesh, in_specs=spec, out_specs=spec)
     shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, spec))
-    with without_jax_cache():
+    with without_jax_cache() as name:
+        mapped.__name__ = name
         compiled = jax.jit(mapped, donate_argnums=0).lower(shape).compile()
     loaded = Blueprint(compiled, [first]).load([second])
     there = NamedSharding(Mesh(np.array([second]), ("tp",)), spec)

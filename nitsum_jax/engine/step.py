@@ -133,8 +133,13 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     return step
 
 
-def compile_step(program: Program, shape: StepShape, mesh: Mesh, *, with_logits: bool = False) -> jax.stages.Compiled:
-    """Compiles a step ahead of time for the devices of `mesh` (1-D, axis "tp", in rank order)."""
+def compile_step(
+    program: Program, shape: StepShape, mesh: Mesh, *, with_logits: bool = False, name: str = "step"
+) -> jax.stages.Compiled:
+    """Compiles a step ahead of time for the devices of `mesh` (1-D, axis "tp", in rank order).
+
+    The name is part of the key under which JAX's persistent cache keeps it.
+    """
     tp = mesh.devices.size
     along, everywhere = PartitionSpec(TP_AXIS), PartitionSpec()
     parameters = program.parameters(tp)
@@ -162,6 +167,7 @@ def compile_step(program: Program, shape: StepShape, mesh: Mesh, *, with_logits:
         out_specs=(along, everywhere, everywhere, everywhere)[: 4 if with_logits else 3],
         check_vma=False,
     )
+    mapped.__name__ = name
     return jax.jit(mapped, donate_argnums=(1, 2)).lower(*arguments).compile()
 
 

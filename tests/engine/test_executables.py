@@ -37,7 +37,8 @@ def compile_stand_in(mesh: Mesh, factor: float = 2.0) -> jax.stages.Compiled:
     mapped = jax.shard_map(step, mesh=mesh, in_specs=SPEC, out_specs=SPEC)
     size = 4 * mesh.devices.size
     abstract = jax.ShapeDtypeStruct((size,), jnp.float32, sharding=NamedSharding(mesh, SPEC))
-    with without_jax_cache():
+    with without_jax_cache() as name:
+        mapped.__name__ = name
         return jax.jit(mapped, donate_argnums=0).lower(abstract).compile()
 
 
@@ -70,7 +71,8 @@ def test_an_executable_runs_on_other_devices(first: Group, second: Group) -> Non
 
 
 def test_emulated_devices_can_be_exchanged() -> None:
-    assert can_rebind(jax.devices()[0], jax.devices()[1])
+    for _ in range(2):  # the second time JAX's cache might have it, and what comes from there cannot be serialised
+        assert can_rebind.__wrapped__(jax.devices()[0], jax.devices()[1])
 
 
 # ---- store
@@ -170,8 +172,9 @@ class Workshop:
     failing: set[int] = dataclasses.field(default_factory=set)
     open: list[Executables] = dataclasses.field(default_factory=list)
 
-    def compile(self, program: Program, shape: StepShape, mesh: Mesh) -> jax.stages.Compiled:
+    def compile(self, program: Program, shape: StepShape, mesh: Mesh, *, name: str = "step") -> jax.stages.Compiled:
         assert self.gate.wait(30)
+        assert name.startswith("step")
         self.compiled.append((mesh.devices.size, shape))
         if mesh.devices.size in self.failing:
             raise RuntimeError("XLA says no\nat great length")
