@@ -20,6 +20,7 @@ from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.memory import keep_freed_memory
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
@@ -129,6 +130,8 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     """
     devices = discover(config.devices)
     platform = devices[0].platform
+    if platform == "cpu":
+        keep_freed_memory()
     dtype = resolve_dtype(config.dtype, platform)
     vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
     if not is_power_of_two(vshards):

@@ -1,11 +1,17 @@
 """How much memory the host still has, as far as this process is allowed to use it."""
 
+import ctypes
 import os
 import pathlib
+import sys
 
 _MEMINFO = pathlib.Path("/proc/meminfo")
 _CGROUPS = pathlib.Path("/sys/fs/cgroup")
 _OWN_CGROUPS = pathlib.Path("/proc/self/cgroup")
+# Parameters of glibc's mallopt, and the most that it takes for the second.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20
+_TRIM_THRESHOLD = 1 << 30
 
 
 def host_free_bytes() -> int | None:
@@ -15,6 +21,27 @@ def host_free_bytes() -> int | None:
     """
     answers = (_machine_free_bytes(_MEMINFO), _cgroup_free_bytes(_CGROUPS, _OWN_CGROUPS))
     return min((free for free in answers if free is not None), default=None)
+
+
+def keep_freed_memory() -> bool:
+    """Has the C library keep freed memory for the next allocation rather than give it back at once.
+
+    The workspace of a step on the CPU is allocated and freed by every step.  With the usual settings most of it comes
+    fresh from the operating system each time, and every page of it costs a page fault.  Blocks beyond 32 MiB still do.
+
+    Returns:
+      Whether the C library took the settings; only glibc knows them.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    settings = ((_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD), (_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
+    taken = [mallopt(name, value) == 1 for name, value in settings]  # both, whether or not the first is taken
+    return all(taken)
 
 
 def _machine_free_bytes(meminfo: pathlib.Path) -> int | None:

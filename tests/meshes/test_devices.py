@@ -138,3 +138,28 @@ def test_control_groups_of_version_1(tmp_path: pathlib.Path) -> None:
 def test_no_control_groups(tmp_path: pathlib.Path) -> None:
     assert memory._cgroup_free_bytes(tmp_path, tmp_path / "none") is None
     assert memory._cgroup_free_bytes(tmp_path, write(tmp_path / "own", "0::/\n")) is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a setting of glibc")
+def test_freed_memory_is_kept() -> None:
+    # In a process of its own: the setting is for good.
+    code = """
+import resource, sys
+import numpy as np
+from nitsum_jax.meshes.memory import keep_freed_memory
+
+def faults_of(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        np.ones(16 << 20, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+assert keep_freed_memory() or sys.exit(77)
+faults_of(2)
+print(faults_of(20))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode == 77:
+        pytest.skip("the C library is not glibc")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 4096  # the pages of one of the twenty arrays
