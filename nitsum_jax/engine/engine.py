@@ -1,9 +1,11 @@
 """The engine of one cell: requests in, tokens out, and the layout changed in between."""
 
+import atexit
 import concurrent.futures
 import dataclasses
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.engine.cell import build_cell
@@ -75,6 +77,8 @@ class Engine:
         self._loop = Loop(self._cell, waiting, sink, deterministic=config.deterministic)
         for layout in self._cell.known_layouts():
             self._cell.executables.want(self._cell.groups(layout), LIKELY)
+        # Who forgets to close an engine, in a notebook for instance, gets a quiet end all the same.
+        atexit.register(_close, weakref.ref(self))
 
     def submit(self, request: Request) -> None:
         """Queues a request; its deltas go to the sink.
@@ -236,6 +240,12 @@ class Engine:
                 f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "
                 "shorten them, choose a layout of higher TP, or restart with a larger --kv_cache_gib"
             )
+
+
+def _close(engine: "weakref.ref[Engine]") -> None:
+    there = engine()
+    if there is not None:
+        there.close()
 
 
 def start_engine(

@@ -1,5 +1,6 @@
 """Step executables, compiled ahead of time in background threads, never in a request's way."""
 
+import atexit
 import dataclasses
 import heapq
 import itertools
@@ -7,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Sequence
 
 import jax
@@ -28,6 +30,16 @@ Group = tuple[int, ...]
 # Priorities: what the first layout cannot do without, what somebody waits for, the buckets that make it faster, and
 # what may come next.
 FIRST, ASKED_FOR, FASTER, LIKELY = 0, 1, 5, 10
+
+
+# Those that may still have threads in the compiler.
+_OPEN: "weakref.WeakSet[Executables]" = weakref.WeakSet()
+
+
+def _finish() -> None:
+    """Waits for the compilations under way: a thread inside XLA does not survive the end of the interpreter."""
+    for executables in list(_OPEN):
+        executables.close(wait_s=None)
 
 
 # Runs an executable once with inputs that change nothing, and returns what it returned (without waiting for it).
@@ -138,6 +150,10 @@ class Executables:
         ]
         for thread in self._threads:
             thread.start()
+        _OPEN.add(self)
+        # Last come, first called: now that JAX's backend is up, this comes before JAX cleans up behind itself.
+        atexit.unregister(_finish)
+        atexit.register(_finish)
 
     def want(self, groups: Sequence[Group], priority: int, *, everything: bool = False) -> None:
         """Asks for all buckets of these groups; lower priorities come first, and asking again may only hasten.
@@ -239,14 +255,18 @@ class Executables:
                 heapq.heappush(self._jobs, dataclasses.replace(job, priority=-1))
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Stops compiling; what is being compiled is thrown away when it is finished, which is not waited for long."""
+    def close(self, wait_s: float | None = _CLOSING_S) -> None:
+        """Stops compiling; what is being compiled is thrown away when it is finished.
+
+        Args:
+          wait_s: how long to wait for that, seconds; None waits as long as it takes.
+        """
         with self._changed:
             self._closed = True
             self._jobs.clear()
             self._changed.notify_all()
         for thread in self._threads:
-            thread.join(_CLOSING_S)
+            thread.join(wait_s)
 
     def _has(self, group: Group, shapes: frozenset[StepShape]) -> bool:
         return shapes <= self._done.get(group, {}).keys()
@@ -312,6 +332,9 @@ class Executables:
                 self._on_ready()
 
     def _fail(self, job: _Job, error: Exception) -> None:
+        with self._changed:
+            if self._closed:
+                return  # nobody wants it any more, and at the end of the interpreter tracing fails in odd ways
         _LOG.error("%s for devices %s failed", job.shape, job.group, exc_info=error)
         with self._changed:
             self._failed[job.group] = f"{type(error).__name__}: {error}".splitlines()[0]

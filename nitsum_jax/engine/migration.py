@@ -56,7 +56,7 @@ def plan_moves(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool
       sequences: with the device of every vshard that they lie on now.
       hosts: the new instances.
       pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
-        `freed` is given back.
+        `freed` is given back.  Pages that were taken in advance are taken there too, but not copied.
 
     Returns:
       What to copy and to free.  A sequence without room keeps its old table.
@@ -82,6 +82,17 @@ def plan_moves(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool
     return moves
 
 
+def least_bytes(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> int:
+    """Bytes that must move at least, whatever the assignment: a bound that knows neither balance nor room."""
+    block_bytes = pool.shape.block_bytes
+    return sum(
+        written_pages(sequence, pool)
+        * block_bytes
+        * min((moved_shards(old, host.device_of) for host in hosts), default=0)
+        for sequence, old in sequences
+    )
+
+
 def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
     """Gives blocks back: device -> arrays of ids."""
     for device, parts in blocks.items():
@@ -94,14 +105,21 @@ def _room(pool: KvPool, pages: int, old: Seq[int], new: Seq[int]) -> bool:
     return all(pool.allocators[device].free >= count * pages for device, count in needed.items())
 
 
+def written_pages(sequence: Sequence, pool: KvPool) -> int:
+    """Pages of a sequence that hold keys and values already; those behind them were only taken in advance."""
+    return min(sequence.pages, -(-sequence.cached // pool.shape.page_size))
+
+
 def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves) -> None:
+    written = written_pages(sequence, pool)
     for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
         if source == target or not sequence.pages:
             continue
         there = sequence.table[vshard, : sequence.pages].copy()
         here = pool.allocators[target].take(sequence.pages)
         sequence.table[vshard, : sequence.pages] = here
-        sources, targets = moves.blocks.setdefault((source, target), ([], []))
-        sources.append(there)
-        targets.append(here)
+        if written:
+            sources, targets = moves.blocks.setdefault((source, target), ([], []))
+            sources.append(there[:written])
+            targets.append(here[:written])
         moves.freed.setdefault(source, []).append(there)

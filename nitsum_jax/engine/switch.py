@@ -20,7 +20,7 @@ import numpy as np
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.instance import Instance, Step
-from nitsum_jax.engine.migration import Host, free, plan_moves
+from nitsum_jax.engine.migration import Host, free, least_bytes, plan_moves
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -41,6 +41,10 @@ class SwitchReport:
       weight_bytes_moved: between devices.
       stall_ms: from the last result of the stopped instances to the end of the copies.
       requeued: sequences without room in the new layout, to be computed anew.
+      kv_bytes_minimum: what must move at least: for every sequence the blocks that change their device on that new
+        instance where these are fewest.
+      host_ms: the part of the stall that plans, remaps, wraps and seats.
+      transfer_ms: the part that starts the copies and waits for them.
     """
 
     from_layout: str
@@ -50,6 +54,9 @@ class SwitchReport:
     weight_bytes_moved: int
     stall_ms: float
     requeued: int
+    kv_bytes_minimum: int = 0
+    host_ms: float = 0.0
+    transfer_ms: float = 0.0
 
 
 class PendingSwitch:
@@ -117,10 +124,13 @@ def perform_switch(
     fresh: list[Instance] = []
     try:
         hosts = [Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp) for spec in specs]
+        minimum = least_bytes(travellers, hosts, cell.pool)
         moves = plan_moves(travellers, hosts, cell.pool)
         moved = 0
+        transfer_s = -time.monotonic()
         for (source, target), (old, new) in moves.blocks.items():
             moved += cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
+        transfer_s += time.monotonic()
         free(moves.freed, cell.pool)
         homeless = []
         for (sequence, devices), host in zip(travellers, moves.assigned, strict=True):
@@ -129,7 +139,9 @@ def perform_switch(
                 homeless.append(sequence)
         for spec in specs:
             cell.bank.fetch(spec)
+        transfer_s -= time.monotonic()
         cell.mover.settle(sorted({target for _, target in moves.blocks}))
+        transfer_s += time.monotonic()
         for spec in specs:
             fresh.append(cell.instance(spec, on_step))
         for index, instance in enumerate(fresh):
@@ -141,14 +153,18 @@ def perform_switch(
             instance.close()
         return _start_over(cell, before, kept, gone, [sequence for sequence, _ in travellers], on_step)
     by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
+    stall_s = time.monotonic() - start if travellers else 0.0
     report = SwitchReport(
         from_layout=str(before),
         to_layout=str(pending.layout),
         sequences=len(travellers),
         kv_bytes_moved=moved,
         weight_bytes_moved=cell.bank.counters.bytes_moved - weights_before,
-        stall_ms=1000 * (time.monotonic() - start) if travellers else 0.0,
+        stall_ms=1000 * stall_s,
         requeued=len(homeless),
+        kv_bytes_minimum=minimum,
+        host_ms=1000 * max(0.0, stall_s - transfer_s),
+        transfer_ms=1000 * transfer_s,
     )
     ordered = [by_spec[spec] for spec in pending.layout.instances]
     return SwitchOutcome(pending.layout, ordered, homeless, report)

@@ -1,8 +1,11 @@
 """The engine from request to tokens: right answers whoever else is served, and every way in which a request ends."""
 
 import dataclasses
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, P
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
 from tests.engine.reference import generate, random_prompts
+from tests.golden import tiny_models
 
 VARIANT, VOCAB = "llama_odd", 93
 SAMPLED: dict[str, Any] = {"temperature": 1.2, "top_p": 0.95, "repetition_penalty": 1.1}
@@ -409,3 +413,17 @@ def test_what_cannot_start_says_what_to_change(
 def test_the_memory_report_names_weights_cache_and_workspace(harness: Harness) -> None:
     for word in ("weights", "KV cache", "workspace", "cut:"):
         assert word in harness.engine.memory_report
+
+
+def test_a_process_that_forgets_to_close_its_engine_ends_quietly(tmp_path: Path) -> None:
+    # With compilations under way: threads inside XLA would take the interpreter down as it ends.
+    code = """
+import sys
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.engine import start_engine
+from nitsum_jax.models.loading import open_model
+engine = start_engine(open_model(sys.argv[1]), EngineConfig(devices=4, max_model_len=128, dtype="float32"), print)
+"""
+    command = [sys.executable, "-c", code, str(tiny_models.write_hf_folder("llama_gqa_tied", tmp_path / "model"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

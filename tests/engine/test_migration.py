@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.migration import Host, Moves, free, moved_shards, plan_moves
+from nitsum_jax.engine.migration import Host, Moves, free, least_bytes, moved_shards, plan_moves
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.meshes.layout import Layout, parse_layout
@@ -50,6 +50,7 @@ class World:
                 continue
             table = np.zeros((K, PAGES), np.int32)
             sequence = Sequence(Request(str(number), (1,), 1), seed=0, tokens=[1], table=table, limit=2, pages=count)
+            sequence.cached = count
             for vshard, device in enumerate(devices):
                 sequence.table[vshard, :count] = pool.allocators[device].take(count)
             world.sequences.append((sequence, devices))
@@ -137,6 +138,23 @@ def test_just_the_blocks_whose_device_changes_are_copied(case: tuple[World, Layo
     assert copies == expected
     freed = {(device, int(block)) for device, parts in moves.freed.items() for part in parts for block in part}
     assert freed == {source for source, _ in copies}
+    block_bytes = world.pool.shape.block_bytes
+    assert least_bytes(world.sequences, hosts, world.pool) <= len(copies) * block_bytes or None in moves.assigned
+
+
+@given(worlds(), st.data())
+def test_pages_taken_in_advance_are_not_copied(case: tuple[World, Layout, list[Host]], data: st.DataObject) -> None:
+    world, _, hosts = case
+    for sequence, _ in world.sequences:
+        sequence.cached = data.draw(st.integers(0, sequence.pages))  # a page is one token here
+    total = world.pool.total
+    moves, places = plan(world, hosts)
+    copied = sum(len(part) for olds, _ in moves.blocks.values() for part in olds)
+    assert copied == sum(
+        sequence.cached * moved_shards(old, new) for (sequence, old), new in zip(world.sequences, places, strict=True)
+    )
+    free(moves.freed, world.pool)
+    assert world.pool.free + len(set(world.blocks(places))) == total
 
 
 @given(worlds())
