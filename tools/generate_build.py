@@ -36,6 +36,7 @@ DISTRIBUTIONS = {
     "jax": "jax",
     "jaxlib": "jaxlib",
     "jinja2": "jinja2",
+    "matplotlib": "matplotlib",
     "ml_dtypes": "ml-dtypes",
     "numpy": "numpy",
     "optax": "optax",

@@ -8,7 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 
-from nitsum_jax.engine.cell import build_cell
+from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.loop import Loop
@@ -79,6 +79,11 @@ class Engine:
             self._cell.executables.want(self._cell.groups(layout), LIKELY)
         # Who forgets to close an engine, in a notebook for instance, gets a quiet end all the same.
         atexit.register(_close, weakref.ref(self))
+
+    @property
+    def cell(self) -> Cell:
+        """Devices, weights and pool, for those who measure them; the engine's thread changes them meanwhile."""
+        return self._cell
 
     def submit(self, request: Request) -> None:
         """Queues a request; its deltas go to the sink.

@@ -11,6 +11,7 @@ from tools.source_tree import PACKAGE, Import
 
 # What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
 BELOW = {
+    "bench": {"server", "engine", "control", "models", "meshes"},
     "server": {"engine", "control", "models", "meshes"},
     "sim": {"control"},
     "engine": {"models", "meshes"},

@@ -1,0 +1,67 @@
+"""What changing the layout costs without resident virtual shards: the ways that other systems take."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from nitsum_jax.engine.cell import Cell
+from nitsum_jax.meshes.layout import Instance, Layout
+from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+
+
+def memcpy_gbps(size: int) -> float:
+    """Speed of a plain copy of so many bytes into memory that is warm, best of three, GB/s."""
+    source, target = np.ones(size, np.uint8), np.ones(size, np.uint8)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        np.copyto(target, source)
+        best = min(best, time.perf_counter() - start)
+    return size / best / 1e9
+
+
+def device_put_ms(cell: Cell, before: Layout, after: Layout, kv_blocks: int) -> float:
+    """Everything by `jax.device_put`: all weights, and so many KV blocks, from the shardings of one layout to another.
+
+    Each new instance gets the whole model, sharded over its devices, from an old instance that shares a device with
+    it, and its part by TP of the KV blocks.
+    """
+    total = sum(spec.tp for spec in after.instances)
+    moves = []
+    for spec in after.instances:
+        old = next((o for o in before.instances if set(o.devices) & set(spec.devices)), before.instances[0])
+        blocks = kv_blocks * spec.tp // total
+        for array in _standard_arrays(cell, old, max(blocks, 1)):
+            moves.append((array, _sharding(cell, spec)))
+    jax.block_until_ready([array for array, _ in moves])
+    start = time.perf_counter()
+    jax.block_until_ready([jax.device_put(array, sharding) for array, sharding in moves])
+    return 1000 * (time.perf_counter() - start)
+
+
+def _sharding(cell: Cell, spec: Instance) -> NamedSharding:
+    return NamedSharding(instance_mesh(cell.devices, spec, cell.vmap), PartitionSpec(TP_AXIS))
+
+
+def _standard_arrays(cell: Cell, spec: Instance, blocks: int) -> list[jax.Array]:
+    """Arrays as large as weights and KV blocks, one per parameter, sharded over an instance as is usual."""
+    sharding = _sharding(cell, spec)
+    vshards = cell.vmap.num_vshards
+    shapes = {}
+    for name, arrays in cell.bank.wrap(spec).items():
+        rows = arrays[0].shape[0] // spec.tp * vshards  # per slot there are rows of one vshard on every rank
+        if len(arrays) * spec.tp == vshards:
+            shapes[name] = ((rows, *arrays[0].shape[1:]), arrays[0].dtype)
+    pool = cell.program.pool
+    shapes["kv"] = ((-(-blocks // vshards) * vshards, *pool.block_shape), pool.storage_dtype)
+    return [_zeros(shape, dtype, sharding)() for shape, dtype in shapes.values()]
+
+
+@functools.cache  # many parameters have the same shape
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)

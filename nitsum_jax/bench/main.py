@@ -1,0 +1,45 @@
+"""nitsum-bench: one command, a subcommand per thing that is measured."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from nitsum_jax.bench import switch
+from nitsum_jax.errors import NitsumError
+from nitsum_jax.server import cli
+from nitsum_jax.server.status import one_line
+
+_NAME = "nitsum-bench"
+COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "switch": ("how long streams stand still when the layout changes, and what other ways cost", switch.run),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a subcommand and returns the exit status."""
+    name = argv[1] if len(argv) > 1 else "--help"
+    listing = "\n".join(f"  {command:<10} {what}" for command, (what, _) in COMMANDS.items())
+    if name in ("--help", "-h", "help"):
+        cli.out(f"usage: {_NAME} COMMAND [flags]   ({_NAME} COMMAND --help lists them)\n\n{listing}")
+        return cli.EXIT_OK
+    if name not in COMMANDS:
+        cli.err(f"{_NAME}: unknown command {name!r}: use one of {', '.join(COMMANDS)}")
+        return cli.EXIT_USAGE
+    try:
+        COMMANDS[name][1]([f"{_NAME} {name}", *argv[2:]])
+    except cli.HelpRequested as request:
+        cli.out(str(request))
+    except (NitsumError, OSError) as error:
+        cli.err(f"{_NAME} {name}: {one_line(str(error))}")
+        return cli.EXIT_USAGE
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    return cli.EXIT_OK
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main(sys.argv))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,248 @@
+"""nitsum-bench switch: layouts change under live streams of a real engine, and how long the streams stand still.
+
+A stream's stall is the longest gap between two of its tokens around the switch, less the usual gap in the new layout.
+The copies of KV blocks stand beside a plain memcpy of as many bytes, and the whole beside the ways to change a layout
+that need no virtual shards, measured in the same run: moving weights and KV with `jax.device_put`, starting an engine
+anew, and dropping the KV cache and computing it again.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import statistics
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from absl import flags
+
+from nitsum_jax.bench.alternatives import device_put_ms, memcpy_gbps
+from nitsum_jax.bench.streams import Streams
+from nitsum_jax.bench.switch_report import draw, table
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.engine import Engine, start_engine
+from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.devices import emulate_cpu_devices
+from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.models.loading import open_model
+from nitsum_jax.server import cli
+from nitsum_jax.server.compile_cache import enable
+
+# Tokens of every stream before a switch and after it, from which the usual gap is taken.
+_BEFORE, _AFTER = 8, 8
+_MOST_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say."""
+
+    model: str
+    devices: int
+    dtype: str
+    layouts: tuple[str, ...]
+    live: tuple[int, ...]
+    context: tuple[int, ...]
+    json: str | None
+    plot: str | None
+    alternatives: bool
+    cache_dir: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One switch; milliseconds, bytes, GB/s.
+
+    Attributes:
+      stall_ms_p50: median over the streams of how long each stood still because of the switch.
+      stall_ms_p99: the same, 99th percentile.
+      decode_step_ms: usual gap between tokens in the new layout.
+      host_ms: part of the engine's stall that plans, remaps, wraps and seats.
+      transfer_ms: part of it that copies.
+      memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
+      alternatives: milliseconds by name; `rebuild` leaves the draining out.
+    """
+
+    from_layout: str
+    to_layout: str
+    live_sequences: int
+    context_tokens: int
+    weight_bytes_moved: int
+    kv_bytes_moved: int
+    kv_bytes_minimum: int
+    stall_ms_p50: float
+    stall_ms_p99: float
+    decode_step_ms: float
+    host_ms: float
+    transfer_ms: float
+    transfer_gbps: float
+    memcpy_gbps: float
+    alternatives: dict[str, float]
+
+
+def read_options(argv: Sequence[str]) -> Options:
+    """Parses the command line.
+
+    Raises:
+      HelpRequested: help is asked for.
+      InvalidInputError: the command line is wrong.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("model", "smollm2-135m", "a model as nitsum-serve takes it", flag_values=values)
+    flags.DEFINE_integer("devices", 4, "devices, emulated on a CPU", lower_bound=2, flag_values=values)
+    flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
+    flags.DEFINE_string(
+        "layouts", None, "walk through these layouts, semicolons between (default: every TP, and back)",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list("live", ["8", "32"], "live sequences, several with commas", flag_values=values)
+    flags.DEFINE_list("context", ["128", "512", "2048"], "tokens of each, several with commas", flag_values=values)
+    flags.DEFINE_bool("quick", False, "8 sequences of 128 tokens", flag_values=values)
+    flags.DEFINE_bool("alternatives", True, "measure the other ways too", flag_values=values)
+    flags.DEFINE_string("json", None, "file for the rows, one JSON object a line", flag_values=values)
+    flags.DEFINE_string("plot", None, "file for a picture, .png or .svg", flag_values=values)
+    flags.DEFINE_string("cache_dir", None, "folder of compiled steps (default: the user's)", flag_values=values)
+    cli.parse(values, argv, __doc__ or "")
+    if values.plot is not None and pathlib.Path(values.plot).suffix not in (".png", ".svg"):
+        raise InvalidInputError(f"--plot={values.plot} does not do: name a .png or .svg file")
+    devices = values.devices
+    steps = [1 << n for n in range(devices.bit_length()) if devices % (1 << n) == 0]
+    walk = [f"tp{tp}x{devices // tp}" if tp < devices else f"tp{tp}" for tp in (*steps, 1)]
+    return Options(
+        model=values.model,
+        devices=devices,
+        dtype=values.dtype,
+        layouts=tuple(values.layouts.split(";")) if values.layouts else tuple(walk),
+        live=(8,) if values.quick else _numbers("live", values.live),
+        context=(128,) if values.quick else _numbers("context", values.context),
+        json=values.json,
+        plot=values.plot,
+        alternatives=values.alternatives,
+        cache_dir=values.cache_dir,
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    """Measures, prints and writes; see the module.
+
+    Raises:
+      NitsumError: a flag, the model or the machine do not fit.
+    """
+    options = read_options(argv)
+    logging.basicConfig(level="WARNING")
+    enable(options.cache_dir)
+    emulate_cpu_devices(options.devices)
+    model = open_model(options.model)
+    streams = Streams()
+    longest = max(options.context)
+    config = EngineConfig(
+        devices=options.devices,
+        layout=options.layouts[0],
+        layouts=tuple(dict.fromkeys(options.layouts)),
+        dtype=options.dtype,
+        max_batch=max(options.live),
+        max_model_len=min(model.config.max_context, longest + _MOST_TOKENS),
+        deterministic=False,
+        max_queue=max(options.live),
+    )
+    start = time.perf_counter()
+    engine = start_engine(model, config, streams)
+    rebuild_ms = 1000 * (time.perf_counter() - start)
+    try:
+        cli.err("compiling the steps of all layouts")
+        engine.wait_for_layouts()
+        rows = []
+        for live in options.live:
+            for context in options.context:
+                rows += _walk(engine, streams, options, live, context, rebuild_ms)
+    finally:
+        engine.close()
+    cli.out(table(rows))
+    if options.json is not None:
+        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+        pathlib.Path(options.json).write_text("".join(lines), encoding="utf-8")
+    if options.plot is not None:
+        draw(rows, options.plot)
+
+
+def _walk(engine: Engine, streams: Streams, options: Options, live: int, context: int, rebuild_ms: float) -> list[Row]:
+    """All switches of the walk under the same streams."""
+    engine.set_layout(options.layouts[0]).result()
+    names = streams.start(engine, live, context, _MOST_TOKENS, seed=context)
+    streams.wait(dict.fromkeys(names, _BEFORE))
+    rows = []
+    for before, after in zip(options.layouts, options.layouts[1:], strict=False):
+        cli.err(f"{before} -> {after} under {live} sequences of {context} tokens")
+        asked = {name: streams.count(name) for name in names}
+        report = engine.set_layout(after).result()
+        seen = {name: streams.count(name) for name in names}
+        streams.wait({name: count + _AFTER for name, count in seen.items()})
+        rows.append(_row(report, context, streams, asked, seen))
+    streams.stop(engine, names)
+    if options.alternatives:
+        recompute = dict.fromkeys(options.layouts[1:], 0.0)
+        for layout in recompute:
+            engine.set_layout(layout).result()
+            begin = time.monotonic()
+            names = streams.start(engine, live, context, _MOST_TOKENS, seed=context)
+            streams.wait(dict.fromkeys(names, 1))
+            recompute[layout] = 1000 * (max(streams.times(name)[0] for name in names) - begin)
+            streams.stop(engine, names)
+        rows = [_with_alternatives(engine, options, row, rebuild_ms, recompute[row.to_layout]) for row in rows]
+    return rows
+
+
+def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, int], seen: dict[str, int]) -> Row:
+    stalls, usual = [], []
+    for name in asked:
+        times = streams.times(name)
+        gaps = np.diff(times)
+        usual.append(gaps[seen[name] + 1 :])
+        around = gaps[max(0, asked[name] - 1) : seen[name] + 1]
+        stalls.append(float(around.max()))
+    step = float(np.median(np.concatenate(usual)))
+    moved = report.kv_bytes_moved
+    return Row(
+        from_layout=report.from_layout,
+        to_layout=report.to_layout,
+        live_sequences=len(asked),
+        context_tokens=context,
+        weight_bytes_moved=report.weight_bytes_moved,
+        kv_bytes_moved=moved,
+        kv_bytes_minimum=report.kv_bytes_minimum,
+        stall_ms_p50=1000 * max(0.0, statistics.median(stalls) - step),
+        stall_ms_p99=1000 * max(0.0, float(np.percentile(stalls, 99)) - step),
+        decode_step_ms=1000 * step,
+        host_ms=report.host_ms,
+        transfer_ms=report.transfer_ms,
+        transfer_gbps=moved / report.transfer_ms / 1e6 if report.transfer_ms else 0.0,
+        memcpy_gbps=memcpy_gbps(max(moved, 1 << 20)),
+        alternatives={},
+    )
+
+
+def _with_alternatives(engine: Engine, options: Options, row: Row, rebuild_ms: float, recompute_ms: float) -> Row:
+    cell = engine.cell
+    before, after = (parse_layout(text, options.devices) for text in (row.from_layout, row.to_layout))
+    pages = -(-(row.context_tokens + _BEFORE) // cell.program.pool.page_size)
+    blocks = row.live_sequences * pages * cell.vmap.num_vshards
+    alternatives = {
+        "device_put": device_put_ms(cell, before, after, blocks),
+        "rebuild": rebuild_ms,
+        "recompute": recompute_ms,
+    }
+    return dataclasses.replace(row, alternatives=alternatives)
+
+
+def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(text) for text in texts)
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        raise InvalidInputError(
+            f"--{name}={','.join(texts)} does not do: give numbers of at least 1 with commas between"
+        )
+    return numbers

@@ -1,0 +1,62 @@
+"""nitsum-bench switch on a tiny model: bytes are exact, times at least consistent."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nitsum_jax.bench import main, switch_report
+from nitsum_jax.bench.switch import Row, read_options
+from nitsum_jax.errors import InvalidInputError
+from tests.golden import tiny_models
+
+FIELDS = (
+    *("from_layout", "to_layout", "live_sequences", "context_tokens", "weight_bytes_moved", "kv_bytes_moved"),
+    *("kv_bytes_minimum", "stall_ms_p50", "stall_ms_p99", "decode_step_ms", "transfer_gbps", "memcpy_gbps"),
+    "alternatives",
+)
+
+
+def test_a_walk_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_models.write_hf_folder("llama_gqa_tied", tmp_path / "model")
+    rows_file, picture = tmp_path / "rows.json", tmp_path / "picture.png"
+    command = ["nitsum-bench", "switch", f"--model={folder}", "--dtype=float32", "--layouts=tp1x2;tp2", "--devices=2"]
+    command += ["--live=4", "--context=20", f"--json={rows_file}", f"--plot={picture}", f"--cache_dir={tmp_path}"]
+    assert main.main(command) == 0
+    (row,) = (json.loads(line) for line in rows_file.read_text().splitlines())
+    assert set(FIELDS) <= set(row)
+    assert (row["from_layout"], row["to_layout"], row["live_sequences"]) == ("tp1x2", "tp2", 4)
+    assert row["weight_bytes_moved"] == 0
+    assert row["kv_bytes_moved"] == row["kv_bytes_minimum"] > 0
+    assert 0 <= row["stall_ms_p50"] <= row["stall_ms_p99"]
+    assert set(row["alternatives"]) == {"device_put", "rebuild", "recompute"}
+    assert all(milliseconds > 0 for milliseconds in row["alternatives"].values())
+    assert "| tp1x2 -> tp2 | 4 | 20 | 0 |" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quick_is_small() -> None:
+    options = read_options(["nitsum-bench switch", "--quick", "--devices=4"])
+    assert (options.live, options.context) == ((8,), (128,))
+    assert options.layouts == ("tp1x4", "tp2x2", "tp4", "tp1x4")
+
+
+@pytest.mark.parametrize("flag", ["--live=a", "--context=0", "--plot=x.pdf", "--devices=1"])
+def test_wrong_flags_are_told(flag: str) -> None:
+    with pytest.raises(InvalidInputError, match=flag.split("=")[0].removeprefix("--")):
+        read_options(["nitsum-bench switch", flag])
+
+
+def test_unknown_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["nitsum-bench", "fly"]) == 2
+    assert "unknown command 'fly'" in capsys.readouterr().err
+    assert main.main(["nitsum-bench"]) == 0
+    assert "switch" in capsys.readouterr().out
+
+
+def test_a_table_has_a_line_per_row() -> None:
+    row = Row("tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 1.0, 2.0, 1.5, 9.0, {"recompute": 70.0})
+    line = switch_report.table([row]).splitlines()[-1]
+    assert line == (
+        "| tp1 -> tp2 | 1 | 2 | 0 | 3.0 | 1.500 | 5.0 | 6.0 | 2.00 | 3.0 | 1.0 | 2.0 | 1.5 | 9.0 | - | 70 | - |"
+    )
