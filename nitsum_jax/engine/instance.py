@@ -69,6 +69,7 @@ class Instance:
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
         self.in_flight = 0
+        self.depth = MAX_IN_FLIGHT
         self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
@@ -169,7 +170,7 @@ class Instance:
         return self.prefills[0]
 
     def dispatch(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
-        """Starts the next step, if there is one and fewer than two are in flight.
+        """Starts the next step, if there is one and fewer than `depth` (two, before a switch one) are in flight.
 
         Args:
           make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence
@@ -178,7 +179,7 @@ class Instance:
         Returns:
           Whether a step was started.
         """
-        if self.in_flight >= MAX_IN_FLIGHT or self.broken:
+        if self.in_flight >= self.depth or self.broken:
             return False
         sequence = self.next_prefill()
         if sequence is not None:

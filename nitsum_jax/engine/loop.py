@@ -21,7 +21,7 @@ import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.sequence import Sequence
@@ -378,6 +378,8 @@ class Loop:
                 return
             self._switches.popleft()
             if pending.future.done() or not pending.future.set_running_or_notify_cancel():
+                for instance in self.instances:
+                    instance.depth = MAX_IN_FLIGHT
                 continue
             outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
             self.layout, self.instances = outcome.layout, outcome.instances
