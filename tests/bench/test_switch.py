@@ -1,6 +1,8 @@
 """nitsum-bench switch on a tiny model: bytes are exact, times at least consistent."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,23 @@ FIELDS = (
 )
 
 
-def test_a_walk_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_walk_of_a_tiny_model(tmp_path: Path) -> None:
     folder = tiny_models.write_hf_folder("llama_gqa_tied", tmp_path / "model")
     rows_file, picture = tmp_path / "rows.json", tmp_path / "picture.png"
-    command = ["nitsum-bench", "switch", f"--model={folder}", "--dtype=float32", "--layouts=tp1x2;tp2", "--devices=2"]
+    # A process of its own: it chooses its number of devices before JAX starts.
+    command = [
+        sys.executable,
+        "-m",
+        "nitsum_jax.bench.main",
+        "switch",
+        f"--model={folder}",
+        "--dtype=float32",
+        "--layouts=tp1x2;tp2",
+        "--devices=2",
+    ]
     command += ["--live=4", "--context=20", f"--json={rows_file}", f"--plot={picture}", f"--cache_dir={tmp_path}"]
-    assert main.main(command) == 0
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
     (row,) = (json.loads(line) for line in rows_file.read_text().splitlines())
     assert set(FIELDS) <= set(row)
     assert (row["from_layout"], row["to_layout"], row["live_sequences"]) == ("tp1x2", "tp2", 4)
@@ -31,7 +44,7 @@ def test_a_walk_of_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert 0 <= row["stall_ms_p50"] <= row["stall_ms_p99"]
     assert set(row["alternatives"]) == {"device_put", "rebuild", "recompute"}
     assert all(milliseconds > 0 for milliseconds in row["alternatives"].values())
-    assert "| tp1x2 -> tp2 | 4 | 20 | 0 |" in capsys.readouterr().out
+    assert "| tp1x2 -> tp2 | 4 | 20 | 0 |" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
