@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, resolve_dtype
 from nitsum_jax.engine.executables import FIRST, Executables, Group
+from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
@@ -47,9 +48,11 @@ class Cell:
       bank: the weights.
       pool: the KV pool.
       mover: copies KV blocks between devices.
+      histories: copies token histories between instances.
       executables: compiled steps.
       allowed: the allow-list of layouts, or None for every one that fits.
       first: the layout to start with.
+      lost: devices that failed for good; the engine's thread adds to it.
     """
 
     devices: tuple[jax.Device, ...]
@@ -59,9 +62,11 @@ class Cell:
     bank: WeightBank
     pool: KvPool
     mover: BlockMover
+    histories: HistoryMover
     executables: Executables
     allowed: tuple[Layout, ...] | None
     first: Layout
+    lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
         """An instance's devices in rank order: what its executables are compiled for."""
@@ -81,6 +86,9 @@ class Cell:
     def check(self, layout: Layout) -> None:
         """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout."""
         _check(layout, len(self.devices), self.vmap, self.allowed)
+        gone = sorted(self.lost.intersection(d for spec in layout.instances for d in spec.devices))
+        if gone:
+            raise PreconditionError(f"layout {layout} uses device {gone[0]}, which is lost: choose one without it")
 
     def leaves(self, spec: InstanceSpec) -> tuple[jax.Array, ...]:
         """The parameters of an instance, wrapped, in the order that its steps take them."""
@@ -114,7 +122,8 @@ class Cell:
         def executables() -> dict[StepShape, jax.stages.Compiled]:
             return self.executables.of(group)
 
-        return Instance(spec, self.program, self.vmap, mesh, self.leaves(spec), executables, self.pool, on_step)
+        leaves = self.leaves(spec)
+        return Instance(spec, self.program, self.vmap, mesh, leaves, executables, self.pool, self.histories, on_step)
 
 
 def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:
@@ -195,7 +204,8 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     else:
         bank.load(model.weights(cut, dtype), residency)
     pool = KvPool(devices, memory.pool)
-    cell = Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), executables, allowed, first)
+    histories = HistoryMover(devices, program.history_shape)
+    cell = Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), histories, executables, allowed, first)
     executables.provide(cell.trial_run)
     return cell
 

@@ -115,6 +115,16 @@ class Engine:
         self._running.switch(pending)
         return pending.future
 
+    def lose_device(self, device: int) -> None:
+        """Tells that a device failed for good: its sequences are computed anew elsewhere, and no layout may use it.
+
+        Raises:
+          InvalidInputError: there is no such device.
+        """
+        if not 0 <= device < len(self._cell.devices):
+            raise InvalidInputError(f"there is no device {device}: give one from 0 to {len(self._cell.devices) - 1}")
+        self._running.lose_device(device)
+
     def prepare_layout(self, layout: str | Layout) -> "concurrent.futures.Future[SwitchReport]":
         """Compiles what a layout needs; the future is done, with an empty report, when a switch would start at once.
 
@@ -239,7 +249,7 @@ class Engine:
                 "shorten it, or restart with a larger --max_model_len"
             )
         tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
-        pool = max(instance.total_pages() for instance in self._running.instances) * self.config.page_size
+        pool = max((i.total_pages() for i in self._running.instances), default=0) * self.config.page_size
         if tokens > pool:
             raise PreconditionError(
                 f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.sequence import Sequence
@@ -32,8 +33,28 @@ class Step:
     shape: StepShape
     sequences: list[Sequence]
     emits: list[bool]
+    epochs: list[int] = dataclasses.field(default_factory=list)
     tokens: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.epochs = [sequence.epoch for sequence in self.sequences]
+
     error: Exception | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrival:
+    """A sequence that comes with its blocks.
+
+    Attributes:
+      sequence: who.
+      history: token history of the instance that it comes from; it knows the tokens in flight.
+      row: its row there.
+    """
+
+    sequence: Sequence
+    history: jax.Array
+    row: int
 
 
 class Instance:
@@ -48,6 +69,7 @@ class Instance:
         leaves: tuple[jax.Array, ...],
         executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
+        histories: HistoryMover,
         on_step: Callable[["Instance", Step], None],
     ):
         """Takes over the pools of its devices.
@@ -60,6 +82,7 @@ class Instance:
           leaves: wrapped parameters in the order of `Program.parameters`.
           executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
+          histories: copies rows of token histories.
           on_step: called on the reader thread with every finished step.
         """
         self.spec = spec
@@ -69,7 +92,9 @@ class Instance:
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
         self.in_flight = 0
-        self.depth = MAX_IN_FLIGHT
+        self.retired = False  # its sequences live elsewhere; results still in flight are theirs
+        self.lost = False  # a device of it failed for good: what is in flight counts for nothing
+        self._before: list[Instance] = []
         self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
@@ -77,11 +102,12 @@ class Instance:
         self._leaves = leaves
         self._executables = executables
         self._pool = pool
-        self._array = pool.lend(mesh, self.order)
+        self._histories = histories
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._prefilled_last = False
         self._history = self._put_history(np.zeros(program.history_shape, np.int32))
+        self._array = pool.lend(mesh, self.order)  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
@@ -127,15 +153,43 @@ class Instance:
         self._seat(sequence)
         self.prefills.append(sequence)
 
-    def adopt(self, sequences: list[Sequence]) -> None:
-        """Adds sequences that come with their blocks, before the first step of this instance."""
+    @property
+    def history(self) -> jax.Array:
+        """Token history after all dispatched steps, i32[rows, columns] on each device."""
+        return self._history
+
+    def follow(self, before: list["Instance"]) -> None:
+        """Its sequences come from these instances, whose results must be taken in before its own."""
+        self._before = before
+
+    @property
+    def waits(self) -> bool:
+        """Whether results of instances that its sequences came from are still outstanding."""
+        if self._before:
+            self._before = [instance for instance in self._before if instance.in_flight and not instance.lost]
+        return bool(self._before)
+
+    def comes_from(self, instance: "Instance") -> bool:
+        """Whether results of that instance are outstanding for sequences that are here now."""
+        return any(other is instance or other.comes_from(instance) for other in self._before)
+
+    def adopt(self, arrivals: list[Arrival]) -> None:
+        """Adds sequences that come with their blocks, before the first step of this instance; waits for nothing."""
         history = np.zeros(self._program.history_shape, np.int32)
-        for sequence in sequences:
+        in_flight: dict[int, tuple[jax.Array, list[tuple[int, int]]]] = {}
+        for arrival in arrivals:
+            sequence = arrival.sequence
             self._seat(sequence)
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
             if sequence.prefilling:
                 self.prefills.append(sequence)
+            if sequence.pending:
+                _, rows = in_flight.setdefault(id(arrival.history), (arrival.history, []))
+                rows.append((arrival.row, sequence.row))
+        self.prefills = collections.deque(sorted(self.prefills, key=lambda sequence: sequence.admitted))
         self._history = self._put_history(history)
+        for source, rows in in_flight.values():
+            self._history = self._histories.merge(self._history, source, rows)
 
     def leave(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its blocks.
@@ -144,17 +198,13 @@ class Instance:
         """
         for vshard, device in enumerate(self.device_of):
             self._pool.allocators[device].give(sequence.table[vshard, : sequence.pages])
-        self.part(sequence)
-        sequence.pages = 0
-
-    def part(self, sequence: Sequence) -> None:
-        """Takes a sequence out and leaves it its blocks."""
         del self.rows[sequence.row]
         self._free_rows.append(sequence.row)
         if sequence in self.prefills:
             self.prefills.remove(sequence)
         sequence.row = -1
         sequence.home = None
+        sequence.pages = 0
 
     def _seat(self, sequence: Sequence) -> None:
         sequence.row = self._free_rows.pop()
@@ -170,7 +220,7 @@ class Instance:
         return self.prefills[0]
 
     def dispatch(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
-        """Starts the next step, if there is one and fewer than `depth` (two, before a switch one) are in flight.
+        """Starts the next step, if there is one and fewer than two are in flight.
 
         Args:
           make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence
@@ -179,7 +229,7 @@ class Instance:
         Returns:
           Whether a step was started.
         """
-        if self.in_flight >= self.depth or self.broken:
+        if self.in_flight >= MAX_IN_FLIGHT or self.broken:
             return False
         sequence = self.next_prefill()
         if sequence is not None:
@@ -283,8 +333,15 @@ class Instance:
     # ---- end
 
     def release(self) -> None:
-        """Gives the pools back and ends the reader; no step may be in flight."""
+        """Gives the pools back and ends the reader."""
         self.lend_pool()
+        self.close()
+
+    def retire(self) -> None:
+        """Lets go of its sequences, which others have adopted; results still in flight are read to the end."""
+        self.rows.clear()
+        self.prefills.clear()
+        self.retired = True
         self.close()
 
     def abandon(self) -> None:

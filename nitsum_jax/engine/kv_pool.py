@@ -24,6 +24,15 @@ class BlockAllocator:
         self._stack = np.arange(self.total - 1, -1, -1, dtype=np.int32)
         self.free = self.total
 
+    def state(self) -> tuple[int, np.ndarray]:
+        """What `restore` takes: all that is free, and in which order."""
+        return self.free, self._stack.copy()
+
+    def restore(self, state: tuple[int, np.ndarray]) -> None:
+        """Goes back to an earlier state: what was taken since is free, what was given since is taken."""
+        self.free = state[0]
+        self._stack = state[1].copy()
+
     def take(self, count: int) -> np.ndarray:
         """Takes `count` blocks: i32[count].
 
@@ -82,9 +91,11 @@ class KvPool:
             if part is None:
                 raise ValueError(f"the pool of device {index} is lent already")
             parts.append(part)
-            self._arrays[index] = None
         whole = (self.shape.blocks * len(parts), *self.shape.block_shape)
-        return jax.make_array_from_single_device_arrays(whole, NamedSharding(mesh, PartitionSpec(TP_AXIS)), parts)
+        lent = jax.make_array_from_single_device_arrays(whole, NamedSharding(mesh, PartitionSpec(TP_AXIS)), parts)
+        for index in indices:
+            self._arrays[index] = None
+        return lent
 
     def take_back(self, array: jax.Array, indices: Sequence[int]) -> None:
         """Undoes `lend`; `array` is what the last step left."""
@@ -98,6 +109,11 @@ class KvPool:
         if part is None:
             raise ValueError(f"the pool of device {index} is lent")
         return part
+
+    def damaged(self, index: int) -> bool:
+        """Whether a device that is not lent lost its array: a copy that was to change it failed half-way."""
+        part = self._arrays[index]
+        return part is not None and part.is_deleted()
 
     def replace(self, index: int, array: jax.Array) -> None:
         """Puts a new array in the place of one that an update donated."""

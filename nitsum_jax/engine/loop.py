@@ -21,13 +21,15 @@ import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
-from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
+from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.waiting import AdmissionQueue
 from nitsum_jax.errors import PreconditionError, UnavailableError
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.meshes.layout import Layout
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class Loop:
         self._deltas: list[TokenDelta] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._returned: collections.deque[Sequence] = collections.deque()
+        self._held: list[tuple[Instance, Step]] = []
+        self._retired: list[Instance] = []
         self._admissions = 0
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
@@ -177,9 +181,8 @@ class Loop:
         self._advance_switch()
         self._admit()
         for instance in self.instances:
-            if not self._stopped(instance):
-                while instance.dispatch(self._make_room):
-                    pass
+            while instance.dispatch(self._make_room):
+                pass
         self._flush()
         self._launch_trials()
 
@@ -213,17 +216,16 @@ class Loop:
     # ---- admission
 
     def _admit(self) -> None:
-        instances = [instance for instance in self.instances if not self._stopped(instance)]
         while True:
             sequence = self._next_waiting()
             if sequence is None:
                 return
             pages = self._pages_at_admission(sequence)
-            if pages > max(instance.total_pages() for instance in self.instances) and not self._switches:
+            if pages > max((instance.total_pages() for instance in self.instances), default=0) and not self._switches:
                 self._drop_from_queue(sequence)
                 self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
                 continue
-            fitting = [i for i in instances if i.free_rows and i.free_pages() >= pages]
+            fitting = [i for i in self.instances if i.free_rows and i.free_pages() >= pages]
             if not fitting:
                 return
             instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
@@ -290,20 +292,27 @@ class Loop:
         self.post(lambda: self._take_in(instance, step))
 
     def _take_in(self, instance: Instance, step: Step) -> None:
+        # After a switch, results of the old instances and of the new ones come on threads that race.
+        self._held.append((instance, step))
+        while (ready := next((item for item in self._held if not item[0].waits), None)) is not None:
+            self._held.remove(ready)
+            self._settle(*ready)
+
+    def _settle(self, instance: Instance, step: Step) -> None:
         instance.in_flight -= 1
         self.counters.steps += 1
         if step.tokens is None:
             self._fail(instance, step)
         else:
             self._accept(step, step.tokens)
-        if instance.broken and not instance.in_flight:
+        if instance.broken and not instance.in_flight and not instance.retired:
             instance.abandon()
 
     def _accept(self, step: Step, results: np.ndarray) -> None:
         now = time.monotonic()
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        for sequence, emits, token in zip(step.sequences, step.emits, tokens, strict=True):
-            if not emits:
+        for sequence, emits, epoch, token in zip(step.sequences, step.emits, step.epochs, tokens, strict=True):
+            if not emits or epoch != sequence.epoch:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
@@ -321,11 +330,15 @@ class Loop:
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if not instance.broken:  # the step behind it fails too, and whoever came in between has lost nothing
+        if (
+            not instance.broken and not instance.lost
+        ):  # the step behind it fails too, and whoever came in between has lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")
-        for sequence, emits in zip(step.sequences, step.emits, strict=True):
+        for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
+            if epoch != sequence.epoch:
+                continue
             sequence.pending -= emits
             if sequence.finish is None and sequence.home is None and not sequence.pending:
                 self._await_again(sequence)  # sent back while this step ran: it lost nothing more
@@ -365,30 +378,66 @@ class Loop:
 
     # ---- switching
 
-    def _stopped(self, instance: Instance) -> bool:
-        """Whether an instance dispatches nothing because a switch is about to take it away."""
-        return bool(self._switches) and self._switches[0].stops(instance)
-
     def _advance_switch(self) -> None:
         while self._switches:
             pending = self._switches[0]
-            if not pending.prepare(self.cell, self.instances):
-                return
-            if any(instance.in_flight for instance in self.instances if pending.stops(instance)):
+            if not pending.prepare(self.cell) or any(instance.broken for instance in self.instances):
                 return
             self._switches.popleft()
             if pending.future.done() or not pending.future.set_running_or_notify_cancel():
-                for instance in self.instances:
-                    instance.depth = MAX_IN_FLIGHT
                 continue
+            self._retired = [instance for instance in (*self._retired, *self.instances) if instance.in_flight]
             outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
             self.layout, self.instances = outcome.layout, outcome.instances
             for sequence in outcome.homeless:
                 self.counters.sent_back += 1
-                self._await_again(sequence)
-            if outcome.report is not None:
+                if not sequence.pending:
+                    self._await_again(sequence)
+            if outcome.reporter is not None:
                 self.counters.switches += 1
-                pending.future.set_result(outcome.report)
+                outcome.reporter.start()
+            for device in outcome.lost:
+                self._lose(device)
+
+    def lose_device(self, device: int) -> None:
+        """Goes on without a device: whatever is on it is computed anew elsewhere."""
+        self.post(lambda: self._lose(device))
+
+    def _lose(self, device: int) -> None:
+        if device in self.cell.lost:
+            return
+        self.cell.lost.add(device)
+        _LOG.error("device %d is lost; its sequences are computed anew on the others", device)
+        # Results of an instance that a switch has taken away may be outstanding there, too.
+        for retired in [i for i in self._retired if i.retired and device in i.order]:
+            retired.lost = True
+            for instance in self.instances:
+                if instance.comes_from(retired):
+                    self._compute_anew(instance, [s for s in instance.rows.values() if s.pending])
+        for instance in [instance for instance in self.instances if device in instance.order]:
+            instance.lost = True
+            instance.close()
+            self.instances.remove(instance)
+            self._compute_anew(instance, list(instance.rows.values()))
+            for other in set(instance.order) - self.cell.lost:
+                self.cell.pool.reset(other)  # its array went along with the step in flight
+        self.layout = Layout(tuple(instance.spec for instance in self.instances))
+        used = self.cell.lost.union(*(instance.order for instance in self.instances))
+        if self.cell.vmap.min_tp == 1:  # the others of its group go on alone
+            rest = [InstanceSpec((other,)) for other in range(len(self.cell.devices)) if other not in used]
+            if rest:
+                self._switches.appendleft(PendingSwitch(Layout((*self.layout.instances, *rest))))
+        if not self.instances and not self._switches:
+            self._end_all(FinishReason.ERROR, "no device is left that can serve: restart the server")
+
+    def _compute_anew(self, instance: Instance, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            # Its results may never come; what they would have said is computed again, to the same token.
+            sequence.epoch += 1
+            sequence.pending = 0
+            instance.leave(sequence)
+            self.counters.sent_back += 1
+            self._await_again(sequence)
 
 
 def _nothing() -> None:

@@ -32,6 +32,7 @@ class Sequence:
       admitted: order of admission, for choosing whom to send back.
       finish: why it ended; None while it lives.
       home: the instance it is in, or None.
+      epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
     """
 
@@ -49,6 +50,7 @@ class Sequence:
     admitted: int = -1
     finish: FinishReason | None = None
     home: "Instance | None" = None
+    epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:

