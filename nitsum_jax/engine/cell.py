@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypedDict
 
 import jax
 import numpy as np
@@ -36,6 +37,19 @@ _LOG = logging.getLogger(__name__)
 _WEIGHT_SHARE = 0.85
 
 
+class InstanceParts(TypedDict):
+    """Arguments of an instance; see there."""
+
+    spec: InstanceSpec
+    program: Program
+    vmap: VshardMap
+    mesh: Mesh
+    leaves: tuple[jax.Array, ...]
+    executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]]
+    pool: KvPool
+    histories: HistoryMover
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """The devices that one process drives, with all that lies on them.
@@ -52,6 +66,7 @@ class Cell:
       executables: compiled steps.
       allowed: the allow-list of layouts, or None for every one that fits.
       first: the layout to start with.
+      wide_prefill: least tokens of prompts that are prefilled at the widest TP in between; None: never.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -66,6 +81,7 @@ class Cell:
     executables: Executables
     allowed: tuple[Layout, ...] | None
     first: Layout
+    wide_prefill: int | None = None
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -116,6 +132,10 @@ class Cell:
 
     def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
         """Starts an instance; its devices' pools must be free and its executables ready."""
+        return Instance(**self.parts(spec), on_step=on_step)
+
+    def parts(self, spec: InstanceSpec) -> InstanceParts:
+        """What the cell gives to an instance."""
         mesh = instance_mesh(self.devices, spec, self.vmap)
         group = self.group(spec)
 
@@ -123,7 +143,16 @@ class Cell:
             return self.executables.of(group)
 
         leaves = self.leaves(spec)
-        return Instance(spec, self.program, self.vmap, mesh, leaves, executables, self.pool, self.histories, on_step)
+        return InstanceParts(
+            spec=spec,
+            program=self.program,
+            vmap=self.vmap,
+            mesh=mesh,
+            leaves=leaves,
+            executables=executables,
+            pool=self.pool,
+            histories=self.histories,
+        )
 
 
 def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], None]) -> Cell:
@@ -205,7 +234,8 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         bank.load(model.weights(cut, dtype), residency)
     pool = KvPool(devices, memory.pool)
     histories = HistoryMover(devices, program.history_shape)
-    cell = Cell(devices, vmap, program, memory, bank, pool, BlockMover(pool), histories, executables, allowed, first)
+    mover, wide = BlockMover(pool), config.wide_prefill_tokens
+    cell = Cell(devices, vmap, program, memory, bank, pool, mover, histories, executables, allowed, first, wide)
     executables.provide(cell.trial_run)
     return cell
 

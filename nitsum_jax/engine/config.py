@@ -28,6 +28,8 @@ class EngineConfig:
       deterministic: one bucket per phase, so that neither load nor a switch can change a token.
       max_queue: most requests that wait; one more is refused.
       layouts: allow-list of layouts; all.
+      wide_prefill_tokens: prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the
+        decode steps of the instances on the same devices; None: never.
       tier_names: tiers that requests may name.
     """
 
@@ -43,6 +45,7 @@ class EngineConfig:
     deterministic: bool = False
     max_queue: int = 256
     layouts: tuple[str, ...] | None = None
+    wide_prefill_tokens: int | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
 
     def __post_init__(self) -> None:
@@ -51,7 +54,15 @@ class EngineConfig:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} does not do: give a power of two from 1 to 128")
-        for name in ("devices", "vshards", "max_model_len", "max_batch", "prefill_chunk", "max_queue"):
+        for name in (
+            "devices",
+            "vshards",
+            "max_model_len",
+            "max_batch",
+            "prefill_chunk",
+            "max_queue",
+            "wide_prefill_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InvalidInputError(f"{name}={value} does not do: give at least 1")

@@ -36,6 +36,7 @@ class EngineStats:
       switches: layout switches so far.
       sent_back: sequences that lost their blocks and were computed anew.
       compiles: XLA compilations of this process.
+      wide_prefills: prompts prefilled at the widest TP in between the steps of others.
     """
 
     waiting: int
@@ -48,6 +49,7 @@ class EngineStats:
     switches: int
     sent_back: int
     compiles: int
+    wide_prefills: int = 0
 
 
 class Engine:
@@ -189,6 +191,7 @@ class Engine:
             switches=loop.counters.switches,
             sent_back=loop.counters.sent_back,
             compiles=self._counter.count,
+            wide_prefills=loop.counters.wide_prefills,
         )
 
     def drain(self, timeout_s: float) -> bool:

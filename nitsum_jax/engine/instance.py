@@ -10,6 +10,7 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
 
 import jax
 import numpy as np
@@ -28,16 +29,39 @@ MAX_IN_FLIGHT = 2
 
 @dataclasses.dataclass(eq=False)
 class Step:
-    """A dispatched step: who took part, and who gets a token of it."""
+    """A dispatched step.
+
+    Attributes:
+      shape: its bucket.
+      sequences: who took part.
+      emits: who gets a token of it.
+      after: steps of other instances whose results must be taken in before its own: their sequences went over.
+      settled: whether its results were taken in, or never will be.
+      epochs: of the sequences, when it was dispatched.
+      tokens: i32[B], when they are read.
+      error: why it failed.
+    """
 
     shape: StepShape
     sequences: list[Sequence]
     emits: list[bool]
+    after: tuple["Step", ...] = ()
+    settled: bool = False
     epochs: list[int] = dataclasses.field(default_factory=list)
     tokens: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.epochs = [sequence.epoch for sequence in self.sequences]
+
+    @property
+    def due(self) -> bool:
+        """Whether all steps that it continues have been taken in."""
+        return all(step.settled for step in self.after)
+
+    def settle(self) -> None:
+        """It has been taken in."""
+        self.settled = True
+        self.after = ()
 
     error: Exception | None = None
 
@@ -59,6 +83,9 @@ class Arrival:
 
 class Instance:
     """Batch state of one group of devices; used by the engine's thread alone."""
+
+    depth = MAX_IN_FLIGHT
+    _array: jax.Array
 
     def __init__(
         self,
@@ -91,10 +118,10 @@ class Instance:
         self.device_of = [vmap.device_of(spec.devices, vshard) for vshard in range(vmap.num_vshards)]
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
-        self.in_flight = 0
+        self.outstanding: list[Step] = []
         self.retired = False  # its sequences live elsewhere; results still in flight are theirs
         self.lost = False  # a device of it failed for good: what is in flight counts for nothing
-        self._before: list[Instance] = []
+        self._before: tuple[Step, ...] = ()
         self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
@@ -107,7 +134,7 @@ class Instance:
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._prefilled_last = False
         self._history = self._put_history(np.zeros(program.history_shape, np.int32))
-        self._array = pool.lend(mesh, self.order)  # late: nothing behind it fails
+        self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
@@ -115,6 +142,11 @@ class Instance:
         self._reader.start()
 
     # ---- capacity
+
+    @property
+    def in_flight(self) -> int:
+        """Dispatched steps whose results have not been taken in."""
+        return len(self.outstanding)
 
     @property
     def free_rows(self) -> int:
@@ -158,20 +190,9 @@ class Instance:
         """Token history after all dispatched steps, i32[rows, columns] on each device."""
         return self._history
 
-    def follow(self, before: list["Instance"]) -> None:
-        """Its sequences come from these instances, whose results must be taken in before its own."""
-        self._before = before
-
-    @property
-    def waits(self) -> bool:
-        """Whether results of instances that its sequences came from are still outstanding."""
-        if self._before:
-            self._before = [instance for instance in self._before if instance.in_flight and not instance.lost]
-        return bool(self._before)
-
-    def comes_from(self, instance: "Instance") -> bool:
-        """Whether results of that instance are outstanding for sequences that are here now."""
-        return any(other is instance or other.comes_from(instance) for other in self._before)
+    def follow(self, before: Seq[Step]) -> None:
+        """Its sequences come from where these steps ran, whose results must be taken in before those of its own."""
+        self._before = tuple(before)
 
     def adopt(self, arrivals: list[Arrival]) -> None:
         """Adds sequences that come with their blocks, before the first step of this instance; waits for nothing."""
@@ -206,6 +227,21 @@ class Instance:
         sequence.home = None
         sequence.pages = 0
 
+    def receive(self, arrival: Arrival, before: Seq[Step]) -> None:
+        """Adds a sequence that comes with its blocks while this instance runs; waits for nothing.
+
+        Args:
+          arrival: it has been prefilled.
+          before: steps that may still bring tokens of it.
+        """
+        self._before += tuple(before)
+        self._seat(arrival.sequence)
+        self._history = self._histories.merge(self._history, arrival.history, [(arrival.row, arrival.sequence.row)])
+
+    def vacate(self, row: int) -> None:
+        """Makes a row free whose sequence went elsewhere."""
+        self._free_rows.append(row)
+
     def _seat(self, sequence: Sequence) -> None:
         sequence.row = self._free_rows.pop()
         sequence.home = self
@@ -220,7 +256,7 @@ class Instance:
         return self.prefills[0]
 
     def dispatch(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
-        """Starts the next step, if there is one and fewer than two are in flight.
+        """Starts the next step, if there is one and fewer than `depth` are in flight.
 
         Args:
           make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence
@@ -229,7 +265,7 @@ class Instance:
         Returns:
           Whether a step was started.
         """
-        if self.in_flight >= MAX_IN_FLIGHT or self.broken:
+        if self.in_flight >= self.depth or self.broken:
             return False
         sequence = self.next_prefill()
         if sequence is not None:
@@ -299,8 +335,9 @@ class Instance:
         sequences: list[Sequence],
         emits: list[bool],
     ) -> None:
-        step = Step(shape, sequences, emits)
-        self.in_flight += 1
+        self._before = tuple(step for step in self._before if not step.settled)
+        step = Step(shape, sequences, emits, self._before)
+        self.outstanding.append(step)
         self.steps += 1
         try:
             self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
@@ -343,6 +380,9 @@ class Instance:
         self.prefills.clear()
         self.retired = True
         self.close()
+
+    def _claim_pool(self) -> None:
+        self.regain_pool()
 
     def abandon(self) -> None:
         """After a failed step: the pool array went with it, so its devices get new ones."""

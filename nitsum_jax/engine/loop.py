@@ -21,12 +21,13 @@ import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.waiting import AdmissionQueue
+from nitsum_jax.engine.wide_prefill import WidePrefill
 from nitsum_jax.errors import PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
@@ -36,6 +37,7 @@ _LOG = logging.getLogger(__name__)
 Sink = Callable[[Seq[TokenDelta]], None]
 # Between deadlines; threads cannot wait for ever longer times.
 _LONGEST_SLEEP_S = 3600.0
+_STEP_FAILED = "the accelerator reported an error in this step"
 
 
 @dataclasses.dataclass
@@ -46,6 +48,7 @@ class Counters:
     steps: int = 0
     switches: int = 0
     sent_back: int = 0
+    wide_prefills: int = 0
 
 
 class Loop:
@@ -79,6 +82,7 @@ class Loop:
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
         self._ended = False
+        self._wide = WidePrefill(cell, self._on_step)
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
         self._thread.start()
@@ -162,6 +166,7 @@ class Loop:
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
             instance.close()
+        self._wide.close()
 
     def _turn(self) -> None:
         timeout = None
@@ -183,6 +188,8 @@ class Loop:
         for instance in self.instances:
             while instance.dispatch(self._make_room):
                 pass
+        while self._wide.advance(self._make_room):
+            pass
         self._flush()
         self._launch_trials()
 
@@ -225,17 +232,25 @@ class Loop:
                 self._drop_from_queue(sequence)
                 self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
                 continue
+            guest = None if self._switches else self._wide.admit(sequence, pages, self.instances)
+            if guest is not None:
+                self.counters.wide_prefills += 1
+                self._seat(sequence, guest, pages)
+                continue
             fitting = [i for i in self.instances if i.free_rows and i.free_pages() >= pages]
             if not fitting:
                 return
             instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
-            self._admit_from_queue(sequence)
-            sequence.start_prefill(again=self._deterministic)
-            if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
-                raise AssertionError("pages were counted as free and are not")
-            sequence.admitted = self._admissions
-            self._admissions += 1
-            instance.join(sequence)
+            self._seat(sequence, instance, pages)
+
+    def _seat(self, sequence: Sequence, instance: Instance, pages: int) -> None:
+        self._admit_from_queue(sequence)
+        sequence.start_prefill(again=self._deterministic)
+        if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
+            raise AssertionError("pages were counted as free and are not")
+        sequence.admitted = self._admissions
+        self._admissions += 1
+        instance.join(sequence)
 
     def _pages_at_admission(self, sequence: Sequence) -> int:
         # In deterministic mode nobody may be sent back for want of blocks.
@@ -294,12 +309,13 @@ class Loop:
     def _take_in(self, instance: Instance, step: Step) -> None:
         # After a switch, results of the old instances and of the new ones come on threads that race.
         self._held.append((instance, step))
-        while (ready := next((item for item in self._held if not item[0].waits), None)) is not None:
+        while (ready := next((item for item in self._held if item[1].due), None)) is not None:
             self._held.remove(ready)
             self._settle(*ready)
 
     def _settle(self, instance: Instance, step: Step) -> None:
-        instance.in_flight -= 1
+        instance.outstanding.remove(step)
+        step.settle()
         self.counters.steps += 1
         if step.tokens is None:
             self._fail(instance, step)
@@ -335,11 +351,13 @@ class Loop:
         ):  # the step behind it fails too, and whoever came in between has lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
-                self._finish(sequence, FinishReason.ERROR, "the accelerator reported an error in this step")
+                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
         for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
             if epoch != sequence.epoch:
                 continue
             sequence.pending -= emits
+            if emits and sequence.finish is None and sequence.home not in (None, instance):
+                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
             if sequence.finish is None and sequence.home is None and not sequence.pending:
                 self._await_again(sequence)  # sent back while this step ran: it lost nothing more
 
@@ -383,7 +401,13 @@ class Loop:
             pending = self._switches[0]
             if not pending.prepare(self.cell) or any(instance.broken for instance in self.instances):
                 return
+            if self._wide.sequence is not None and not pending.future.done():
+                return  # it takes a few steps more, and meanwhile nobody waits
+            if not pending.future.done() and not self._slowed_down(pending):
+                return
             self._switches.popleft()
+            for instance in self.instances:
+                instance.depth = MAX_IN_FLIGHT
             if pending.future.done() or not pending.future.set_running_or_notify_cancel():
                 continue
             self._retired = [instance for instance in (*self._retired, *self.instances) if instance.in_flight]
@@ -399,6 +423,18 @@ class Loop:
             for device in outcome.lost:
                 self._lose(device)
 
+    def _slowed_down(self, pending: PendingSwitch) -> bool:
+        """Whether the instances that must go have one step in flight at most.
+
+        They do not end at the same moment, and the sequences of the first wait for the last where they come together;
+        with one step in flight instead of two that is half as long.
+        """
+        wanted = set(pending.layout.instances)
+        leaving = [instance for instance in self.instances if instance.spec not in wanted]
+        for instance in leaving:
+            instance.depth = 1
+        return all(instance.in_flight <= 1 for instance in leaving)
+
     def lose_device(self, device: int) -> None:
         """Goes on without a device: whatever is on it is computed anew elsewhere."""
         self.post(lambda: self._lose(device))
@@ -410,15 +446,14 @@ class Loop:
         _LOG.error("device %d is lost; its sequences are computed anew on the others", device)
         # Results of an instance that a switch has taken away may be outstanding there, too.
         for retired in [i for i in self._retired if i.retired and device in i.order]:
-            retired.lost = True
-            for instance in self.instances:
-                if instance.comes_from(retired):
-                    self._compute_anew(instance, [s for s in instance.rows.values() if s.pending])
+            self._write_off(retired)
+        guest = self._wide.lose(device)
+        if guest is not None:
+            self._write_off(guest)
         for instance in [instance for instance in self.instances if device in instance.order]:
-            instance.lost = True
+            self._write_off(instance)
             instance.close()
             self.instances.remove(instance)
-            self._compute_anew(instance, list(instance.rows.values()))
             for other in set(instance.order) - self.cell.lost:
                 self.cell.pool.reset(other)  # its array went along with the step in flight
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
@@ -430,12 +465,20 @@ class Loop:
         if not self.instances and not self._switches:
             self._end_all(FinishReason.ERROR, "no device is left that can serve: restart the server")
 
-    def _compute_anew(self, instance: Instance, sequences: Seq[Sequence]) -> None:
-        for sequence in sequences:
+    def _write_off(self, instance: Instance) -> None:
+        """Computes anew what is in an instance, or still has a token to come from it."""
+        instance.lost = True
+        victims = list(instance.rows.values())
+        for step in instance.outstanding:
+            step.settled = True
+            steps = zip(step.sequences, step.emits, step.epochs, strict=True)
+            victims += [s for s, emits, epoch in steps if emits and epoch == s.epoch and s.finish is None]
+        for sequence in dict.fromkeys(victims):
             # Its results may never come; what they would have said is computed again, to the same token.
             sequence.epoch += 1
             sequence.pending = 0
-            instance.leave(sequence)
+            if sequence.home is not None:
+                sequence.home.leave(sequence)
             self.counters.sent_back += 1
             self._await_again(sequence)
 

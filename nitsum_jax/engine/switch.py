@@ -159,7 +159,7 @@ def perform_switch(
         if host is None:
             _evict(cell, place)
             homeless.append(place.sequence)
-    outstanding = [instance for instance in gone if instance.in_flight]
+    outstanding = [step for instance in gone for step in instance.outstanding]
     for instance in fresh:
         instance.follow(outstanding)
     for instance in gone:

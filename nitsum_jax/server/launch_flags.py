@@ -64,6 +64,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "kv_cache_gib": values.kv_cache_gib,
             "deterministic": values.deterministic,
             "max_queue": values.max_queue,
+            "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
     )
@@ -117,6 +118,12 @@ def _define() -> flags.FlagValues:
     count("max_batch", 32, "most sequences in one decode step of an instance")
     count("page_size", 16, "tokens per KV block")
     count("prefill_chunk", 128, "most prompt tokens in one step")
+    count(
+        "wide_prefill_tokens",
+        None,
+        "prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the decode steps of "
+        "the instances on the same devices; never if not given",
+    )
     flags.DEFINE_float(
         "kv_cache_gib",
         None,

@@ -1,0 +1,151 @@
+"""A long prompt at a high TP, step by step in between the decode steps of the instances on the same devices.
+
+Weights of every TP are in place and KV blocks have one shape, so a second layout can run on the same devices at the
+same time: all launches go through the engine's thread, in one order.  The `Guest` owns no pool; for each of its steps
+it borrows those of the instances on its devices.  When the prompt is done, its blocks move to the instance that will
+decode it, behind the last chunk and without waiting for it, and the first token travels there in the token history.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.executables import LIKELY, Group
+from nitsum_jax.engine.instance import Arrival, Instance, Step
+from nitsum_jax.engine.migration import Host, free, plan_moves
+from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.sequence import Sequence as Request
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
+
+
+class Guest(Instance):
+    """An instance that borrows the pools of others for each step."""
+
+    depth = 1  # the others' steps come in between
+
+    def __init__(self, cell: Cell, group: Group, on_step: Callable[[Instance, Step], None]):
+        """Takes nothing; the group's executables must be ready."""
+        super().__init__(**cell.parts(InstanceSpec(group)), on_step=on_step)
+        self.hosts: Sequence[Instance] = ()
+
+    def release(self) -> None:
+        """Ends the reader; there is no pool to give back."""
+        self.close()
+
+    def abandon(self) -> None:
+        """After a failed step: the hosts find their pools broken and renew them."""
+        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self.broken = False
+
+    def _claim_pool(self) -> None:
+        pass
+
+    def _start(
+        self,
+        shape: StepShape,
+        executable: jax.stages.Compiled,
+        packer: Packer,
+        sequences: list[Request],
+        emits: list[bool],
+    ) -> None:
+        for host in self.hosts:
+            host.lend_pool()
+        try:
+            self.regain_pool()
+            super()._start(shape, executable, packer, sequences, emits)
+            self.lend_pool()
+        finally:
+            for host in self.hosts:
+                host.regain_pool()
+
+
+class WidePrefill:
+    """Decides which prompts are prefilled by the guest, and hands them over; used by the engine's thread alone."""
+
+    def __init__(self, cell: Cell, on_step: Callable[[Instance, Step], None]):
+        """Asks for the executables of the widest group, if the cell is told to use it."""
+        self._cell = cell
+        self._on_step = on_step
+        self._guest: Guest | None = None
+        size = min(cell.vmap.num_vshards, 1 << (len(cell.devices).bit_length() - 1))
+        self._group: Group = cell.vmap.ordered(tuple(range(size)))
+        if cell.wide_prefill is not None and size > 1:
+            cell.executables.want([self._group], LIKELY)
+
+    @property
+    def sequence(self) -> Request | None:
+        """The sequence that is being prefilled or waits to be handed over."""
+        return None if self._guest is None else next(iter(self._guest.rows.values()), None)
+
+    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance]) -> Instance | None:
+        """Whether the guest takes a waiting sequence now: itself, or None.
+
+        Args:
+          sequence: whose prompt is long enough or not.
+          pages: that it takes at admission.
+          instances: of the layout in force.
+        """
+        least = self._cell.wide_prefill
+        if least is None or len(sequence.tokens) < least or self.sequence is not None:
+            return None
+        hosts = [instance for instance in instances if not set(self._group).isdisjoint(instance.order)]
+        if (
+            not all(len(host.order) < len(self._group) and set(host.order) <= set(self._group) for host in hosts)
+            or {device for host in hosts for device in host.order} != set(self._group)
+            or not any(host.total_pages() >= pages for host in hosts)
+            or any(host.broken for host in hosts)
+            or not self._cell.executables.ready(self._group)
+        ):
+            return None
+        if self._guest is None or self._guest.lost:
+            self._guest = Guest(self._cell, self._group, self._on_step)
+        self._guest.hosts = hosts
+        return self._guest if self._guest.free_pages() >= pages and not self._guest.broken else None
+
+    def advance(self, make_room: Callable[[Instance, Request, int], bool]) -> bool:
+        """Starts the next chunk, or hands the sequence over if the last one was started; returns whether it did."""
+        guest = self._guest
+        sequence = self.sequence
+        if guest is None or sequence is None or guest.broken:
+            return False
+        if sequence.prefilling:
+            return guest.dispatch(make_room)
+        return self._hand_over(guest, sequence)
+
+    def lose(self, device: int) -> Guest | None:
+        """A device is lost: the guest, if that ends it."""
+        if self._guest is None or device not in self._group:
+            return None
+        return self._guest
+
+    def close(self) -> None:
+        """Ends the guest's thread."""
+        if self._guest is not None:
+            self._guest.close()
+
+    def _hand_over(self, guest: Guest, sequence: Request) -> bool:
+        pool = self._cell.pool
+        for home in sorted(guest.hosts, key=lambda host: (len(host.rows) / host.spec.tp, -host.free_pages())):
+            if home.broken:
+                continue
+            host = Host(tuple(home.device_of), home.free_rows, home.spec.tp)
+            moves = plan_moves([(sequence, guest.device_of)], [host], pool)
+            if moves.assigned[0] is None:
+                continue
+            for lender in guest.hosts:
+                lender.lend_pool()
+            try:
+                for (source, target), (old, new) in moves.blocks.items():
+                    self._cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
+            finally:
+                for lender in guest.hosts:
+                    lender.regain_pool()
+            free(moves.freed, pool)
+            arrival = Arrival(sequence, guest.history, sequence.row)
+            guest.rows.clear()
+            guest.vacate(sequence.row)
+            home.receive(arrival, guest.outstanding)
+            return True
+        return False
