@@ -16,6 +16,7 @@ from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.residency import choose_residency
 from nitsum_jax.engine.step import Program
 from nitsum_jax.engine.transfer import BlockMover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -67,6 +68,8 @@ class Cell:
       allowed: the allow-list of layouts, or None for every one that fits.
       first: the layout to start with.
       wide_prefill: least tokens of prompts that are prefilled at the widest TP in between; None: never.
+      lean: whether devices keep only the weights of the layout in force.
+      precopy: whether KV blocks are copied ahead of a switch.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -82,6 +85,8 @@ class Cell:
     allowed: tuple[Layout, ...] | None
     first: Layout
     wide_prefill: int | None = None
+    lean: bool = False
+    precopy: bool = False
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -187,7 +192,23 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     vmap = VshardMap(vshards, min_tp)
     first, allowed = _layouts(config, len(devices), vmap)
 
-    weights = vshards // min_tp * shard_bytes + replicated
+    if allowed:
+        groups = [spec.devices for layout in allowed for spec in layout.instances]
+        if config.wide_prefill_tokens is not None:
+            groups.append(tuple(range(min(vshards, 1 << (len(devices).bit_length() - 1)))))
+    else:  # every run of neighbours; the smallest need as much as all others
+        groups = [tuple(range(start, start + min_tp)) for start in range(len(devices) - min_tp + 1)]
+    residency = choose_residency(
+        config.residency,
+        config.weight_budget_gib,
+        vmap=vmap,
+        devices=len(devices),
+        first=first,
+        groups=groups,
+        shard_bytes=shard_bytes,
+        replicated_bytes=replicated,
+    )
+    weights = residency.bytes_per_device
     shared = 1 if platform == "cpu" else len(devices)
     memory = plan_memory(
         model.config,
@@ -219,23 +240,38 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         mesh_of,
         on_ready,
         essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
-        trials=platform == "cpu",
+        trials=platform == "cpu" and not residency.lean,  # a trial needs the weights
     )
     executables.want([vmap.ordered(spec.devices) for spec in first.instances], FIRST)
     bank = WeightBank(devices, vmap)
-    residency = {index: frozenset(vmap.resident(index, [min_tp])) for index in range(len(devices))}
     if model.vshards is not None:
-        for name, vshard, device, array in model.place(cut, dtype, devices, residency):
+        for name, vshard, device, array in model.place(cut, dtype, devices, residency.first):
             if vshard is None:
                 bank.add_replicated(name, device, array)
             else:
                 bank.add_cut(name, vshard, device, array)
     else:
-        bank.load(model.weights(cut, dtype), residency)
+        bank.load(model.weights(cut, dtype), residency.first)
     pool = KvPool(devices, memory.pool)
     histories = HistoryMover(devices, program.history_shape)
     mover, wide = BlockMover(pool), config.wide_prefill_tokens
-    cell = Cell(devices, vmap, program, memory, bank, pool, mover, histories, executables, allowed, first, wide)
+    memory = dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}")
+    cell = Cell(
+        devices,
+        vmap,
+        program,
+        memory,
+        bank,
+        pool,
+        mover,
+        histories,
+        executables,
+        allowed,
+        first,
+        wide_prefill=wide,
+        lean=residency.lean,
+        precopy=config.precopy,
+    )
     executables.provide(cell.trial_run)
     return cell
 

@@ -30,6 +30,9 @@ class EngineConfig:
       layouts: allow-list of layouts; all.
       wide_prefill_tokens: prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the
         decode steps of the instances on the same devices; None: never.
+      residency: which weights stay on the devices: "resident", "lean" or "auto" (see `residency`).
+      weight_budget_gib: weights that may stay on a device, GiB, for "auto".
+      precopy: copy KV blocks ahead of a switch while the sequences still decode.
       tier_names: tiers that requests may name.
     """
 
@@ -46,6 +49,9 @@ class EngineConfig:
     max_queue: int = 256
     layouts: tuple[str, ...] | None = None
     wide_prefill_tokens: int | None = None
+    residency: str = "auto"
+    weight_budget_gib: float | None = None
+    precopy: bool = False
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
 
     def __post_init__(self) -> None:

@@ -36,6 +36,9 @@ class EngineStats:
       switches: layout switches so far.
       sent_back: sequences that lost their blocks and were computed anew.
       compiles: XLA compilations of this process.
+      weight_bytes_wrapped: put into parameter trees without a copy.
+      weight_bytes_moved: copied between devices.
+      weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
     """
 
@@ -49,6 +52,9 @@ class EngineStats:
     switches: int
     sent_back: int
     compiles: int
+    weight_bytes_wrapped: int = 0
+    weight_bytes_moved: int = 0
+    weight_bytes_freed: int = 0
     wide_prefills: int = 0
 
 
@@ -180,6 +186,7 @@ class Engine:
         loop = self._running
         with loop.lock:
             waiting, alive = len(self._waiting), len(loop.alive)
+        weights = self._cell.bank.counters
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
@@ -191,6 +198,9 @@ class Engine:
             switches=loop.counters.switches,
             sent_back=loop.counters.sent_back,
             compiles=self._counter.count,
+            weight_bytes_wrapped=weights.bytes_wrapped,
+            weight_bytes_moved=weights.bytes_moved,
+            weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
         )
 

@@ -24,6 +24,7 @@ from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
+from nitsum_jax.engine.residency import give_up_others
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.waiting import AdmissionQueue
@@ -399,20 +400,25 @@ class Loop:
     def _advance_switch(self) -> None:
         while self._switches:
             pending = self._switches[0]
-            if not pending.prepare(self.cell) or any(instance.broken for instance in self.instances):
+            if not pending.prepare(self.cell, self.wake) or any(instance.broken for instance in self.instances):
                 return
             if self._wide.sequence is not None and not pending.future.done():
                 return  # it takes a few steps more, and meanwhile nobody waits
-            if not pending.future.done() and not self._slowed_down(pending):
+            ended = pending.future.done()
+            if not ended and not (pending.copied_ahead(self.cell, self.instances) and self._slowed_down(pending)):
                 return
             self._switches.popleft()
             for instance in self.instances:
                 instance.depth = MAX_IN_FLIGHT
             if pending.future.done() or not pending.future.set_running_or_notify_cancel():
+                if pending.precopy is not None:
+                    pending.precopy.give_up()
                 continue
             self._retired = [instance for instance in (*self._retired, *self.instances) if instance.in_flight]
             outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
             self.layout, self.instances = outcome.layout, outcome.instances
+            if self.cell.lean:
+                give_up_others(self.cell.bank, self.cell.vmap, self.layout)
             for sequence in outcome.homeless:
                 self.counters.sent_back += 1
                 if not sequence.pending:

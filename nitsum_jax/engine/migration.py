@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -46,7 +46,43 @@ def moved_shards(old: Seq[int], new: Seq[int]) -> int:
     return sum(a != b for a, b in zip(old, new, strict=True))
 
 
-def plan_moves(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> Moves:
+@dataclasses.dataclass
+class Ahead:
+    """What was copied of a sequence before its switch.
+
+    Attributes:
+      host: index of the instance that it was copied for.
+      devices: device of every vshard there.
+      admitted: of the sequence then; it was computed anew since if that differs.
+      table: i32[K, P], the first `pages` columns are blocks there, in the rows of vshards whose device changes.
+      pages: how many were copied.
+    """
+
+    host: int
+    devices: tuple[int, ...]
+    admitted: int
+    table: np.ndarray
+    pages: int
+
+    def release(self, old: Seq[int], pool: KvPool) -> None:
+        """Frees its blocks; `old`: the devices that it comes from."""
+        for vshard, (source, target) in enumerate(zip(old, self.devices, strict=True)):
+            if source != target:
+                pool.allocators[target].give(self.table[vshard, : self.pages])
+        self.pages = 0
+
+
+def choose_hosts(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
+    """Which instance each sequence would go to, by the rules of `plan_moves`; takes nothing."""
+    return _assign(sequences, hosts, pool, {}, lambda index, h: None)
+
+
+def plan_moves(
+    sequences: Seq[tuple[Sequence, Seq[int]]],
+    hosts: Seq[Host],
+    pool: KvPool,
+    ahead: Mapping[int, Ahead] | None = None,
+) -> Moves:
     """Assigns sequences to instances and takes the blocks that they need there.
 
     Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
@@ -57,29 +93,62 @@ def plan_moves(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool
       hosts: the new instances.
       pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
         `freed` is given back.  Pages that were taken in advance are taken there too, but not copied.
+      ahead: by id of the sequence, what was copied before; such a sequence goes where its copies are.
 
     Returns:
       What to copy and to free.  A sequence without room keeps its old table.
     """
+    ahead = ahead or {}
     moves = Moves([None] * len(sequences), {}, {})
+
+    def seat(index: int, h: int) -> None:
+        sequence, old = sequences[index]
+        _remap(sequence, old, hosts[h].device_of, pool, moves, ahead.get(id(sequence)))
+
+    moves.assigned = _assign(sequences, hosts, pool, ahead, seat)
+    for index, (sequence, old) in enumerate(sequences):
+        if moves.assigned[index] is None and id(sequence) in ahead:
+            ahead[id(sequence)].release(old, pool)
+    return moves
+
+
+def _assign(
+    sequences: Seq[tuple[Sequence, Seq[int]]],
+    hosts: Seq[Host],
+    pool: KvPool,
+    ahead: Mapping[int, Ahead],
+    seat: Callable[[int, int], None],
+) -> list[int | None]:
+    assigned: list[int | None] = [None] * len(sequences)
     whole = sum(host.tp for host in hosts)
     share = [-(-len(sequences) * host.tp // whole) for host in hosts] if hosts else []
     counts = [0] * len(hosts)
-    order = sorted(range(len(sequences)), key=lambda i: (-sequences[i][0].pages, i))
+    # What was copied ahead has its place; the others come behind, the longest first.
+    order = sorted(range(len(sequences)), key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
     for index in order:
         sequence, old = sequences[index]
-        candidates = sorted(
-            range(len(hosts)),
-            key=lambda h: (counts[h] >= share[h], moved_shards(old, hosts[h].device_of), counts[h] / hosts[h].tp, h),
+        there = ahead.get(id(sequence))
+        candidates = (
+            [there.host]
+            if there is not None
+            else sorted(
+                range(len(hosts)),
+                key=lambda h: (
+                    counts[h] >= share[h],
+                    moved_shards(old, hosts[h].device_of),
+                    counts[h] / hosts[h].tp,
+                    h,
+                ),
+            )
         )
+        pages = sequence.pages - (0 if there is None else there.pages)
         for h in candidates:
-            host = hosts[h]
-            if counts[h] < host.rows and _room(pool, sequence.pages, old, host.device_of):
+            if counts[h] < hosts[h].rows and _room(pool, pages, old, hosts[h].device_of):
                 counts[h] += 1
-                moves.assigned[index] = h
-                _remap(sequence, old, host.device_of, pool, moves)
+                assigned[index] = h
+                seat(index, h)
                 break
-    return moves
+    return assigned
 
 
 def least_bytes(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> int:
@@ -110,16 +179,19 @@ def written_pages(sequence: Sequence, pool: KvPool) -> int:
     return min(sequence.pages, -(-sequence.cached // pool.shape.page_size))
 
 
-def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves) -> None:
+def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None) -> None:
     written = written_pages(sequence, pool)
+    done = 0 if ahead is None else ahead.pages
     for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
         if source == target or not sequence.pages:
             continue
         there = sequence.table[vshard, : sequence.pages].copy()
-        here = pool.allocators[target].take(sequence.pages)
+        here = pool.allocators[target].take(sequence.pages - done)
+        if ahead is not None:
+            here = np.concatenate([ahead.table[vshard, :done], here])
         sequence.table[vshard, : sequence.pages] = here
-        if written:
+        if written > done:
             sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[:written])
-            targets.append(here[:written])
+            sources.append(there[done:written])
+            targets.append(here[done:written])
         moves.freed.setdefault(source, []).append(there)

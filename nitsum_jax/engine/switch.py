@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
 import jax
@@ -25,7 +25,9 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Arrival, Instance, Step
-from nitsum_jax.engine.migration import Host, free, least_bytes, plan_moves
+from nitsum_jax.engine.migration import Ahead, Host, free, least_bytes, moved_shards, plan_moves
+from nitsum_jax.engine.precopy import PreCopy
+from nitsum_jax.engine.residency import Prefetch
 from nitsum_jax.engine.rollback import Place, Snapshot
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import NitsumError, PreconditionError
@@ -49,6 +51,7 @@ class SwitchReport:
       requeued: sequences without room in the new layout, to be computed anew.
       kv_bytes_minimum: what must move at least: for every sequence the blocks that change their device on that new
         instance where these are fewest.
+      kv_bytes_ahead: those of kv_bytes_moved that were copied before, while the sequences still decoded.
       host_ms: planning, remapping, launching copies, wrapping and seating; while the last steps run it stalls nobody.
       transfer_ms: from the end of those steps, or of the host's part, to the end of the copies.
     """
@@ -61,6 +64,7 @@ class SwitchReport:
     stall_ms: float
     requeued: int
     kv_bytes_minimum: int = 0
+    kv_bytes_ahead: int = 0
     host_ms: float = 0.0
     transfer_ms: float = 0.0
 
@@ -72,9 +76,17 @@ class PendingSwitch:
         """Asks for `layout`, which the cell can take."""
         self.layout = layout
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
+        self.weights_before: int | None = None
+        self.precopy: PreCopy | None = None
+        self._prefetch: Prefetch | None = None
 
-    def prepare(self, cell: Cell) -> bool:
-        """Asks for executables; returns whether the switch can begin, or has failed (its future says so)."""
+    def prepare(self, cell: Cell, wake: Callable[[], None]) -> bool:
+        """Asks for executables, then for weights; returns whether the switch can begin, or has failed.
+
+        Args:
+          cell: whose layout is to change.
+          wake: called on another thread when there is news.
+        """
         groups = cell.groups(self.layout)
         try:
             cell.check(self.layout)
@@ -87,7 +99,30 @@ class PendingSwitch:
             if failure is not None:
                 self.future.set_exception(PreconditionError(f"layout {self.layout} does not compile: {failure}"))
                 return True
-        return all(cell.executables.ready(group) for group in groups)
+        if not all(cell.executables.ready(group) for group in groups):
+            return False
+        if self._prefetch is None:
+            self.weights_before = cell.bank.counters.bytes_moved
+            self._prefetch = Prefetch(cell.bank, self.layout.instances, wake)
+        if self._prefetch.error is not None:
+            _LOG.error("the weights of layout %s could not be copied: %s", self.layout, self._prefetch.error)
+            self.future.set_exception(PreconditionError(f"the weights of {self.layout}: {self._prefetch.error}"))
+        return self._prefetch.done
+
+    def copied_ahead(self, cell: Cell, instances: Seq[Instance]) -> bool:
+        """Copies KV blocks ahead, if the cell is to; returns whether enough of it is done for the switch to begin."""
+        if not cell.precopy:
+            return True
+        if self.precopy is None:
+            wanted, there = set(self.layout.instances), {instance.spec for instance in instances}
+            leaving = [instance for instance in instances if instance.spec not in wanted]
+            hosts = [_host(cell, spec) for spec in self.layout.instances if spec not in there]
+            self.precopy = PreCopy(cell, leaving, hosts)
+        return self.precopy.advance(instances)
+
+
+def _host(cell: Cell, spec: InstanceSpec) -> Host:
+    return Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp)
 
 
 @dataclasses.dataclass
@@ -125,16 +160,18 @@ def perform_switch(
     there = {instance.spec for instance in kept}
     specs = [spec for spec in pending.layout.instances if spec not in there]
     running = [instance.history for instance in gone if not is_ready(instance.history)]
-    weights_before = cell.bank.counters.bytes_moved
+    weights_before = pending.weights_before or 0
+    ahead = {} if pending.precopy is None else pending.precopy.take()
     snapshot = Snapshot(cell, gone)
     for instance in gone:
         instance.lend_pool()
     fresh: list[Instance] = []
     try:
         travellers = [(place.sequence, place.home.device_of) for place in snapshot.places]
-        hosts = [Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp) for spec in specs]
+        hosts = [_host(cell, spec) for spec in specs]
         minimum = least_bytes(travellers, hosts, cell.pool)
-        moves = plan_moves(travellers, hosts, cell.pool)
+        copied = _bytes_of(travellers, hosts, ahead, cell)
+        moves = plan_moves(travellers, hosts, cell.pool, ahead)
         copies = [
             cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
             for (source, target), (old, new) in moves.blocks.items()
@@ -148,7 +185,11 @@ def perform_switch(
     except Exception as error:
         _LOG.exception("switching from %s to %s failed; %s stays", before, pending.layout, before)
         pending.future.set_exception(PreconditionError(f"the switch failed and {before} stays: {error}"))
+        copies_ahead = [(place.home.device_of, ahead.get(id(place.sequence))) for place in snapshot.places]
         back, victims, lost = snapshot.restore(fresh)
+        for old, there_already in copies_ahead:
+            if there_already is not None:
+                there_already.release(old, cell.pool)
         alive = {instance.spec: instance for instance in (*kept, *back)}
         specs = [spec for spec in before.instances if spec in alive]
         return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], victims, None, lost)
@@ -168,7 +209,8 @@ def perform_switch(
         from_layout=str(before),
         to_layout=str(pending.layout),
         sequences=len(travellers),
-        kv_bytes_moved=sum(copy.bytes for copy in copies),
+        kv_bytes_moved=sum(copy.bytes for copy in copies) + copied,
+        kv_bytes_ahead=copied,
         weight_bytes_moved=cell.bank.counters.bytes_moved - weights_before,
         stall_ms=0.0,
         requeued=len(homeless),
@@ -204,6 +246,18 @@ def _report(
     pending.future.set_result(
         dataclasses.replace(report, stall_ms=1000 * stall_s, transfer_ms=1000 * (end - begin) if flags else 0.0)
     )
+
+
+def _bytes_of(
+    travellers: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell
+) -> int:
+    """What was copied ahead, bytes."""
+    blocks = 0
+    for sequence, old in travellers:
+        there = ahead.get(id(sequence))
+        if there is not None:
+            blocks += there.pages * moved_shards(old, hosts[there.host].device_of)
+    return blocks * cell.pool.shape.block_bytes
 
 
 def _devices_of(cell: Cell, spec: InstanceSpec) -> list[int]:

@@ -77,6 +77,11 @@ class WeightBank:
         return self._counters
 
     @property
+    def num_devices(self) -> int:
+        """Devices of the cell."""
+        return len(self._devices)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """All parameter names, in the order in which they came."""
         return tuple(self._forms)
@@ -195,6 +200,30 @@ class WeightBank:
                     self._buffers[device].setdefault(name, {})[vshard] = moved
             self._count(bytes_moved=load.total())
             return load.total()
+
+    def fetch_some(self, instance: Instance, most: int) -> list[jax.Array]:
+        """As `fetch`, but no more than the first parameters that come to `most` bytes, one at least.
+
+        Returns:
+          What is being moved, to be waited for; empty if nothing was missing.
+        """
+        with self._lock:
+            moved: list[jax.Array] = []
+            size = 0
+            for name, vshard, device in self.missing(instance):
+                holders = [d for d, held in enumerate(self._buffers) if vshard in held.get(name, {})]
+                if not holders:
+                    raise PreconditionError(f"{_what(name, vshard)} is on no device any more: load the weights again")
+                if moved and size >= most:
+                    break
+                # Neighbours in the list go to other devices or are other vshards, so this spreads the load.
+                buffer = self._buffers[holders[len(moved) % len(holders)]][name][vshard]
+                copy = jax.device_put(buffer, self._devices[device])
+                self._buffers[device].setdefault(name, {})[vshard] = copy
+                moved.append(copy)
+                size += buffer.nbytes
+            self._count(bytes_moved=size)
+            return moved
 
     def drop(self, device: int, vshards: Collection[int]) -> int:
         """Gives up vshards of all cut parameters on a device, and every wrap that contains them.

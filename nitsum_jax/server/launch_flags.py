@@ -64,6 +64,9 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "kv_cache_gib": values.kv_cache_gib,
             "deterministic": values.deterministic,
             "max_queue": values.max_queue,
+            "residency": values.residency,
+            "weight_budget_gib": values.weight_budget_gib,
+            "precopy": values.precopy,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -123,6 +126,27 @@ def _define() -> flags.FlagValues:
         None,
         "prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the decode steps of "
         "the instances on the same devices; never if not given",
+    )
+    flags.DEFINE_enum(
+        "residency",
+        "auto",
+        ["auto", "resident", "lean"],
+        "weights on a device: resident, those of all layouts, so that a switch moves none; lean, those of the layout "
+        "in force; auto: resident unless that takes more than --weight_budget_gib",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "weight_budget_gib",
+        None,
+        "weights that may stay on a device, in GiB, for --residency=auto",
+        lower_bound=0.0,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "precopy",
+        False,
+        "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
+        flag_values=values,
     )
     flags.DEFINE_float(
         "kv_cache_gib",

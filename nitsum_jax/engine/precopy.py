@@ -1,0 +1,127 @@
+"""Copying KV blocks ahead of a switch, while the sequences still decode.
+
+A page that is full is never written again, so it can be copied to where the next layout will want it, a few blocks
+behind each step.  What is left for the switch itself are the pages written since: a page or two per sequence and
+vshard, however long the context.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+
+from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.history import is_ready
+from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.migration import Ahead, Host, choose_hosts
+from nitsum_jax.engine.sequence import Sequence as Request
+from nitsum_jax.engine.transfer import PIECES
+
+# A round copies this many blocks per pair of devices; it must not hold a step up for long.
+ROUND_BLOCKS = PIECES[0]
+# When copying cannot keep up with what is written, the switch begins all the same.
+LONGEST_S = 10.0
+
+
+@dataclasses.dataclass
+class _Plan:
+    """A sequence, where it goes, and how far its copies have come."""
+
+    sequence: Request
+    old: Sequence[int]
+    ahead: Ahead
+
+
+class PreCopy:
+    """The copies for one switch; used by the engine's thread alone."""
+
+    def __init__(self, cell: Cell, leaving: Iterable[Instance], hosts: Sequence[Host]):
+        """Assigns the sequences to their new instances; copies nothing yet.
+
+        Args:
+          cell: whose pool it is.
+          leaving: instances that the switch takes away.
+          hosts: instances that it brings.
+        """
+        self._cell = cell
+        self._since = time.monotonic()
+        self._flags: list[jax.Array] = []
+        pairs = [(s, instance.device_of) for instance in leaving for s in instance.rows.values()]
+        chosen = choose_hosts(pairs, hosts, cell.pool)
+        self._plans = [
+            _Plan(s, old, Ahead(host, tuple(hosts[host].device_of), s.admitted, np.zeros_like(s.table), 0))
+            for (s, old), host in zip(pairs, chosen, strict=True)
+            if host is not None
+        ]
+        self.rounds = 0
+
+    def advance(self, instances: Sequence[Instance]) -> bool:
+        """Starts the next round if the last one is over; returns whether the switch may begin.
+
+        Args:
+          instances: of the layout in force; pools of theirs are borrowed.
+        """
+        if not all(is_ready(flag) for flag in self._flags):
+            return time.monotonic() - self._since > LONGEST_S
+        self._release(plan for plan in self._plans if not self._lives(plan))
+        self._plans = [plan for plan in self._plans if self._lives(plan)]
+        blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for plan in self._plans:
+            self._collect(plan, blocks)
+        if not blocks or time.monotonic() - self._since > LONGEST_S:
+            return True
+        self.rounds += 1
+        devices = {device for pair in blocks for device in pair}
+        lenders = [instance for instance in instances if devices.intersection(instance.order)]
+        for instance in lenders:
+            instance.lend_pool()
+        try:
+            for (source, target), pairs in blocks.items():
+                old, new = np.array(pairs, np.int32).T
+                copy = self._cell.mover.move(source, target, old, new)
+                if copy.done is not None:
+                    self._flags.append(copy.done)
+        finally:
+            for instance in lenders:
+                instance.regain_pool()
+        self._flags = [flag for flag in self._flags if not is_ready(flag)]
+        return False
+
+    def take(self) -> dict[int, Ahead]:
+        """What was copied, by id of the sequence; the blocks belong to whoever calls this."""
+        plans, self._plans = self._plans, []
+        self._release(plan for plan in plans if not self._lives(plan))
+        return {id(plan.sequence): plan.ahead for plan in plans if self._lives(plan)}
+
+    def give_up(self) -> None:
+        """Frees all that was taken."""
+        plans, self._plans = self._plans, []
+        self._release(plans)
+
+    def _lives(self, plan: _Plan) -> bool:
+        # A sequence that was sent back meanwhile is another one now: its pages are written anew.
+        sequence = plan.sequence
+        return sequence.home is not None and sequence.admitted == plan.ahead.admitted and sequence.finish is None
+
+    def _collect(self, plan: _Plan, blocks: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
+        """Adds full pages of a sequence, as far as this round has room for them."""
+        sequence, ahead, pool = plan.sequence, plan.ahead, self._cell.pool
+        moved = [(k, a, b) for k, (a, b) in enumerate(zip(plan.old, ahead.devices, strict=True)) if a != b]
+        full = min(sequence.pages, sequence.cached // pool.shape.page_size)
+        while moved and ahead.pages < full:
+            if any(len(blocks.get((a, b), ())) >= ROUND_BLOCKS for _, a, b in moved):
+                return
+            if any(pool.allocators[b].free < len(moved) for _, _, b in moved):
+                return
+            for vshard, source, target in moved:
+                (new,) = pool.allocators[target].take(1)
+                ahead.table[vshard, ahead.pages] = new
+                pair = (int(sequence.table[vshard, ahead.pages]), int(new))
+                blocks.setdefault((source, target), []).append(pair)
+            ahead.pages += 1
+
+    def _release(self, plans: Iterable[_Plan]) -> None:
+        for plan in plans:
+            plan.ahead.release(plan.old, self._cell.pool)

@@ -1,0 +1,87 @@
+"""KV blocks copied ahead of a switch: the same tokens, and only pages written since are left for the switch itself."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from nitsum_jax.engine.instance import Instance
+from nitsum_jax.errors import PreconditionError
+from nitsum_jax.models.loading import OpenModel
+from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.reference import random_prompts
+from tests.engine.test_switch_failures import failing
+
+PROMPTS = [prompt for size in (150, 90, 1, 33, 120, 60, 75, 8) for prompt in random_prompts(1, (size, size), 93, size)]
+LENGTH = 100
+WALK = ("tp2x2", "tp4", "tp2+tp1x2", "tp1x4", "tp4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
+    return tiny_model("llama_odd", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: OpenModel) -> list[tuple[int, ...]]:
+    with Harness(model, deterministic=True) as harness:
+        return [answer.tokens for answer in harness.run(PROMPTS, LENGTH)]
+
+
+@pytest.fixture(scope="module")
+def shared(model: OpenModel) -> Iterator[Harness]:
+    with Harness(model, deterministic=True, precopy=True) as harness:
+        harness.engine.wait_for_layouts()
+        yield harness
+
+
+@pytest.fixture
+def harness(shared: Harness) -> Iterator[Harness]:
+    shared.switch("tp1x4")
+    yield shared
+    eventually(lambda: shared.engine.stats().running == 0)
+    shared.assert_balanced()
+
+
+def test_a_walk_changes_no_token_and_leaves_little_to_the_switch(
+    harness: Harness, undisturbed: list[tuple[int, ...]]
+) -> None:
+    compiles = harness.engine.stats().compiles
+    with harness.paused():
+        names = [harness.submit(prompt, LENGTH) for prompt in PROMPTS]
+        futures = [harness.switch_when(names[0], 12 * number, layout) for number, layout in enumerate(WALK, 1)]
+    assert [answer.tokens for answer in harness.collect(names)] == undisturbed
+    reports = [future.result(60) for future in futures]
+    block = harness.engine.cell.pool.shape.block_bytes
+    for report in reports:
+        assert report.kv_bytes_ahead > 0
+        # A page in the making and one that was filled meanwhile, of each of four vshards.
+        assert report.kv_bytes_moved - report.kv_bytes_ahead <= report.sequences * 4 * 2 * block
+    assert harness.engine.stats().compiles == compiles
+
+
+def test_sequences_that_end_or_are_cancelled_meanwhile_free_their_copies(
+    harness: Harness, undisturbed: list[tuple[int, ...]]
+) -> None:
+    with harness.paused():
+        names = [harness.submit(prompt, LENGTH if i % 2 else 14 + i) for i, prompt in enumerate(PROMPTS)]
+        future = harness.switch_when(names[0], 10, "tp4")
+        harness.recorder.when(names[0], 12, lambda: harness.engine.cancel(names[1]))
+    answers = harness.collect(names)
+    for answer, whole in zip(answers, undisturbed, strict=True):
+        assert answer.tokens == whole[: len(answer.tokens)]
+    assert future.result(60).to_layout == "tp4"
+
+
+def test_a_switch_that_fails_frees_what_was_copied_ahead(
+    harness: Harness, undisturbed: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with harness.paused():
+        names = [harness.submit(prompt, LENGTH) for prompt in PROMPTS]
+        harness.recorder.when(
+            names[0], 10, lambda: monkeypatch.setattr(Instance, "adopt", failing(Instance.adopt, 1, before=False))
+        )
+        future = harness.switch_when(names[0], 10, "tp4")
+    with pytest.raises(PreconditionError, match="tp1x4 stays"):
+        future.result(60)
+    monkeypatch.undo()
+    assert [answer.tokens for answer in harness.collect(names)] == undisturbed
