@@ -2,6 +2,7 @@
 # make test             the whole suite; a part with ARGS="tests/meshes -k layout"
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
+# make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with.
 
@@ -22,16 +23,19 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench proto build-files install clean
+.PHONY: help serve test lint format bench gpu-check proto build-files install clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu-check: $(RUNTIME)
+	$(BIN)/nitsum-bench gpu-check --markdown=gpu-check.md --json=gpu-check.json $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

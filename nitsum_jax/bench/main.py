@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from nitsum_jax.bench import switch
+from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli
 from nitsum_jax.server.status import one_line
@@ -11,6 +12,7 @@ from nitsum_jax.server.status import one_line
 _NAME = "nitsum-bench"
 COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "switch": ("how long streams stand still when the layout changes, and what other ways cost", switch.run),
+    "gpu-check": ("whether an accelerator computes what it should, and how near the limit", gpu_check.run),
 }
 
 

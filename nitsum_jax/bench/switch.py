@@ -48,6 +48,7 @@ class Options:
     json: str | None
     plot: str | None
     alternatives: bool
+    precopy: bool
     cache_dir: str | None
 
 
@@ -59,6 +60,8 @@ class Row:
       stall_ms_p50: median over the streams of how long each stood still because of the switch.
       stall_ms_p99: the same, 99th percentile.
       decode_step_ms: mean gap between a stream's tokens in the new layout.
+      decode_step_before_ms: the same in the old layout.
+      kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
       host_ms: part of the engine's stall that plans, remaps, wraps and seats.
       transfer_ms: part of it that copies.
       memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
@@ -75,6 +78,8 @@ class Row:
     stall_ms_p50: float
     stall_ms_p99: float
     decode_step_ms: float
+    decode_step_before_ms: float
+    kv_bytes_ahead: int
     host_ms: float
     transfer_ms: float
     transfer_gbps: float
@@ -101,6 +106,7 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_list("context", ["128", "512", "2048"], "tokens of each, several with commas", flag_values=values)
     flags.DEFINE_bool("quick", False, "8 sequences of 128 tokens", flag_values=values)
     flags.DEFINE_bool("alternatives", True, "measure the other ways too", flag_values=values)
+    flags.DEFINE_bool("precopy", False, "copy KV blocks ahead of each switch", flag_values=values)
     flags.DEFINE_string("json", None, "file for the rows, one JSON object a line", flag_values=values)
     flags.DEFINE_string("plot", None, "file for a picture, .png or .svg", flag_values=values)
     flags.DEFINE_string("cache_dir", None, "folder of compiled steps (default: the user's)", flag_values=values)
@@ -120,6 +126,7 @@ def read_options(argv: Sequence[str]) -> Options:
         json=values.json,
         plot=values.plot,
         alternatives=values.alternatives,
+        precopy=values.precopy,
         cache_dir=values.cache_dir,
     )
 
@@ -145,6 +152,7 @@ def run(argv: Sequence[str]) -> None:
         max_batch=max(options.live),
         max_model_len=min(model.config.max_context, longest + _MOST_TOKENS),
         deterministic=False,
+        precopy=options.precopy,
         max_queue=max(options.live),
     )
     start = time.perf_counter()
@@ -195,11 +203,12 @@ def _walk(engine: Engine, streams: Streams, options: Options, live: int, context
 
 
 def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, int], seen: dict[str, int]) -> Row:
-    stalls, usual = [], []
+    stalls, usual, earlier = [], [], []
     for name in asked:
         times = streams.times(name)
         gaps = np.diff(times)
         usual.append(gaps[seen[name] + 1 :])
+        earlier.append(gaps[max(0, asked[name] - _BEFORE) : max(1, asked[name] - 1)])
         around = gaps[max(0, asked[name] - 1) : seen[name] + 1]
         stalls.append(float(around.max()))
     # The mean: emulated devices share their cores and take turns, so that short gaps alternate with long ones.
@@ -216,6 +225,8 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
         stall_ms_p50=1000 * max(0.0, statistics.median(stalls) - step),
         stall_ms_p99=1000 * max(0.0, float(np.percentile(stalls, 99)) - step),
         decode_step_ms=1000 * step,
+        decode_step_before_ms=1000 * float(np.mean(np.concatenate(earlier))),
+        kv_bytes_ahead=report.kv_bytes_ahead,
         host_ms=report.host_ms,
         transfer_ms=report.transfer_ms,
         transfer_gbps=moved / report.transfer_ms / 1e6 if report.transfer_ms else 0.0,

@@ -70,6 +70,7 @@ class Cell:
       wide_prefill: least tokens of prompts that are prefilled at the widest TP in between; None: never.
       lean: whether devices keep only the weights of the layout in force.
       precopy: whether KV blocks are copied ahead of a switch.
+      drain: whether a switch begins when the steps in flight are read, not behind them.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -87,6 +88,7 @@ class Cell:
     wide_prefill: int | None = None
     lean: bool = False
     precopy: bool = False
+    drain: bool = False
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -271,6 +273,9 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         wide_prefill=wide,
         lean=residency.lean,
         precopy=config.precopy,
+        # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and
+        # their tokens would come late.
+        drain=platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch,
     )
     executables.provide(cell.trial_run)
     return cell

@@ -33,6 +33,8 @@ class EngineConfig:
       residency: which weights stay on the devices: "resident", "lean" or "auto" (see `residency`).
       weight_budget_gib: weights that may stay on a device, GiB, for "auto".
       precopy: copy KV blocks ahead of a switch while the sequences still decode.
+      drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
+        behind them; None: on a CPU, where a launch waits anyway.
       tier_names: tiers that requests may name.
     """
 
@@ -52,6 +54,7 @@ class EngineConfig:
     residency: str = "auto"
     weight_budget_gib: float | None = None
     precopy: bool = False
+    drain_before_switch: bool | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
 
     def __post_init__(self) -> None:

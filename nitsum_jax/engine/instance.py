@@ -396,5 +396,12 @@ class Instance:
         """Ends the reader thread."""
         self._results.put(None)
 
+    def wait_closed(self, timeout_s: float) -> None:
+        """Waits for the reader, which reads what is in flight first.
+
+        A thread that waits for a device when the interpreter ends takes the process down with it.
+        """
+        self._reader.join(timeout_s)
+
     def _put_history(self, history: np.ndarray) -> jax.Array:
         return jax.device_put(history, NamedSharding(self._mesh, PartitionSpec()))

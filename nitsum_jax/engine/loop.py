@@ -38,6 +38,8 @@ _LOG = logging.getLogger(__name__)
 Sink = Callable[[Seq[TokenDelta]], None]
 # Between deadlines; threads cannot wait for ever longer times.
 _LONGEST_SLEEP_S = 3600.0
+# How long the steps in flight may take at the end.
+_LAST_STEPS_S = 10.0
 _STEP_FAILED = "the accelerator reported an error in this step"
 
 
@@ -167,7 +169,9 @@ class Loop:
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
             instance.close()
-        self._wide.close()
+        for instance in (*self.instances, *self._retired):
+            instance.wait_closed(_LAST_STEPS_S)
+        self._wide.close(_LAST_STEPS_S)
 
     def _turn(self) -> None:
         timeout = None
@@ -430,7 +434,7 @@ class Loop:
                 self._lose(device)
 
     def _slowed_down(self, pending: PendingSwitch) -> bool:
-        """Whether the instances that must go have one step in flight at most.
+        """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
 
         They do not end at the same moment, and the sequences of the first wait for the last where they come together;
         with one step in flight instead of two that is half as long.
@@ -438,8 +442,13 @@ class Loop:
         wanted = set(pending.layout.instances)
         leaving = [instance for instance in self.instances if instance.spec not in wanted]
         for instance in leaving:
-            instance.depth = 1
-        return all(instance.in_flight <= 1 for instance in leaving)
+            instance.depth = min(instance.depth, 1)
+        if any(instance.in_flight > 1 for instance in leaving):
+            return False
+        if self.cell.drain:
+            for instance in leaving:
+                instance.depth = 0
+        return not self.cell.drain or not any(instance.in_flight for instance in leaving)
 
     def lose_device(self, device: int) -> None:
         """Goes on without a device: whatever is on it is computed anew elsewhere."""

@@ -20,9 +20,9 @@ from nitsum_jax.engine.sequence import Sequence as Request
 from nitsum_jax.engine.transfer import PIECES
 
 # A round copies this many blocks per pair of devices; it must not hold a step up for long.
-ROUND_BLOCKS = PIECES[0]
+ROUND_BLOCKS = 4 * PIECES[0]
 # When copying cannot keep up with what is written, the switch begins all the same.
-LONGEST_S = 10.0
+LONGEST_S = 30.0
 
 
 @dataclasses.dataclass

@@ -37,15 +37,17 @@ class BlockMover:
         self._gather: dict[tuple[int, int], jax.stages.Compiled] = {}
         self._scatter: dict[tuple[int, int], jax.stages.Compiled] = {}
         shape = pool.shape
+        slices = pool.devices[0].platform == "cpu"
+        gather, scatter = (_gather_slices, _scatter_slices) if slices else (_gather, _scatter)
         for index, device in enumerate(pool.devices):
             here = jax.sharding.SingleDeviceSharding(device)
             whole = jax.ShapeDtypeStruct((shape.blocks, *shape.block_shape), shape.storage_dtype, sharding=here)
             for size in PIECES:
                 ids = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=here)
                 piece = jax.ShapeDtypeStruct((size, *shape.block_shape), shape.storage_dtype, sharding=here)
-                self._gather[index, size] = jax.jit(_gather).lower(whole, ids).compile()
-                scatter = jax.jit(_scatter, donate_argnums=0)
-                self._scatter[index, size] = scatter.lower(whole, ids, piece).compile()
+                self._gather[index, size] = jax.jit(gather).lower(whole, ids).compile()
+                in_place = jax.jit(scatter, donate_argnums=0)
+                self._scatter[index, size] = in_place.lower(whole, ids, piece).compile()
 
     def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> Copy:
         """Copies blocks `old` of device `source` to blocks `new` of device `target`.
@@ -83,3 +85,29 @@ def _gather(pool: jax.Array, ids: jax.Array) -> jax.Array:
 def _scatter(pool: jax.Array, ids: jax.Array, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
     # The second result can still be waited for when the first was donated to whoever uses the pool next.
     return pool.at[ids].set(piece, mode="promise_in_bounds", unique_indices=True), ids[0]
+
+
+# XLA:CPU turns the two above into element-wise loops, 3 GB/s on a machine whose memcpy does 12.  One slice per block is
+# a plain copy, 5 to 6 GB/s.  A GPU would launch a kernel per block.
+
+
+def _gather_slices(pool: jax.Array, ids: jax.Array) -> jax.Array:
+    flat = pool.reshape(pool.shape[0], -1)
+
+    def copy(index: jax.Array, piece: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(flat, ids[index], 1)
+        return jax.lax.dynamic_update_slice_in_dim(piece, block, index, 0)
+
+    piece = jnp.zeros((ids.shape[0], flat.shape[1]), pool.dtype)
+    return jax.lax.fori_loop(0, ids.shape[0], copy, piece).reshape(-1, *pool.shape[1:])
+
+
+def _scatter_slices(pool: jax.Array, ids: jax.Array, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
+    rows = piece.reshape(piece.shape[0], -1)
+
+    def copy(index: jax.Array, flat: jax.Array) -> jax.Array:
+        block = jax.lax.dynamic_slice_in_dim(rows, index, 1)
+        return jax.lax.dynamic_update_slice_in_dim(flat, block, ids[index], 0)
+
+    flat = jax.lax.fori_loop(0, ids.shape[0], copy, pool.reshape(pool.shape[0], -1))
+    return flat.reshape(pool.shape), ids[0]

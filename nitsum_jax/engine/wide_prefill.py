@@ -120,10 +120,11 @@ class WidePrefill:
             return None
         return self._guest
 
-    def close(self) -> None:
-        """Ends the guest's thread."""
+    def close(self, timeout_s: float) -> None:
+        """Ends the guest's thread, when the step in flight is read."""
         if self._guest is not None:
             self._guest.close()
+            self._guest.wait_closed(timeout_s)
 
     def _hand_over(self, guest: Guest, sequence: Request) -> bool:
         pool = self._cell.pool

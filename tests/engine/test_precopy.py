@@ -29,7 +29,7 @@ def undisturbed(model: OpenModel) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def shared(model: OpenModel) -> Iterator[Harness]:
-    with Harness(model, deterministic=True, precopy=True) as harness:
+    with Harness(model, deterministic=True, precopy=True, drain_before_switch=False) as harness:
         harness.engine.wait_for_layouts()
         yield harness
 

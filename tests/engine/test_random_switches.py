@@ -25,7 +25,8 @@ SETTLING, SWITCHES = 100, 1000
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     model = tiny_model("llama_odd", tmp_path_factory.mktemp("model"))
-    with Harness(model, devices=DEVICES, deterministic=True, layouts=None, layout="tp1x8", max_batch=12) as harness:
+    settings = {"devices": DEVICES, "layouts": None, "layout": "tp1x8", "max_batch": 12, "drain_before_switch": False}
+    with Harness(model, deterministic=True, **settings) as harness:
         harness.engine.wait_for_layouts()
         yield harness
 

@@ -46,7 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
 
 @pytest.fixture(scope="module")
 def shared(model: OpenModel) -> Iterator[Harness]:
-    with Harness(model, deterministic=True) as harness:
+    # As on an accelerator: nothing is drained, so that each stage has steps in flight.
+    with Harness(model, deterministic=True, drain_before_switch=False) as harness:
         harness.engine.wait_for_layouts()
         yield harness
 
@@ -175,7 +176,7 @@ def test_a_failed_switch_frees_what_it_took_on_idle_devices(model: OpenModel, mo
 def test_streams_go_on_without_a_lost_device(
     model: OpenModel, undisturbed: list[tuple[int, ...]], layout: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with Harness(model, deterministic=True, layouts=None, layout=layout) as harness:
+    with Harness(model, deterministic=True, layouts=None, layout=layout, drain_before_switch=False) as harness:
         harness.engine.wait_for_layouts(("tp1x4", layout))
         with harness.paused():
             names = [harness.submit(prompt, LENGTH) for prompt in PROMPTS]
