@@ -119,14 +119,26 @@ class CellModel:
         *,
         recorder: Recorder,
         max_batch: int = 256,
+        resident_tp: int | None = None,
         now_s: float = 0.0,
     ):
-        """Starts empty."""
+        """Starts empty.
+
+        Args:
+          cost: what steps take.
+          scheduler: who decides.
+          plan: the first one.
+          recorder: who is told.
+          max_batch: most requests of an instance.
+          resident_tp: least TP whose weights all devices keep, so that switches move none; None: only those in use.
+          now_s: the time at which it starts.
+        """
         self.cost = cost
         self.scheduler = scheduler
         self.plan = plan
         self.now_s = now_s
         self.max_batch = max_batch
+        self.resident_tp = resident_tp
         self.alive: dict[str, Job] = {}
         self.preemptions = 0
         self._recorder = recorder
@@ -167,7 +179,7 @@ class CellModel:
         return ModelWorker(
             next(self._indices),
             instance,
-            self.cost.kv_capacity_tokens(instance.tp),
+            self.cost.kv_capacity_tokens(instance.tp, self.resident_tp),
             self.cost.page_size,
             self.max_batch,
         )

@@ -183,7 +183,7 @@ class SwitchingCell(CellModel):
         profile = self.cost.profile
         # Everything of the stopped instances goes through the general resharding path, weights and KV cache alike.
         weights = max(profile.weight_bytes / worker.tp for worker in gone)
-        return profile.switch_host_s + (weights + max(links.values(), default=0.0)) / profile.device_put_bandwidth
+        return profile.switch_host_s + (weights + max(links.values(), default=0.0)) / profile.device_put_bytes_per_s
 
 
 def _take_all(worker: ModelWorker) -> list[Job]:
