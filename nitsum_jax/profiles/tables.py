@@ -1,11 +1,9 @@
 """Reads tables of measured kernel times: one folder, four CSV files for each kind of device.
 
-| file | columns |
-|---|---|
-| DEVICE_gemm_bf16.csv | m, n, k, ms: x[m, k] @ w[k, n] |
-| DEVICE_prefill_attention_bf16.csv | batch_size, prompt_tokens, q_heads, kv_heads, head_dim, ms: causal, one layer |
-| DEVICE_decode_attention_bf16.csv | batch_size, context_tokens, q_heads, kv_heads, head_dim, ms: a token a sequence, one layer |
-| DEVICE_collectives_bf16.csv | op, source, devices, bytes, ms |
+DEVICE_gemm_bf16.csv: m, n, k, ms; x[m, k] @ w[k, n]
+DEVICE_prefill_attention_bf16.csv: batch_size, prompt_tokens, q_heads, kv_heads, head_dim, ms; causal, one layer
+DEVICE_decode_attention_bf16.csv: batch_size, context_tokens, q_heads, kv_heads, head_dim, ms; one new token, one layer
+DEVICE_collectives_bf16.csv: op, source, devices, bytes, ms
 """
 
 import csv
