@@ -11,14 +11,14 @@ from tools.source_tree import PACKAGE, Import
 
 # What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
 BELOW = {
-    "bench": {"server", "engine", "control", "models", "meshes"},
+    "bench": {"server", "engine", "control", "models", "meshes", "profiles"},
     "server": {"engine", "control", "models", "meshes"},
-    "sim": {"control"},
+    "sim": {"control", "profiles"},
     "engine": {"models", "meshes"},
     "models": {"meshes"},
     "control": set(),
     "meshes": set(),
-    "profiles": set(),
+    "profiles": {"control"},
 }
 FLOOR = f"{PACKAGE}.errors"
 CONTROL_MAY = {"numpy", "scipy"}
