@@ -55,7 +55,14 @@ def placements(cut: Sequence[int], tiers: TierSet) -> Iterator[tuple[Shape, ...]
     seen = set()
     for tight, relaxed in tier_groups(tiers):
         for first in range(1, len(cut)):
-            for large, small in ((tight, relaxed), (relaxed, tight), (tight, ()), (relaxed, ()), ((), tight), ((), relaxed)):
+            for large, small in (
+                (tight, relaxed),
+                (relaxed, tight),
+                (tight, ()),
+                (relaxed, ()),
+                ((), tight),
+                ((), relaxed),
+            ):
                 shapes = tuple(Shape(tp, MIXED, large if i < first else small) for i, tp in enumerate(cut))
                 key = tuple(sorted(map(str, shapes)))
                 if key not in seen:

@@ -7,10 +7,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from nitsum_jax.control.controller import Candidate, CellView, Decision
+from nitsum_jax.control.controller import CellView
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.planner import Decision, PlanInputs
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.control.worker import Worker
 
@@ -30,7 +31,32 @@ class RoleLimits:
     low: float = 0.8
 
 
-class RoleBalancer:
+class _LoadController:
+    """What controllers share that look at the cell's load and at nothing else."""
+
+    interval_s = 1.0
+
+    def arrived(self, now_s: float, job: Job) -> None:
+        """Not needed."""
+
+    def finished(self, now_s: float, job: Job) -> None:
+        """Not needed."""
+
+    def urgent(self, now_s: float) -> bool:
+        """It keeps its intervals."""
+        return False
+
+    def expected_output(self, tier: str) -> float:
+        """It expects nothing."""
+        return 128.0
+
+
+def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Decision:
+    inputs = PlanInputs(now_s, view.plan, view.num_devices, view.lost, ())
+    return Decision(now_s, inputs, (), plan, plan != view.plan, reason)
+
+
+class RoleBalancer(_LoadController):
     """Keeps the TP, and moves instances between prefill and decode by load (after NVIDIA Dynamo's planner).
 
     The load of prefill is the time that the waiting prompts take its instances, as a share of the tightest TTFT target;
@@ -44,12 +70,6 @@ class RoleBalancer:
         self._cost = cost
         self._limits = limits
         self._ttft_s = min(tier.ttft_ms for tier in tiers) / 1000
-
-    def arrived(self, now_s: float, tier: str, prompt_tokens: int) -> None:
-        """Not needed: it looks at loads."""
-
-    def finished(self, now_s: float, job: Job) -> None:
-        """Not needed."""
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Moves one instance if one role is short and the other can spare one."""
@@ -67,9 +87,10 @@ class RoleBalancer:
         elif decode_load > high and len(prefill) > 1 and prefill_load * len(prefill) / (len(prefill) - 1) < low:
             moved, role = min(prefill, key=lambda worker: (worker.prefill_left, worker.index)), DECODE
         plan = view.plan if moved is None else _with_role(view.plan, moved.plan, role)
-        inputs = {"prefill_load": prefill_load, "decode_load": decode_load, "prefill": len(prefill), "decode": len(decode)}
-        reason = "both roles can cope" if moved is None else f"{role} is short of instances"
-        return Decision(now_s, inputs, (Candidate(str(plan), 0.0),), plan, moved is not None, reason)
+        loads = (
+            f"load of {len(prefill)} prefill instances {prefill_load:.2f}, of {len(decode)} decode {decode_load:.2f}"
+        )
+        return _decision(now_s, view, plan, loads)
 
     def _prefill_load(self, workers: Sequence[Worker], waiting: int) -> float:
         tokens = (waiting + sum(worker.prefill_left for worker in workers)) // len(workers)
@@ -103,7 +124,7 @@ class SwitchLimits:
     down: float = 4.0
 
 
-class AllOrNothing:
+class AllOrNothing(_LoadController):
     """Switches the whole cell between data parallel (least TP) and tensor parallel (largest TP) by load.
 
     After Flying Serving: latency when there is little to do, throughput when there is much.
@@ -115,16 +136,9 @@ class AllOrNothing:
         self._plans = (data_parallel, tensor_parallel)
         self._limits = limits
 
-    def arrived(self, now_s: float, tier: str, prompt_tokens: int) -> None:
-        """Not needed: it looks at loads."""
-
-    def finished(self, now_s: float, job: Job) -> None:
-        """Not needed."""
-
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Compares the requests in the cell with its two limits."""
         load = (len(view.backlog) + sum(worker.jobs for worker in view.workers)) / view.num_devices
         spread, joined = self._plans
         choice = spread if load > self._limits.up else joined if load < self._limits.down else view.plan
-        candidates = tuple(Candidate(str(plan), 0.0) for plan in self._plans)
-        return Decision(now_s, {"load": load}, candidates, choice, choice != view.plan, f"{load:.1f} requests per device")
+        return _decision(now_s, view, choice, f"{load:.1f} requests per device")

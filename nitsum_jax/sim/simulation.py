@@ -5,7 +5,6 @@ output length when it has ended, and decide on plans at the ticks of a controlle
 two of the same agree bit for bit.
 """
 
-import collections
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -14,10 +13,12 @@ from typing import Protocol
 import tqdm
 
 from nitsum_jax.control.cell import ModelWorker, Run, Span
-from nitsum_jax.control.controller import CellView, Controller, Decision
+from nitsum_jax.control.controller import CellView, Controller
 from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.estimate import WorkloadEstimator
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
+from nitsum_jax.control.planner import Decision
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.switching import Switched, SwitchingCell
 from nitsum_jax.control.tiers import TierSet
@@ -194,7 +195,9 @@ class _Driver:
         self.cell.device_put = policy.device_put
         self.cell.on_switch = self.switched
         self.controller = policy.controller() if policy.controller is not None else None
-        self.outputs = {tier.name: OutputLengths() for tier in tiers}
+        # What a server would know of output lengths: those of the requests that have ended.
+        self.lengths = WorkloadEstimator(self.by_name)
+        self.urgent = False
         self.compiled = {instance.devices for instance in policy.plan.instances}
 
     # ---- driving
@@ -241,12 +244,22 @@ class _Driver:
         tier = self.by_name[request.tier]
         job = Job(str(number), tier, request.arrival_s, request.prompt_tokens, request.output_tokens)
         if self.controller is not None:
-            self.controller.arrived(request.arrival_s, request.tier, request.prompt_tokens)
+            self.controller.arrived(request.arrival_s, job)
         self.cell.add(job)
+        self._look()
+
+    def _look(self) -> None:
+        """Lets the controller tick between its intervals if it finds that urgent."""
+        if self.controller is not None and not self.urgent and self.controller.urgent(self.cell.now_s):
+            self.urgent = True
+            self.cell.at(self.cell.now_s, self._tick)
 
     def _tick(self) -> None:
         assert self.controller is not None
+        self.urgent = False
         cell = self.cell
+        if cell.switching:
+            return
         view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices)
         decision = self.controller.tick(cell.now_s, view)
         if decision is None:
@@ -254,7 +267,7 @@ class _Driver:
         self.outcome.decisions += 1
         if self.log is not None:
             self.log.decided(decision)
-        if decision.switch and not cell.switching:
+        if decision.switch:
             fresh = {instance.devices for instance in decision.choice.instances} - self.compiled
             self.compiled |= fresh
             cell.switch(decision.choice, self.compile_s if fresh else 0.0)
@@ -276,11 +289,11 @@ class _Driver:
 
     def finished(self, job: Job) -> None:
         self.outcome.finished.append(job)
-        lengths = self.outputs[job.tier.name]
-        lengths.add(job.output_tokens)
-        self.scheduler.expect_output(job.tier.name, lengths.mean)
+        self.lengths.finished(self.cell.now_s, job.tier.name, job.output_tokens)
+        self.scheduler.expect_output(job.tier.name, self.lengths.output(job.tier.name))
         if self.controller is not None:
             self.controller.finished(self.cell.now_s, job)
+            self._look()
         if self.log is not None:
             self.log.finished(job)
 
@@ -293,26 +306,3 @@ class _Driver:
         self.outcome.switches.append(report)
         if self.log is not None:
             self.log.switched(report)
-
-
-class OutputLengths:
-    """How long the outputs of a tier are expected to be: the mean of the last ones, with a guess to begin with."""
-
-    def __init__(self, guess: float = 128.0, guess_counts: int = 8, last: int = 512):
-        """Starts with `guess`, which counts as much as `guess_counts` requests; the `last` requests are kept."""
-        self._sum = guess * guess_counts
-        self._guess_counts = guess_counts
-        self._last: collections.deque[int] = collections.deque()
-        self._keep = last
-
-    def add(self, tokens: int) -> None:
-        """A request has ended with so many."""
-        self._last.append(tokens)
-        self._sum += tokens
-        if len(self._last) > self._keep:
-            self._sum -= self._last.popleft()
-
-    @property
-    def mean(self) -> float:
-        """Tokens expected."""
-        return self._sum / (len(self._last) + self._guess_counts)
