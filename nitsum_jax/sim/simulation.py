@@ -80,6 +80,7 @@ class Outcome:
       busy_s: device seconds spent in steps until the end of the workload, and after it.
       preemptions: requests that lost their KV cache.
       given_up: the run was ended early, as it would miss more than it was allowed to; its figures mean only that.
+      missed: requests that were certain to miss then.
     """
 
     policy: str
@@ -93,6 +94,7 @@ class Outcome:
     busy_s: float = 0.0
     preemptions: int = 0
     given_up: bool = False
+    missed: int = 0
 
     @property
     def met(self) -> int:
@@ -225,7 +227,8 @@ class _Driver:
             else:
                 check_s += _CHECK_S
                 assert most_missed is not None
-                if self._missed() > most_missed:
+                outcome.missed = self._missed()
+                if outcome.missed > most_missed:
                     outcome.given_up = True
                     break
                 if cell.next_event_s() == math.inf and tick_s == math.inf and i == len(requests):
