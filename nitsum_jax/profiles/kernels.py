@@ -13,6 +13,8 @@ from scipy.interpolate import RegularGridInterpolator
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles.tables import Grid, Heads, Tables
 
+Counts = Sequence[int] | np.ndarray
+
 
 class Kernels:
     """Kernel times of one kind of device, in seconds, from its tables."""
@@ -21,21 +23,21 @@ class Kernels:
         self._tables = tables
         self._gemm = RegularGridInterpolator(tables.gemm.axes, tables.gemm.seconds)
 
-    def matmul(self, m: Sequence[int] | np.ndarray, n: int, k: int) -> np.ndarray:
+    def matmul(self, m: Counts, n: int, k: int) -> np.ndarray:
         """x[m, k] @ w[k, n] for several m; sizes above the table's cost in proportion."""
         points = np.stack(np.broadcast_arrays(np.asarray(m, float), float(n), float(k)), axis=-1)
         low, high = (np.array([axis[end] for axis in self._tables.gemm.axes], float) for end in (0, -1))
         inside = np.clip(points, low, high)
         return self._gemm(inside) * np.prod(np.maximum(points / high, 1), axis=-1)
 
-    def all_reduce(self, size: Sequence[int] | np.ndarray, devices: int) -> np.ndarray:
+    def all_reduce(self, size: Counts, devices: int) -> np.ndarray:
         """The faster of the two ways to add up so many bytes over the devices; 0 for one device."""
         if devices == 1:
             return np.zeros(len(size))
         ways = [self._collective("all_reduce", way, devices, size) for way in ("nccl", "one_shot_in_cuda_graph")]
         return np.minimum(*ways)
 
-    def all_gather(self, size: Sequence[int] | np.ndarray, devices: int) -> np.ndarray:
+    def all_gather(self, size: Counts, devices: int) -> np.ndarray:
         """Gathering so many bytes, counted after it; 0 for one device."""
         return np.zeros(len(size)) if devices == 1 else self._collective("all_gather", "nccl", devices, size)
 
@@ -48,7 +50,7 @@ class Kernels:
         grid = self._collective_grid("alltoall", "nccl", 2)
         return float(np.max(grid.axes[0] / 2 / grid.seconds)), float(np.min(grid.seconds))
 
-    def decode(self, sequences: Sequence[int], context: Sequence[int], heads: Heads) -> np.ndarray:
+    def decode(self, sequences: Counts, context: Counts, heads: Heads) -> np.ndarray:
         """Attention of one layer for one new token a sequence, [sequences, context].
 
         Where the table has too little context for a number of sequences, its last two points are drawn on.
@@ -67,7 +69,7 @@ class Kernels:
         logs = _linear(np.log(grid.axes[1][known]), np.log(one[known]), np.log(np.maximum(wanted, grid.axes[1][0])))
         return np.where(wanted > 0, np.exp(logs), 0.0)
 
-    def prefill_chunk(self, new: Sequence[int], context: Sequence[int], heads: Heads) -> np.ndarray:
+    def prefill_chunk(self, new: Counts, context: Counts, heads: Heads) -> np.ndarray:
         """Attention of one layer for chunks of new tokens after a context, [new, context].
 
         The prefill of both less the prefill of the context, but not less than the prefill of the chunk alone, nor than
@@ -94,7 +96,7 @@ class Kernels:
             raise InvalidInputError(f"the collectives table has no rows of {op} by {source} on {devices} devices")
         return found
 
-    def _collective(self, op: str, source: str, devices: int, size: Sequence[int] | np.ndarray) -> np.ndarray:
+    def _collective(self, op: str, source: str, devices: int, size: Counts) -> np.ndarray:
         grid = self._collective_grid(op, source, devices)
         return _linear(grid.axes[0], grid.seconds, np.maximum(np.asarray(size, float), grid.axes[0][0]))
 
