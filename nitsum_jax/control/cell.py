@@ -11,7 +11,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from nitsum_jax.control.cost_model import CostModel
@@ -24,7 +24,10 @@ Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
 
 
 class Recorder(Protocol):
-    """Who is told what happens; see `sim` for one that writes logs."""
+    """Who is told what happens; see `sim` for one that writes logs.
+
+    One with a method `ran(worker, run)` is told of whole rows of steps by it instead of `step` (see `Run.steps`).
+    """
 
     # ruff: noqa: D102
     def step(
@@ -64,6 +67,15 @@ class Run:
     def end_s(self) -> float:
         """When all are done."""
         return self.end_of(self.count)
+
+    def spans(self) -> list[Span]:
+        """Its prefill chunks, as long as they are not counted as cached."""
+        return [(tokens, job.cached) for job, tokens in self.chunks]
+
+    def steps(self) -> Iterator[tuple[float, float, int]]:
+        """Start, end and KV tokens of the decoding requests of each step."""
+        for step in range(self.count):
+            yield self.end_of(step), self.end_of(step + 1), self.context + step * self.sequences
 
     def steps_by(self, now_s: float) -> int:
         """How many steps are done by now."""
@@ -142,6 +154,7 @@ class CellModel:
         self.alive: dict[str, Job] = {}
         self.preemptions = 0
         self._recorder = recorder
+        self._ran: Callable[[ModelWorker, Run], None] = getattr(recorder, "ran", self._record)
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
@@ -266,7 +279,7 @@ class CellModel:
         if worker.version != version or worker.run is None:
             return
         run, worker.run = worker.run, None
-        self._record(worker, run)
+        self._ran(worker, run)
         if run.sequences:
             worker.advance(run.count)
             while worker.steps_to_finish() <= 0:
@@ -286,12 +299,10 @@ class CellModel:
 
     def _record(self, worker: ModelWorker, run: Run) -> None:
         if run.chunks:
-            spans = [(tokens, job.cached) for job, tokens in run.chunks]
-            self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, spans)
+            self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, run.spans())
             return
-        for step in range(run.count):
-            context = run.context + step * run.sequences
-            self._recorder.step(worker, run.end_of(step), run.end_of(step + 1), run.sequences, context, ())
+        for start_s, end_s, context in run.steps():
+            self._recorder.step(worker, start_s, end_s, run.sequences, context, ())
 
     def _prefilled(self, worker: ModelWorker, job: Job) -> None:
         job.generated += 1
