@@ -12,7 +12,7 @@ from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.loop import Loop
-from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
@@ -251,7 +251,18 @@ class Engine:
         if request.max_tokens < 1:
             raise InvalidInputError(f"max_tokens={request.max_tokens} does not do: give at least 1")
         vocab = self.model_config.vocab_size
-        for name, ids in (("prompt", request.prompt_ids), ("stop_token_ids", request.stop_token_ids)):
+        if not 0 <= request.min_tokens <= request.max_tokens:
+            raise InvalidInputError(
+                f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
+            )
+        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for name, ids in (
+            ("prompt", request.prompt_ids),
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", biased),
+        ):
             wrong = next((token for token in ids if not 0 <= token < vocab), None)
             if wrong is not None:
                 raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
