@@ -28,11 +28,14 @@ class _Submits(Protocol):
 
 
 class DeltaStream:
-    """The deltas of one request, in order, for one consumer on the event loop."""
+    """The deltas of one request, in order, for one consumer on the event loop.
 
-    def __init__(self) -> None:
+    Several streams may share the event that wakes their consumer; it then calls `take` on each of them.
+    """
+
+    def __init__(self, wake: asyncio.Event | None = None) -> None:
         self._buffer: deque[TokenDelta] = deque()
-        self._wake = asyncio.Event()
+        self._wake = wake or asyncio.Event()
         self.finished = False
 
     def put(self, delta: TokenDelta) -> None:
@@ -45,6 +48,10 @@ class DeltaStream:
         """All deltas that have come since the last call, at least one; waits for it."""
         await self._wake.wait()
         self._wake.clear()
+        return self.take()
+
+    def take(self) -> list[TokenDelta]:
+        """All deltas that have come since the last call, perhaps none."""
         deltas = list(self._buffer)
         self._buffer.clear()
         return deltas
@@ -66,13 +73,18 @@ class Bridge:
             self._loop.call_soon_threadsafe(self._dispatch, tuple(deltas))
 
     @contextlib.contextmanager
-    def stream(self, engine: _Submits, request: Request) -> Iterator[DeltaStream]:
+    def stream(self, engine: _Submits, request: Request, wake: asyncio.Event | None = None) -> Iterator[DeltaStream]:
         """Submits a request and yields its stream; leaving early, for whatever reason, cancels it in the engine.
+
+        Args:
+          engine: that is to run it.
+          request: to be run.
+          wake: set whenever the stream has a delta; one of its own if None.
 
         Raises:
           NitsumError: what `engine.submit` raises.
         """
-        stream = DeltaStream()
+        stream = DeltaStream(wake)
         # Registered first: the engine may have tokens before submit returns.
         self._streams[request.id] = stream
         submitted = False
