@@ -33,7 +33,6 @@ class PlannerConfig:
       replayed: requests that are replayed at the most.
       replay_weight: weight of the replay against the estimate.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
-      tie: gain in estimate below which a change of tiers alone is not made.
       splits: whether plans with prefill and decode apart are candidates.
     """
 
@@ -174,7 +173,7 @@ class Planner:
                 scored[key] = self._scored(model, shapes, offered)
         present = scored.pop(self._key(now))
         ranked = sorted(scored.values(), key=lambda item: (-item[0], item[1].load, shapes_text(item[2])))
-        finalists = [present, *ranked[: config.finalists]]
+        finalists = [present, *_diverse(ranked, config.finalists)]
         best = ranked[0] if ranked else present
         replays: dict[int, float] = {}
         if ranked and inputs.recent and self._worth(best[0], present[0]):
@@ -183,7 +182,8 @@ class Planner:
                 replays[i] = rollout(
                     self.cost, self.tiers.values(), plan, inputs.recent, inputs.loads, self.resident_tp
                 )
-        candidates, values = [], []
+        candidates: list[Candidate] = []
+        values: list[float] = []
         for i, (score, prediction, shapes) in enumerate(finalists):
             replayed = replays.get(i)
             value = score if replayed is None else score + config.replay_weight * (replayed - score)
@@ -204,6 +204,10 @@ class Planner:
             f" {candidates[0].plan} {values[0]:.1%}"
         )
         return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
+
+    def candidates(self, devices: int, tiers: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
+        """All plans that are considered for so many devices; tiers with the tightest first."""
+        return self._plans(devices, tiers, ())
 
     def _worth(self, best: float, present: float) -> bool:
         """Whether a replay could lead to a switch."""
@@ -233,3 +237,16 @@ class Planner:
         # Where the load as it is does not fit, a larger one says nothing new.
         more = model.predict(shapes, config.headroom).goodput / offered / config.headroom
         return score + config.headroom_weight * (more - score), prediction, shapes
+
+
+def _diverse(
+    ranked: Sequence[tuple[float, Prediction, tuple[Shape, ...]]], count: int
+) -> list[tuple[float, Prediction, tuple[Shape, ...]]]:
+    """The best of every layout, whatever its tiers; the first `count` of them."""
+    chosen = {}
+    for item in ranked:
+        layout = tuple(sorted((shape.tp, shape.role) for shape in item[2]))
+        chosen.setdefault(layout, item)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())
