@@ -15,7 +15,7 @@ from typing import Any
 from nitsum_jax.control.candidates import mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, place, shapes_text
+from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, rollout
 from nitsum_jax.control.tiers import Tier
@@ -163,10 +163,9 @@ class Planner:
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
-        devices = inputs.num_devices - len(inputs.lost)
         now = inputs.plan.shapes
         scored = {self._key(now): self._scored(model, now, offered)}
-        for shapes in self._plans(devices, model.tiers, inputs.allowed):
+        for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
             key = self._key(shapes)
             if key not in scored:
                 scored[key] = self._scored(model, shapes, offered)
@@ -204,10 +203,6 @@ class Planner:
         )
         return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
 
-    def candidates(self, devices: int, tiers: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
-        """All plans that are considered for so many devices; tiers with the tightest first."""
-        return self._plans(devices, tiers, ())
-
     def _worth(self, best: float, present: float) -> bool:
         """Whether a replay could lead to a switch."""
         return best - present > 0.5 * self.config.hysteresis
@@ -215,13 +210,18 @@ class Planner:
     def _key(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         return tuple(sorted(shapes, key=str))
 
-    def _plans(self, devices: int, tiers: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
-        key = devices, tiers, allowed
+    def _plans(
+        self, num_devices: int, lost: tuple[int, ...], tiers: tuple[str, ...], allowed: tuple[str, ...]
+    ) -> tuple[tuple[Shape, ...], ...]:
+        key = num_devices, lost, tiers, allowed
         found = self._candidates.get(key)
         if found is None:
+            devices = num_devices - len(lost)
             plans = list(mixed_plans(devices, self.tps, tiers))
             if self.config.splits:
                 plans += split_plans(devices, self.tps)
+            if lost:
+                plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
                 plans = [p for p in plans if shapes_text([Shape(s.tp, s.role) for s in p]) in allowed]
             found = self._candidates[key] = tuple(plans)

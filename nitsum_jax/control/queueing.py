@@ -226,16 +226,17 @@ class QueueingModel:
             return held
         tp = group.shape.tp
         total = sum(group.rates.values())
-        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) / group.count
+        admitted = 1 / max(1.0, group.load) / group.count
+        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) * admitted
         context = sum(rate * self._work[tp, name].context for name, rate in group.rates.items()) / total
         alone = max(self._work[tp, name].alone_s for name in group.rates)
         marginal = sum(rate * self._work[tp, name].decode_s for name, rate in group.rates.items()) / total
         room = 1.0
         if group.shape.role != DECODE:
-            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) / group.count
+            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) * admitted
         speed = max(1e-9, room - marginal * tokens) / alone  # decode steps a second
-        batch = tokens / speed
         tpot_s = self._tpot_s(list(group.rates)) * self._margin
+        batch = tokens * min(1 / speed, tpot_s)
         most = (tpot_s - alone) / marginal if marginal > 0 else math.inf
         capacity = self._cost.kv_capacity_tokens(tp, self._resident_tp)
         most = min(most, capacity / max(1.0, context))
