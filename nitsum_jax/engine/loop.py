@@ -351,8 +351,7 @@ class Loop:
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        # The step behind it fails too, and whoever came in between has lost nothing.
-        if not instance.broken and not instance.lost:
+        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
