@@ -375,8 +375,9 @@ class Instance:
     # ---- end
 
     def release(self) -> None:
-        """Gives the pools back and ends the reader."""
-        self.lend_pool()
+        """Gives the pools back, if they are whole, and ends the reader."""
+        if not (self.broken or self.lost):
+            self.lend_pool()
         self.close()
 
     def retire(self) -> None:

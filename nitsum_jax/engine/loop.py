@@ -157,9 +157,7 @@ class Loop:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
-            if not (instance.broken or instance.lost):
-                instance.lend_pool()  # whoever measures the cell next finds its pools
-            instance.close()
+            instance.release()
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
         self._wide.close(_LAST_STEPS_S)
@@ -265,9 +263,7 @@ class Loop:
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if (
-            not instance.broken and not instance.lost
-        ):  # the step behind it fails too, and whoever came in between has lost nothing
+        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)

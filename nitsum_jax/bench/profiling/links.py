@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -28,7 +29,7 @@ def link(cell: Cell, rounds: int) -> tuple[float, float]:
         jax.block_until_ready(copy.done)
         return time.perf_counter() - start
 
-    one, many = (_median(lambda n=n: seconds(n), rounds) for n in (1, count))  # type: ignore[misc]
+    one, many = _median(lambda: seconds(1), rounds), _median(lambda: seconds(count), rounds)
     size = cell.pool.shape.block_bytes
     rate = (count - 1) * size / max(many - one, 1e-9)
     if not one < many:  # copies too small to tell apart from their overhead
@@ -50,10 +51,10 @@ def resharding(cell: Cell, low: int, high: int, weight_bytes: int) -> float:
             return time.perf_counter() - start
 
         return host.nbytes / _median(put, 3)
-    layouts = [parse_layout(f"tp{tp}", len(cell.devices)) for tp in (low, high)]
-    return weight_bytes / min(device_put_ms(cell, *layouts, 1) / 1000 for _ in range(2))
+    before, after = (parse_layout(f"tp{tp}", len(cell.devices)) for tp in (low, high))
+    return weight_bytes / min(device_put_ms(cell, before, after, 1) / 1000 for _ in range(2))
 
 
-def _median(measure, rounds: int) -> float:  # type: ignore[no-untyped-def]
+def _median(measure: Callable[[], float], rounds: int) -> float:
     measure()
     return statistics.median(measure() for _ in range(rounds))

@@ -1,7 +1,7 @@
 """nitsum-profile --model: the profile of a loaded model on the devices that are present.
 
-An engine is started with all executables.  Streams under it show the host's part of switches and steps; then it is closed,
-and its executables and copies are timed one by one.
+An engine is started with all executables.  Streams under it show the host's part of switches and steps; then it is
+closed, and its executables and copies are timed one by one.
 """
 
 import datetime
@@ -106,9 +106,8 @@ def _profile(options: Options, model: OpenModel, engine: Engine, alive: live.Liv
             prefill_attention=_plane(timer, contexts, decode=False),
             kv_capacity_tokens=_capacity(cell, tp, weights, kv_bytes),
         )
-        bucket = next(
-            shape for shape in timer.shapes if shape.is_decode and shape.batch >= min(_LIVE, options.max_batch)
-        )
+        streams = min(_LIVE, options.max_batch)
+        bucket = next(shape for shape in timer.shapes if shape.is_decode and shape.batch >= streams)
         beyond.append(alive.gap_s[tp] - timer.seconds(bucket, alive.context))
     cli.err("timing copies")
     rate, latency = links.link(cell, rounds)
@@ -120,8 +119,8 @@ def _profile(options: Options, model: OpenModel, engine: Engine, alive: live.Liv
         model=model.name,
         device=f"{device.device_kind}{emulated}",
         devices=len(cell.devices),
-        source=f"measured by nitsum-profile{' --quick' if options.quick else ''} on {today}: {cell.program.dtype}, K={vshards},"
-        f" JAX {jax.__version__}, one instance at a time",
+        source=f"measured by nitsum-profile{' --quick' if options.quick else ''} on {today}: {cell.program.dtype},"
+        f" K={vshards}, JAX {jax.__version__}, one instance at a time",
         mixed_steps=False,
         page_size=pool.page_size,
         kv_bytes_per_token=kv_bytes,
@@ -161,7 +160,7 @@ def _work(shape: StepShape) -> int:
 
 
 def _capacity(cell: Cell, tp: int, weights: int, kv_bytes: int) -> int:
-    """Tokens of cache if devices kept the weights of this TP only; the engine's pool is beside those of the least TP."""
+    """Tokens of cache if devices kept the weights of this TP only; the engine keeps those of the least TP."""
     pool = cell.memory.tokens * tp
     least = cell.vmap.min_tp
     return pool + weights * (tp - least) // least // kv_bytes
