@@ -24,7 +24,8 @@ FLOOR = f"{PACKAGE}.errors"
 CONTROL_MAY = {"numpy", "scipy"}
 # Third-party packages of certain rooms: the network belongs to server, what knows models to models and above.
 NETWORK = {"grpc", "grpc_health", "grpc_reflection", "google"}
-MODEL_FORMATS = {"flax", "gguf", "jinja2", "orbax", "safetensors", "tokenizers"}
+MODEL_FORMATS = {"flax", "gguf", "orbax", "safetensors", "tokenizers"}
+TEMPLATES = {"jinja2"}  # of chats in models, of reports in sim
 ROOT_LINKS = {"meshes", "models", "server"}
 PURE_MODULES = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.meshes.layout", "nitsum_jax.meshes.vshards")
 
@@ -55,6 +56,8 @@ def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
         return "only server speaks to the network"
     if room in {"meshes", "sim"} and item.top in MODEL_FORMATS:
         return f"{room} knows no model"
+    if room == "meshes" and item.top in TEMPLATES:
+        return "meshes writes no text"
     return None
 
 
