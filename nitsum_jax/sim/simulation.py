@@ -41,6 +41,7 @@ class Policy:
       resident_tp: least TP whose weights all devices keep, so that switches move none (it takes room from the KV cache);
         None: devices keep only the weights in use, as static plans do.
       device_put: switches reshard weights and KV cache by the general path, as without shared shards.
+      allowed: layouts that the controller may use (see `CellView`); empty: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Policy:
     controller: Callable[[], Controller] | None = None
     resident_tp: int | None = None
     device_put: bool = False
+    allowed: tuple[str, ...] = ()
 
 
 class Log(Protocol):
@@ -263,7 +265,7 @@ class _Driver:
         cell = self.cell
         if cell.switching:
             return
-        view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices)
+        view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices, allowed=self.policy.allowed)
         decision = self.controller.tick(cell.now_s, view)
         if decision is None:
             return
