@@ -1,8 +1,9 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
-Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill chunks
-that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody coming or going,
-are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is approximated.
+Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
+chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody
+coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
+approximated.
 
 The simulator drives it with traces, the planner with what it expects.  Pure: its clock is a number.
 """

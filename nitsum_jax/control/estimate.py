@@ -1,8 +1,8 @@
 """What the traffic is like: arrival rates, burstiness and lengths per tier, quick on changes and slow on noise.
 
-Arrivals are counted in bins of one second.  The rate is the mean over a long window unless the last few seconds differ
-from it by more than chance allows, given how bursty the tier is; then the window is cut to those seconds and grows anew.
-Lengths are kept as the last few hundred; a change of their mean cuts that memory too.
+Arrivals are counted in bins of one second.  The rate is the mean over a long window unless the last few seconds
+differ from it by more than chance allows, given how bursty the tier is; then the window is cut to those seconds and
+grows anew. Lengths are kept as the last few hundred; a change of their mean cuts that memory too.
 """
 
 import collections
@@ -144,7 +144,11 @@ class WorkloadEstimator:
     """
 
     def __init__(
-        self, tiers: Iterable[str], config: EstimatorConfig = EstimatorConfig(), now_s: float = 0.0, output: float = 128.0
+        self,
+        tiers: Iterable[str],
+        config: EstimatorConfig = EstimatorConfig(),
+        now_s: float = 0.0,
+        output: float = 128.0,
     ):
         """Knows nothing yet; `output` stands for output lengths until the first request of a tier has ended."""
         self._arrivals = {tier: _Arrivals(config, now_s) for tier in tiers}

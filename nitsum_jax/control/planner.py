@@ -1,10 +1,11 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
 Every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one, since load
-that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last seconds
-run through the model of the cell under each of them, from the same start, and what the replay says is blended in.  The
-present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs and more than
-noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed from a log.
+that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last
+seconds run through the model of the cell under each of them, from the same start, and what the replay says is blended
+in.  The present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs
+and more than noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed
+from a log.
 """
 
 import dataclasses
@@ -76,9 +77,7 @@ class PlanInputs:
     def from_json(values: Mapping[str, Any]) -> "PlanInputs":
         """Reads what `to_json` wrote."""
         plan = CellPlan(
-            tuple(
-                InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"]
-            )
+            tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"])
         )
         loads = tuple(TierLoad(**(load | {"prompts": tuple(load["prompts"])})) for load in values["loads"])
         recent = tuple(Arrival(**arrival) for arrival in values["recent"])
@@ -243,7 +242,7 @@ def _diverse(
     ranked: Sequence[tuple[float, Prediction, tuple[Shape, ...]]], count: int
 ) -> list[tuple[float, Prediction, tuple[Shape, ...]]]:
     """The best of every layout, whatever its tiers; the first `count` of them."""
-    chosen = {}
+    chosen: dict[tuple[tuple[int, str], ...], tuple[float, Prediction, tuple[Shape, ...]]] = {}
     for item in ranked:
         layout = tuple(sorted((shape.tp, shape.role) for shape in item[2]))
         chosen.setdefault(layout, item)

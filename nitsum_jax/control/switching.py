@@ -135,7 +135,15 @@ class SwitchingCell(CellModel):
         if self.on_switch is not None:
             devices = tuple(sorted(device for worker in gone for device in worker.plan.devices))
             report = Switched(
-                self.now_s, self._asked_s, before, after, devices, stall_s, sum(links.values()), len(travellers), requeued
+                self.now_s,
+                self._asked_s,
+                before,
+                after,
+                devices,
+                stall_s,
+                sum(links.values()),
+                len(travellers),
+                requeued,
             )
             self.on_switch(report)
 

@@ -168,6 +168,8 @@ class Loop:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
+            if not (instance.broken or instance.lost):
+                instance.lend_pool()  # whoever measures the cell next finds its pools
             instance.close()
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
