@@ -29,6 +29,7 @@ class Figures:
       requeued: requests that lost their KV cache in a switch.
       preemptions: requests that lost it for want of room, those in switches included.
       given_up: the run was ended early; only an upper bound of its attainment is known.
+      plans: all that were in force after a switch: per instance its devices, role and tiers.
     """
 
     policy: str
@@ -43,6 +44,7 @@ class Figures:
     requeued: int = 0
     preemptions: int = 0
     given_up: bool = False
+    plans: Sequence[Any] = ()
 
     @property
     def attainment(self) -> float:
@@ -114,4 +116,13 @@ def figures_of(outcome: Outcome, num_devices: int) -> Figures:
         requeued=sum(report.requeued for report in outcome.switches),
         preemptions=outcome.preemptions,
         given_up=outcome.given_up,
+        plans=_plans(outcome),
     )
+
+
+def _plans(outcome: Outcome) -> list[Any]:
+    plans = {
+        str(report.after): [[list(i.devices), i.role, list(i.tiers)] for i in report.after.instances]
+        for report in outcome.switches
+    }
+    return list(plans.values())

@@ -1,7 +1,9 @@
 """Loads: workloads at every rate, made of phases.
 
-A steady mix is one phase.  In a shifting mix every phase has its own rates and lengths; a rate factor multiplies the rates
-of all.  Phases are cut from the traces one after the other, and a trace that ends is begun again.
+A steady mix is one phase.  In a shifting mix every phase has its own rates and lengths; a rate factor multiplies the
+rates of all.  A part of a phase is the piece of its trace at the same time (a trace that ends is begun again), brought to
+the part's mean rate: bursts within a phase are those of the trace, the rates of phases are those of the config.  Pieces
+with less than a third of their trace's mean rate are passed over.
 """
 
 import dataclasses
@@ -11,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.workload import TraceRequest, Workload, concatenate, mix, retier, scale_rate, window
+
+_LEAST_SHARE = 1 / 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,10 +84,16 @@ class Load:
     def _part(self, part: Part, start: float, seconds: float, factor: float) -> Workload:
         trace = self.traces.get(part.trace)
         if trace is None:
-            raise InvalidInputError(f"load {self.name}: unknown trace {part.trace!r}: use one of {', '.join(self.traces)}")
+            raise InvalidInputError(
+                f"load {self.name}: unknown trace {part.trace!r}: use one of {', '.join(self.traces)}"
+            )
         piece = _cut(trace, start, seconds)
-        # The trace's mean rate, not the piece's: what the piece has more or less than it is part of its burstiness.
-        scaled = scale_rate(piece, factor * part.rate / trace.rate, self.seed)
+        for _ in range(math.ceil(trace.seconds / seconds)):  # traces have minutes in which hardly anybody comes
+            if piece.rate >= _LEAST_SHARE * trace.rate:
+                break
+            start += seconds
+            piece = _cut(trace, start, seconds)
+        scaled = scale_rate(piece, factor * part.rate / piece.rate, self.seed)
         if part.prompt_scale != 1 or part.output_scale != 1:
             scaled = _lengths(scaled, part.prompt_scale, part.output_scale)
         return retier(scaled, part.tier)
@@ -105,7 +115,9 @@ def _cut(trace: Workload, start: float, seconds: float) -> Workload:
 
 def _lengths(workload: Workload, prompt: float, output: float) -> Workload:
     scaled = (
-        TraceRequest(r.arrival_s, max(1, round(r.prompt_tokens * prompt)), max(1, round(r.output_tokens * output)), r.tier)
+        TraceRequest(
+            r.arrival_s, max(1, round(r.prompt_tokens * prompt)), max(1, round(r.output_tokens * output)), r.tier
+        )
         for r in workload.requests
     )
     return dataclasses.replace(workload, requests=tuple(scaled))
