@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.callers import Caller, calling
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role
@@ -17,7 +18,11 @@ from nitsum_jax.server.security.limits import Limits
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_HEADER = 512
-REASONS: Final = {UnauthenticatedError: "no_key", DeniedError: "not_allowed", RateLimitedError: "rate_limit"}
+REASONS: Final[dict[type[NitsumError], str]] = {
+    UnauthenticatedError: "no_key",
+    DeniedError: "not_allowed",
+    RateLimitedError: "rate_limit",
+}
 """What the metrics call the refusals."""
 
 
@@ -95,9 +100,9 @@ class Guard:
             self._authorize(need, key)
             held = self._hold(need, key, address)
             held.__enter__()
-        except tuple(REASONS) as error:
+        except NitsumError as error:
             _LOG.info("refused a call of %s: %s", address, error)
-            if self._on_refused is not None:
+            if self._on_refused is not None and type(error) in REASONS:
                 self._on_refused(REASONS[type(error)])
             raise
         admin = self.policy.admin and (key is None or key.role is Role.ADMIN)
