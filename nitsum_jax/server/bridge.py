@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 
 _FIRST_RETRY_S = 1.0  # before any request has ended there is nothing to estimate from
 _MIN_RETRY_S = 0.1
@@ -97,6 +97,12 @@ class Bridge:
             if submitted and not stream.finished:
                 engine.cancel(request.id)
 
+    def cut_off(self) -> None:
+        """Ends all streams with CANCELLED: the server stops, whatever the engine still does. On the event loop."""
+        for request_id, stream in self._streams.items():
+            if not stream.finished:
+                stream.put(TokenDelta(request_id, (), self._clock(), FinishReason.CANCELLED))
+
     @property
     def open_streams(self) -> int:
         """How many streams have a handler."""
@@ -112,7 +118,8 @@ class Bridge:
         for delta in deltas:
             ended += delta.finish_reason is not None
             stream = self._streams.get(delta.request_id)
-            if stream is not None:  # else its handler has left; the engine learns of it by cancel
+            # Else its handler has left, and the engine learns of it by cancel; or it was cut off.
+            if stream is not None and not stream.finished:
                 stream.put(delta)
         if ended:
             self._note_ends(ended)

@@ -64,6 +64,7 @@ class GrpcServer:
     async def serve(self, backend: Backend) -> None:
         """The engine is ready: takes requests, and says SERVING."""
         self.state.backend = backend
+        self.state.ready_at = int(time.time())
         self.state.phase = Phase.SERVING
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -87,6 +88,8 @@ class GrpcServer:
     async def stop(self) -> None:
         """Ends what is still open (UNAVAILABLE to its clients) and frees the port. The engine is the caller's."""
         self.state.phase = Phase.DRAINING
+        if self.state.backend is not None:
+            self.state.backend.bridge.cut_off()
         with contextlib.suppress(asyncio.CancelledError):
             await self._server.stop(None)
 
