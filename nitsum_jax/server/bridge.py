@@ -37,6 +37,7 @@ class DeltaStream:
         self._buffer: deque[TokenDelta] = deque()
         self._wake = wake or asyncio.Event()
         self.finished = False
+        self.cut = False  # finished without the engine
 
     def put(self, delta: TokenDelta) -> None:
         """Adds a delta; nothing may follow one with a finish reason."""
@@ -94,13 +95,14 @@ class Bridge:
             yield stream
         finally:
             del self._streams[request.id]
-            if submitted and not stream.finished:
+            if submitted and (stream.cut or not stream.finished):
                 engine.cancel(request.id)
 
     def cut_off(self) -> None:
         """Ends all streams with CANCELLED: the server stops, whatever the engine still does. On the event loop."""
         for request_id, stream in self._streams.items():
             if not stream.finished:
+                stream.cut = True
                 stream.put(TokenDelta(request_id, (), self._clock(), FinishReason.CANCELLED))
 
     @property

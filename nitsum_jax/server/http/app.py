@@ -15,7 +15,7 @@ from nitsum_jax.server.backend import Phase, ServerState
 from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openapi import openapi
-from nitsum_jax.server.http.outputs import ClientLeftError
+from nitsum_jax.server.outputs import ClientLeftError
 
 REQUEST_ID = b"x-request-id"
 _SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")

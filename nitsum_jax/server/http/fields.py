@@ -11,10 +11,15 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, mode
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS
-from nitsum_jax.server.calls import MAX_STOP_CHARS, MAX_STOP_IDS, MAX_STOPS, Prompt, TextPrompt, TokenPrompt
-
-MAX_OUTPUTS = 128
-"""Most outputs of one request: prompts times n."""
+from nitsum_jax.server.calls import (
+    MAX_OUTPUTS,
+    MAX_STOP_CHARS,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    Prompt,
+    TextPrompt,
+    TokenPrompt,
+)
 
 MAX_TIER_CHARS = 64
 MAX_BIAS = 100

@@ -6,9 +6,18 @@ import uuid
 from collections.abc import Sequence
 
 from nitsum_jax.server.backend import Backend
-from nitsum_jax.server.calls import Call, ChatPrompt, Prompt, Wanted, check, derived_seed, encode, make_call
+from nitsum_jax.server.calls import (
+    MAX_OUTPUTS,
+    Call,
+    ChatPrompt,
+    Prompt,
+    Wanted,
+    check,
+    derived_seed,
+    encode,
+    make_call,
+)
 from nitsum_jax.server.http.errors import ApiError
-from nitsum_jax.server.http.fields import MAX_OUTPUTS
 from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
 from nitsum_jax.server.http.tiers import choose_tier
 

@@ -11,8 +11,8 @@ from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from nitsum_jax.server.calls import MAX_OUTPUTS
 from nitsum_jax.server.http.fields import (
-    MAX_OUTPUTS,
     MAX_TIER_CHARS,
     BiasField,
     ContentField,

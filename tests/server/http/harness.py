@@ -15,7 +15,7 @@ from tests.server.fake_engine import FakeEngine, Script
 from tests.server.harness import Running, echo, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-HELLO = [{"role": "user", "content": "hello"}]
+HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
 @dataclasses.dataclass

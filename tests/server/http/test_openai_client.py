@@ -1,6 +1,7 @@
 """The official client, unmodified."""
 
 import asyncio
+from typing import Any
 
 import openai
 import pytest
@@ -157,7 +158,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
                 top_p=0.9,
                 presence_penalty=0.25,
                 frequency_penalty=-0.5,
-                logit_bias={"65": -100, "66": 2.5},
+                logit_bias={"65": -100, "66": 2},
                 max_tokens=30,
                 user="somebody",
                 extra_body={
@@ -174,7 +175,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
             assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 7, 0.1)
             assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.25, -0.5)
             assert sampling.repetition_penalty == 1.25
-            assert sampling.logit_bias == ((65, -100.0), (66, 2.5))
+            assert sampling.logit_bias == ((65, -100.0), (66, 2.0))
             assert (request.max_tokens, request.min_tokens, request.stop_token_ids) == (30, 2, (9,))
             await client.chat.completions.create(
                 model="fake", messages=HELLO, temperature=0, extra_body={"top_k": -1, "stop_token_ids": [9]}
@@ -265,8 +266,8 @@ def test_errors_are_the_exceptions_of_the_client() -> None:
             with pytest.raises(openai.BadRequestError, match="temperature") as wrong:
                 await client.chat.completions.create(model="fake", messages=HELLO, temperature=-1)
             assert (wrong.value.param, wrong.value.type) == ("temperature", "invalid_request_error")
+            tool: Any = {"type": "function", "function": {"name": "f"}}
             with pytest.raises(openai.BadRequestError, match="tools"):
-                tool = {"type": "function", "function": {"name": "f"}}
                 await client.chat.completions.create(model="fake", messages=HELLO, tools=[tool])
             with pytest.raises(openai.NotFoundError):
                 await client.models.retrieve("gpt-4o")
@@ -303,11 +304,15 @@ def test_an_engine_failure_in_a_stream_raises_in_the_client() -> None:
     async def scenario() -> None:
         async with serving(lambda request: [65, 65, -1]) as run, run.openai(max_retries=0) as client:
             stream = await client.completions.create(model="fake", prompt="p", stream=True)
-            text = ""
-            with pytest.raises(openai.APIError, match="the fake broke"):
+            texts: list[str] = []
+
+            async def read() -> None:
                 async for chunk in stream:
-                    text += chunk.choices[0].text
-            assert text == TOKENIZER.decode([65, 65])
+                    texts.append(chunk.choices[0].text)
+
+            with pytest.raises(openai.APIError, match="the fake broke"):
+                await read()
+            assert "".join(texts) == TOKENIZER.decode([65, 65])
             with pytest.raises(openai.InternalServerError, match="the fake broke"):
                 await client.completions.create(model="fake", prompt="p")
 

@@ -1,4 +1,4 @@
-"""All outputs of one HTTP request, as they grow."""
+"""All outputs of one call that asks for several, as they grow."""
 
 import asyncio
 import contextlib
@@ -17,7 +17,7 @@ class ClientLeftError(Exception):
 
 
 class Outputs:
-    """Runs the calls of one request; entering submits them, leaving early cancels what is alive.
+    """Runs what answers one call of a client; entering submits them, leaving early cancels what is alive.
 
     All streams wake one consumer, so that what a step of the engine says for all outputs is handled, and written, at
     once.
@@ -29,7 +29,7 @@ class Outputs:
         Args:
           calls: to be run.
           backend: that runs them.
-          arrival_s: of the HTTP request, time.monotonic.
+          arrival_s: of the call, time.monotonic.
         """
         self._calls = calls
         self._backend = backend
