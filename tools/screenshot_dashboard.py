@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from nitsum_jax.server.backend import Phase, ServerState
 from nitsum_jax.server.dashboard.feed import Feed
 from nitsum_jax.server.dashboard.snapshot import Snapshot
-from nitsum_jax.server.http_server import HttpServer
+from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.ops_routes import dashboard_routes
 from tools.browser import Browser, find_chromium
 from tools.sample_cell import sample

@@ -11,7 +11,10 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.house import House
+from nitsum_jax.server.http.app import build_app
+from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.ops_flags import OpsOptions
+from nitsum_jax.server.ops_routes import ops_routes
 from nitsum_jax.server.proto import nitsum_pb2_grpc
 from nitsum_jax.server.records import RequestRecord
 from nitsum_jax.server.server import GrpcServer
@@ -39,9 +42,10 @@ def record(**fields: Any) -> RequestRecord:
 class Open:
     """A whole server: the gRPC port, the ports for operators, and what is behind them."""
 
-    def __init__(self, running: Running, house: House) -> None:
+    def __init__(self, running: Running, house: House, web: HttpServer) -> None:
         self.run = running
         self.house = house
+        self.api = f"http://127.0.0.1:{web.port}"  # what clients of OpenAI's API call
 
     @property
     def http(self) -> str:
@@ -61,7 +65,9 @@ async def opened(
     server = GrpcServer(
         host, 0, guard=house.guard(), tls=house.tls, state=house.state, profiler=house.desk.profiler
     )  # fmt: skip
+    web = HttpServer(build_app(house.state, ops_routes(house.desk), house.protected), host, 0, house.tls_context())
     await server.start()
+    await web.start()
     await house.start()
     bridge = Bridge(asyncio.get_running_loop())
     engine = FakeEngine(bridge.sink, script, admitted=bridge.admitted, **engine_options)
@@ -71,8 +77,9 @@ async def opened(
         await house.serve(backend)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
-            yield Open(Running(server, engine, bridge, channel, stub), house)
+            yield Open(Running(server, engine, bridge, channel, stub), house, web)
     finally:
         await server.stop()
         await house.stop()
+        await web.stop()
         engine.close()

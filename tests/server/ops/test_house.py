@@ -15,7 +15,7 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.server.backend import ServerState
-from nitsum_jax.server.http_server import HttpServer
+from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch_flags import read_options
 from nitsum_jax.server.ops_flags import OpsOptions
 from nitsum_jax.server.ops_routes import Desk, ops_routes

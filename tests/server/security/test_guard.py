@@ -15,10 +15,17 @@ from nitsum_jax.server.callers import current_caller
 from nitsum_jax.server.guarded import guarded
 from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.ops_flags import OpsOptions
-from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2, nitsum_pb2_grpc
+from nitsum_jax.server.proto import (
+    admin_pb2,
+    admin_pb2_grpc,
+    jetstream_pb2,
+    jetstream_pb2_grpc,
+    nitsum_pb2,
+    nitsum_pb2_grpc,
+)
 from nitsum_jax.server.security.errors import DeniedError
 from nitsum_jax.server.security.guard import Guard, Policy
-from nitsum_jax.server.security.http_guard import HttpGuard, HttpLimits
+from nitsum_jax.server.security.http_guard import HttpGuard
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role, digest_of, entry
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import ask, echo, refusal, says, until
@@ -235,6 +242,69 @@ def test_http_for_operators_wants_the_right_key(options: Callable[..., OpsOption
     asyncio.run(scenario())
 
 
+def test_every_path_of_the_openai_api_wants_a_key(options: Callable[..., OpsOptions]) -> None:
+    async def scenario() -> None:
+        async with opened(options()) as open_:
+            told = (await fetch(f"{open_.api}/openapi.json", headers=dict(bearer("user")))).json
+            paths = {(path, method) for path, methods in told["paths"].items() for method in methods}
+            assert ("/v1/chat/completions", "post") in paths
+            for path, method in sorted(
+                paths | {("/metrics", "get"), ("/dashboard", "get"), ("/admin/profile", "post")}
+            ):
+                reply = await fetch(open_.api + path.replace("{model}", "fake"), method.upper(), body=b"{}")
+                if path.startswith("/health"):
+                    assert reply.status == 200
+                else:
+                    assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key"), path
+                assert reply.headers["x-request-id"]
+            assert open_.run.engine.requests == []
+            for path in ("/livez", "/readyz"):
+                assert (await fetch(open_.api + path)).status == 200
+            assert (await fetch(f"{open_.api}/metrics", headers=dict(bearer("monitor")))).status == 200
+
+    asyncio.run(scenario())
+
+
+def test_tiers_rates_and_roles_over_the_openai_api(options: Callable[..., OpsOptions]) -> None:
+    async def scenario() -> None:
+        async with opened(options()) as open_:
+
+            async def complete(name: str, **fields: Any) -> Any:
+                body = json.dumps({"model": "fake", "prompt": "hello"} | fields).encode()
+                headers = {**dict(bearer(name)), "content-type": "application/json"}
+                return await fetch(f"{open_.api}/v1/completions", "POST", headers, body)
+
+            reply = await complete("fast", service_tier="interactive")
+            assert (reply.status, reply.json["choices"][0]["text"]) == (200, "hello")
+            reply = await complete("fast", service_tier="batch")
+            assert (reply.status, reply.json["error"]["code"]) == (403, "permission_denied")
+            assert "may not use the tier 'batch'" in reply.json["error"]["message"]
+            assert [(await complete("slow")).status for _ in range(3)] == [200, 200, 429]
+            assert (await complete("monitor")).status == 403
+            counted = (await fetch(f"{open_.api}/metrics", headers=dict(bearer("admin")))).text
+            assert 'nitsum_requests_refused_total{model_name="fake",reason="denied",tier="batch"} 1.0' in counted
+
+    asyncio.run(scenario())
+
+
+def test_jetstream_wants_a_key_but_for_its_health(options: Callable[..., OpsOptions]) -> None:
+    async def scenario() -> None:
+        async with opened(options()) as open_:
+            stub = jetstream_pb2_grpc.OrchestratorStub(open_.run.channel)
+            assert (await stub.HealthCheck(jetstream_pb2.HealthCheckRequest())).is_live
+            content = jetstream_pb2.DecodeRequest.TextContent(text="hello")
+            message = jetstream_pb2.DecodeRequest(text_content=content, max_tokens=9)
+
+            async def decode(metadata: Any) -> list[Any]:
+                return [answer async for answer in stub.Decode(message, metadata=metadata)]
+
+            assert (await refusal(decode(None))).code() is grpc.StatusCode.UNAUTHENTICATED
+            assert await decode(bearer("user"))
+            assert (await refusal(decode(bearer("fast")))).code() is grpc.StatusCode.PERMISSION_DENIED
+
+    asyncio.run(scenario())
+
+
 def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
     """A front end that forgot its guard cannot change the layout."""
     engine = FakeEngine(lambda deltas: None, echo)
@@ -329,23 +399,6 @@ def test_a_websocket_is_turned_away() -> None:
     app = HttpGuard(_reads_all, Guard(Policy()))
     asyncio.run(app({"type": "websocket", "path": "/"}, None, send))  # type: ignore[arg-type]
     assert sent == [{"type": "websocket.close", "code": 1008}]
-
-
-def test_bodies_and_headers_have_limits() -> None:
-    app = HttpLimits(_reads_all, max_body_bytes=10, max_header_bytes=100)
-
-    async def scenario() -> None:
-        assert (await _Wire(content_length="10").run(app, b"x" * 10)).sent[1]["body"].startswith(b"10 ")
-        for wire in (
-            await _Wire(content_length="11").run(app, b"x" * 11),
-            await _Wire(content_length="9" * 30).run(app),
-            await _Wire(content_length="-1").run(app),
-            await _Wire().run(app, b"x" * 6, b"x" * 6),  # its length is not told
-        ):
-            assert (wire.status, wire.error["code"]) == (413, "too_large")
-        assert (await _Wire(x_one="y" * 60, x_two="z" * 60).run(app)).status == 431
-
-    asyncio.run(scenario())
 
 
 def test_long_metadata_ends_the_call_and_not_the_server() -> None:

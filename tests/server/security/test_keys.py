@@ -4,6 +4,7 @@ import stat
 import tomllib
 from pathlib import Path
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from nitsum_jax.server.security.limits import Limits
 HASH = "sha256:" + hashlib.sha256(b"secret").hexdigest()
 TIERS = ("interactive", "batch")
 
-names = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,20}", fullmatch=True)
+names = st.text("abzAZ019_.-", min_size=1, max_size=20).map(lambda rest: "k" + rest)
 counts = st.none() | st.integers(1, 10**6)
 keys = st.builds(
     ApiKey,
@@ -30,7 +31,8 @@ keys = st.builds(
 )
 
 
-@given(st.lists(keys, min_size=1, max_size=5, unique_by=(lambda key: key.name, lambda key: key.digest)))
+@hypothesis.settings(max_examples=40)
+@given(st.lists(keys, min_size=1, max_size=4, unique_by=(lambda key: key.name, lambda key: key.digest)))
 def test_what_is_written_is_what_is_read(made: list[ApiKey]) -> None:
     assert parse_keys("\n".join(map(entry, made)), "keys.toml", TIERS).keys == tuple(made)
 
@@ -124,10 +126,8 @@ def test_wrong_use_of_the_tool_is_one_line(argv: list[str], capsys: pytest.Captu
     assert capsys.readouterr().err.count("\n") == 1
 
 
-@given(
-    st.integers(1, 120),
-    st.lists(st.floats(0, 30, allow_nan=False), min_size=1, max_size=200),
-)
+@hypothesis.settings(max_examples=50)
+@given(st.integers(1, 60), st.lists(st.floats(0, 30), min_size=1, max_size=100))
 def test_no_minute_sees_more_than_its_share_and_what_was_spent(per_minute: int, pauses: list[float]) -> None:
     now = 0.0
     limits = Limits(lambda: now)
