@@ -90,6 +90,7 @@ class ServingTokenizer(Protocol):
     """`nitsum_jax.models.tokenizer.Tokenizer` is one."""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     def stream(self) -> TextStream: ...
 
 
@@ -136,6 +137,8 @@ class ServerState:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.backend: Backend | None = None
+        self.ready_at = 0
+        """When the model was ready, in seconds since 1970."""
 
     def present(self) -> Backend:
         """The backend, also while draining.
