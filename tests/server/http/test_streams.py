@@ -120,18 +120,19 @@ def test_leaving_the_queue() -> None:
 
 def test_a_slow_reader_gets_everything_in_few_events_and_holds_up_nobody() -> None:
     async def scenario() -> None:
-        async with serving(says("word " * 10, end=False), max_batch=4, tokens_per_step=200, context=10**6) as run:
-            one = await _post(run, receive_buffer=4096, stream=True, max_tokens=200_000)
-            # It does not read while the engine makes 1000 steps of 200 tokens.
+        async with serving(says("x", end=False), max_batch=4, tokens_per_step=5) as run:
+            # Log probabilities make some kilobytes of every token: more than the sockets take.
+            fields = {"logprobs": True, "top_logprobs": 20, "max_tokens": 1500}
+            one = await _post(run, receive_buffer=4096, stream=True, **fields)
             assert (await run.chat(max_tokens=500)).json()["usage"]["completion_tokens"] == 500
             await until(lambda: run.engine.stats().running == 0, limit_s=30)
-            raw = await _read_all(one)
-            head, _, rest = raw.partition(b"\r\n\r\n")
+            head, _, rest = (await _read_all(one)).partition(b"\r\n\r\n")
             assert b" 200 OK" in head
-            body = _unchunked(rest)
-            events = events_of(body.decode())
-            assert len(chat_text(events)) == 200_000
-            assert len(events) < 900
+            events = events_of(_unchunked(rest).decode())
+            assert chat_text(events) == "x" * 1500
+            told = [choice["logprobs"] for event in events for choice in event["choices"] if choice["logprobs"]]
+            assert sum(len(logprobs["content"]) for logprobs in told) == 1500
+            assert len(told) < 250  # of 300 steps
 
     asyncio.run(scenario())
 
