@@ -12,7 +12,7 @@ from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.loop import Loop
-from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, Request, TokenDelta
+from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
@@ -254,6 +254,11 @@ class Engine:
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
+            )
+        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+            raise InvalidInputError(
+                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
+                f"give at most {MAX_STOP_IDS}"
             )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")

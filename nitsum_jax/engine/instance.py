@@ -18,7 +18,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.likelihood import read
+from nitsum_jax.engine.packing import STEERING, Packer, StepShape
+from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -39,6 +41,7 @@ class Step:
       settled: whether its results were taken in, or never will be.
       epochs: of the sequences, when it was dispatched.
       tokens: i32[B], when they are read.
+      likelihoods: i32[B, columns], when they are read, if somebody asked for log probabilities.
       error: why it failed.
     """
 
@@ -49,9 +52,23 @@ class Step:
     settled: bool = False
     epochs: list[int] = dataclasses.field(default_factory=list)
     tokens: np.ndarray | None = None
+    likelihoods: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.epochs = [sequence.epoch for sequence in self.sequences]
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether somebody asked for log probabilities of a token of this step."""
+        return any(
+            emits and sequence.request.logprobs is not None
+            for sequence, emits in zip(self.sequences, self.emits, strict=True)
+        )
+
+    def logprob(self, index: int) -> TokenLogprob | None:
+        """How likely the token of a row was, if that was asked for."""
+        top = self.sequences[index].request.logprobs
+        return None if top is None or self.likelihoods is None else read(self.likelihoods[index], top)
 
     @property
     def due(self) -> bool:
@@ -135,7 +152,7 @@ class Instance:
         self._prefilled_last = False
         self._history = self._put_history(np.zeros(program.history_shape, np.int32))
         self._claim_pool()  # late: nothing behind it fails
-        self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
@@ -202,6 +219,8 @@ class Instance:
             sequence = arrival.sequence
             self._seat(sequence)
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
+            if sequence.steering is not None:
+                history[sequence.row, -STEERING:] = sequence.steering
             if sequence.prefilling:
                 self.prefills.append(sequence)
             if sequence.pending:
@@ -325,6 +344,7 @@ class Instance:
             tokens=tokens,
             emit=emit,
             table=sequence.table[:, : sequence.pages],
+            steering=sequence.steering,
         )
 
     def _start(
@@ -340,19 +360,23 @@ class Instance:
         self.outstanding.append(step)
         self.steps += 1
         try:
-            self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
-            tokens.copy_to_host_async()
+            self._array, self._history, *results = executable(self._leaves, self._array, self._history, packer.done())
+            wanted = tuple(results if step.with_logprobs else results[:1])
+            for result in wanted:
+                result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn
             step.error = error
-            self._results.put((step, None))
+            self._results.put((step, ()))
         else:
-            self._results.put((step, tokens))
+            self._results.put((step, wanted))
 
     def _read(self) -> None:
         while (item := self._results.get()) is not None:
-            step, tokens = item
+            step, results = item
             try:
-                step.tokens = None if tokens is None else np.asarray(tokens)
+                if len(results) > 1:
+                    step.likelihoods = np.asarray(results[1])
+                step.tokens = np.asarray(results[0]) if results else None
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error
             self._on_step(self, step)

@@ -332,21 +332,22 @@ class Loop:
     def _accept(self, step: Step, results: np.ndarray) -> None:
         now = time.monotonic()
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        for sequence, emits, epoch, token in zip(step.sequences, step.emits, step.epochs, tokens, strict=True):
+        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
+        for index, (sequence, emits, epoch, token) in enumerate(steps):
             if not emits or epoch != sequence.epoch:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
-            finish = sequence.accept(token)
-            new = sequence.take_undelivered()
+            finish = sequence.accept(token, step.logprob(index))
+            new, logprobs = sequence.take_undelivered()
             self.counters.tokens += len(new)
             if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
                 self._await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
