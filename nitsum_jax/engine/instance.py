@@ -20,6 +20,7 @@ from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.likelihood import read
 from nitsum_jax.engine.packing import STEERING, Packer, StepShape
+from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program
@@ -114,6 +115,7 @@ class Instance:
         executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
         histories: HistoryMover,
+        prefixes: PrefixCache | None,
         on_step: Callable[["Instance", Step], None],
     ):
         """Takes over the pools of its devices.
@@ -127,6 +129,7 @@ class Instance:
           executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
           histories: copies rows of token histories.
+          prefixes: finds and keeps beginnings of prompts, if the cell does that.
           on_step: called on the reader thread with every finished step.
         """
         self.spec = spec
@@ -147,6 +150,7 @@ class Instance:
         self._executables = executables
         self._pool = pool
         self._histories = histories
+        self._prefixes = prefixes
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._prefilled_last = False
@@ -201,6 +205,7 @@ class Instance:
         """Adds a sequence that has yet to be prefilled."""
         self._seat(sequence)
         self.prefills.append(sequence)
+        self._note_shared(sequence)
 
     @property
     def history(self) -> jax.Array:
@@ -257,6 +262,19 @@ class Instance:
         self._seat(arrival.sequence)
         self._history = self._histories.merge(self._history, arrival.history, [(arrival.row, arrival.sequence.row)])
 
+    def note_pages(self, sequence: Sequence) -> None:
+        """Pages of a sequence may have become full: lets others find them."""
+        if self._prefixes is not None and not self.broken and not self.lost:
+            self._prefixes.enter(sequence, self.device_of)
+
+    def _note_shared(self, sequence: Sequence) -> None:
+        """Tokens of shared pages never went through a step of this sequence; penalties must know them all the same."""
+        if sequence.cached and sequence.request.sampling.repetition_penalty != 1:
+            history = np.zeros(self._program.history_shape, np.int32)
+            history[sequence.row, : sequence.cached] = sequence.tokens[: sequence.cached]
+            rows = [(sequence.row, sequence.row)]
+            self._history = self._histories.merge(self._history, self._put_history(history), rows)
+
     def vacate(self, row: int) -> None:
         """Makes a row free whose sequence went elsewhere."""
         self._free_rows.append(row)
@@ -297,6 +315,11 @@ class Instance:
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
     def _dispatch_prefill(self, sequence: Sequence, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+        if self._prefixes is not None:
+            before = sequence.cached
+            self._prefixes.catch_up(sequence, self.device_of)
+            if sequence.cached > before:
+                self._note_shared(sequence)
         left = sequence.target - sequence.cached
         executables = self._executables()
         buckets = sorted(shape for shape in executables if not shape.is_decode)
@@ -312,6 +335,7 @@ class Instance:
             sequence.pending += 1
             self.prefills.remove(sequence)
         self._start(shape, executables[shape], packer, [sequence], [last])
+        self.note_pages(sequence)
         return True
 
     def _dispatch_decode(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:

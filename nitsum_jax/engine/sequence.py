@@ -34,6 +34,8 @@ class Sequence:
       home: the instance it is in, or None.
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
+      keys: of its full pages, as far as somebody asked (see `prefix_index`).
+      entered: pages that are in the prefix index, or were offered to it.
     """
 
     request: Request
@@ -52,6 +54,8 @@ class Sequence:
     home: "Instance | None" = None
     epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    entered: int = 0
 
     def __post_init__(self) -> None:
         request = self.request
@@ -98,7 +102,9 @@ class Sequence:
         """
         if again:
             del self.tokens[self.prompt_len :]
+            self.keys.clear()
         self.cached = 0
+        self.entered = 0
         self.target = len(self.tokens)
 
     def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
