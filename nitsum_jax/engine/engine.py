@@ -187,6 +187,10 @@ class Engine:
             self._cell.executables.want(groups, ASKED_FOR, everything=True)
             self._cell.executables.wait(groups, everything=True)
 
+    def context_limit(self) -> int:
+        """Most tokens that prompt and output of one request may have together, at the layout in force."""
+        return min(self._cell.program.max_model_len, self._pool_tokens())
+
     def stats(self) -> EngineStats:
         """Counters and gauges now."""
         loop = self._running
@@ -247,6 +251,10 @@ class Engine:
             raise UnavailableError("the server is stopping: no layout switch any more")
         return layout
 
+    def _pool_tokens(self) -> int:
+        """Most tokens of one sequence that an instance has blocks for."""
+        return max((i.total_pages() for i in self._running.instances), default=0) * self.config.page_size
+
     def _on_compiled(self) -> None:
         if self._loop is not None:
             self._loop.wake()
@@ -281,13 +289,13 @@ class Engine:
             if wrong is not None:
                 raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
         limit = self._cell.program.max_model_len
+        pool = self._pool_tokens()
         if len(request.prompt_ids) >= limit:
             raise InvalidInputError(
                 f"the prompt has {len(request.prompt_ids)} tokens, and prompt and output together may have {limit}: "
                 "shorten it, or restart with a larger --max_model_len"
             )
         tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
-        pool = max((i.total_pages() for i in self._running.instances), default=0) * self.config.page_size
         if tokens > pool:
             raise PreconditionError(
                 f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 
 _FIRST_RETRY_S = 1.0  # before any request has ended there is nothing to estimate from
 _MIN_RETRY_S = 0.1
@@ -28,12 +28,16 @@ class _Submits(Protocol):
 
 
 class DeltaStream:
-    """The deltas of one request, in order, for one consumer on the event loop."""
+    """The deltas of one request, in order, for one consumer on the event loop.
 
-    def __init__(self) -> None:
+    Several streams may share the event that wakes their consumer; it then calls `take` on each of them.
+    """
+
+    def __init__(self, wake: asyncio.Event | None = None) -> None:
         self._buffer: deque[TokenDelta] = deque()
-        self._wake = asyncio.Event()
+        self._wake = wake or asyncio.Event()
         self.finished = False
+        self.cut = False  # finished without the engine
 
     def put(self, delta: TokenDelta) -> None:
         """Adds a delta; nothing may follow one with a finish reason."""
@@ -45,6 +49,10 @@ class DeltaStream:
         """All deltas that have come since the last call, at least one; waits for it."""
         await self._wake.wait()
         self._wake.clear()
+        return self.take()
+
+    def take(self) -> list[TokenDelta]:
+        """All deltas that have come since the last call, perhaps none."""
         deltas = list(self._buffer)
         self._buffer.clear()
         return deltas
@@ -66,13 +74,18 @@ class Bridge:
             self._loop.call_soon_threadsafe(self._dispatch, tuple(deltas))
 
     @contextlib.contextmanager
-    def stream(self, engine: _Submits, request: Request) -> Iterator[DeltaStream]:
+    def stream(self, engine: _Submits, request: Request, wake: asyncio.Event | None = None) -> Iterator[DeltaStream]:
         """Submits a request and yields its stream; leaving early, for whatever reason, cancels it in the engine.
+
+        Args:
+          engine: that is to run it.
+          request: to be run.
+          wake: set whenever the stream has a delta; one of its own if None.
 
         Raises:
           NitsumError: what `engine.submit` raises.
         """
-        stream = DeltaStream()
+        stream = DeltaStream(wake)
         # Registered first: the engine may have tokens before submit returns.
         self._streams[request.id] = stream
         submitted = False
@@ -82,8 +95,15 @@ class Bridge:
             yield stream
         finally:
             del self._streams[request.id]
-            if submitted and not stream.finished:
+            if submitted and (stream.cut or not stream.finished):
                 engine.cancel(request.id)
+
+    def cut_off(self) -> None:
+        """Ends all streams with CANCELLED: the server stops, whatever the engine still does. On the event loop."""
+        for request_id, stream in self._streams.items():
+            if not stream.finished:
+                stream.cut = True
+                stream.put(TokenDelta(request_id, (), self._clock(), FinishReason.CANCELLED))
 
     @property
     def open_streams(self) -> int:
@@ -100,7 +120,8 @@ class Bridge:
         for delta in deltas:
             ended += delta.finish_reason is not None
             stream = self._streams.get(delta.request_id)
-            if stream is not None:  # else its handler has left; the engine learns of it by cancel
+            # Else its handler has left, and the engine learns of it by cancel; or it was cut off.
+            if stream is not None and not stream.finished:
                 stream.put(delta)
         if ended:
             self._note_ends(ended)

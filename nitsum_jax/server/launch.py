@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS, read_tiers
 from nitsum_jax.engine.request import TokenDelta
@@ -23,6 +23,9 @@ from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.launch_flags import LaunchOptions, read_options
 from nitsum_jax.server.server import GrpcServer, in_thread
 from nitsum_jax.server.status import one_line
+
+if TYPE_CHECKING:
+    from nitsum_jax.server.http.server import HttpServer
 
 _NAME = "nitsum-serve"
 _LOG = logging.getLogger(__name__)
@@ -95,7 +98,7 @@ def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, Serv
         )
 
     served = ServedModel(
-        name=model.name,
+        name=options.served_model_name or model.name,
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
         eos_ids=tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))),
@@ -107,7 +110,10 @@ def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, Serv
 async def _serve(options: LaunchOptions, load: Load) -> int:
     signals = _Signals(asyncio.get_running_loop())
     server = GrpcServer(options.host, options.port)
+    http = _http(options, server)
     await server.start()
+    if http is not None:
+        await http.start()
     cli.out(f"loading {options.model}; {_address(server)} answers health checks meanwhile")
     try:
         bridge = Bridge(asyncio.get_running_loop())
@@ -115,29 +121,48 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         await _first(loading, signals.first)
         if not loading.done():
             cli.err(f"{_NAME}: stopped while starting")
-            await server.stop()
+            await _stop(server, http)
             _leave(cli.EXIT_OK)
         engine, model = await loading
         await server.serve(Backend(engine, model, bridge))
-        _announce(server, engine, model)
+        _announce(server, http, engine, model)
         await signals.first
-        return await _end(server, engine, signals, options.drain_s)
+        return await _end(server, http, engine, signals, options.drain_s)
     finally:
-        await server.stop()
+        await _stop(server, http)
 
 
-async def _end(server: GrpcServer, engine: ServingEngine, signals: "_Signals", drain_s: float) -> int:
+def _http(options: LaunchOptions, server: GrpcServer) -> "HttpServer | None":
+    """The HTTP server beside the gRPC server, if there is to be one."""
+    if options.http_port is None:
+        return None
+    # Here rather than at the top: who serves no HTTP need not wait for its libraries.
+    from nitsum_jax.server.http.app import build_app
+    from nitsum_jax.server.http.server import HttpServer
+
+    return HttpServer(build_app(server.state), options.host, options.http_port)
+
+
+async def _stop(server: GrpcServer, http: "HttpServer | None") -> None:
+    """Ends both front ends; what is alive is told that the server stops."""
+    stopping = [server.stop()] if http is None else [server.stop(), http.stop()]
+    await asyncio.gather(*stopping)
+
+
+async def _end(
+    server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, signals: "_Signals", drain_s: float
+) -> int:
     """From the first signal to the exit status."""
     cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
-        await server.stop()
+        await _stop(server, http)
         cli.err(f"{_NAME}: stopped at once")
         _leave(128 + signals.second.result())
     if not await draining:
         cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
-    await server.stop()
+    await _stop(server, http)
     closing = asyncio.create_task(in_thread(engine.close))
     await _first(closing, signals.second)
     if not closing.done():
@@ -174,8 +199,10 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _announce(server: GrpcServer, engine: ServingEngine, model: ServedModel) -> None:
+def _announce(server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, model: ServedModel) -> None:
     cli.out(engine.memory_report)
+    if http is not None:
+        cli.out(f"OpenAI-compatible HTTP: http://{target(callable_host(http.host), http.port)}/v1")
     where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
+from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 
@@ -47,6 +47,11 @@ class _Live:
     @property
     def blocks(self) -> int:
         return -(-(len(self.request.prompt_ids) + self.request.max_tokens) // PAGE)
+
+
+def fake_logprob(token: int, top: int) -> TokenLogprob:
+    """Of token t: -t / 1000; the most likely tokens are t, t - 1, t - 2 ... down to 0, in this order."""
+    return TokenLogprob(-token / 1000, tuple((other, -other / 1000) for other in range(token, -1, -1)[:top]))
 
 
 class FakeEngine:
@@ -159,6 +164,9 @@ class FakeEngine:
     def ready_layouts(self) -> tuple[str, ...]:
         return ("tp1x4", "tp2x2")
 
+    def context_limit(self) -> int:
+        return min(self._context, self._blocks_total * PAGE)
+
     def stats(self) -> FakeStats:
         with self._lock:
             used = sum(live.blocks for live in self._running)
@@ -255,7 +263,8 @@ class FakeEngine:
                 reason = FinishReason.LENGTH
                 break
         self._counts["tokens_generated"] += len(ids)
-        return TokenDelta(live.request.id, tuple(ids), time.monotonic(), reason)
+        logprobs = () if live.request.logprobs is None else tuple(fake_logprob(i, live.request.logprobs) for i in ids)
+        return TokenDelta(live.request.id, tuple(ids), time.monotonic(), reason, logprobs=logprobs)
 
     def _end(self, live: _Live, reason: FinishReason) -> TokenDelta:
         return TokenDelta(live.request.id, (), time.monotonic(), reason)
