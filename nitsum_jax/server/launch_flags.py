@@ -167,8 +167,8 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_bool(
         "prefix_cache",
         None,
-        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where they are shared "
-        "in whole prefill chunks",
+        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
+        "chunks are shared",
         flag_values=values,
     )
     flags.DEFINE_float(
