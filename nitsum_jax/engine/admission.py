@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.waiting import AdmissionQueue
@@ -82,16 +83,35 @@ class Admission:
                 self.drop(sequence)
                 self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
                 continue
-            guest = None if switching else self._wide.admit(sequence, pages, instances)
+            prefix = None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+            known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
+            guest = None if switching else self._wide.admit(sequence, pages, instances, known)
             if guest is not None:
                 self._counters.wide_prefills += 1
-                self._seat(sequence, guest, pages)
+                self._seat(sequence, guest, pages, prefix, instances)
                 continue
-            fitting = [i for i in instances if i.free_rows and i.free_pages() >= pages]
+            fitting = [i for i in instances if i.free_rows and i.free_pages() >= pages - self._pages_in_use(prefix, i)]
             if not fitting:
                 return
-            instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
-            self._seat(sequence, instance, pages)
+            load = {i: len(i.rows) / i.spec.tp for i in fitting}
+            least = min(load.values())
+            # Pages that lie there already are worth a little more load.
+            instance = min(
+                fitting,
+                key=lambda i: (load[i] >= least + 2, -self._pages_here(prefix, i), load[i], -i.free_pages()),
+            )
+            self._seat(sequence, instance, pages, prefix, instances)
+
+    def _pages_in_use(self, prefix: Prefix | None, instance: Instance) -> int:
+        """Pages of a beginning that cost the instance no free block."""
+        if prefix is None or self._cell.prefixes is None or instance.broken:
+            return 0
+        return self._cell.prefixes.in_use(prefix, instance.device_of)
+
+    def _pages_here(self, prefix: Prefix | None, instance: Instance) -> int:
+        if not prefix or self._cell.prefixes is None or instance.broken:
+            return 0
+        return self._cell.prefixes.here(prefix, instance.device_of)
 
     def make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
@@ -130,9 +150,13 @@ class Admission:
         if not sequence.pending:
             self.await_again(sequence)
 
-    def _seat(self, sequence: Sequence, instance: Instance, pages: int) -> None:
+    def _seat(
+        self, sequence: Sequence, instance: Instance, pages: int, prefix: Prefix | None, instances: Seq[Instance]
+    ) -> None:
         self._take(sequence)
         sequence.start_prefill(again=self._deterministic)
+        if self._cell.prefixes is not None and prefix is not None:
+            self._cell.prefixes.begin(sequence, prefix, instance, instances)
         if not instance.grow(sequence, pages * self._cell.program.pool.page_size):
             raise AssertionError("pages were counted as free and are not")
         sequence.admitted = self._admissions
