@@ -1,4 +1,4 @@
-# make serve            the demo model on localhost:50051; more flags with ARGS="--port=8600 --layout=tp2x2"
+# make serve            the demo model, gRPC on localhost:50051 and HTTP on :8000; flags: ARGS="--port=8600 --layout=tp2x2"
 # make test             the whole suite; a part with ARGS="tests/meshes -k layout"
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
@@ -29,7 +29,7 @@ help:
 	@sed -n '1,7s/^# //p' Makefile
 
 serve: $(RUNTIME)
-	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
+	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,8 +1,9 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
-Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill chunks
-that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody coming or going,
-are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is approximated.
+Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
+chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody
+coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
+approximated.
 
 The simulator drives it with traces, the planner with what it expects.  Pure: its clock is a number.
 """
@@ -11,7 +12,7 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from nitsum_jax.control.cost_model import CostModel
@@ -24,7 +25,10 @@ Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
 
 
 class Recorder(Protocol):
-    """Who is told what happens; see `sim` for one that writes logs."""
+    """Who is told what happens; see `sim` for one that writes logs.
+
+    One with a method `ran(worker, run)` is told of whole rows of steps by it instead of `step` (see `Run.steps`).
+    """
 
     # ruff: noqa: D102
     def step(
@@ -65,6 +69,15 @@ class Run:
         """When all are done."""
         return self.end_of(self.count)
 
+    def spans(self) -> list[Span]:
+        """Its prefill chunks, as long as they are not counted as cached."""
+        return [(tokens, job.cached) for job, tokens in self.chunks]
+
+    def steps(self) -> Iterator[tuple[float, float, int]]:
+        """Start, end and KV tokens of the decoding requests of each step."""
+        for step in range(self.count):
+            yield self.end_of(step), self.end_of(step + 1), self.context + step * self.sequences
+
     def steps_by(self, now_s: float) -> int:
         """How many steps are done by now."""
         low, high = 0, self.count
@@ -86,6 +99,7 @@ class ModelWorker(Worker):
         self.run: Run | None = None
         self.version = 0  # of `run`: events of an older one are void
         self.incoming = 0  # requests whose KV cache is on its way here
+        self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
         self.sending = 0  # and from here
         self.idle_until = 0.0  # a switch copies KV cache
         self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
@@ -142,6 +156,7 @@ class CellModel:
         self.alive: dict[str, Job] = {}
         self.preemptions = 0
         self._recorder = recorder
+        self._ran: Callable[[ModelWorker, Run], None] = getattr(recorder, "ran", self._record)
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
@@ -266,7 +281,7 @@ class CellModel:
         if worker.version != version or worker.run is None:
             return
         run, worker.run = worker.run, None
-        self._record(worker, run)
+        self._ran(worker, run)
         if run.sequences:
             worker.advance(run.count)
             while worker.steps_to_finish() <= 0:
@@ -277,6 +292,11 @@ class CellModel:
             job.cached += tokens
             if job.cached >= job.target:
                 self._prefilled(worker, job)
+        if worker.arrived:
+            for job in worker.arrived:
+                worker.arrive(job)
+                self._enter(worker, job)
+            worker.arrived.clear()
         if self._stranded:
             self._retry_stranded()
         if worker.stopping:
@@ -286,12 +306,10 @@ class CellModel:
 
     def _record(self, worker: ModelWorker, run: Run) -> None:
         if run.chunks:
-            spans = [(tokens, job.cached) for job, tokens in run.chunks]
-            self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, spans)
+            self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, run.spans())
             return
-        for step in range(run.count):
-            context = run.context + step * run.sequences
-            self._recorder.step(worker, run.end_of(step), run.end_of(step + 1), run.sequences, context, ())
+        for start_s, end_s, context in run.steps():
+            self._recorder.step(worker, start_s, end_s, run.sequences, context, ())
 
     def _prefilled(self, worker: ModelWorker, job: Job) -> None:
         job.generated += 1
@@ -358,14 +376,24 @@ class CellModel:
     def _arrive(self, source: ModelWorker, target: ModelWorker, job: Job) -> None:
         source.departed(job)
         source.sending -= 1
+        self._join(target, job)
+        if source.stopping:
+            self._drained()
+        else:
+            self.nudge(source)
+
+    def _join(self, target: ModelWorker, job: Job) -> None:
+        """A request for which pages were reserved has its KV cache here: it decodes from the next step on."""
         target.incoming -= 1
-        target.arrive(job)
-        self._enter(target, job)
-        for worker in (source, target):
-            if worker.stopping:
-                self._drained()
-            else:
-                self.nudge(worker)
+        if target.run is None:
+            target.arrive(job)
+            self._enter(target, job)
+        else:  # the steps under way go without it
+            target.arrived.append(job)
+        if target.stopping:
+            self._drained()
+        else:
+            self.nudge(target)
 
     def _retry_stranded(self) -> None:
         stranded, self._stranded = self._stranded, []

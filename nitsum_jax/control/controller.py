@@ -57,8 +57,7 @@ class ControllerConfig:
     Attributes:
       interval_s: between ticks.
       urgent_s: least time between ticks that an event brings on.
-      urgent_share: share of the requests since the last tick that came when the backlog held one that is late or about to
-        be; more is an event.
+      urgent_share: of the requests since the last tick, the share that may miss its targets; more is an event.
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
     """

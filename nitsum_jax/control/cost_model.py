@@ -38,7 +38,8 @@ class CostModel:
     def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
         """Seconds of one step; 0 if there is nothing to do.
 
-        Where the profile says that decode and prefill do not share a step, work of both kinds takes two steps.
+        Where the profile says that decode and prefill do not share a step, it is the sum of several: one that decodes,
+        and one for each chunk.
 
         Args:
           tp: TP of the instance.
@@ -55,9 +56,12 @@ class CostModel:
             raise self._unknown(tp) from None
         if not chunks:
             return steps.decode_s(sequences, context_tokens) if sequences else 0.0
-        if sequences and not self._mixed:
-            return steps.decode_s(sequences, context_tokens) + steps.mixed_s(0, 0, chunks)
-        return steps.mixed_s(sequences, context_tokens, chunks)
+        if self._mixed:
+            return steps.mixed_s(sequences, context_tokens, chunks)
+        seconds = steps.decode_s(sequences, context_tokens) if sequences else 0.0
+        for chunk in chunks:
+            seconds += steps.mixed_s(0, 0, (chunk,))
+        return seconds
 
     def decode_segment(self, tp: int, sequences: int, context_tokens: int) -> tuple[float, float, int]:
         """The straight piece of step_s, without chunks, that begins at this context.

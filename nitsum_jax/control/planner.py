@@ -1,10 +1,11 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
 Every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one, since load
-that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last seconds
-run through the model of the cell under each of them, from the same start, and what the replay says is blended in.  The
-present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs and more than
-noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed from a log.
+that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last
+seconds run through the model of the cell under each of them, from the same start, and what the replay says is blended
+in.  The present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs
+and more than noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed
+from a log.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 from nitsum_jax.control.candidates import mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, place, shapes_text
+from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, rollout
 from nitsum_jax.control.tiers import Tier
@@ -33,7 +34,6 @@ class PlannerConfig:
       replayed: requests that are replayed at the most.
       replay_weight: weight of the replay against the estimate.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
-      tie: gain in estimate below which a change of tiers alone is not made.
       splits: whether plans with prefill and decode apart are candidates.
     """
 
@@ -77,9 +77,7 @@ class PlanInputs:
     def from_json(values: Mapping[str, Any]) -> "PlanInputs":
         """Reads what `to_json` wrote."""
         plan = CellPlan(
-            tuple(
-                InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"]
-            )
+            tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"])
         )
         loads = tuple(TierLoad(**(load | {"prompts": tuple(load["prompts"])})) for load in values["loads"])
         recent = tuple(Arrival(**arrival) for arrival in values["recent"])
@@ -165,16 +163,15 @@ class Planner:
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
-        devices = inputs.num_devices - len(inputs.lost)
         now = inputs.plan.shapes
         scored = {self._key(now): self._scored(model, now, offered)}
-        for shapes in self._plans(devices, model.tiers, inputs.allowed):
+        for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
             key = self._key(shapes)
             if key not in scored:
                 scored[key] = self._scored(model, shapes, offered)
         present = scored.pop(self._key(now))
         ranked = sorted(scored.values(), key=lambda item: (-item[0], item[1].load, shapes_text(item[2])))
-        finalists = [present, *ranked[: config.finalists]]
+        finalists = [present, *_diverse(ranked, config.finalists)]
         best = ranked[0] if ranked else present
         replays: dict[int, float] = {}
         if ranked and inputs.recent and self._worth(best[0], present[0]):
@@ -183,7 +180,8 @@ class Planner:
                 replays[i] = rollout(
                     self.cost, self.tiers.values(), plan, inputs.recent, inputs.loads, self.resident_tp
                 )
-        candidates, values = [], []
+        candidates: list[Candidate] = []
+        values: list[float] = []
         for i, (score, prediction, shapes) in enumerate(finalists):
             replayed = replays.get(i)
             value = score if replayed is None else score + config.replay_weight * (replayed - score)
@@ -212,13 +210,18 @@ class Planner:
     def _key(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         return tuple(sorted(shapes, key=str))
 
-    def _plans(self, devices: int, tiers: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
-        key = devices, tiers, allowed
+    def _plans(
+        self, num_devices: int, lost: tuple[int, ...], tiers: tuple[str, ...], allowed: tuple[str, ...]
+    ) -> tuple[tuple[Shape, ...], ...]:
+        key = num_devices, lost, tiers, allowed
         found = self._candidates.get(key)
         if found is None:
+            devices = num_devices - len(lost)
             plans = list(mixed_plans(devices, self.tps, tiers))
             if self.config.splits:
                 plans += split_plans(devices, self.tps)
+            if lost:
+                plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
                 plans = [p for p in plans if shapes_text([Shape(s.tp, s.role) for s in p]) in allowed]
             found = self._candidates[key] = tuple(plans)
@@ -233,3 +236,16 @@ class Planner:
         # Where the load as it is does not fit, a larger one says nothing new.
         more = model.predict(shapes, config.headroom).goodput / offered / config.headroom
         return score + config.headroom_weight * (more - score), prediction, shapes
+
+
+def _diverse(
+    ranked: Sequence[tuple[float, Prediction, tuple[Shape, ...]]], count: int
+) -> list[tuple[float, Prediction, tuple[Shape, ...]]]:
+    """The best of every layout, whatever its tiers; the first `count` of them."""
+    chosen: dict[tuple[tuple[int, str], ...], tuple[float, Prediction, tuple[Shape, ...]]] = {}
+    for item in ranked:
+        layout = tuple(sorted((shape.tp, shape.role) for shape in item[2]))
+        chosen.setdefault(layout, item)
+        if len(chosen) == count:
+            break
+    return list(chosen.values())

@@ -69,8 +69,8 @@ class Profile:
       device: the kind of device, in words.
       devices: how many of them the profile speaks of; no TP is larger.
       source: where the figures come from, in words.
-      mixed_steps: whether decode and prefill share one step.  If not, work of both kinds takes two steps one after the
-        other, each with its own overhead.
+      mixed_steps: whether decode and prefill share one step.  If not, decoding and each chunk are steps of their own,
+        one after the other, each with its own overhead.
       page_size: tokens in a KV block.
       kv_bytes_per_token: KV bytes of one token, all heads and layers.
       weight_bytes: bytes of all weights.

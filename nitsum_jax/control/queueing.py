@@ -1,16 +1,19 @@
 """Predicted goodput of a plan under a load, by a queueing estimate: fast enough for hundreds of plans.
 
-**Work is additive.**  An instance of TP t that must give every decoding request a token each `tpot` seconds spends
-`decode(1) / tpot` of its time on reading the weights, whatever its load.  The rest is room.  A request then takes
-`prefill time + output tokens * b` of it, where b is what one more sequence adds to a decode step.  So the load of an
-instance is linear in its requests, and it is full at 1.
+**Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so
+many prompt tokens in such a step; against what it computes with nobody decoding, that is its room (an instance that
+only decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of
+it, where b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is
+full at 1.
 
-**Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one queue:
-an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target; the wait's tail is
-exponential.  Past full load the share that can be served in time is served (the scheduler demotes the others).
+**Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one
+queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  Who would
+come too late is demoted and costs the others nothing, so what is lost follows the formula for customers who leave a
+queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to
+1 - 1/load beyond it.
 
-What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the planner's
-what-if rollouts are for.
+What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
+planner's what-if rollouts are for.
 """
 
 import dataclasses
@@ -85,6 +88,7 @@ class QueueingModel:
         self._resident_tp = resident_tp
         self._margin = tpot_margin
         self._work = {(tp, name): self._work_of(tp, self._loads[name]) for tp in cost.tps for name in self._loads}
+        self._rooms: dict[tuple[int, float, str], tuple[float, float]] = {}
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -117,7 +121,7 @@ class QueueingModel:
         for group in prefills:
             for name, share in self._attained(group).items():
                 parts[name].append((group.rates[name], share))
-        decode_share = {name: 1.0 for name in self._order}
+        decode_share = {name: float(any(name in group.rates for group in decodes)) for name in self._order}
         for group in decodes:
             fit = self._held(group)
             for name, rate in group.rates.items():
@@ -159,18 +163,40 @@ class QueueingModel:
         role = group.shape.role
         if role == PREFILL:
             return work.mean_s / group.count
-        tpot_s = self._tpot_s([*group.rates, name]) * self._margin
-        room = 1 - work.alone_s / tpot_s
-        busy = work.decode_s * self._loads[name].output + (work.mean_s if role != DECODE else 0.0)
+        room, decode_s = self._room(group.shape, self._tpot_s([*group.rates, name]) * self._margin, name)
+        busy = decode_s * self._loads[name].output + (work.mean_s if role != DECODE else 0.0)
         return busy / (group.count * max(room, _LEAST_ROOM / 4))
+
+    def _room(self, shape: Shape, tpot_s: float, name: str) -> tuple[float, float]:
+        """Share of the time left for prompts when one sequence decodes, and seconds that each further one takes."""
+        work = self._work[shape.tp, name]
+        if shape.role == DECODE:
+            return 1 - work.alone_s / tpot_s, work.decode_s
+        key = shape.tp, tpot_s, name
+        found = self._rooms.get(key)
+        if found is None:
+            tokens_s = self._cost.step_s(shape.tp, 0, 0, ((4096, 0),)) / 4096
+
+            def share(batch: int) -> float:
+                context = int(batch * work.context)
+                tokens = self._cost.max_chunk(shape.tp, batch, context, 0, 8192, tpot_s)
+                used = self._cost.step_s(shape.tp, batch, context, ((tokens, 0),)) if tokens == 8192 else tpot_s
+                return min(1.0, tokens * tokens_s / used)
+
+            one, many = share(1), share(_BATCH)
+            found = self._rooms[key] = one, max((one - many) * tpot_s / (_BATCH - 1), work.decode_s / 4)
+        return found
 
     def _spread(self, name: str, groups: Sequence[_Group], scale: float) -> None:
         """Gives a tier's requests to the groups so that these are loaded evenly."""
         rate = self._loads[name].rate * scale
         own = [group for group in groups if not group.shape.tiers or name in group.shape.tiers]
         fit = [group for group in own if group.shape.role == PREFILL or self.can(group.shape.tp, name)]
-        # Nobody can hold its time per token: it goes where it disturbs least, and is not attained.
-        chosen = fit or own or list(groups)
+        if not fit:  # nobody can hold its time per token: it is late from the start, and costs the others nothing
+            return
+        # A trickle of tight requests takes the room of all others in an instance that is barely fast enough for them.
+        tpot_s = self._tiers[name].tpot_ms / 1000 * self._margin
+        chosen = [g for g in fit if g.shape.role == PREFILL or self._room(g.shape, tpot_s, name)[0] >= 0.2] or fit
         units = {id(group): self._unit(group, name) for group in chosen}
         ordered = sorted(chosen, key=lambda group: group.load)
         left, level = rate, ordered[0].load
@@ -194,21 +220,23 @@ class QueueingModel:
 
     def _held(self, group: _Group) -> float:
         """Share of the requests of a decoding group whose time per token holds."""
-        held = min(1.0, 1 / group.load) if group.load > 0 else 1.0
+        # Where prompts are computed too, an overload makes these wait, and no time per token longer.
+        held = min(1.0, 1 / group.load) if group.load > 0 and group.shape.role == DECODE else 1.0
         if not group.rates:
             return held
         tp = group.shape.tp
         total = sum(group.rates.values())
-        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) / group.count
+        admitted = 1 / max(1.0, group.load) / group.count
+        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) * admitted
         context = sum(rate * self._work[tp, name].context for name, rate in group.rates.items()) / total
         alone = max(self._work[tp, name].alone_s for name in group.rates)
         marginal = sum(rate * self._work[tp, name].decode_s for name, rate in group.rates.items()) / total
         room = 1.0
         if group.shape.role != DECODE:
-            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) / group.count
+            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) * admitted
         speed = max(1e-9, room - marginal * tokens) / alone  # decode steps a second
-        batch = tokens / speed
         tpot_s = self._tpot_s(list(group.rates)) * self._margin
+        batch = tokens * min(1 / speed, tpot_s)
         most = (tpot_s - alone) / marginal if marginal > 0 else math.inf
         capacity = self._cost.kv_capacity_tokens(tp, self._resident_tp)
         most = min(most, capacity / max(1.0, context))
@@ -225,33 +253,38 @@ class QueueingModel:
         tp, count = group.shape.tp, group.count
         held = self._held(group) if group.shape.role != PREFILL else 1.0
         tpot_s = self._tpot_s(list(group.rates)) * self._margin
-        decode = 0.0
+        speed = 1.0  # what decodes leave of the time
         if group.shape.role != PREFILL:
+            rooms = {name: self._room(group.shape, tpot_s, name) for name in group.rates}
             total = sum(group.rates.values())
-            alone = sum(rate * self._work[tp, name].alone_s for name, rate in group.rates.items()) / total
-            tokens = sum(r * self._loads[n].output * self._work[tp, n].decode_s for n, r in group.rates.items())
-            decode = alone / tpot_s + tokens / count
-        speed = max(_LEAST_ROOM, 1 - decode)  # what decodes leave of the time
+            room = sum(rate * rooms[name][0] for name, rate in group.rates.items()) / total
+            taken = sum(rate * self._loads[name].output * rooms[name][1] for name, rate in group.rates.items())
+            # Beyond full load only so many are admitted, and decode.
+            speed = max(_LEAST_ROOM, room - taken / count / max(1.0, group.load))
         shares: dict[str, float] = {}
-        before = 0.0
-        busy = moment = 0.0
+        before = busy = moment = 0.0
         for name in sorted(group.rates, key=lambda name: self._tiers[name].ttft_ms):
             work, rate = self._work[tp, name], group.rates[name] / count
             busy += rate * work.mean_s / speed
             moment += rate * work.square_s / speed**2
-            if not self.can(tp, name) and group.shape.role != PREFILL:
-                shares[name] = 0.0
-                continue
-            ttft_s = self._tiers[name].ttft_ms / 1000
-            bursty = (1 + self._loads[name].dispersion) / 2
-            served = 1.0 if busy < 1 else max(0.0, (1 - before) / max(1e-9, busy - before))
-            used = min(busy, 0.98)
-            waits = used ** (math.sqrt(2 * (count + 1)) - 1)
-            mean_s = moment / (2 * max(used, 1e-9)) * bursty / (count * max(0.02, (1 - used) * (1 - min(before, 0.98))))
+            free = max(0.02, 1 - before)  # of the time, when those with less patience have been served
+            scale_s = moment / (2 * busy) * (1 + self._loads[name].dispersion) / 2 / count / free
             met = 0.0
             for seconds in work.prefill_s:
-                left_s = ttft_s * 0.97 - seconds / speed
-                met += 0.0 if left_s < 0 else 1 - waits * math.exp(-left_s / max(mean_s, 1e-9))
-            shares[name] = served * held * met / len(work.prefill_s)
-            before = busy
+                left_s = self._tiers[name].ttft_ms / 1000 * 0.97 - seconds / speed
+                met += 0.0 if left_s < 0 else 1 - _lost((busy - before) / free, left_s / scale_s, count)
+            shares[name] = held * met / len(work.prefill_s)
+            before = min(busy, 1.0)
         return shares
+
+
+def _lost(load: float, patience: float, servers: int) -> float:
+    """Share of customers who leave a queue because their wait would exceed `patience` (in mean residual services)."""
+    if abs(load - 1) < 1e-4:
+        load = 1 + 1e-4
+    waits = load ** (math.sqrt(2 * (servers + 1)) - 1) if load < 1 else load
+    exponent = -patience * (1 - load)
+    if exponent > 500:
+        return 1 - 1 / load
+    tail = waits * math.exp(exponent)
+    return min(1.0, max(0.0, (1 - load) * tail / (1 - load * tail)))

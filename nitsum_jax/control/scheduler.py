@@ -2,12 +2,13 @@
 
 Earliest deadline first over slack, with three rules on top:
 
-- **Routing.** An instance takes a request only if it is predicted to meet both targets there, and if the targets of those
-  that are there already still hold with it.  Tiers that the plan keeps an instance for go first; others may use what is
-  left of it once they have waited a share of their time.
-- **Token deadlines.** TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take as
-  long as the least time that is left to any decoding request; prefill chunks are cut to fit.  What a batch gains by being
-  faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is fixed).
+- **Routing.** An instance takes a request only if it is predicted to meet both targets there, and if the targets of
+  those that are there already still hold with it.  Tiers that the plan keeps an instance for go first; others may use
+  what is left of it once they have waited a share of their time.
+- **Token deadlines.** TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take
+  as long as the least time that is left to any decoding request; prefill chunks are cut to fit.  What a batch gains
+  by being faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is
+  fixed).
 - **Demotion.** Who can no longer meet its targets is late: it goes on, behind all others, and costs none of them a
   deadline.  Late ones that have waited `patience_s` get every `aging_every`-th turn, so nobody starves.
 
@@ -151,7 +152,9 @@ class Scheduler:
             return True
         if self.config.order == "fcfs":
             return False
-        return len(worker.prefills) < 4 and all(other.late or _urgency(job) < _urgency(other) for other in worker.prefills)
+        return len(worker.prefills) < 4 and all(
+            other.late or _urgency(job) < _urgency(other) for other in worker.prefills
+        )
 
     def _fits(self, worker: Worker, job: Job) -> bool:
         need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())
@@ -190,7 +193,9 @@ class Scheduler:
                 return None
             decode_share = load if worker.decoding else 0.0
         rank = _urgency(job)
-        ahead = sum(other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank)
+        ahead = sum(
+            other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
+        )
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
         if job.first_token_s is None:
             left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000

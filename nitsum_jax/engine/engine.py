@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
+from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
-from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
@@ -40,6 +41,9 @@ class EngineStats:
       weight_bytes_moved: copied between devices.
       weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
+      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
+      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
+      prefix_hit_tokens: of these, tokens that it had.
     """
 
     waiting: int
@@ -56,6 +60,9 @@ class EngineStats:
     weight_bytes_moved: int = 0
     weight_bytes_freed: int = 0
     wide_prefills: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine:
@@ -181,12 +188,16 @@ class Engine:
             self._cell.executables.want(groups, ASKED_FOR, everything=True)
             self._cell.executables.wait(groups, everything=True)
 
+    def context_limit(self) -> int:
+        """Most tokens that prompt and output of one request may have together, at the layout in force."""
+        return min(self._cell.program.max_model_len, self._pool_tokens())
+
     def stats(self) -> EngineStats:
         """Counters and gauges now."""
         loop = self._running
         with loop.lock:
             waiting, alive = len(self._waiting), len(loop.alive)
-        weights = self._cell.bank.counters
+        weights, prefixes = self._cell.bank.counters, self._cell.prefixes
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
@@ -202,7 +213,14 @@ class Engine:
             weight_bytes_moved=weights.bytes_moved,
             weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
+            blocks_cached=self._cell.pool.idle,
+            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
         )
+
+    def loads(self) -> tuple[InstanceLoad, ...]:
+        """How busy each instance is now."""
+        return instance_loads(tuple(self._running.instances), self._cell.pool)
 
     def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those alive; returns whether all ended in time."""
@@ -238,6 +256,10 @@ class Engine:
             raise UnavailableError("the server is stopping: no layout switch any more")
         return layout
 
+    def _pool_tokens(self) -> int:
+        """Most tokens of one sequence that an instance has blocks for."""
+        return max((i.total_pages() for i in self._running.instances), default=0) * self.config.page_size
+
     def _on_compiled(self) -> None:
         if self._loop is not None:
             self._loop.wake()
@@ -251,18 +273,34 @@ class Engine:
         if request.max_tokens < 1:
             raise InvalidInputError(f"max_tokens={request.max_tokens} does not do: give at least 1")
         vocab = self.model_config.vocab_size
-        for name, ids in (("prompt", request.prompt_ids), ("stop_token_ids", request.stop_token_ids)):
+        if not 0 <= request.min_tokens <= request.max_tokens:
+            raise InvalidInputError(
+                f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
+            )
+        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+            raise InvalidInputError(
+                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
+                f"give at most {MAX_STOP_IDS}"
+            )
+        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
+        biased = [token for token, _ in request.sampling.logit_bias]
+        for name, ids in (
+            ("prompt", request.prompt_ids),
+            ("stop_token_ids", request.stop_token_ids),
+            ("logit_bias", biased),
+        ):
             wrong = next((token for token in ids if not 0 <= token < vocab), None)
             if wrong is not None:
                 raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
         limit = self._cell.program.max_model_len
+        pool = self._pool_tokens()
         if len(request.prompt_ids) >= limit:
             raise InvalidInputError(
                 f"the prompt has {len(request.prompt_ids)} tokens, and prompt and output together may have {limit}: "
                 "shorten it, or restart with a larger --max_model_len"
             )
         tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
-        pool = max((i.total_pages() for i in self._running.instances), default=0) * self.config.page_size
         if tokens > pool:
             raise PreconditionError(
                 f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "

@@ -6,6 +6,9 @@ import enum
 from nitsum_jax.errors import InvalidInputError
 
 MAX_SEED = 2**32 - 1
+MAX_LOGIT_BIAS = 300  # entries of one request
+MAX_STOP_IDS = 128  # of one request with min_tokens
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,6 +24,7 @@ class SamplingParams:
       presence_penalty: taken once from the logit of every token already in the output; 0 is off.
       frequency_penalty: taken per occurrence in the output; 0 is off.
       seed: with the position it is the whole random key; None lets the engine draw one per request.
+      logit_bias: (token id, what is added to its logit, -100 to 100) pairs, each id once; -100 forbids a token.
     """
 
     temperature: float = 0.0
@@ -31,6 +35,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def validate(self) -> None:
         """Raises InvalidInputError, naming the field and its range, if a value is out of range (NaN included)."""
@@ -43,6 +48,16 @@ class SamplingParams:
         _require(-100 <= self.frequency_penalty <= 100, "frequency_penalty", self.frequency_penalty, "-100 to 100")
         if self.seed is not None:
             _require(0 <= self.seed <= MAX_SEED, "seed", self.seed, f"0 to {MAX_SEED}")
+        _require(
+            len(self.logit_bias) <= MAX_LOGIT_BIAS,
+            "entries of logit_bias",
+            len(self.logit_bias),
+            f"at most {MAX_LOGIT_BIAS}",
+        )
+        for token, bias in self.logit_bias:
+            _require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "-100 to 100")
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidInputError("logit_bias names a token twice: give each token id once")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +72,9 @@ class Request:
       stop_token_ids: generation ends with any of these (the end-of-sequence ids of the model go here too).
       tier: name of the latency tier.
       deadline_s: give up at this time on the engine's monotonic clock (time.monotonic); None never gives up.
+      min_tokens: before so many new tokens no stop token can be chosen; 0 is off.
+      logprobs: whether every delta says how likely its tokens were: None says nothing, otherwise the log probability
+        of each token and that many of the most likely ones at its place, 0 to 20.
     """
 
     id: str
@@ -66,6 +84,8 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     tier: str = "standard"
     deadline_s: float | None = None
+    min_tokens: int = 0
+    logprobs: int | None = None
 
 
 class FinishReason(enum.StrEnum):
@@ -79,6 +99,22 @@ class FinishReason(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was, by the model's own distribution: natural logarithms of the softmax of the bare logits.
+
+    Temperature, penalties, bias and the filters of sampling do not enter, so a token may have been chosen that was not
+    the most likely one.
+
+    Attributes:
+      logprob: of the token that was chosen.
+      top: (token id, log probability) of the most likely tokens, as many as were asked for, the most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenDelta:
     """New tokens of one request, in order; the last delta of a request carries finish_reason.
 
@@ -88,6 +124,7 @@ class TokenDelta:
       time_s: when the engine had them (time.monotonic).
       finish_reason: None while more is to come.
       error: one line for the user when finish_reason is ERROR.
+      logprobs: one for each of token_ids if the request asked for them, else empty.
     """
 
     request_id: str
@@ -95,6 +132,7 @@ class TokenDelta:
     time_s: float
     finish_reason: FinishReason | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -167,6 +167,16 @@ class Tokenizer:
         stream = self.stream(skip_special)
         return stream.push(ids) + stream.flush()
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token says, as UTF-8: a part of a character where that is spread over several tokens.
+
+        Raises:
+          InvalidInputError: the id is negative or does not fit 32 bits.
+        """
+        if self._pieces is None:
+            return self._inner.decode([_checked(token_id)], skip_special_tokens=False).encode()
+        return self._pieces(_checked(token_id))
+
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         """A decoder for ids as they come; see StreamDecoder."""
         if self._pieces is None:

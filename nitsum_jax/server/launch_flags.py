@@ -7,11 +7,12 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.server import ops_flags
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
 
-USAGE = """nitsum-serve serves a language model over gRPC and can change its tensor parallelism while it streams.
+USAGE = """nitsum-serve serves a language model over gRPC and HTTP, and changes its tensor parallelism while it streams.
 
   nitsum-serve --model=smollm2-135m --devices=4 --layout=tp2+tp1x2
 
@@ -26,11 +27,14 @@ class LaunchOptions:
     model: str
     host: str
     port: int
+    http_port: int | None
+    served_model_name: str | None
     cache_dir: str | None
     drain_s: float
     log_level: str
     tiers: str | None
     engine: dict[str, Any]
+    ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -44,14 +48,19 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
     parse(values, argv, USAGE)
     if not values.model:
         raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
+    if values.served_model_name == "":
+        raise InvalidInputError("--served_model_name is empty: name the model, or leave the flag out")
     return LaunchOptions(
         model=values.model,
         host=values.host,
         port=values.port,
+        http_port=values.http_port,
+        served_model_name=values.served_model_name,
         cache_dir=values.cache_dir,
         drain_s=values.drain_seconds,
         log_level=values.log_level,
         tiers=values.tiers,
+        ops=ops_flags.read(values),
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -67,6 +76,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "residency": values.residency,
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
+            "prefix_cache": values.prefix_cache,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -93,11 +103,20 @@ def _define() -> flags.FlagValues:
         "name of a known model, a GGUF file, a Hugging Face folder or an Orbax checkpoint of ours",
     )
     text(
-        "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in, and nothing here asks who they are"
+        "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in: use --api_keys and --tls_cert then"
     )
     flags.DEFINE_integer(
-        "port", DEFAULT_PORT, "port to listen on; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", DEFAULT_PORT, "port of gRPC; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
     )
+    flags.DEFINE_integer(
+        "http_port",
+        None,
+        "port of the OpenAI-compatible HTTP API, on the same host; 0: a free one; no HTTP if not given",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
+    text("served_model_name", None, "what clients call the model; the name that --model gives it if not given")
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
     text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
     text(
@@ -148,6 +167,13 @@ def _define() -> flags.FlagValues:
         "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "prefix_cache",
+        None,
+        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
+        "chunks are shared",
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "kv_cache_gib",
         None,
@@ -183,4 +209,5 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_enum(
         "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
     )
+    ops_flags.define(values)
     return values

@@ -6,18 +6,18 @@ from typing import Any
 
 from grpc.aio import ServicerContext
 
-from nitsum_jax.engine.request import FinishReason, TokenDelta
+from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, UnavailableError
-from nitsum_jax.server.backend import Backend, ServerState
+from nitsum_jax.server.backend import ServerState
 from nitsum_jax.server.bridge import DeltaStream
-from nitsum_jax.server.output import OutputText, OutputTimes
-from nitsum_jax.server.prompts import GenerateCall, prompt_size, read_call
+from nitsum_jax.server.calls import Call, check, encode, make_call
+from nitsum_jax.server.output import End, Output, ToldToken
+from nitsum_jax.server.prompts import read_prompt, read_wanted
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from nitsum_jax.server.status import DeadlineError, GenerationError, reported
+from nitsum_jax.server.status import reported
 
 SERVICE_NAME = nitsum_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
-_LONG_PROMPT_CHARS = 4096  # about a millisecond of tokenizing; longer ones must not hold up the other streams
 _REASONS = {
     FinishReason.STOP: nitsum_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: nitsum_pb2.FINISH_REASON_LENGTH,
@@ -39,15 +39,16 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             backend = self._state.admitting()
             remaining_s: float | None = context.time_remaining()
             deadline_s = None if remaining_s is None else arrival_s + remaining_s
-            if prompt_size(message) > _LONG_PROMPT_CHARS:
-                call = await asyncio.to_thread(read_call, message, backend.model, backend.engine.tier_names, deadline_s)
-                backend = self._state.admitting()
-            else:
-                call = read_call(message, backend.model, backend.engine.tier_names, deadline_s)
+            wanted = read_wanted(message, deadline_s)
+            check(wanted, backend.model.vocab_size)
+            (ids,) = await encode([read_prompt(message)], backend.model)
+            backend = self._state.admitting()  # it may have begun to drain meanwhile
+            call = make_call(wanted, ids, backend.model, backend.engine.tier_names)
             queued_before = backend.engine.stats().waiting
-            with backend.bridge.stream(backend.engine, call.request) as stream:
-                await context.write(_started(call, queued_before))
-                await _relay(call, stream, backend, arrival_s, context)
+            with backend.bridge.stream(backend.engine, call.request, arrival_s=arrival_s) as stream:
+                await context.write(_started(call, message.return_prompt_ids, queued_before))
+                output = Output(call, backend.model.tokenizer.stream(), backend.engine.cancel, arrival_s)
+                await _relay(output, stream, call, context)
 
     async def GetLayout(
         self, message: nitsum_pb2.GetLayoutRequest, context: ServicerContext
@@ -105,62 +106,39 @@ def _look_at(future: "asyncio.Future[Any]") -> None:
         future.exception()
 
 
-async def _relay(
-    call: GenerateCall, stream: DeltaStream, backend: Backend, arrival_s: float, context: ServicerContext
-) -> None:
+async def _relay(output: Output, stream: DeltaStream, call: Call, context: ServicerContext) -> None:
     """Writes deltas until the request ends, then the final message."""
-    output = OutputText(backend.model.tokenizer.stream(), call.stops)
-    times = OutputTimes(arrival_s)
-    reason: FinishReason | None = None
-    while reason is None:
-        ids: list[int] = []
-        text = ""
+    end: End | None = None
+    while end is None:
         # A client that reads slowly gets fewer, larger messages.
-        for delta in await stream.next():
-            taken, piece = output.push(delta.token_ids)
-            times.add(len(taken), delta.time_s)
-            ids += taken
-            text += piece
-            if output.stopped_by is not None:
-                reason = FinishReason.STOP
-                backend.engine.cancel(call.request.id)  # now, not when the client has read the rest
-                break
-            reason = _checked(delta)
-        if reason is not None and output.stopped_by is None:
-            text += output.finish()
-            reason = FinishReason.STOP if output.stopped_by is not None else reason
-        if ids or text:
-            await context.write(nitsum_pb2.GenerateResponse(delta=nitsum_pb2.TokenDelta(text=text, token_ids=ids)))
+        piece = output.take(await stream.next())
+        end = piece.end
+        if piece.ids or piece.text or piece.told:
+            logprobs = [_logprob(told) for told in piece.told]
+            delta = nitsum_pb2.TokenDelta(text=piece.text, token_ids=piece.ids, logprobs=logprobs)
+            await context.write(nitsum_pb2.GenerateResponse(delta=delta))
     finished = nitsum_pb2.Finished(
-        finish_reason=_REASONS[reason],
-        usage=nitsum_pb2.Usage(prompt_tokens=len(call.request.prompt_ids), output_tokens=times.tokens),
-        ttft_ms=times.ttft_ms,
-        tpot_ms=times.tpot_ms,
-        stop=output.stopped_by,
+        finish_reason=_REASONS[end.reason],
+        usage=nitsum_pb2.Usage(prompt_tokens=len(call.request.prompt_ids), output_tokens=output.times.tokens),
+        ttft_ms=output.times.ttft_ms,
+        tpot_ms=output.times.tpot_ms,
+        stop=end.stop,
     )
     await context.write(nitsum_pb2.GenerateResponse(finished=finished))
 
 
-def _started(call: GenerateCall, queued_before: int) -> nitsum_pb2.GenerateResponse:
+def _logprob(told: ToldToken) -> nitsum_pb2.TokenLogprob:
+    top = [nitsum_pb2.LikelyToken(token_id=token, logprob=value) for token, value in told.logprob.top]
+    return nitsum_pb2.TokenLogprob(token_id=told.id, logprob=told.logprob.logprob, top=top)
+
+
+def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_pb2.GenerateResponse:
     started = nitsum_pb2.Started(
         request_id=call.request.id,
         prompt_tokens=len(call.request.prompt_ids),
-        prompt_ids=call.request.prompt_ids if call.return_prompt_ids else (),
+        prompt_ids=call.request.prompt_ids if return_prompt_ids else (),
         queued_before=queued_before,
         tier=call.request.tier,
         seed=call.request.sampling.seed,
     )
     return nitsum_pb2.GenerateResponse(started=started)
-
-
-def _checked(delta: TokenDelta) -> FinishReason | None:
-    """The finish reason of a delta, if it is one that a client asked for; the others end the call with an error."""
-    match delta.finish_reason:
-        case FinishReason.DEADLINE:
-            raise DeadlineError("the deadline of the call passed before the output was complete")
-        case FinishReason.CANCELLED:  # a cancelled handler is not here any more, so it was not the client
-            raise UnavailableError("the server stopped before the output was complete: send the request again")
-        case FinishReason.ERROR:
-            raise GenerationError(delta.error or "the engine failed on this request")
-        case reason:
-            return reason

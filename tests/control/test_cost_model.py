@@ -63,8 +63,9 @@ def by_scipy(profile: Profile, sequences: int, context: int, chunks: list[tuple[
         grid = RegularGridInterpolator((table.rows, table.columns), table.seconds, bounds_error=False, fill_value=None)
         return float(grid([[y, x]])[0])
 
-    if sequences and chunks and not profile.mixed_steps:
-        return by_scipy(profile, sequences, context, []) + by_scipy(profile, 0, 0, chunks)
+    if chunks and not profile.mixed_steps and (sequences or len(chunks) > 1):
+        decode = by_scipy(profile, sequences, context, [])
+        return decode + sum(by_scipy(profile, 0, 0, [chunk]) for chunk in chunks)
     total = sequences + sum(new for new, _ in chunks)
     if not total:
         return 0.0

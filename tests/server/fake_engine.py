@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
+from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 
@@ -26,6 +26,15 @@ class FakeReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class FakeLoad:
+    devices: tuple[int, ...]
+    tp: int
+    role: str
+    running: int
+    kv_use: float
+
+
+@dataclasses.dataclass(frozen=True)
 class FakeStats:
     waiting: int
     running: int
@@ -36,6 +45,9 @@ class FakeStats:
     steps: int
     switches: int
     compiles: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 @dataclasses.dataclass
@@ -47,6 +59,11 @@ class _Live:
     @property
     def blocks(self) -> int:
         return -(-(len(self.request.prompt_ids) + self.request.max_tokens) // PAGE)
+
+
+def fake_logprob(token: int, top: int) -> TokenLogprob:
+    """Of token t: -t / 1000; the most likely tokens are t, t - 1, t - 2 ... down to 0, in this order."""
+    return TokenLogprob(-token / 1000, tuple((other, -other / 1000) for other in range(token, -1, -1)[:top]))
 
 
 class FakeEngine:
@@ -68,6 +85,7 @@ class FakeEngine:
         context: int = 2048,
         vocab_size: int = 257,
         blocks_total: int = 100_000,
+        admitted: Callable[[str, float], None] | None = None,
     ) -> None:
         self._sink = sink
         self._script = script
@@ -78,6 +96,7 @@ class FakeEngine:
         self._context = context
         self._vocab_size = vocab_size
         self._blocks_total = blocks_total
+        self._admitted = admitted
         self._lock = threading.Condition()
         self._waiting: list[_Live] = []
         self._running: list[_Live] = []
@@ -159,6 +178,9 @@ class FakeEngine:
     def ready_layouts(self) -> tuple[str, ...]:
         return ("tp1x4", "tp2x2")
 
+    def context_limit(self) -> int:
+        return min(self._context, self._blocks_total * PAGE)
+
     def stats(self) -> FakeStats:
         with self._lock:
             used = sum(live.blocks for live in self._running)
@@ -170,6 +192,15 @@ class FakeEngine:
                 blocks_total=self._blocks_total,
                 **self._counts,
             )
+
+    def loads(self) -> tuple[FakeLoad, ...]:
+        stats = self.stats()
+        use = 1 - stats.blocks_free / stats.blocks_total
+        with self._lock:
+            specs = self._layout.instances
+        return tuple(
+            FakeLoad(spec.devices, spec.tp, str(spec.role), stats.running // len(specs), use) for spec in specs
+        )
 
     def drain(self, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
@@ -232,6 +263,8 @@ class FakeEngine:
         deltas = self._reap()
         while self._waiting and len(self._running) < self._max_batch:
             self._running.append(self._waiting.pop(0))
+            if self._admitted is not None:
+                self._admitted(self._running[-1].request.id, time.monotonic())
         self._counts["steps"] += 1
         for live in list(self._running):
             deltas.append(self._advance(live))
@@ -255,7 +288,8 @@ class FakeEngine:
                 reason = FinishReason.LENGTH
                 break
         self._counts["tokens_generated"] += len(ids)
-        return TokenDelta(live.request.id, tuple(ids), time.monotonic(), reason)
+        logprobs = () if live.request.logprobs is None else tuple(fake_logprob(i, live.request.logprobs) for i in ids)
+        return TokenDelta(live.request.id, tuple(ids), time.monotonic(), reason, logprobs=logprobs)
 
     def _end(self, live: _Live, reason: FinishReason) -> TokenDelta:
         return TokenDelta(live.request.id, (), time.monotonic(), reason)

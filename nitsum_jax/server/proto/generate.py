@@ -1,4 +1,4 @@
-"""Regenerates the protobuf and gRPC modules beside nitsum.proto: `python -m nitsum_jax.server.proto.generate`.
+"""Regenerates the protobuf and gRPC modules beside the .proto files: `python -m nitsum_jax.server.proto.generate`.
 
 The output is committed, so that installing the package needs no compiler; a test holds it up to date.
 """
@@ -10,17 +10,17 @@ from grpc_tools import protoc
 
 PROTO_DIR = Path(__file__).resolve().parent
 PACKAGE_ROOT = PROTO_DIR.parents[2]
-PROTO = PROTO_DIR / "nitsum.proto"
+PROTOS = ("nitsum", "jetstream", "admin")
 
 
 def generate(out_root: Path) -> None:
-    """Writes the generated modules under `out_root`, at the path that the proto file has under the package root.
+    """Writes the generated modules under `out_root`, at the paths that the proto files have under the package root.
 
     Args:
       out_root: folder that stands for the package root.
 
     Raises:
-      RuntimeError: protoc refused the file (it has printed why).
+      RuntimeError: protoc refused a file (it has printed why).
     """
     # The include path is the package root: imports in the generated code then are absolute.
     arguments = [
@@ -29,14 +29,15 @@ def generate(out_root: Path) -> None:
         f"--pyi_out={out_root}",
         f"--grpc_python_out={out_root}",
     ]
-    if protoc.main(["protoc", *arguments, str(PROTO)]) != 0:
-        raise RuntimeError(f"protoc failed on {PROTO.name}")
+    for name in PROTOS:
+        if protoc.main(["protoc", *arguments, str(PROTO_DIR / f"{name}.proto")]) != 0:
+            raise RuntimeError(f"protoc failed on {name}.proto")
 
 
 def generated_paths() -> list[Path]:
     """The generated files, relative to the package root."""
     folder = PROTO_DIR.relative_to(PACKAGE_ROOT)
-    return [folder / name for name in ("nitsum_pb2.py", "nitsum_pb2.pyi", "nitsum_pb2_grpc.py")]
+    return [folder / f"{name}_{kind}" for name in PROTOS for kind in ("pb2.py", "pb2.pyi", "pb2_grpc.py")]
 
 
 if __name__ == "__main__":
