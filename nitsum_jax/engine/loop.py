@@ -23,6 +23,7 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
 from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
 from nitsum_jax.engine.sequence import Sequence
@@ -237,20 +238,43 @@ class Loop:
                 self._drop_from_queue(sequence)
                 self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
                 continue
-            guest = None if self._switches else self._wide.admit(sequence, pages, self.instances)
+            prefix = None if self.cell.prefixes is None else self.cell.prefixes.find(sequence)
+            known = 0 if prefix is None else len(prefix) * self.cell.program.pool.page_size
+            guest = None if self._switches else self._wide.admit(sequence, pages, self.instances, known)
             if guest is not None:
                 self.counters.wide_prefills += 1
-                self._seat(sequence, guest, pages)
+                self._seat(sequence, guest, pages, prefix)
                 continue
-            fitting = [i for i in self.instances if i.free_rows and i.free_pages() >= pages]
+            fitting = [
+                i for i in self.instances if i.free_rows and i.free_pages() >= pages - self._pages_in_use(prefix, i)
+            ]
             if not fitting:
                 return
-            instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
-            self._seat(sequence, instance, pages)
+            load = {i: len(i.rows) / i.spec.tp for i in fitting}
+            least = min(load.values())
+            # Pages that lie there already are worth a little more load.
+            instance = min(
+                fitting,
+                key=lambda i: (load[i] >= least + 2, -self._pages_here(prefix, i), load[i], -i.free_pages()),
+            )
+            self._seat(sequence, instance, pages, prefix)
 
-    def _seat(self, sequence: Sequence, instance: Instance, pages: int) -> None:
+    def _pages_in_use(self, prefix: Prefix | None, instance: Instance) -> int:
+        """Pages of a beginning that cost the instance no free block."""
+        if prefix is None or self.cell.prefixes is None or instance.broken:
+            return 0
+        return self.cell.prefixes.in_use(prefix, instance.device_of)
+
+    def _pages_here(self, prefix: Prefix | None, instance: Instance) -> int:
+        if not prefix or self.cell.prefixes is None or instance.broken:
+            return 0
+        return self.cell.prefixes.here(prefix, instance.device_of)
+
+    def _seat(self, sequence: Sequence, instance: Instance, pages: int, prefix: Prefix | None) -> None:
         self._admit_from_queue(sequence)
         sequence.start_prefill(again=self._deterministic)
+        if self.cell.prefixes is not None and prefix is not None:
+            self.cell.prefixes.begin(sequence, prefix, instance, self.instances)
         if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
             raise AssertionError("pages were counted as free and are not")
         sequence.admitted = self._admissions
@@ -332,21 +356,24 @@ class Loop:
     def _accept(self, step: Step, results: np.ndarray) -> None:
         now = time.monotonic()
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        for sequence, emits, epoch, token in zip(step.sequences, step.emits, step.epochs, tokens, strict=True):
+        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
+        for index, (sequence, emits, epoch, token) in enumerate(steps):
             if not emits or epoch != sequence.epoch:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
-            finish = sequence.accept(token)
-            new = sequence.take_undelivered()
+            finish = sequence.accept(token, step.logprob(index))
+            if sequence.home is not None:
+                sequence.home.note_pages(sequence)
+            new, logprobs = sequence.take_undelivered()
             self.counters.tokens += len(new)
             if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
                 self._await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
@@ -357,6 +384,8 @@ class Loop:
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
+            if self.cell.prefixes is not None:
+                self.cell.prefixes.forget(instance.order)
         for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
             if epoch != sequence.epoch:
                 continue
@@ -471,6 +500,8 @@ class Loop:
             self.instances.remove(instance)
             for other in set(instance.order) - self.cell.lost:
                 self.cell.pool.reset(other)  # its array went along with the step in flight
+        if self.cell.prefixes is not None:
+            self.cell.prefixes.forget([device])
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
         used = self.cell.lost.union(*(instance.order for instance in self.instances))
         if self.cell.vmap.min_tp == 1:  # the others of its group go on alone

@@ -116,10 +116,13 @@ class PreCopy:
             if any(pool.allocators[b].free < len(moved) for _, _, b in moved):
                 return
             for vshard, source, target in moved:
-                (new,) = pool.allocators[target].take(1)
-                ahead.table[vshard, ahead.pages] = new
-                pair = (int(sequence.table[vshard, ahead.pages]), int(new))
-                blocks.setdefault((source, target), []).append(pair)
+                old = sequence.table[vshard, ahead.pages : ahead.pages + 1]
+                new = pool.reuse(vshard, source, old, target)
+                if new[0] < 0:
+                    new = pool.allocators[target].take(1)
+                    pool.copied(vshard, source, old, target, new)
+                    blocks.setdefault((source, target), []).append((int(old[0]), int(new[0])))
+                ahead.table[vshard, ahead.pages] = new[0]
             ahead.pages += 1
 
     def _release(self, plans: Iterable[_Plan]) -> None:
