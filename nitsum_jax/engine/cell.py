@@ -9,16 +9,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.config import EngineConfig, resolve_dtype
+from nitsum_jax.engine.config import EngineConfig, prefix_granule, resolve_dtype
 from nitsum_jax.engine.executables import FIRST, Executables, Group
 from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.residency import choose_residency
 from nitsum_jax.engine.step import Program
-from nitsum_jax.engine.transfer import BlockMover
+from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -49,6 +50,7 @@ class InstanceParts(TypedDict):
     executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]]
     pool: KvPool
     histories: HistoryMover
+    prefixes: PrefixCache | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Cell:
       memory: the memory plan.
       bank: the weights.
       pool: the KV pool.
-      mover: copies KV blocks between devices.
+      mover: copies KV blocks between devices, behind the steps in flight.
+      switch_mover: the one for switches.
       histories: copies token histories between instances.
       executables: compiled steps.
       allowed: the allow-list of layouts, or None for every one that fits.
@@ -71,6 +74,7 @@ class Cell:
       lean: whether devices keep only the weights of the layout in force.
       precopy: whether KV blocks are copied ahead of a switch.
       drain: whether a switch begins when the steps in flight are read, not behind them.
+      prefixes: shares KV blocks of prompts that begin alike; None: that is off.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -80,7 +84,8 @@ class Cell:
     memory: MemoryPlan
     bank: WeightBank
     pool: KvPool
-    mover: BlockMover
+    mover: Mover
+    switch_mover: Mover
     histories: HistoryMover
     executables: Executables
     allowed: tuple[Layout, ...] | None
@@ -89,6 +94,7 @@ class Cell:
     lean: bool = False
     precopy: bool = False
     drain: bool = False
+    prefixes: PrefixCache | None = None
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -159,6 +165,7 @@ class Cell:
             executables=executables,
             pool=self.pool,
             histories=self.histories,
+            prefixes=self.prefixes,
         )
 
 
@@ -254,9 +261,14 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
                 bank.add_cut(name, vshard, device, array)
     else:
         bank.load(model.weights(cut, dtype), residency.first)
-    pool = KvPool(devices, memory.pool)
+    granule = prefix_granule(config)
+    pool = KvPool(devices, memory.pool, prefix_vshards=None if granule is None else vshards)
     histories = HistoryMover(devices, program.history_shape)
     mover, wide = BlockMover(pool), config.wide_prefill_tokens
+    # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and their
+    # tokens would come late.
+    drain = platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch
+    prefixes = None if granule is None else PrefixCache(pool, mover, granule=granule, prompts_only=config.deterministic)
     memory = dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}")
     cell = Cell(
         devices,
@@ -266,6 +278,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         bank,
         pool,
         mover,
+        HostMover(pool) if drain and platform == "cpu" else mover,
         histories,
         executables,
         allowed,
@@ -273,9 +286,8 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         wide_prefill=wide,
         lean=residency.lean,
         precopy=config.precopy,
-        # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and
-        # their tokens would come late.
-        drain=platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch,
+        drain=drain,
+        prefixes=prefixes,
     )
     executables.provide(cell.trial_run)
     return cell

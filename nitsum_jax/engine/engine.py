@@ -13,7 +13,7 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
-from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, Request, TokenDelta
+from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
@@ -41,6 +41,9 @@ class EngineStats:
       weight_bytes_moved: copied between devices.
       weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
+      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
+      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
+      prefix_hit_tokens: of these, tokens that it had.
     """
 
     waiting: int
@@ -57,6 +60,9 @@ class EngineStats:
     weight_bytes_moved: int = 0
     weight_bytes_freed: int = 0
     wide_prefills: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine:
@@ -191,7 +197,7 @@ class Engine:
         loop = self._running
         with loop.lock:
             waiting, alive = len(self._waiting), len(loop.alive)
-        weights = self._cell.bank.counters
+        weights, prefixes = self._cell.bank.counters, self._cell.prefixes
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
@@ -207,6 +213,9 @@ class Engine:
             weight_bytes_moved=weights.bytes_moved,
             weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
+            blocks_cached=self._cell.pool.idle,
+            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:
@@ -267,6 +276,11 @@ class Engine:
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
+            )
+        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+            raise InvalidInputError(
+                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
+                f"give at most {MAX_STOP_IDS}"
             )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")

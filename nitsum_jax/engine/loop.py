@@ -6,7 +6,6 @@ collectives of different instances cannot deadlock.
 """
 
 import collections
-import dataclasses
 import heapq
 import logging
 import queue
@@ -19,6 +18,7 @@ from collections.abc import Sequence as Seq
 import jax
 import numpy as np
 
+from nitsum_jax.engine.admission import Admission, Counters
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
@@ -43,17 +43,6 @@ _LAST_STEPS_S = 10.0
 _STEP_FAILED = "the accelerator reported an error in this step"
 
 
-@dataclasses.dataclass
-class Counters:
-    """What the loop has done so far; written by its thread, read by any."""
-
-    tokens: int = 0
-    steps: int = 0
-    switches: int = 0
-    sent_back: int = 0
-    wide_prefills: int = 0
-
-
 class Loop:
     """State of a running cell."""
 
@@ -74,18 +63,18 @@ class Loop:
         self.idle = threading.Condition(self.lock)
         self._waiting = waiting
         self._sink = sink
-        self._deterministic = deterministic
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._returned: collections.deque[Sequence] = collections.deque()
         self._held: list[tuple[Instance, Step]] = []
         self._retired: list[Instance] = []
-        self._admissions = 0
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
         self._ended = False
         self._wide = WidePrefill(cell, self._on_step)
+        self._admission = Admission(
+            cell, waiting, self.alive, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
+        )
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
         self._thread.start()
@@ -168,7 +157,7 @@ class Loop:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
-            instance.close()
+            instance.release()
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
         self._wide.close(_LAST_STEPS_S)
@@ -189,11 +178,15 @@ class Loop:
             pass
         self._expire()
         self._advance_switch()
-        self._admit()
-        for instance in self.instances:
-            while instance.dispatch(self._make_room):
-                pass
-        while self._wide.advance(self._make_room):
+        self._admission.admit(self.instances, switching=bool(self._switches))
+        # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
+        # two in a row while the others wait.
+        busy = True
+        while busy:
+            busy = False
+            for instance in self.instances:
+                busy |= instance.dispatch(self._admission.make_room)
+        while self._wide.advance(self._admission.make_room):
             pass
         self._flush()
         self._launch_trials()
@@ -225,87 +218,6 @@ class Loop:
             if not self.alive:
                 self.idle.notify_all()
 
-    # ---- admission
-
-    def _admit(self) -> None:
-        while True:
-            sequence = self._next_waiting()
-            if sequence is None:
-                return
-            pages = self._pages_at_admission(sequence)
-            if pages > max((instance.total_pages() for instance in self.instances), default=0) and not self._switches:
-                self._drop_from_queue(sequence)
-                self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
-                continue
-            guest = None if self._switches else self._wide.admit(sequence, pages, self.instances)
-            if guest is not None:
-                self.counters.wide_prefills += 1
-                self._seat(sequence, guest, pages)
-                continue
-            fitting = [i for i in self.instances if i.free_rows and i.free_pages() >= pages]
-            if not fitting:
-                return
-            instance = min(fitting, key=lambda i: (len(i.rows) / i.spec.tp, -i.free_pages()))
-            self._seat(sequence, instance, pages)
-
-    def _seat(self, sequence: Sequence, instance: Instance, pages: int) -> None:
-        self._admit_from_queue(sequence)
-        sequence.start_prefill(again=self._deterministic)
-        if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
-            raise AssertionError("pages were counted as free and are not")
-        sequence.admitted = self._admissions
-        self._admissions += 1
-        instance.join(sequence)
-
-    def _pages_at_admission(self, sequence: Sequence) -> int:
-        # In deterministic mode nobody may be sent back for want of blocks.
-        tokens = sequence.limit if self._deterministic else len(sequence.tokens) + 1
-        return -(-tokens // self.cell.program.pool.page_size)
-
-    def _next_waiting(self) -> Sequence | None:
-        if self._returned:
-            return self._returned[0]
-        with self.lock:
-            name = self._waiting.peek(time.monotonic())
-            return None if name is None else self.alive[name]
-
-    def _admit_from_queue(self, sequence: Sequence) -> None:
-        if self._returned and self._returned[0] is sequence:
-            self._returned.popleft()
-            return
-        with self.lock:
-            self._waiting.admit(sequence.request.id, time.monotonic())
-
-    def _drop_from_queue(self, sequence: Sequence) -> None:
-        if sequence in self._returned:
-            self._returned.remove(sequence)
-            return
-        with self.lock:
-            self._waiting.remove(sequence.request.id)
-
-    def _make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
-        while not instance.grow(sequence, tokens):
-            victim = max(instance.rows.values(), key=lambda s: s.admitted)
-            if victim is sequence and len(instance.rows) == 1:
-                self._finish(sequence, FinishReason.ERROR, "its KV cache outgrew the instance: lower max_tokens")
-                return False
-            self._send_back(victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def _send_back(self, sequence: Sequence) -> None:
-        """Frees a sequence's blocks; it keeps its tokens and is computed again later."""
-        if sequence.home is not None:
-            sequence.home.leave(sequence)
-        self.counters.sent_back += 1
-        if not sequence.pending:
-            self._await_again(sequence)
-
-    def _await_again(self, sequence: Sequence) -> None:
-        self._returned.append(sequence)
-        self._returned = collections.deque(sorted(self._returned, key=lambda s: s.admitted))
-
     # ---- results
 
     def _on_step(self, instance: Instance, step: Step) -> None:
@@ -332,31 +244,34 @@ class Loop:
     def _accept(self, step: Step, results: np.ndarray) -> None:
         now = time.monotonic()
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        for sequence, emits, epoch, token in zip(step.sequences, step.emits, step.epochs, tokens, strict=True):
+        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
+        for index, (sequence, emits, epoch, token) in enumerate(steps):
             if not emits or epoch != sequence.epoch:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
-            finish = sequence.accept(token)
-            new = sequence.take_undelivered()
+            finish = sequence.accept(token, step.logprob(index))
+            if sequence.home is not None:
+                sequence.home.note_pages(sequence)
+            new, logprobs = sequence.take_undelivered()
             self.counters.tokens += len(new)
             if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
-                self._await_again(sequence)  # sent back while this step ran
+                self._admission.await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if (
-            not instance.broken and not instance.lost
-        ):  # the step behind it fails too, and whoever came in between has lost nothing
+        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
+            if self.cell.prefixes is not None:
+                self.cell.prefixes.forget(instance.order)
         for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
             if epoch != sequence.epoch:
                 continue
@@ -364,7 +279,7 @@ class Loop:
             if emits and sequence.finish is None and sequence.home not in (None, instance):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
             if sequence.finish is None and sequence.home is None and not sequence.pending:
-                self._await_again(sequence)  # sent back while this step ran: it lost nothing more
+                self._admission.await_again(sequence)  # sent back while this step ran: it lost nothing more
 
     # ---- ends
 
@@ -389,7 +304,7 @@ class Loop:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None) -> None:
         sequence.finish = reason
-        self._drop_from_queue(sequence)
+        self._admission.drop(sequence)
         self._retire(sequence)
         self._deltas.append(TokenDelta(sequence.request.id, (), time.monotonic(), reason, error))
 
@@ -426,7 +341,7 @@ class Loop:
             for sequence in outcome.homeless:
                 self.counters.sent_back += 1
                 if not sequence.pending:
-                    self._await_again(sequence)
+                    self._admission.await_again(sequence)
             if outcome.reporter is not None:
                 self.counters.switches += 1
                 outcome.reporter.start()
@@ -471,6 +386,8 @@ class Loop:
             self.instances.remove(instance)
             for other in set(instance.order) - self.cell.lost:
                 self.cell.pool.reset(other)  # its array went along with the step in flight
+        if self.cell.prefixes is not None:
+            self.cell.prefixes.forget([device])
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
         used = self.cell.lost.union(*(instance.order for instance in self.instances))
         if self.cell.vmap.min_tp == 1:  # the others of its group go on alone
@@ -495,7 +412,7 @@ class Loop:
             if sequence.home is not None:
                 sequence.home.leave(sequence)
             self.counters.sent_back += 1
-            self._await_again(sequence)
+            self._admission.await_again(sequence)
 
 
 def _nothing() -> None:

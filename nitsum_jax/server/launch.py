@@ -27,6 +27,7 @@ from nitsum_jax.server.server import GrpcServer, in_thread
 from nitsum_jax.server.status import one_line
 
 if TYPE_CHECKING:
+    from nitsum_jax.models.loading import OpenModel
     from nitsum_jax.server.http.server import HttpServer
 
 _NAME = "nitsum-serve"
@@ -96,7 +97,6 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.engine.engine import start_engine
     from nitsum_jax.meshes.devices import emulate_cpu_devices
-    from nitsum_jax.models.chat import render_chat
     from nitsum_jax.models.loading import open_model
     from nitsum_jax.server.compile_cache import enable
 
@@ -107,6 +107,13 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
     engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue, admitted))
+    return engine, served_model(model, options.served_model_name)
+
+
+def served_model(model: "OpenModel", name: str | None) -> ServedModel:
+    """What front ends need of a model; `name`: what clients call it, its own if None."""
+    from nitsum_jax.models.chat import render_chat
+
     tokenizer = model.tokenizer
 
     def chat(messages: Sequence[Mapping[str, str]]) -> str:
@@ -114,14 +121,13 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
             tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
 
-    served = ServedModel(
-        name=options.served_model_name or model.name,
+    return ServedModel(
+        name=name or model.name,
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
         eos_ids=tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))),
         render_chat=chat if tokenizer.chat_template else None,
     )
-    return engine, served
 
 
 async def _serve(options: LaunchOptions, load: Load) -> int:

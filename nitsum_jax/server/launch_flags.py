@@ -76,6 +76,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "residency": values.residency,
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
+            "prefix_cache": values.prefix_cache,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -164,6 +165,13 @@ def _define() -> flags.FlagValues:
         "precopy",
         False,
         "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "prefix_cache",
+        None,
+        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
+        "chunks are shared",
         flag_values=values,
     )
     flags.DEFINE_float(
