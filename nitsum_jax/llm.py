@@ -216,6 +216,14 @@ class LLM:
         """
         return self._engine.set_layout(layout).result()
 
+    def prepare_layout(self, layout: str) -> None:
+        """Returns when a switch to this layout would start at once.
+
+        Raises:
+          NitsumError: the layout is malformed, or this cell cannot take it.
+        """
+        self._engine.prepare_layout(layout).result()
+
     async def aset_layout(self, layout: str) -> SwitchReport:
         """As `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""
         return await asyncio.shield(asyncio.wrap_future(self._engine.set_layout(layout)))
