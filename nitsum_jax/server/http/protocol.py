@@ -25,12 +25,13 @@ HEAD_S = 20.0
 STALLED_S = 120.0
 """How long a client may read nothing while there is something to read."""
 
-_KEEPALIVE: Final = (
-    ("SO_KEEPALIVE", socket.SOL_SOCKET, 1),
+_OPTIONS: Final = (
+    ("SO_OPTIONS", socket.SOL_SOCKET, 1),
     ("TCP_KEEPIDLE", socket.IPPROTO_TCP, 30),
     ("TCP_KEEPINTVL", socket.IPPROTO_TCP, 10),
     ("TCP_KEEPCNT", socket.IPPROTO_TCP, 3),
     ("TCP_NODELAY", socket.IPPROTO_TCP, 1),
+    ("SO_SNDBUF", socket.SOL_SOCKET, 2**18),  # else the kernel keeps megabytes for who does not read
 )
 
 
@@ -56,7 +57,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """A client has connected, and is to send its first headers in time."""
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
-        for name, level, value in _KEEPALIVE:
+        for name, level, value in _OPTIONS:
             option = getattr(socket, name, None)
             if connection is not None and connection.family != socket.AF_UNIX and option is not None:
                 connection.setsockopt(level, option, value)
