@@ -127,7 +127,7 @@ class Scheduler:
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
-        if not worker.takes_prompts or not len(self.backlog):
+        if not worker.takes_prompts or worker.jobs >= worker.max_batch or not len(self.backlog):
             return None
         late = self.backlog.first_late()
         if late is not None and now_s - late.arrival_s >= self.config.patience_s:
