@@ -101,6 +101,23 @@ def shapes_text(shapes: Sequence[Shape]) -> str:
     return "+".join(parts)
 
 
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Reads what `shapes_text` wrote.
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    shapes: list[Shape] = []
+    for part in text.split("+"):
+        head, _, tiers = part.partition("/")
+        head, _, role = head.partition(":")
+        size, _, count = head.removeprefix("tp").partition("x")
+        if not head.startswith("tp") or (role or MIXED) not in ROLES:
+            raise ValueError(f"{part!r} is no part of a plan")
+        shapes += [Shape(int(size), role or MIXED, tuple(tiers.split(",")) if tiers else ())] * int(count or 1)
+    return tuple(shapes)
+
+
 def place(
     shapes: Sequence[Shape], num_devices: int, before: CellPlan | None = None, lost: Sequence[int] = ()
 ) -> CellPlan:

@@ -35,6 +35,7 @@ class PlannerConfig:
       replay_weight: weight of the replay against the estimate.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
       splits: whether plans with prefill and decode apart are candidates.
+      tps: TPs that may be used; empty: all that the profile has and that leave room for KV cache.
     """
 
     least_kv_share: float = 0.25
@@ -45,6 +46,7 @@ class PlannerConfig:
     replay_weight: float = 0.6
     hysteresis: float = 0.02
     splits: bool = True
+    tps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,14 +78,11 @@ class PlanInputs:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "PlanInputs":
         """Reads what `to_json` wrote."""
-        plan = CellPlan(
-            tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"])
-        )
         loads = tuple(TierLoad(**(load | {"prompts": tuple(load["prompts"])})) for load in values["loads"])
         recent = tuple(Arrival(**arrival) for arrival in values["recent"])
         return PlanInputs(
             values["time_s"],
-            plan,
+            _plan_from_json(values["plan"]),
             values["num_devices"],
             tuple(values["lost"]),
             loads,
@@ -133,6 +132,22 @@ class Decision:
     switch: bool
     reason: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `from_json` makes an equal object."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Decision":
+        """Reads what `to_json` wrote."""
+        return Decision(
+            values["time_s"],
+            PlanInputs.from_json(values["inputs"]),
+            tuple(Candidate(**candidate) for candidate in values["candidates"]),
+            _plan_from_json(values["choice"]),
+            values["switch"],
+            values["reason"],
+        )
+
 
 def least_tp(cost: CostModel, config: PlannerConfig) -> int:
     """The least TP that a cell should use: see `PlannerConfig.least_kv_share`."""
@@ -152,8 +167,9 @@ class Planner:
         self.cost = cost
         self.tiers = {tier.name: tier for tier in tiers}
         self.config = config
-        self.resident_tp = least_tp(cost, config)
-        self.tps = tuple(tp for tp in cost.tps if tp >= self.resident_tp)
+        least = min(config.tps) if config.tps else least_tp(cost, config)
+        self.tps = tuple(tp for tp in cost.tps if tp >= least and (not config.tps or tp in config.tps))
+        self.resident_tp = self.tps[0]
         self._candidates: dict[tuple, tuple[tuple[Shape, ...], ...]] = {}
 
     def decide(self, inputs: PlanInputs) -> Decision:
@@ -249,3 +265,7 @@ def _diverse(
         if len(chosen) == count:
             break
     return list(chosen.values())
+
+
+def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:
+    return CellPlan(tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["instances"]))

@@ -157,8 +157,8 @@ class SwitchingCell(CellModel):
         """Gives requests their new instances, longest first.
 
         Returns:
-          Those that go to instances that were kept, which do not wait for the copies (with whether they decode), and how
-          many requests found no room.
+          Those that go to instances that were kept, which do not wait for the copies (with whether they decode), and
+          how many requests found no room.
         """
         requeued = 0
         to_kept: list[tuple[ModelWorker, Job, bool]] = []
