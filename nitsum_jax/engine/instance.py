@@ -133,7 +133,7 @@ class Instance:
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._prefilled_last = False
-        self._history = self._put_history(np.zeros(program.history_shape, np.int32))
+        self._history: jax.Array | None = None
         self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
         self._on_step = on_step
@@ -193,6 +193,8 @@ class Instance:
     @property
     def history(self) -> jax.Array:
         """Token history after all dispatched steps, i32[rows, columns] on each device."""
+        if self._history is None:
+            self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
         return self._history
 
     def follow(self, before: Seq[Step]) -> None:
@@ -213,9 +215,10 @@ class Instance:
                 _, rows = in_flight.setdefault(id(arrival.history), (arrival.history, []))
                 rows.append((arrival.row, sequence.row))
         self.prefills = collections.deque(sorted(self.prefills, key=lambda sequence: sequence.admitted))
-        self._history = self._put_history(history)
+        merged = self._put_history(history)
         for source, rows in in_flight.values():
-            self._history = self._histories.merge(self._history, source, rows)
+            merged = self._histories.merge(merged, source, rows)
+        self._history = merged
 
     def leave(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its blocks.
@@ -241,7 +244,7 @@ class Instance:
         """
         self._before += tuple(before)
         self._seat(arrival.sequence)
-        self._history = self._histories.merge(self._history, arrival.history, [(arrival.row, arrival.sequence.row)])
+        self._history = self._histories.merge(self.history, arrival.history, [(arrival.row, arrival.sequence.row)])
 
     def vacate(self, row: int) -> None:
         """Makes a row free whose sequence went elsewhere."""
@@ -345,7 +348,7 @@ class Instance:
         self.outstanding.append(step)
         self.steps += 1
         try:
-            self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
+            self._array, self._history, tokens = executable(self._leaves, self._array, self.history, packer.done())
             tokens.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn
             step.error = error
@@ -394,7 +397,7 @@ class Instance:
         for device in self.order:
             self._pool.renew(device)
         self._array = self._pool.lend(self._mesh, self.order)
-        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self._history = None
         self.broken = False
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Where sequences go when the layout changes, and which of their blocks must move."""
 
-import collections
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 
@@ -41,9 +42,37 @@ class Moves:
     freed: dict[int, list[np.ndarray]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """From one set of devices to another: hundreds of sequences share a few of these.
+
+    Attributes:
+      vshards: those whose device changes, by target and source.
+      targets: (device, which of `vshards` come to it).
+      pairs: (source, target, which of `vshards` go from there to here).
+    """
+
+    vshards: np.ndarray
+    targets: tuple[tuple[int, slice], ...]
+    pairs: tuple[tuple[int, int, slice], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(old: tuple[int, ...], new: tuple[int, ...]) -> _Route:
+    moved = sorted((b, a, k) for k, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+    targets, pairs = [], []
+    for target, group in itertools.groupby(enumerate(moved), key=lambda item: item[1][0]):
+        members = list(group)
+        targets.append((target, slice(members[0][0], members[-1][0] + 1)))
+    for (target, source), group in itertools.groupby(enumerate(moved), key=lambda item: item[1][:2]):
+        members = list(group)
+        pairs.append((source, target, slice(members[0][0], members[-1][0] + 1)))
+    return _Route(np.array([vshard for _, _, vshard in moved], np.intp), tuple(targets), tuple(pairs))
+
+
 def moved_shards(old: Seq[int], new: Seq[int]) -> int:
     """Vshards whose device changes: each costs one block per page."""
-    return sum(a != b for a, b in zip(old, new, strict=True))
+    return len(_route(tuple(old), tuple(new)).vshards)
 
 
 @dataclasses.dataclass
@@ -170,8 +199,8 @@ def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
 
 
 def _room(pool: KvPool, pages: int, old: Seq[int], new: Seq[int]) -> bool:
-    needed = collections.Counter(b for a, b in zip(old, new, strict=True) if a != b)
-    return all(pool.allocators[device].free >= count * pages for device, count in needed.items())
+    targets = _route(tuple(old), tuple(new)).targets
+    return all(pool.allocators[device].free >= (part.stop - part.start) * pages for device, part in targets)
 
 
 def written_pages(sequence: Sequence, pool: KvPool) -> int:
@@ -180,18 +209,22 @@ def written_pages(sequence: Sequence, pool: KvPool) -> int:
 
 
 def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None) -> None:
+    if not sequence.pages:
+        return
     written = written_pages(sequence, pool)
     done = 0 if ahead is None else ahead.pages
-    for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
-        if source == target or not sequence.pages:
-            continue
-        there = sequence.table[vshard, : sequence.pages].copy()
-        here = pool.allocators[target].take(sequence.pages - done)
-        if ahead is not None:
-            here = np.concatenate([ahead.table[vshard, :done], here])
-        sequence.table[vshard, : sequence.pages] = here
+    route = _route(tuple(old), tuple(new))
+    there = sequence.table[route.vshards, : sequence.pages]
+    here = np.empty_like(there)
+    for target, part in route.targets:
+        room = here[part, done:]
+        room[...] = pool.allocators[target].take(room.size).reshape(room.shape)
+    if ahead is not None:
+        here[:, :done] = ahead.table[route.vshards, :done]
+    sequence.table[route.vshards, : sequence.pages] = here
+    for source, target, part in route.pairs:
         if written > done:
             sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[done:written])
-            targets.append(here[done:written])
-        moves.freed.setdefault(source, []).append(there)
+            sources.append(there[part, done:written].reshape(-1))
+            targets.append(here[part, done:written].reshape(-1))
+        moves.freed.setdefault(source, []).append(there[part].reshape(-1))
