@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -103,7 +103,7 @@ class Ahead:
 
 def choose_hosts(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
     """Which instance each sequence would go to, by the rules of `plan_moves`; takes nothing."""
-    return _assign(sequences, hosts, pool, {}, lambda index, h: None)
+    return _assign(sequences, hosts, pool, {})
 
 
 def plan_moves(
@@ -115,7 +115,8 @@ def plan_moves(
     """Assigns sequences to instances and takes the blocks that they need there.
 
     Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
-    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.
+    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.  If some find no room
+    in that order, the least urgent must go: then those admitted first are seated first.
 
     Args:
       sequences: with the device of every vshard that they lie on now.
@@ -128,32 +129,41 @@ def plan_moves(
       What to copy and to free.  A sequence without room keeps its old table.
     """
     ahead = ahead or {}
-    moves = Moves([None] * len(sequences), {}, {})
-
-    def seat(index: int, h: int) -> None:
-        sequence, old = sequences[index]
-        _remap(sequence, old, hosts[h].device_of, pool, moves, ahead.get(id(sequence)))
-
-    moves.assigned = _assign(sequences, hosts, pool, ahead, seat)
-    for index, (sequence, old) in enumerate(sequences):
-        if moves.assigned[index] is None and id(sequence) in ahead:
-            ahead[id(sequence)].release(old, pool)
+    moves = Moves(_assign(sequences, hosts, pool, ahead), {}, {})
+    for (sequence, old), h in zip(sequences, moves.assigned, strict=True):
+        there = ahead.get(id(sequence))
+        if h is not None:
+            _remap(sequence, old, hosts[h].device_of, pool, moves, there)
+        elif there is not None:
+            there.release(old, pool)
     return moves
 
 
 def _assign(
+    sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]
+) -> list[int | None]:
+    # What was copied ahead has its place; the others come behind, the longest first.
+    numbers = range(len(sequences))
+    by_size = sorted(numbers, key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
+    assigned = _seat(by_size, sequences, hosts, pool, ahead)
+    if None in assigned:
+        assigned = _seat(sorted(numbers, key=lambda i: sequences[i][0].admitted), sequences, hosts, pool, ahead)
+    return assigned
+
+
+def _seat(
+    order: Seq[int],
     sequences: Seq[tuple[Sequence, Seq[int]]],
     hosts: Seq[Host],
     pool: KvPool,
     ahead: Mapping[int, Ahead],
-    seat: Callable[[int, int], None],
 ) -> list[int | None]:
+    """Gives each sequence in its turn a host, or None for want of room; takes nothing."""
     assigned: list[int | None] = [None] * len(sequences)
     whole = sum(host.tp for host in hosts)
     share = [-(-len(sequences) * host.tp // whole) for host in hosts] if hosts else []
     counts = [0] * len(hosts)
-    # What was copied ahead has its place; the others come behind, the longest first.
-    order = sorted(range(len(sequences)), key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
+    left = [allocator.free for allocator in pool.allocators]
     for index in order:
         sequence, old = sequences[index]
         there = ahead.get(id(sequence))
@@ -172,10 +182,14 @@ def _assign(
         )
         pages = sequence.pages - (0 if there is None else there.pages)
         for h in candidates:
-            if counts[h] < hosts[h].rows and _room(pool, pages, old, hosts[h].device_of):
+            needed = _route(tuple(old), tuple(hosts[h].device_of)).targets
+            if counts[h] < hosts[h].rows and all(
+                left[device] >= (part.stop - part.start) * pages for device, part in needed
+            ):
+                for device, part in needed:
+                    left[device] -= (part.stop - part.start) * pages
                 counts[h] += 1
                 assigned[index] = h
-                seat(index, h)
                 break
     return assigned
 
@@ -196,11 +210,6 @@ def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
     for device, parts in blocks.items():
         for part in parts:
             pool.allocators[device].give(part)
-
-
-def _room(pool: KvPool, pages: int, old: Seq[int], new: Seq[int]) -> bool:
-    targets = _route(tuple(old), tuple(new)).targets
-    return all(pool.allocators[device].free >= (part.stop - part.start) * pages for device, part in targets)
 
 
 def written_pages(sequence: Sequence, pool: KvPool) -> int:
