@@ -19,8 +19,7 @@ FOLDER = pathlib.Path(study_config.__file__).parent
 SMALL = """
 devices = 2
 seed = 3
-ratio = 1.6
-sample = 20
+ratio = 1.4
 finalists = 1
 ablation_capacity = false
 mixes.calm.phases = [{ parts = [{ trace = "conv", tier = "chat", rate = 0.6 }, { trace = "code", tier = "code", rate = 0.4 }] }]
@@ -34,6 +33,7 @@ profiles = ["llama-3.1-8b-h100"]
 rate = 6.0
 steady_s = 5.0
 phase_s = 5.0
+sample_s = 3.0
 tiers.chat = { ttft_ms = 400, tpot_ms = 9 }
 tiers.code = { ttft_ms = 3000, tpot_ms = 60 }
 """
