@@ -148,8 +148,9 @@ def simulate(
     """
     _check(workload, tiers, cost, policy, num_devices)
     driver = _Driver(workload, tiers, cost, policy, num_devices, log, log_steps, max_batch, compile_s)
-    bar = tqdm.tqdm(total=len(workload.requests), unit="req", desc=policy.name, disable=not progress, leave=False)
-    with bar:
+    if not progress:
+        return driver.run(most_missed, lambda _: None)
+    with tqdm.tqdm(total=len(workload.requests), unit="req", desc=policy.name, leave=False) as bar:
         return driver.run(most_missed, bar.update)
 
 
