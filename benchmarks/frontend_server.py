@@ -46,6 +46,7 @@ class _Stats:
     compiles: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    blocks_cached: int = 0
 
 
 class PacedEngine:

@@ -54,6 +54,7 @@ DISTRIBUTIONS = {
     "tokenizers": "tokenizers",
     "trustme": "trustme",
     "uvicorn": "uvicorn",
+    "yaml": "pyyaml",
 }
 # Only compared with, when they happen to be installed; a Bazel build does without.
 OPTIONAL = {"llama_cpp", "torch", "transformers"}
