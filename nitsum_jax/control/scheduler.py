@@ -127,7 +127,7 @@ class Scheduler:
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
-        if not worker.takes_prompts or not len(self.backlog):
+        if not worker.takes_prompts or worker.jobs >= worker.max_batch or not len(self.backlog):
             return None
         late = self.backlog.first_late()
         if late is not None and now_s - late.arrival_s >= self.config.patience_s:
@@ -189,7 +189,8 @@ class Scheduler:
             if not own:
                 tightest = min(tightest, self._kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
             load = decode_s / tightest
-            if load > config.tpot_margin:
+            # By order of arrival nobody is late: who is refused today must be served tomorrow.
+            if load > config.tpot_margin and (config.order == "deadline" or worker.decoding):
                 return None
             decode_share = load if worker.decoding else 0.0
         rank = _urgency(job)
@@ -197,7 +198,7 @@ class Scheduler:
             other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
         )
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
-        if job.first_token_s is None:
+        if job.first_token_s is None and config.order == "deadline":
             left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000
             if work_s > left_s:
                 return None

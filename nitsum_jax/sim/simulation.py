@@ -269,6 +269,7 @@ class _Driver:
         cell = self.cell
         if cell.switching:
             return
+        cell.settle()
         view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices, allowed=self.policy.allowed)
         decision = self.controller.tick(cell.now_s, view)
         if decision is None:

@@ -30,21 +30,20 @@ def timeline(run: Run, logs: RunLogs) -> "Figure":
         edges = np.delete(edges, -2)
     unit, name = (60.0, "minutes") if seconds > 300 else (1.0, "seconds")
     devices = int(run.summary.get("devices") or 1 + max((d for g in logs.steps.groups for d in g), default=0))
-    figure = style.new_figure(10.5, 6.6 + min(2.8, 0.16 * devices))
-    rows = [1.5, 1.2, 0.6 + min(2.8, 0.18 * devices), 0.8]
-    load, attained, layout, busy = figure.subplots(4, 1, sharex=True, height_ratios=rows)
+    rows = [1.5, 1.2, 0.6 + min(2.8, 0.18 * devices)]
+    if len(logs.steps):  # not every run keeps them
+        rows.append(0.8)
+    figure = style.new_figure(10.5, 1.5 * sum(rows) + 0.4)
+    panels = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows)
+    load, attained, layout = panels[:3]
     _load(load, run, logs, edges, unit)
     _attainment(attained, run, logs, edges, unit)
     _layout(layout, spans_of(logs, seconds), [s.time_s / unit for s in logs.switches], devices, unit, seconds)
-    share = logs.steps.busy_device_s(edges) / (np.diff(edges) * devices)
-    busy.stairs(share, edges / unit, fill=True, color="#b9c4ce")
-    busy.stairs(share, edges / unit, baseline=None, color=style.MUTED, linewidth=1)
-    style.percent_axis(busy)
-    busy.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
-    busy.set_title("Device time spent in steps")
-    busy.set_xlabel(name)
-    busy.set_xlim(0, seconds / unit)
-    for axes in (load, attained, layout):
+    if len(logs.steps):
+        _utilisation(panels[3], logs, edges, devices, unit)
+    panels[-1].set_xlabel(name)
+    panels[-1].set_xlim(0, seconds / unit)
+    for axes in panels[:-1]:
         axes.tick_params(labelbottom=False)
     figure.align_ylabels()
     return figure
@@ -72,7 +71,7 @@ def latencies(run: Run, requests: RequestTable) -> "Figure":
             share = float(np.searchsorted(mine, limit * (1 + 1e-9), side="right")) / len(mine)
             axes.plot(*_curve(mine), color=colour, label=f"{tier.name}: {_short(share)} within {_ms(limit)}")
             axes.plot([limit], [share], "o", color=colour, markersize=5, markeredgecolor="white", zorder=4)
-            shown += [float(np.quantile(mine, 0.001)), float(mine[-1])]
+            shown += [float(np.quantile(mine, 0.005)), float(mine[-1])]
         axes.set_xscale("log")
         low, high = max(min(shown), max(shown) * 1e-5, 1e-3), max(shown)
         axes.set_xlim(low / 1.25, high * 1.5)
@@ -121,41 +120,50 @@ def _attainment(axes: "Axes", run: Run, logs: RunLogs, edges: _Floats, unit: flo
     _legend(axes, len(run.tiers))
 
 
+def _utilisation(axes: "Axes", logs: RunLogs, edges: _Floats, devices: int, unit: float) -> None:
+    share = logs.steps.busy_device_s(edges) / (np.diff(edges) * devices)
+    axes.stairs(share, edges / unit, fill=True, color="#b9c4ce")
+    axes.stairs(share, edges / unit, baseline=None, color=style.MUTED, linewidth=1)
+    style.percent_axis(axes)
+    axes.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
+    axes.set_title("Device time spent in steps")
+
+
 def _layout(axes: "Axes", spans: list[Span], switches: list[float], devices: int, unit: float, seconds: float) -> None:
     """One bar per instance, as high as it has devices."""
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.collections import PolyCollection
+    from matplotlib.patches import Patch
 
     bars = [(span, first, count) for span in spans if span.start_s < seconds for first, count in span.runs()]
     inset = 0.06
+    kinds: dict[tuple[int, str], list[list[tuple[float, float]]]] = {}
     for span, first, count in bars:
         start, end = span.start_s / unit, min(span.end_s, seconds) / unit
-        corner, width, height = (start, first - 0.5 + inset), end - start, count - 2 * inset
-        patch = Rectangle(
-            corner,
-            width,
-            height,
-            facecolor=style.tp_colour(span.tp),
-            edgecolor="white",
-            hatch=style.hatch(span.role),
-            linewidth=0.5,
-            rasterized=len(bars) > _MANY,
-        )
-        axes.add_patch(patch)
+        low, high = first - 0.5 + inset, first + count - 0.5 - inset
+        corners = [(start, low), (end, low), (end, high), (start, high)]
+        kinds.setdefault((span.tp, span.role), []).append(corners)
         # Only where there is room for it.
-        if width > 0.07 * seconds / unit and devices <= 32:
+        if end - start > 0.07 * seconds / unit and devices <= 32:
+            colour = style.tp_colour(span.tp)
             axes.text(
-                start + width / 2,
-                first + (count - 1) / 2,
+                (start + end) / 2,
+                (low + high) / 2,
                 f"TP{span.tp}",
                 ha="center",
                 va="center",
                 fontsize=8,
                 color="white" if span.tp >= 8 else style.INK,
-                bbox={"boxstyle": "round,pad=0.15", "facecolor": style.tp_colour(span.tp), "edgecolor": "none"},
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": colour, "edgecolor": "none"},
             )
-    for i, at in enumerate(switches):
-        label = f"{len(switches)} switch{'es' if len(switches) > 1 else ''}" if i == 0 else None
-        axes.plot([at], [devices - 0.32], "v", color=style.ACCENT, markersize=4, clip_on=False, label=label)
+    for (tp, role), corners_of in kinds.items():
+        patches = PolyCollection(corners_of, facecolor=style.tp_colour(tp), edgecolor="white", linewidth=0.5)
+        patches.set_hatch(style.hatch(role) if len(bars) <= _MANY else "")
+        patches.set_rasterized(len(bars) > _MANY)
+        axes.add_collection(patches, autolim=False)
+    if switches:
+        label = f"{len(switches)} switch{'es' if len(switches) > 1 else ''}"
+        height = [devices - 0.32] * len(switches)
+        axes.plot(switches, height, "v", color=style.ACCENT, markersize=4, clip_on=False, label=label)
     axes.set_ylim(-0.6, devices - 0.4)
     step = max(1, devices // 8)
     axes.set_yticks(range(0, devices, step))

@@ -81,8 +81,9 @@ def report(runs: Sequence[Run], *, title: str = "Simulated runs", most_detailed:
         tiles=_tiles(runs[0]) if len(runs) == 1 else [],
         tiers=_tier_rows(runs),
         names=list(dict.fromkeys(name for run in runs for name in run.tiers.names)),
-        rows=[_row(run) for run in runs],
+        rows=[_row(run) for run in _in_order(runs)],
         comparison=comparison,
+        rates=any(compare.over_rates(group) for group in compare.by_setting(runs).values()),
         details=details,
         left_out=len(logged) - len(details),
         aim=compare.AIM,
@@ -95,6 +96,12 @@ def _name(run: Run) -> str:
 
 def _settings(runs: Sequence[Run]) -> list[str]:
     return list(dict.fromkeys(run.setting for run in runs if run.setting))
+
+
+def _in_order(runs: Sequence[Run]) -> list[Run]:
+    """By setting and policy as they first come, and within them by rate."""
+    settings, policies = ([*dict.fromkeys(names)] for names in ((r.setting for r in runs), (r.policy for r in runs)))
+    return sorted(runs, key=lambda r: (settings.index(r.setting), policies.index(r.policy), r.rate))
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:

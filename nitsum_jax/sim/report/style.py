@@ -22,9 +22,10 @@ GOOD = "#2a9d8f"
 _TP = {1: "#c9e7c3", 2: "#86cfbd", 4: "#44b3c6", 8: "#2385bb", 16: "#2a57a0", 32: "#1b2f78", 64: "#0d1848"}
 # Names have no order.
 _NAMES = ("#c8334d", "#2f6f9f", "#e0932f", "#4a8f5b", "#7d5ba6", "#8c6d46", "#3aa6a6", "#b0568a", "#5c6b7a", "#a3a838")
-_HATCH = {"mixed": "", "prefill": "////", "decode": "...."}
+_HATCH = {"mixed": "", "prefill": "////", "decode": "\\\\\\\\"}
 
 _RC: Mapping[str, Any] = {
+    "axes.axisbelow": True,
     "axes.edgecolor": RULE,
     "axes.grid": True,
     "axes.grid.axis": "y",

@@ -141,9 +141,8 @@ class _Runner:
         return values
 
     def _levels(self, results: Mapping[str, tuple[Policy, Capacity]]) -> list[int]:
-        """Rates at which all are compared: next to the capacity of the best static layout, and of adaptive control."""
-        lows = [results[name][1].below for name in ("static", "adaptive") if results[name][1].factor > 0]
-        return sorted({level for low in lows for level in (low, low + 1)}) or [LOWEST]
+        """Rates at which all are compared: the highest that the best static layout serves, and adaptive control."""
+        return sorted({results[name][1].below for name in ("static", "adaptive") if results[name][1].factor > 0})
 
     def _values(self, results: Mapping[str, tuple[Policy, Capacity]], levels: list[int]) -> dict[str, Any]:
         cell = self.cell
