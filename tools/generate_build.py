@@ -65,6 +65,7 @@ DISTRIBUTIONS = {
     "tqdm": "tqdm",
     "trustme": "trustme",
     "uvicorn": "uvicorn",
+    "yaml": "pyyaml",
 }
 # Only compared with, when they happen to be installed; a Bazel build does without.
 OPTIONAL = {"llama_cpp", "torch", "transformers"}

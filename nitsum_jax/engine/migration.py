@@ -1,5 +1,6 @@
 """Where sequences go when the layout changes, and which of their blocks must move."""
 
+import collections
 import dataclasses
 import functools
 import itertools
