@@ -41,12 +41,19 @@ DISTRIBUTIONS = {
     "numpy": "numpy",
     "optax": "optax",
     "orbax.checkpoint": "orbax-checkpoint",
+    "opentelemetry.exporter.otlp.proto.http": "opentelemetry-exporter-otlp-proto-http",
+    "opentelemetry.sdk": "opentelemetry-sdk",
+    "opentelemetry.trace": "opentelemetry-api",
+    "prometheus_client": "prometheus-client",
     "psutil": "psutil",
     "pytest": "pytest",
     "safetensors": "safetensors",
     "scipy": "scipy",
     "setuptools": "setuptools",
+    "starlette": "starlette",
     "tokenizers": "tokenizers",
+    "trustme": "trustme",
+    "uvicorn": "uvicorn",
 }
 # Only compared with, when they happen to be installed; a Bazel build does without.
 OPTIONAL = {"llama_cpp", "torch", "transformers"}

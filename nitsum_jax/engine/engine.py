@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
+from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
@@ -217,6 +218,10 @@ class Engine:
             prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
         )
 
+    def loads(self) -> tuple[InstanceLoad, ...]:
+        """How busy each instance is now."""
+        return instance_loads(tuple(self._running.instances), self._cell.pool)
+
     def drain(self, timeout_s: float) -> bool:
         """Takes no new requests and waits for those alive; returns whether all ended in time."""
         self._accepting = False
@@ -326,4 +331,5 @@ def start_engine(
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    return Engine(model, config, sink, waiting or FifoQueue(config.max_queue))
+    # Not `waiting or ...`: an empty queue is false.
+    return Engine(model, config, sink, FifoQueue(config.max_queue) if waiting is None else waiting)

@@ -6,7 +6,6 @@ collectives of different instances cannot deadlock.
 """
 
 import collections
-import dataclasses
 import heapq
 import logging
 import queue
@@ -19,11 +18,11 @@ from collections.abc import Sequence as Seq
 import jax
 import numpy as np
 
+from nitsum_jax.engine.admission import Admission, Counters
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
 from nitsum_jax.engine.packing import StepShape
-from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
 from nitsum_jax.engine.sequence import Sequence
@@ -42,17 +41,6 @@ _LONGEST_SLEEP_S = 3600.0
 # How long the steps in flight may take at the end.
 _LAST_STEPS_S = 10.0
 _STEP_FAILED = "the accelerator reported an error in this step"
-
-
-@dataclasses.dataclass
-class Counters:
-    """What the loop has done so far; written by its thread, read by any."""
-
-    tokens: int = 0
-    steps: int = 0
-    switches: int = 0
-    sent_back: int = 0
-    wide_prefills: int = 0
 
 
 class Loop:
@@ -75,18 +63,18 @@ class Loop:
         self.idle = threading.Condition(self.lock)
         self._waiting = waiting
         self._sink = sink
-        self._deterministic = deterministic
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._returned: collections.deque[Sequence] = collections.deque()
         self._held: list[tuple[Instance, Step]] = []
         self._retired: list[Instance] = []
-        self._admissions = 0
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
         self._ended = False
         self._wide = WidePrefill(cell, self._on_step)
+        self._admission = Admission(
+            cell, waiting, self.alive, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
+        )
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
         self._thread.start()
@@ -169,7 +157,7 @@ class Loop:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
-            instance.close()
+            instance.release()
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
         self._wide.close(_LAST_STEPS_S)
@@ -190,11 +178,15 @@ class Loop:
             pass
         self._expire()
         self._advance_switch()
-        self._admit()
-        for instance in self.instances:
-            while instance.dispatch(self._make_room):
-                pass
-        while self._wide.advance(self._make_room):
+        self._admission.admit(self.instances, switching=bool(self._switches))
+        # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
+        # two in a row while the others wait.
+        busy = True
+        while busy:
+            busy = False
+            for instance in self.instances:
+                busy |= instance.dispatch(self._admission.make_room)
+        while self._wide.advance(self._admission.make_room):
             pass
         self._flush()
         self._launch_trials()
@@ -225,110 +217,6 @@ class Loop:
         with self.lock:
             if not self.alive:
                 self.idle.notify_all()
-
-    # ---- admission
-
-    def _admit(self) -> None:
-        while True:
-            sequence = self._next_waiting()
-            if sequence is None:
-                return
-            pages = self._pages_at_admission(sequence)
-            if pages > max((instance.total_pages() for instance in self.instances), default=0) and not self._switches:
-                self._drop_from_queue(sequence)
-                self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
-                continue
-            prefix = None if self.cell.prefixes is None else self.cell.prefixes.find(sequence)
-            known = 0 if prefix is None else len(prefix) * self.cell.program.pool.page_size
-            guest = None if self._switches else self._wide.admit(sequence, pages, self.instances, known)
-            if guest is not None:
-                self.counters.wide_prefills += 1
-                self._seat(sequence, guest, pages, prefix)
-                continue
-            fitting = [
-                i for i in self.instances if i.free_rows and i.free_pages() >= pages - self._pages_in_use(prefix, i)
-            ]
-            if not fitting:
-                return
-            load = {i: len(i.rows) / i.spec.tp for i in fitting}
-            least = min(load.values())
-            # Pages that lie there already are worth a little more load.
-            instance = min(
-                fitting,
-                key=lambda i: (load[i] >= least + 2, -self._pages_here(prefix, i), load[i], -i.free_pages()),
-            )
-            self._seat(sequence, instance, pages, prefix)
-
-    def _pages_in_use(self, prefix: Prefix | None, instance: Instance) -> int:
-        """Pages of a beginning that cost the instance no free block."""
-        if prefix is None or self.cell.prefixes is None or instance.broken:
-            return 0
-        return self.cell.prefixes.in_use(prefix, instance.device_of)
-
-    def _pages_here(self, prefix: Prefix | None, instance: Instance) -> int:
-        if not prefix or self.cell.prefixes is None or instance.broken:
-            return 0
-        return self.cell.prefixes.here(prefix, instance.device_of)
-
-    def _seat(self, sequence: Sequence, instance: Instance, pages: int, prefix: Prefix | None) -> None:
-        self._admit_from_queue(sequence)
-        sequence.start_prefill(again=self._deterministic)
-        if self.cell.prefixes is not None and prefix is not None:
-            self.cell.prefixes.begin(sequence, prefix, instance, self.instances)
-        if not instance.grow(sequence, pages * self.cell.program.pool.page_size):
-            raise AssertionError("pages were counted as free and are not")
-        sequence.admitted = self._admissions
-        self._admissions += 1
-        instance.join(sequence)
-
-    def _pages_at_admission(self, sequence: Sequence) -> int:
-        # In deterministic mode nobody may be sent back for want of blocks.
-        tokens = sequence.limit if self._deterministic else len(sequence.tokens) + 1
-        return -(-tokens // self.cell.program.pool.page_size)
-
-    def _next_waiting(self) -> Sequence | None:
-        if self._returned:
-            return self._returned[0]
-        with self.lock:
-            name = self._waiting.peek(time.monotonic())
-            return None if name is None else self.alive[name]
-
-    def _admit_from_queue(self, sequence: Sequence) -> None:
-        if self._returned and self._returned[0] is sequence:
-            self._returned.popleft()
-            return
-        with self.lock:
-            self._waiting.admit(sequence.request.id, time.monotonic())
-
-    def _drop_from_queue(self, sequence: Sequence) -> None:
-        if sequence in self._returned:
-            self._returned.remove(sequence)
-            return
-        with self.lock:
-            self._waiting.remove(sequence.request.id)
-
-    def _make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
-        while not instance.grow(sequence, tokens):
-            victim = max(instance.rows.values(), key=lambda s: s.admitted)
-            if victim is sequence and len(instance.rows) == 1:
-                self._finish(sequence, FinishReason.ERROR, "its KV cache outgrew the instance: lower max_tokens")
-                return False
-            self._send_back(victim)
-            if victim is sequence:
-                return False
-        return True
-
-    def _send_back(self, sequence: Sequence) -> None:
-        """Frees a sequence's blocks; it keeps its tokens and is computed again later."""
-        if sequence.home is not None:
-            sequence.home.leave(sequence)
-        self.counters.sent_back += 1
-        if not sequence.pending:
-            self._await_again(sequence)
-
-    def _await_again(self, sequence: Sequence) -> None:
-        self._returned.append(sequence)
-        self._returned = collections.deque(sorted(self._returned, key=lambda s: s.admitted))
 
     # ---- results
 
@@ -371,16 +259,14 @@ class Loop:
             if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
-                self._await_again(sequence)  # sent back while this step ran
+                self._admission.await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
                 self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if (
-            not instance.broken and not instance.lost
-        ):  # the step behind it fails too, and whoever came in between has lost nothing
+        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
@@ -393,7 +279,7 @@ class Loop:
             if emits and sequence.finish is None and sequence.home not in (None, instance):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
             if sequence.finish is None and sequence.home is None and not sequence.pending:
-                self._await_again(sequence)  # sent back while this step ran: it lost nothing more
+                self._admission.await_again(sequence)  # sent back while this step ran: it lost nothing more
 
     # ---- ends
 
@@ -418,7 +304,7 @@ class Loop:
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None) -> None:
         sequence.finish = reason
-        self._drop_from_queue(sequence)
+        self._admission.drop(sequence)
         self._retire(sequence)
         self._deltas.append(TokenDelta(sequence.request.id, (), time.monotonic(), reason, error))
 
@@ -455,7 +341,7 @@ class Loop:
             for sequence in outcome.homeless:
                 self.counters.sent_back += 1
                 if not sequence.pending:
-                    self._await_again(sequence)
+                    self._admission.await_again(sequence)
             if outcome.reporter is not None:
                 self.counters.switches += 1
                 outcome.reporter.start()
@@ -526,7 +412,7 @@ class Loop:
             if sequence.home is not None:
                 sequence.home.leave(sequence)
             self.counters.sent_back += 1
-            self._await_again(sequence)
+            self._admission.await_again(sequence)
 
 
 def _nothing() -> None:

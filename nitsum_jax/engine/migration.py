@@ -206,6 +206,7 @@ def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves
         here = np.full(sequence.pages, -1, np.int32)
         if ahead is not None:
             here[:done] = ahead.table[vshard, :done]
+            pool.copied(vshard, source, there[:done], target, here[:done])
         if written > done:  # others may have brought the same pages there
             here[done:written] = pool.reuse(vshard, source, there[done:written], target)
         missing = np.flatnonzero(here < 0)

@@ -1,5 +1,7 @@
 """The engine's waiting queue with the policy of control: tiers with deadlines, least slack first."""
 
+from collections.abc import Callable
+
 from nitsum_jax.control.queue import WaitingQueue
 from nitsum_jax.control.tiers import TierSet
 
@@ -7,7 +9,15 @@ from nitsum_jax.control.tiers import TierSet
 class TieredQueue:
     """A `WaitingQueue` for an engine, which knows tiers by their names; see `engine.waiting.AdmissionQueue`."""
 
-    def __init__(self, tiers: TierSet, capacity: int):
+    def __init__(self, tiers: TierSet, capacity: int, admitted: Callable[[str, float], None] | None = None):
+        """Makes an empty queue.
+
+        Args:
+          tiers: those that requests may name.
+          capacity: most requests that may wait.
+          admitted: told id and time of every request that an instance takes, on the engine's thread.
+        """
+        self._admitted = admitted
         self._tiers = tiers
         self._queue = WaitingQueue(capacity)
 
@@ -40,6 +50,8 @@ class TieredQueue:
             self._queue.pop_next(now_s)  # keeps count for its rule against starving
         else:  # a more urgent one has just come
             self._queue.remove(request_id)
+        if self._admitted is not None:
+            self._admitted(request_id, now_s)
 
     def remove(self, request_id: str) -> bool:
         """Takes a request out because it ended; returns whether it was there."""

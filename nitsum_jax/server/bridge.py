@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
+from nitsum_jax.errors import NitsumError
+from nitsum_jax.server.callers import current_caller
+from nitsum_jax.server.records import RequestObserver, RequestRecord
 
 _FIRST_RETRY_S = 1.0  # before any request has ended there is nothing to estimate from
 _MIN_RETRY_S = 0.1
@@ -33,7 +36,8 @@ class DeltaStream:
     Several streams may share the event that wakes their consumer; it then calls `take` on each of them.
     """
 
-    def __init__(self, wake: asyncio.Event | None = None) -> None:
+    def __init__(self, record: RequestRecord, wake: asyncio.Event | None = None) -> None:
+        self.record = record
         self._buffer: deque[TokenDelta] = deque()
         self._wake = wake or asyncio.Event()
         self.finished = False
@@ -42,6 +46,7 @@ class DeltaStream:
     def put(self, delta: TokenDelta) -> None:
         """Adds a delta; nothing may follow one with a finish reason."""
         self._buffer.append(delta)
+        self.record.take(delta)
         self.finished = delta.finish_reason is not None
         self._wake.set()
 
@@ -65,6 +70,7 @@ class Bridge:
         self._loop = loop
         self._clock = clock
         self._streams: dict[str, DeltaStream] = {}
+        self.observer: RequestObserver | None = None  # set once the model is loaded
         self._finish_interval_s: float | None = None
         self._last_finish_s: float | None = None
 
@@ -73,19 +79,47 @@ class Bridge:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, nobody is left to tell
             self._loop.call_soon_threadsafe(self._dispatch, tuple(deltas))
 
+    def admitted(self, request_id: str, now_s: float) -> None:
+        """An instance takes a request; called on any thread."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            stream.record.admitted_s = now_s
+
+    def stopped(self, request_id: str) -> None:
+        """The front end that reads a stream ends its output itself: at a stop string."""
+        stream = self._streams.get(request_id)
+        if stream is not None and stream.record.finish is None:
+            stream.record.finish = FinishReason.STOP
+
     @contextlib.contextmanager
-    def stream(self, engine: _Submits, request: Request, wake: asyncio.Event | None = None) -> Iterator[DeltaStream]:
+    def stream(
+        self,
+        engine: _Submits,
+        request: Request,
+        wake: asyncio.Event | None = None,
+        arrival_s: float | None = None,
+    ) -> Iterator[DeltaStream]:
         """Submits a request and yields its stream; leaving early, for whatever reason, cancels it in the engine.
 
         Args:
           engine: that is to run it.
           request: to be run.
           wake: set whenever the stream has a delta; one of its own if None.
+          arrival_s: when the request arrived, on the clock of the engine; now if None.
 
         Raises:
           NitsumError: what `engine.submit` raises.
         """
-        stream = DeltaStream(wake)
+        caller = current_caller()
+        record = RequestRecord(
+            request.id,
+            request.tier,
+            len(request.prompt_ids),
+            self._clock() if arrival_s is None else arrival_s,
+            client=caller.client,
+            traceparent=caller.traceparent,
+        )
+        stream = DeltaStream(record, wake)
         # Registered first: the engine may have tokens before submit returns.
         self._streams[request.id] = stream
         submitted = False
@@ -93,10 +127,16 @@ class Bridge:
             engine.submit(request)
             submitted = True
             yield stream
+        except NitsumError as error:
+            if not submitted and self.observer is not None:
+                self.observer.refused(request.tier, error)
+            raise
         finally:
             del self._streams[request.id]
-            if submitted and (stream.cut or not stream.finished):
-                engine.cancel(request.id)
+            if submitted:
+                if stream.cut or not stream.finished:
+                    engine.cancel(request.id)
+                self._note_end(record)
 
     def cut_off(self) -> None:
         """Ends all streams with CANCELLED: the server stops, whatever the engine still does. On the event loop."""
@@ -109,6 +149,10 @@ class Bridge:
     def open_streams(self) -> int:
         """How many streams have a handler."""
         return len(self._streams)
+
+    def open_records(self) -> list[RequestRecord]:
+        """Those of the streams that have a handler."""
+        return [stream.record for stream in self._streams.values()]
 
     def retry_after_s(self) -> float:
         """When a place in the queue may be free: the smoothed time between the ends of requests, 0.1 to 10 s."""
@@ -125,6 +169,14 @@ class Bridge:
                 stream.put(delta)
         if ended:
             self._note_ends(ended)
+
+    def _note_end(self, record: RequestRecord) -> None:
+        if record.ended_s is None:
+            record.ended_s = self._clock()
+        if record.finish is None:  # the handler was cancelled, or failed on its own: nobody was there for the rest
+            record.finish = FinishReason.CANCELLED
+        if self.observer is not None:
+            self.observer.ended(record)
 
     def _note_ends(self, count: int) -> None:
         now = self._clock()

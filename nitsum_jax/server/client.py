@@ -15,20 +15,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli
 from nitsum_jax.server.client_calls import Failure, Outcome, generate
+from nitsum_jax.server.client_channel import open_channel
 from nitsum_jax.server.client_flags import ClientOptions, read_options
 from nitsum_jax.server.layout_plan import PlanRunner
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-generate"
-_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),  # a prompt may come back as ids
-    # A server that is just starting is found within a second.
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.enable_http_proxy", 0),  # a proxy for the web has no business between a client and its server
-)
 _POLL_S = 0.2
 
 
@@ -71,7 +64,7 @@ class _Client:
 
     async def run(self) -> int:
         options = self._options
-        async with grpc.aio.insecure_channel(options.server, options=_OPTIONS) as channel:
+        async with open_channel(options.server, options.identity) as channel:
             self._stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             if options.wait_s is not None and not await self._wait(channel, options.wait_s):
                 return cli.EXIT_UNAVAILABLE

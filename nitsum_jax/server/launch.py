@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nitsum_jax.control.tiers import DEFAULT_TIERS, read_tiers
+from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.server import cli
+from nitsum_jax.server import cli, logs
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.admission import TieredQueue
-from nitsum_jax.server.backend import Backend, ServedModel, ServingEngine
+from nitsum_jax.server.backend import ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
+from nitsum_jax.server.house import House
 from nitsum_jax.server.launch_flags import LaunchOptions, read_options
+from nitsum_jax.server.ops_routes import ops_routes
 from nitsum_jax.server.server import GrpcServer, in_thread
 from nitsum_jax.server.status import one_line
 
@@ -32,7 +34,8 @@ _NAME = "nitsum-serve"
 _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[TokenDelta]], None]
-Load = Callable[[LaunchOptions, Sink], tuple[ServingEngine, ServedModel]]
+Admitted = Callable[[str, float], None]
+Load = Callable[[LaunchOptions, Sink, Admitted], tuple[ServingEngine, ServedModel]]
 
 
 def run() -> None:
@@ -52,7 +55,7 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
     try:
         options = read_options(argv)
         debug = options.log_level == "debug"
-        logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logs.configure(options.log_level, options.ops.log_format)
         return asyncio.run(_serve(options, load or load_engine))
     except cli.HelpRequested as request:
         cli.out(str(request))
@@ -70,8 +73,22 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
         return cli.EXIT_FAILED
 
 
-def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, ServedModel]:
+def tiers_of(options: LaunchOptions) -> TierSet:
+    """The tiers that the flags name.
+
+    Raises:
+      InvalidInputError: their file is wrong.
+    """
+    return read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
+
+
+def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[ServingEngine, ServedModel]:
     """Opens the model and starts an engine on it; takes as long as loading and compiling take.
+
+    Args:
+      options: what the flags say.
+      sink: takes the deltas of every step.
+      admitted: told every request that leaves the queue, and when.
 
     Raises:
       NitsumError: model, devices, layout or memory do not fit what was asked for.
@@ -84,12 +101,12 @@ def load_engine(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, Serv
     from nitsum_jax.server.compile_cache import enable
 
     enable(options.cache_dir)
-    tiers = read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
+    tiers = tiers_of(options)
     config = EngineConfig(**options.engine, tier_names=tiers.names)
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue))
+    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue, admitted))
     return engine, served_model(model, options.served_model_name)
 
 
@@ -115,30 +132,41 @@ def served_model(model: "OpenModel", name: str | None) -> ServedModel:
 
 async def _serve(options: LaunchOptions, load: Load) -> int:
     signals = _Signals(asyncio.get_running_loop())
-    server = GrpcServer(options.host, options.port)
-    http = _http(options, server)
+    house = House(options.ops, tiers_of(options), options.host)
+    server = GrpcServer(
+        options.host,
+        options.port,
+        guard=house.guard(),
+        tls=house.tls,
+        state=house.state,
+        profiler=house.desk.profiler,
+    )
+    http = _http(options, house)
     await server.start()
     if http is not None:
         await http.start()
     cli.out(f"loading {options.model}; {_address(server)} answers health checks meanwhile")
     try:
+        await house.start()
         bridge = Bridge(asyncio.get_running_loop())
-        loading = asyncio.create_task(in_thread(lambda: load(options, bridge.sink)))
+        loading = asyncio.create_task(in_thread(lambda: load(options, bridge.sink, bridge.admitted)))
         await _first(loading, signals.first)
         if not loading.done():
             cli.err(f"{_NAME}: stopped while starting")
-            await _stop(server, http)
+            await _stop(server, http, house)
             _leave(cli.EXIT_OK)
         engine, model = await loading
-        await server.serve(Backend(engine, model, bridge))
-        _announce(server, http, engine, model)
+        backend = house.open(engine, model, bridge)
+        await server.serve(backend)
+        await house.serve(backend)
+        _announce(server, http, engine, model, house)
         await signals.first
-        return await _end(server, http, engine, signals, options.drain_s)
+        return await _end(server, http, house, engine, signals, options.drain_s)
     finally:
-        await _stop(server, http)
+        await _stop(server, http, house)
 
 
-def _http(options: LaunchOptions, server: GrpcServer) -> "HttpServer | None":
+def _http(options: LaunchOptions, house: House) -> "HttpServer | None":
     """The HTTP server beside the gRPC server, if there is to be one."""
     if options.http_port is None:
         return None
@@ -146,29 +174,35 @@ def _http(options: LaunchOptions, server: GrpcServer) -> "HttpServer | None":
     from nitsum_jax.server.http.app import build_app
     from nitsum_jax.server.http.server import HttpServer
 
-    return HttpServer(build_app(server.state), options.host, options.http_port)
+    app = build_app(house.state, ops_routes(house.desk), house.protected)
+    return HttpServer(app, options.host, options.http_port, house.tls_context())
 
 
-async def _stop(server: GrpcServer, http: "HttpServer | None") -> None:
-    """Ends both front ends; what is alive is told that the server stops."""
-    stopping = [server.stop()] if http is None else [server.stop(), http.stop()]
+async def _stop(server: GrpcServer, http: "HttpServer | None", house: House) -> None:
+    """Ends all front ends; what is alive is told that the server stops."""
+    stopping = [server.stop(), house.stop()] if http is None else [server.stop(), house.stop(), http.stop()]
     await asyncio.gather(*stopping)
 
 
 async def _end(
-    server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, signals: "_Signals", drain_s: float
+    server: GrpcServer,
+    http: "HttpServer | None",
+    house: House,
+    engine: ServingEngine,
+    signals: "_Signals",
+    drain_s: float,
 ) -> int:
     """From the first signal to the exit status."""
     cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
-        await _stop(server, http)
+        await _stop(server, http, house)
         cli.err(f"{_NAME}: stopped at once")
         _leave(128 + signals.second.result())
     if not await draining:
         cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
-    await _stop(server, http)
+    await _stop(server, http, house)
     closing = asyncio.create_task(in_thread(engine.close))
     await _first(closing, signals.second)
     if not closing.done():
@@ -205,14 +239,20 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _announce(server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, model: ServedModel) -> None:
+def _announce(
+    server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, model: ServedModel, house: House
+) -> None:
     cli.out(engine.memory_report)
     if http is not None:
-        cli.out(f"OpenAI-compatible HTTP: http://{target(callable_host(http.host), http.port)}/v1")
+        base = f"{'http' if house.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
+        cli.out(f"OpenAI-compatible HTTP: {base}/v1, dashboard {base}/dashboard, metrics {base}/metrics")
+    for line in house.addresses():
+        cli.out(line)
     where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""
-    cli.out(f'{_client_command()} --server={where} {chat}--prompt="Why is the sky blue?" --max_tokens=64')
+    safe = "" if house.tls is None else f"--tls_ca={shlex.quote(str(house.tls.cert))} "
+    cli.out(f'{_client_command()} --server={where} {safe}{chat}--prompt="Why is the sky blue?" --max_tokens=64')
 
 
 def _address(server: GrpcServer) -> str:

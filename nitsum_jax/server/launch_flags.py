@@ -7,6 +7,7 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.server import ops_flags
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
@@ -33,6 +34,7 @@ class LaunchOptions:
     log_level: str
     tiers: str | None
     engine: dict[str, Any]
+    ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -58,6 +60,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         drain_s=values.drain_seconds,
         log_level=values.log_level,
         tiers=values.tiers,
+        ops=ops_flags.read(values),
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -100,7 +103,7 @@ def _define() -> flags.FlagValues:
         "name of a known model, a GGUF file, a Hugging Face folder or an Orbax checkpoint of ours",
     )
     text(
-        "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in, and nothing here asks who they are"
+        "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in: use --api_keys and --tls_cert then"
     )
     flags.DEFINE_integer(
         "port", DEFAULT_PORT, "port of gRPC; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
@@ -206,4 +209,5 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_enum(
         "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
     )
+    ops_flags.define(values)
     return values

@@ -13,21 +13,32 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from nitsum_jax.errors import PreconditionError
+from nitsum_jax.server import admin_service
 from nitsum_jax.server.address import check_bindable, target
+from nitsum_jax.server.admin_service import AdminService
 from nitsum_jax.server.backend import Backend, Phase, ServerState
 from nitsum_jax.server.jetstream import SERVICE_NAME as JETSTREAM_NAME
 from nitsum_jax.server.jetstream import JetStreamService
 from nitsum_jax.server.malformed import MalformedRequests
-from nitsum_jax.server.proto import jetstream_pb2_grpc, nitsum_pb2_grpc
+from nitsum_jax.server.profiling import Profiler
+from nitsum_jax.server.proto import admin_pb2_grpc, jetstream_pb2_grpc, nitsum_pb2_grpc
+from nitsum_jax.server.security.grpc_guard import GrpcGuard
+from nitsum_jax.server.security.guard import Guard, Policy
+from nitsum_jax.server.security.tls import TlsFiles
 from nitsum_jax.server.service import SERVICE_NAME, GenerationService
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Longest request: about a million tokens of text, and what gRPC allows unless told otherwise."""
 
+MAX_METADATA_BYTES = 32 * 2**10
+"""All metadata of a call together; more is refused before any of it is looked at."""
+
 _FLUSH_S = 5.0  # after the engine has finished all requests, their last messages get this long to reach the clients
 _OPTIONS = (
     ("grpc.so_reuseport", 0),  # else a second server would silently share the port
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
     ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without a word, so that their requests end
     ("grpc.keepalive_timeout_ms", 10_000),
 )
@@ -37,8 +48,25 @@ _T = TypeVar("_T")
 class GrpcServer:
     """One grpc.aio server: bound at once, NOT_SERVING until `serve`, and again from `drain` on."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        guard: Guard | None = None,
+        tls: TlsFiles | None = None,
+        state: ServerState | None = None,
+        profiler: Profiler | None = None,
+    ) -> None:
         """Binds the port; call it on the event loop that will serve.
+
+        Args:
+          host: address of this machine.
+          port: 0 takes a free one.
+          guard: who may call what; None: everybody everything.
+          tls: None: no encryption.
+          state: shared with other ports of the same server; one of its own if None.
+          profiler: for AdminService; None: there are no traces.
 
         Raises:
           InvalidInputError: `host` is not an address of this machine.
@@ -46,16 +74,30 @@ class GrpcServer:
         """
         check_bindable(host, port)
         self.host = host
-        self.state = ServerState()
+        self.state = state or ServerState()
         self._health = health.aio.HealthServicer()
-        self._server = grpc.aio.server(options=_OPTIONS, interceptors=[MalformedRequests()])
+        # First who calls, then what: strangers learn nothing about their messages.
+        interceptors = [GrpcGuard(guard or Guard(Policy(admin=True))), MalformedRequests()]
+        self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
         jetstream_pb2_grpc.add_OrchestratorServicer_to_server(JetStreamService(self.state), self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(profiler or Profiler(None)), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, JETSTREAM_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (
+            SERVICE_NAME,
+            JETSTREAM_NAME,
+            admin_service.SERVICE_NAME,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(names, self._server)
         try:
-            self.port: int = self._server.add_insecure_port(target(host, port))
+            where = target(host, port)
+            self.port: int = (
+                self._server.add_insecure_port(where)
+                if tls is None
+                else self._server.add_secure_port(where, tls.grpc_credentials())
+            )
         except RuntimeError:  # taken since the check
             raise PreconditionError(f"port {port} on {host} is in use: give another --port") from None
 

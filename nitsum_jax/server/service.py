@@ -45,7 +45,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             backend = self._state.admitting()  # it may have begun to drain meanwhile
             call = make_call(wanted, ids, backend.model, backend.engine.tier_names)
             queued_before = backend.engine.stats().waiting
-            with backend.bridge.stream(backend.engine, call.request) as stream:
+            with backend.bridge.stream(backend.engine, call.request, arrival_s=arrival_s) as stream:
                 await context.write(_started(call, message.return_prompt_ids, queued_before))
                 output = Output(call, backend.model.tokenizer.stream(), backend.engine.cancel, arrival_s)
                 await _relay(output, stream, call, context)

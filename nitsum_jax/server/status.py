@@ -9,6 +9,7 @@ import grpc
 from grpc.aio import AbortError, ServicerContext
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
+from nitsum_jax.server.security.errors import DeniedError, UnauthenticatedError
 
 _LOG = logging.getLogger(__name__)
 
@@ -20,6 +21,8 @@ _CODES: Final = (
     (PreconditionError, grpc.StatusCode.FAILED_PRECONDITION),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnavailableError, grpc.StatusCode.UNAVAILABLE),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (DeniedError, grpc.StatusCode.PERMISSION_DENIED),
 )
 
 

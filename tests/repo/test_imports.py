@@ -11,14 +11,14 @@ from tools.source_tree import PACKAGE, Import
 
 # What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
 BELOW = {
-    "bench": {"server", "engine", "control", "models", "meshes"},
+    "bench": {"server", "engine", "sim", "control", "models", "meshes", "profiles"},
     "server": {"engine", "control", "models", "meshes"},
-    "sim": {"control"},
+    "sim": {"control", "profiles"},
     "engine": {"models", "meshes"},
     "models": {"meshes"},
     "control": set(),
     "meshes": set(),
-    "profiles": set(),
+    "profiles": {"control"},
 }
 FLOOR = f"{PACKAGE}.errors"
 # The face of the package for notebooks stands on top of all rooms; the package's own file names it, and loads it only
@@ -27,7 +27,8 @@ FACE = {"llm": BELOW["server"] | {"server"}, "__init__": {"llm", "engine"}}
 CONTROL_MAY = {"numpy", "scipy"}
 # Third-party packages of certain rooms: the network belongs to server, what knows models to models and above.
 NETWORK = {"grpc", "grpc_health", "grpc_reflection", "google"}
-MODEL_FORMATS = {"flax", "gguf", "jinja2", "orbax", "safetensors", "tokenizers"}
+MODEL_FORMATS = {"flax", "gguf", "orbax", "safetensors", "tokenizers"}
+TEMPLATES = {"jinja2"}  # of chats in models, of reports in sim
 ROOT_LINKS = {"meshes", "models", "server"}
 PURE_MODULES = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.meshes.layout", "nitsum_jax.meshes.vshards")
 
@@ -59,6 +60,8 @@ def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
         return "only server speaks to the network"
     if room in {"meshes", "sim"} and item.top in MODEL_FORMATS:
         return f"{room} knows no model"
+    if room == "meshes" and item.top in TEMPLATES:
+        return "meshes writes no text"
     return None
 
 

@@ -26,6 +26,15 @@ class FakeReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class FakeLoad:
+    devices: tuple[int, ...]
+    tp: int
+    role: str
+    running: int
+    kv_use: float
+
+
+@dataclasses.dataclass(frozen=True)
 class FakeStats:
     waiting: int
     running: int
@@ -76,6 +85,7 @@ class FakeEngine:
         context: int = 2048,
         vocab_size: int = 257,
         blocks_total: int = 100_000,
+        admitted: Callable[[str, float], None] | None = None,
     ) -> None:
         self._sink = sink
         self._script = script
@@ -86,6 +96,7 @@ class FakeEngine:
         self._context = context
         self._vocab_size = vocab_size
         self._blocks_total = blocks_total
+        self._admitted = admitted
         self._lock = threading.Condition()
         self._waiting: list[_Live] = []
         self._running: list[_Live] = []
@@ -182,6 +193,15 @@ class FakeEngine:
                 **self._counts,
             )
 
+    def loads(self) -> tuple[FakeLoad, ...]:
+        stats = self.stats()
+        use = 1 - stats.blocks_free / stats.blocks_total
+        with self._lock:
+            specs = self._layout.instances
+        return tuple(
+            FakeLoad(spec.devices, spec.tp, str(spec.role), stats.running // len(specs), use) for spec in specs
+        )
+
     def drain(self, timeout_s: float) -> bool:
         until = time.monotonic() + timeout_s
         with self._lock:
@@ -243,6 +263,8 @@ class FakeEngine:
         deltas = self._reap()
         while self._waiting and len(self._running) < self._max_batch:
             self._running.append(self._waiting.pop(0))
+            if self._admitted is not None:
+                self._admitted(self._running[-1].request.id, time.monotonic())
         self._counts["steps"] += 1
         for live in list(self._running):
             deltas.append(self._advance(live))

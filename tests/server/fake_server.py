@@ -8,20 +8,22 @@ import time
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.backend import ServedModel, ServingEngine
-from nitsum_jax.server.launch import Sink, main
+from nitsum_jax.server.launch import Admitted, Sink, main
 from nitsum_jax.server.launch_flags import LaunchOptions
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import says, served_model
 
 
-def load(options: LaunchOptions, sink: Sink) -> tuple[ServingEngine, ServedModel]:
+def load(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[ServingEngine, ServedModel]:
     if options.model == "slow":
         time.sleep(60)
     if options.model == "broken":
         raise ZeroDivisionError("division\nby zero")
     if options.model != "fake":
         raise InvalidInputError(f"unknown model {options.model!r}: known are fake, slow and broken")
-    engine = FakeEngine(sink, says("word ", end=False), step_s=0.01, max_queue=options.engine["max_queue"])
+    engine = FakeEngine(
+        sink, says("word ", end=False), step_s=0.01, max_queue=options.engine["max_queue"], admitted=admitted
+    )
     if options.engine["layout"] is not None:
         engine.set_layout(options.engine["layout"]).result(timeout=5)
     return engine, served_model()

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.server.http.fields import UNKNOWN, UNSUPPORTED
+from nitsum_jax.server.security.errors import DeniedError, UnauthenticatedError
 from nitsum_jax.server.status import DeadlineError, GenerationError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -75,6 +76,10 @@ def of_exception(error: Exception, what: str, retry_after_s: float) -> ApiError:
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=_retry(retry_after_s))
         case UnavailableError():
             return ApiError(503, str(error), "server_error", code="unavailable", headers=_retry(retry_after_s))
+        case UnauthenticatedError():
+            return ApiError(401, str(error), code="invalid_api_key")
+        case DeniedError():
+            return ApiError(403, str(error), "permission_error", code="permission_denied")
         case InvalidInputError():
             return ApiError(400, str(error))
         case PreconditionError():

@@ -23,7 +23,9 @@ _LAST_WORDS_S = 0.8
 class HttpServer:
     """One uvicorn server: bound at once, answering from `start` on. What it answers, its application decides."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, tls: ssl.SSLContext | None = None, flag: str = "http_port"
+    ) -> None:
         """Binds the port.
 
         Args:
@@ -31,14 +33,15 @@ class HttpServer:
           host: address of this machine.
           port: 0 takes a free one.
           tls: with it, https.
+          flag: what messages call the port.
 
         Raises:
           InvalidInputError: `host` is not an address of this machine.
           PreconditionError: the port is in use or not allowed.
         """
-        check_bindable(host, port, flag="http_port")
+        check_bindable(host, port, flag=flag)
         self.host = host
-        self._sockets = _bound(host, port)
+        self._sockets = _bound(host, port, flag)
         self.port: int = self._sockets[0].getsockname()[1]
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below that it tells of every malformed request
         config = uvicorn.Config(
@@ -99,7 +102,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _bound(host: str, port: int) -> list[socket.socket]:
+def _bound(host: str, port: int, flag: str) -> list[socket.socket]:
     """Sockets on every address that the name has, all of one port."""
     found: list[socket.socket] = []
     addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -116,7 +119,7 @@ def _bound(host: str, port: int) -> list[socket.socket]:
             if error.errno == errno.EADDRINUSE:  # taken since the check
                 for other in found:
                     other.close()
-                raise PreconditionError(f"port {port} on {host} is in use: give another --http_port") from error
+                raise PreconditionError(f"port {port} on {host} is in use: give another --{flag}") from error
             continue  # a machine may have a name for an address that it does not have
         found.append(one)
     return found

@@ -10,7 +10,7 @@ from grpc_tools import protoc
 
 PROTO_DIR = Path(__file__).resolve().parent
 PACKAGE_ROOT = PROTO_DIR.parents[2]
-PROTOS = ("nitsum", "jetstream")
+PROTOS = ("nitsum", "jetstream", "admin")
 
 
 def generate(out_root: Path) -> None:

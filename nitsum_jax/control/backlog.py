@@ -1,0 +1,101 @@
+"""Requests that no instance has taken: per tier in the order of their latest starts, and the late ones apart."""
+
+import bisect
+import heapq
+import itertools
+from collections.abc import Iterator
+
+from nitsum_jax.control.job import Job
+
+_Key = tuple[float, float, int, Job]
+
+
+class Backlog:
+    """A queue per tier, least slack first, and one of late requests, first come first served.
+
+    Pushes are numbered, so that equal times keep their order and two runs of the same calls agree.
+    """
+
+    def __init__(self, *, by_arrival: bool = False) -> None:
+        """Makes an empty one; `by_arrival` orders by arrival instead of slack and calls nobody late."""
+        self._by_arrival = by_arrival
+        self._in_time: dict[str, list[_Key]] = {}
+        self._late: list[tuple[float, int, Job]] = []
+        self._keys: dict[str, _Key] = {}
+        self._numbers = itertools.count()
+        self._late_alive: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._keys) + len(self._late_alive)
+
+    @property
+    def in_time(self) -> int:
+        """Waiting requests that can still meet their targets."""
+        return len(self._keys)
+
+    def jobs(self) -> Iterator[Job]:
+        """All that wait, in no special order."""
+        for queue in self._in_time.values():
+            for key in queue:
+                yield key[3]
+        for _, _, job in self._late:
+            if job.id in self._late_alive:
+                yield job
+
+    def push(self, job: Job) -> None:
+        """Adds a request; its `latest_start_s` and `late` must be set."""
+        if job.late and not self._by_arrival:
+            self._push_late(job)
+            return
+        order = job.arrival_s if self._by_arrival else job.latest_start_s
+        key = (order, job.arrival_s, next(self._numbers), job)
+        bisect.insort(self._in_time.setdefault(job.tier.name, []), key)
+        self._keys[job.id] = key
+
+    def remove(self, job: Job) -> bool:
+        """Takes a request out; returns whether it was there."""
+        key = self._keys.pop(job.id, None)
+        if key is not None:
+            queue = self._in_time[job.tier.name]
+            del queue[bisect.bisect_left(queue, key)]
+            return True
+        if job.id in self._late_alive:
+            self._late_alive.remove(job.id)
+            return True
+        return False
+
+    def demote(self, now_s: float) -> list[Job]:
+        """Calls those late that had to begin before now; returns them."""
+        if self._by_arrival:
+            return []
+        demoted = []
+        for queue in self._in_time.values():
+            count = bisect.bisect_left(queue, (now_s,))
+            for *_, job in queue[:count]:
+                del self._keys[job.id]
+                job.late = True
+                self._push_late(job)
+                demoted.append(job)
+            del queue[:count]
+        return demoted
+
+    def heads(self, depth: int) -> Iterator[Job]:
+        """The first `depth` requests of every tier that are in time; tiers in the order of their first one."""
+        queues = [queue for queue in self._in_time.values() if queue]
+        for queue in sorted(queues, key=lambda queue: queue[0][:3]) if len(queues) > 1 else queues:
+            for key in queue[:depth]:
+                yield key[3]
+
+    def waiting(self, tier: str) -> int:
+        """Requests of this tier that are in time."""
+        return len(self._in_time.get(tier, ()))
+
+    def first_late(self) -> Job | None:
+        """The late request that came first."""
+        while self._late and self._late[0][2].id not in self._late_alive:
+            heapq.heappop(self._late)
+        return self._late[0][2] if self._late else None
+
+    def _push_late(self, job: Job) -> None:
+        heapq.heappush(self._late, (job.arrival_s, next(self._numbers), job))
+        self._late_alive.add(job.id)

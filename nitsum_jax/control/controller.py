@@ -1,0 +1,164 @@
+"""The control loop without its clock: watches requests, and says at its ticks which plan the cell should have."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from nitsum_jax.control.backlog import Backlog
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.estimate import EstimatorConfig, WorkloadEstimator
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import CellPlan
+from nitsum_jax.control.planner import Decision, PlanInputs, Planner, PlannerConfig
+from nitsum_jax.control.rollout import Arrival
+from nitsum_jax.control.tiers import Tier
+from nitsum_jax.control.worker import Worker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellView:
+    """A cell as a controller sees it.
+
+    Attributes:
+      plan: in force.
+      workers: its instances.
+      backlog: requests that no instance has taken.
+      num_devices: of the cell.
+      lost: devices that cannot be used.
+      allowed: layouts that may be used (see `PlanInputs`); empty: all.
+    """
+
+    plan: CellPlan
+    workers: Sequence[Worker]
+    backlog: Backlog
+    num_devices: int
+    lost: tuple[int, ...] = ()
+    allowed: tuple[str, ...] = ()
+
+
+class Controller(Protocol):
+    """What drives switches: adaptive control, and the dynamic baselines."""
+
+    # ruff: noqa: D102
+    @property
+    def interval_s(self) -> float: ...
+    def arrived(self, now_s: float, job: Job) -> None: ...
+    def finished(self, now_s: float, job: Job) -> None: ...
+    def urgent(self, now_s: float) -> bool: ...
+    def tick(self, now_s: float, view: CellView) -> Decision | None: ...
+    def expected_output(self, tier: str) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """When a controller plans.
+
+    Attributes:
+      interval_s: between ticks.
+      urgent_s: least time between ticks that an event brings on.
+      urgent_share: of the requests since the last tick, the share that may miss its targets; more is an event.
+      dwell_s: least time between two switches.
+      warm_up_s: no decision before: there is nothing to estimate from.
+    """
+
+    interval_s: float = 5.0
+    urgent_s: float = 1.0
+    urgent_share: float = 0.1
+    dwell_s: float = 5.0
+    warm_up_s: float = 5.0
+
+
+class AdaptiveController:
+    """Estimates the load and asks the planner."""
+
+    def __init__(
+        self,
+        cost: CostModel,
+        tiers: Iterable[Tier],
+        *,
+        config: ControllerConfig = ControllerConfig(),
+        planner: PlannerConfig = PlannerConfig(),
+        estimator: EstimatorConfig = EstimatorConfig(),
+        now_s: float = 0.0,
+        decide: Callable[[PlanInputs], Decision | None] | None = None,
+    ):
+        """Starts knowing nothing of the load.
+
+        Args:
+          cost: what steps take.
+          tiers: targets.
+          config: when to plan.
+          planner: how to plan.
+          estimator: how to estimate the load.
+          now_s: the time.
+          decide: asked instead of a planner in this process; None from it is no decision.
+        """
+        self.config = config
+        self.planner = Planner(cost, tiers, planner)
+        self._decide = decide or self.planner.decide
+        self._estimator = WorkloadEstimator(self.planner.tiers, estimator, now_s)
+        self._recent: collections.deque[tuple[float, str, int, str]] = collections.deque(maxlen=planner.replayed)
+        self._outputs: collections.OrderedDict[str, int] = collections.OrderedDict()
+        self._start_s = now_s
+        self._last_tick_s = now_s
+        self._last_switch_s = -1e9
+        self._misses = 0
+        self._seen = 0
+
+    @property
+    def interval_s(self) -> float:
+        """Between ticks."""
+        return self.config.interval_s
+
+    @property
+    def estimator(self) -> WorkloadEstimator:
+        """What it knows of the load."""
+        return self._estimator
+
+    def arrived(self, now_s: float, job: Job) -> None:
+        """A request came."""
+        self._estimator.arrived(now_s, job.tier.name, job.prompt_tokens)
+        self._recent.append((now_s, job.tier.name, job.prompt_tokens, job.id))
+        self._seen += 1
+
+    def finished(self, now_s: float, job: Job) -> None:
+        """A request ended."""
+        self._estimator.finished(now_s, job.tier.name, job.generated)
+        self._outputs[job.id] = job.generated
+        if len(self._outputs) > 4 * (self._recent.maxlen or 1):
+            self._outputs.popitem(last=False)
+        self._misses += job.late or not job.met()
+
+    def urgent(self, now_s: float) -> bool:
+        """Whether something happened for which the next tick should not be waited for."""
+        if now_s - self._last_tick_s < self.config.urgent_s or self._seen < 10:
+            return False
+        return self._misses > self.config.urgent_share * self._seen
+
+    def expected_output(self, tier: str) -> float:
+        """Mean output of a tier, tokens."""
+        return self._estimator.output(tier)
+
+    def inputs(self, now_s: float, view: CellView) -> PlanInputs:
+        """What a decision would be made from now."""
+        recent = tuple(
+            Arrival(time_s, tier, prompt, self._outputs.get(name, round(self._estimator.output(tier))))
+            for time_s, tier, prompt, name in self._recent
+        )
+        loads = self._estimator.loads(now_s)
+        return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed)
+
+    def tick(self, now_s: float, view: CellView) -> Decision | None:
+        """Decides; None while it knows too little or the last switch is too recent."""
+        self._last_tick_s = now_s
+        self._misses = self._seen = 0
+        lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
+        if not lost and now_s - self._start_s < self.config.warm_up_s:
+            return None
+        if not lost and now_s - self._last_switch_s < self.config.dwell_s:
+            return None
+        decision = self._decide(self.inputs(now_s, view))
+        if decision is not None and decision.switch:
+            self._last_switch_s = now_s
+        return decision

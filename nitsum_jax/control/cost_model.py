@@ -1,0 +1,279 @@
+"""What a step, a transfer and a switch take, read from a profile.
+
+The simulator asks for millions of steps, so the way to a step time is short: plain floats, a binary search in a row
+that was worked out once for each (TP, number of sequences), and one multiplication.
+"""
+
+import sys
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from nitsum_jax.control.grids import Plane
+from nitsum_jax.control.profile import Profile, TpProfile
+from nitsum_jax.errors import InvalidInputError
+
+NO_LIMIT = sys.maxsize
+"""The last context of a line that never ends."""
+
+
+class CostModel:
+    """Times predicted from a profile; the same question always has the same answer.
+
+    Between the points of the profile's tables times are interpolated linearly, beyond their ends the last two points
+    are drawn on.  More work never takes less.
+
+    Attributes:
+      profile: what it reads.
+      tps: TPs that the profile has, ascending.
+      page_size: tokens in a KV block.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.tps = tuple(profile.tps)
+        self.page_size = profile.page_size
+        self._steps = {tp: _Steps(times, profile.host_overhead_s) for tp, times in profile.tps.items()}
+        self._mixed = profile.mixed_steps
+
+    def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
+        """Seconds of one step; 0 if there is nothing to do.
+
+        Where the profile says that decode and prefill do not share a step, it is the sum of several: one that decodes,
+        and one for each chunk.
+
+        Args:
+          tp: TP of the instance.
+          sequences: sequences that decode one token each.
+          context_tokens: tokens of KV cache that they hold together.
+          chunks: prefill chunks, each (new tokens, at least 1; context before them).
+
+        Raises:
+          InvalidInputError: the profile does not have this TP.
+        """
+        try:
+            steps = self._steps[tp]
+        except KeyError:
+            raise self._unknown(tp) from None
+        if not chunks:
+            return steps.decode_s(sequences, context_tokens) if sequences else 0.0
+        if self._mixed:
+            return steps.mixed_s(sequences, context_tokens, chunks)
+        seconds = steps.decode_s(sequences, context_tokens) if sequences else 0.0
+        for chunk in chunks:
+            seconds += steps.mixed_s(0, 0, (chunk,))
+        return seconds
+
+    def decode_segment(self, tp: int, sequences: int, context_tokens: int) -> tuple[float, float, int]:
+        """The straight piece of step_s, without chunks, that begins at this context.
+
+        Returns:
+          (seconds of the step at this context, seconds for each further token of context, the last context_tokens up to
+          which that holds).  The last is above context_tokens.
+
+        Raises:
+          InvalidInputError: the profile does not have this TP.
+        """
+        if not sequences:
+            return 0.0, 0.0, NO_LIMIT
+        try:
+            knots, values, slopes, base = self._steps[tp].row(sequences)
+        except KeyError:
+            raise self._unknown(tp) from None
+        i = bisect_right(knots, context_tokens) - 1
+        last = len(slopes) - 1
+        if i >= last:
+            i, limit = last, NO_LIMIT
+        else:
+            limit = knots[i + 1]
+        return base + values[i] + slopes[i] * (context_tokens - knots[i]), slopes[i], limit
+
+    def max_chunk(
+        self,
+        tp: int,
+        sequences: int,
+        context_tokens: int,
+        context_before: int,
+        limit: int,
+        budget_s: float,
+        chunks: Sequence[tuple[int, int]] = (),
+    ) -> int:
+        """The most new tokens of one more prefill chunk with which a step stays within a budget; 0 if none do.
+
+        Args:
+          tp: TP of the instance.
+          sequences: sequences that decode in the step.
+          context_tokens: tokens of KV cache that they hold together.
+          context_before: context before the chunk.
+          limit: most tokens that are wanted.
+          budget_s: seconds that the step may take.
+          chunks: other chunks of the step, as for step_s.
+        """
+        fixed = list(chunks)
+
+        def step(tokens: int) -> float:
+            return self.step_s(tp, sequences, context_tokens, [*fixed, (tokens, context_before)])
+
+        if limit < 1 or (least := step(1)) > budget_s:
+            return 0
+        if step(limit) <= budget_s:
+            return limit
+        # Only two parts depend on the chunk's size, so the search adds up these.
+        steps = self._steps[tp]
+        others = sequences + sum(new for new, _ in fixed) if self._mixed else 0
+        left = budget_s - (least - steps.growing_s(others, 1, context_before))
+        low, high = 1, limit  # low fits, high does not
+        while high - low > 1:
+            middle = (low + high) // 2
+            if steps.growing_s(others, middle, context_before) <= left:
+                low = middle
+            else:
+                high = middle
+        # The sums round differently.
+        while step(low) > budget_s:
+            low -= 1
+        while step(low + 1) <= budget_s:
+            low += 1
+        return low
+
+    def prefill_s(self, tp: int, prompt_tokens: int, chunk: int = 2048) -> float:
+        """Seconds to prefill a prompt in chunks on an instance that does nothing else."""
+        starts = range(0, prompt_tokens, chunk)
+        return sum(self.step_s(tp, 0, 0, ((min(chunk, prompt_tokens - start), start),)) for start in starts)
+
+    def kv_capacity_tokens(self, tp: int, resident_tp: int | None = None) -> int:
+        """Tokens of KV cache that an instance holds.
+
+        Args:
+          tp: TP of the instance.
+          resident_tp: the least TP whose weights its devices keep beside those of tp, so that a switch moves no
+            weights; None if they keep those of tp only.
+
+        Raises:
+          InvalidInputError: the profile does not have this TP.
+        """
+        if tp not in self._steps:
+            raise self._unknown(tp)
+        capacity = self.profile.tps[tp].kv_capacity_tokens
+        if resident_tp is None or resident_tp >= tp:
+            return capacity
+        more = self.profile.weight_bytes * (tp - resident_tp) // resident_tp  # bytes of weights, all devices together
+        return max(0, capacity - -(-more // self.profile.kv_bytes_per_token))
+
+    def transfer_s(self, tokens: int, from_tp: int, to_tp: int, pairs: int = 1) -> float:
+        """Seconds to move the KV cache of so many tokens from one group of devices to another.
+
+        Each device of a group holds its share of the heads, so the group with fewer devices limits the rate.
+
+        Args:
+          tokens: tokens to move, all pairs of groups together; nothing takes no time.
+          from_tp: devices in the group that gives.
+          to_tp: devices in the group that takes.
+          pairs: disjoint pairs of such groups that share the tokens evenly and move them at the same time.
+        """
+        if tokens <= 0:
+            return 0.0
+        links = min(from_tp, to_tp) * pairs
+        bytes_per_link = tokens * self.profile.kv_bytes_per_token / links
+        return self.profile.transfer_latency_s + bytes_per_link / self.profile.link_bytes_per_s
+
+    def switch_s(self, kv_bytes_per_link: float) -> float:
+        """Seconds of a layout switch: the host's part, and the copies over the link that carries most bytes."""
+        if kv_bytes_per_link <= 0:
+            return self.profile.switch_host_s
+        copies = self.profile.transfer_latency_s + kv_bytes_per_link / self.profile.link_bytes_per_s
+        return self.profile.switch_host_s + copies
+
+    def _unknown(self, tp: int) -> InvalidInputError:
+        have = ", ".join(str(known) for known in self.tps)
+        return InvalidInputError(f"profile {self.profile.name} has no TP {tp}: use one of {have}")
+
+
+_Row = tuple[list[int], list[float], list[float], float]
+"""Decode steps of one number of sequences: total contexts, seconds of attention there, slopes after them, and the
+seconds of the rest."""
+
+
+class _Steps:
+    """Step times of one TP."""
+
+    def __init__(self, times: TpProfile, host_overhead_s: float) -> None:
+        self._times = times
+        self._host_s = host_overhead_s
+        self._prefill = _Patches(times.prefill_attention)
+        # No larger than the sizes that steps have.
+        self._rows: dict[int, _Row] = {}
+        self._dense_s: dict[int, float] = {}
+        self._head_s: dict[int, float] = {}
+
+    def row(self, sequences: int) -> _Row:
+        """What decode steps of so many sequences take over their total context."""
+        found = self._rows.get(sequences)
+        if found is None:
+            found = self._rows[sequences] = self._make_row(sequences)
+        return found
+
+    def decode_s(self, sequences: int, context_tokens: int) -> float:
+        """A step that only decodes."""
+        knots, values, slopes, base = self._rows.get(sequences) or self.row(sequences)
+        i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
+        return base + values[i] + slopes[i] * (context_tokens - knots[i])
+
+    def mixed_s(self, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]]) -> float:
+        """A step with at least one chunk."""
+        total = sequences
+        seconds = self._host_s
+        for new, before in chunks:
+            total += new
+            seconds += self._prefill.at(new, before)
+        rows = sequences + len(chunks)
+        head = self._head_s.get(rows)
+        if head is None:
+            head = self._head_s[rows] = self._times.head.at(rows)
+        seconds += self._dense(total) + head
+        if sequences:
+            knots, values, slopes, _ = self.row(sequences)
+            i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
+            seconds += values[i] + slopes[i] * (context_tokens - knots[i])
+        return seconds
+
+    def growing_s(self, others: int, new: int, before: int) -> float:
+        """What depends on the size of a chunk in a step with `others` more new tokens."""
+        return self._dense(others + new) + self._prefill.at(new, before)
+
+    def _dense(self, tokens: int) -> float:
+        found = self._dense_s.get(tokens)
+        if found is None:
+            found = self._dense_s[tokens] = self._times.dense.at(tokens)
+        return found
+
+    def _make_row(self, sequences: int) -> _Row:
+        table = self._times.decode_attention
+        knots = [sequences * mean for mean in table.columns]
+        values = [table.at(sequences, mean) for mean in table.columns]
+        slopes = [(values[i + 1] - values[i]) / (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
+        base = self._host_s + self._times.dense.at(sequences) + self._times.head.at(sequences)
+        return knots, values, slopes, base
+
+
+class _Patches:
+    """A plane, worked out as one polynomial for each patch between four points."""
+
+    def __init__(self, plane: Plane) -> None:
+        self._rows, self._columns = plane.rows, plane.columns
+        self._last = (len(plane.rows) - 1, len(plane.columns) - 1)
+        self._patches = [[self._patch(plane, i, j) for j in range(self._last[1])] for i in range(self._last[0])]
+
+    @staticmethod
+    def _patch(plane: Plane, i: int, j: int) -> tuple[int, int, float, float, float, float]:
+        s, rows, columns = plane.seconds, plane.rows, plane.columns
+        height, width = rows[i + 1] - rows[i], columns[j + 1] - columns[j]
+        down, across = s[i + 1][j] - s[i][j], s[i][j + 1] - s[i][j]
+        both = s[i + 1][j + 1] - s[i + 1][j] - s[i][j + 1] + s[i][j]
+        return rows[i], columns[j], s[i][j], down / height, across / width, both / (height * width)
+
+    def at(self, row: int, column: int) -> float:
+        i = bisect_right(self._rows, row, 0, self._last[0]) - 1
+        j = bisect_right(self._columns, column, 0, self._last[1]) - 1
+        row0, column0, value, down, across, both = self._patches[i][j]
+        y, x = row - row0, column - column0
+        return value + down * y + (across + both * y) * x

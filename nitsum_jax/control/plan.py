@@ -1,0 +1,219 @@
+"""Cell plans: which devices form which instances, what each does, and which tiers it is kept for.
+
+A plan is what a planner chooses and a scheduler works with.  It says a little more than a layout: besides devices and
+roles it names the tiers that an instance serves first.  The text form is that of layouts, with the tiers behind a
+slash: `tp4/interactive+tp1x4/standard,batch`.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+MIXED = "mixed"
+PREFILL = "prefill"
+DECODE = "decode"
+ROLES = (MIXED, PREFILL, DECODE)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """What an instance is, wherever it lies.
+
+    Attributes:
+      tp: tensor-parallel degree, the number of its devices.
+      role: mixed, prefill or decode.
+      tiers: names of the tiers that it serves first; empty: all alike.
+    """
+
+    tp: int
+    role: str = MIXED
+    tiers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        role = "" if self.role == MIXED else f":{self.role}"
+        tiers = f"/{','.join(self.tiers)}" if self.tiers else ""
+        return f"tp{self.tp}{role}{tiers}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class InstancePlan:
+    """An instance in its place.
+
+    Attributes:
+      devices: numbers of its devices, ascending.
+      role: mixed, prefill or decode.
+      tiers: as of `Shape`.
+    """
+
+    devices: tuple[int, ...]
+    role: str = MIXED
+    tiers: tuple[str, ...] = ()
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel degree."""
+        return len(self.devices)
+
+    @property
+    def shape(self) -> Shape:
+        """What it is, without its place."""
+        return Shape(self.tp, self.role, self.tiers)
+
+    @property
+    def group(self) -> tuple[tuple[int, ...], str]:
+        """Devices and role: two plans that share it need no switch between them for this instance."""
+        return self.devices, self.role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellPlan:
+    """A partition of the cell, or of a part of it, into instances."""
+
+    instances: tuple[InstancePlan, ...]
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of the instances in order."""
+        return tuple(instance.shape for instance in self.instances)
+
+    @property
+    def layout(self) -> str:
+        """Text form without tiers, devices named: what a server's `SetLayout` reads."""
+        parts = []
+        for instance in self.instances:
+            role = "" if instance.role == MIXED else f":{instance.role}"
+            parts.append(f"tp{instance.tp}@{','.join(map(str, instance.devices))}{role}")
+        return "+".join(parts)
+
+    def __str__(self) -> str:
+        return shapes_text(self.shapes)
+
+
+def shapes_text(shapes: Sequence[Shape]) -> str:
+    """Text of a multiset of shapes in order, equal neighbours joined: `tp2x2+tp1x4`."""
+    parts = []
+    for shape, run in itertools.groupby(shapes):
+        count = len(list(run))
+        head, slash, tiers = str(shape).partition("/")
+        tp, colon, role = head.partition(":")
+        parts.append(f"{tp}{f'x{count}' if count > 1 else ''}{colon}{role}{slash}{tiers}")
+    return "+".join(parts)
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Reads what `shapes_text` wrote.
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    shapes: list[Shape] = []
+    for part in text.split("+"):
+        head, _, tiers = part.partition("/")
+        head, _, role = head.partition(":")
+        size, _, count = head.removeprefix("tp").partition("x")
+        if not head.startswith("tp") or (role or MIXED) not in ROLES:
+            raise ValueError(f"{part!r} is no part of a plan")
+        shapes += [Shape(int(size), role or MIXED, tuple(tiers.split(",")) if tiers else ())] * int(count or 1)
+    return tuple(shapes)
+
+
+def place(
+    shapes: Sequence[Shape], num_devices: int, before: CellPlan | None = None, lost: Sequence[int] = ()
+) -> CellPlan:
+    """Gives shapes their devices: runs of neighbours, as far as possible where they are already.
+
+    Args:
+      shapes: what is wanted.
+      num_devices: devices of the cell, numbered from 0.
+      before: the plan in force; instances of it that are wanted again stay where they are.
+      lost: devices that cannot be used.
+
+    Returns:
+      A plan, largest TP first.
+
+    Raises:
+      ValueError: the shapes do not fit the devices that are left.
+    """
+    taken = set(lost)
+    wanted = collections.Counter(shapes)
+    placed: list[InstancePlan] = []
+    # 1. what is there already, tiers and all; 2. what is there under other tiers: only routing changes.
+    for same in (lambda a, b: a == b, lambda a, b: (a.tp, a.role) == (b.tp, b.role)):
+        for old in before.instances if before else ():
+            if not taken.isdisjoint(old.devices):
+                continue
+            match = next((s for s in wanted if wanted[s] > 0 and same(s, old.shape)), None)
+            if match is not None:
+                wanted[match] -= 1
+                taken.update(old.devices)
+                placed.append(InstancePlan(old.devices, match.role, match.tiers))
+    # An old instance in the way of a larger new one gives way: drop the smallest until everything fits.
+    while True:
+        rest = sorted(wanted.elements(), key=lambda shape: -shape.tp)
+        fresh = _fill(rest, num_devices, taken)
+        if fresh is not None:
+            break
+        if not placed:
+            raise ValueError(f"{shapes_text(shapes)} does not fit {num_devices} devices without {sorted(lost)}")
+        loser = min(placed, key=lambda instance: instance.tp)
+        placed.remove(loser)
+        wanted[loser.shape] += 1
+        taken.difference_update(loser.devices)
+    return CellPlan(tuple(sorted((*placed, *fresh), key=lambda i: (-i.tp, i.devices))))
+
+
+def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[InstancePlan] | None:
+    used = set(taken)
+    out = []
+    for shape in shapes:
+        devices = _free_group(shape.tp, num_devices, used)
+        if devices is None:
+            return None
+        used.update(devices)
+        out.append(InstancePlan(devices, shape.role, shape.tiers))
+    return out
+
+
+def _free_group(tp: int, num_devices: int, used: set[int]) -> tuple[int, ...] | None:
+    """The first aligned run that is free; else, where devices are lost, any whose ranks differ (numbers modulo TP)."""
+    for start in range(0, num_devices - tp + 1, tp):
+        run = range(start, start + tp)
+        if used.isdisjoint(run):
+            return tuple(run)
+    group = [next((d for d in range(rank, num_devices, tp) if d not in used), None) for rank in range(tp)]
+    return None if None in group else tuple(sorted(d for d in group if d is not None))
+
+
+def partitions(num_devices: int, tps: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """All ways to cut devices into TPs, each descending, leaving as few devices idle as possible.
+
+    Args:
+      num_devices: how many there are.
+      tps: the TPs that may be used, powers of two.
+    """
+    sizes = sorted((tp for tp in tps if tp <= num_devices), reverse=True)
+    if not sizes:
+        return
+    total = num_devices - num_devices % sizes[-1]
+
+    def cut(left: int, sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        if left == 0:
+            yield ()
+            return
+        for i, size in enumerate(sizes):
+            if size <= left:
+                for rest in cut(left - size, sizes[i:]):
+                    yield (size, *rest)
+
+    yield from cut(total, sizes)
+
+
+def fits(shapes: Sequence[Shape], num_devices: int, lost: Sequence[int] = ()) -> bool:
+    """Whether `place` would find devices."""
+    return _fill(sorted(shapes, key=lambda shape: -shape.tp), num_devices, set(lost)) is not None
+
+
+def homogeneous(num_devices: int, tp: int) -> CellPlan:
+    """Every device in an instance of this TP, as far as they go round."""
+    return place([Shape(tp)] * (num_devices // tp), num_devices)

@@ -1,0 +1,228 @@
+"""An instance as the policies see it: who is in it, what KV cache it has left, and how much time its tokens leave.
+
+The model of a cell and the live engine keep the same object, so that a scheduler cannot tell which one it serves.
+"""
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import DECODE, PREFILL, InstancePlan
+
+_NUMBER = itertools.count()
+
+
+class Worker:
+    """Membership and accounts of one instance.
+
+    Attributes:
+      index: number of the instance, unique in a run.
+      plan: devices, role and tiers.
+      prefills: jobs whose prompt is not computed yet.
+      decoding: jobs that get a token a step, by id.
+      outgoing: jobs whose prompt is computed and whose KV cache has yet to go to another instance, by id.
+      clock: decode steps so far.
+      context: tokens of KV cache of the decoding jobs together.
+      used_blocks: pages taken, of `capacity_blocks`.
+      stopping: it takes nobody any more (a switch is under way).
+    """
+
+    def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
+        """Makes an empty instance that can hold `capacity_tokens` tokens and `max_batch` jobs."""
+        self.index = index
+        self.plan = plan
+        self.tp = plan.tp
+        self.page_size = page_size
+        self.capacity_blocks = capacity_tokens // page_size
+        self.max_batch = max_batch
+        self.prefills: list[Job] = []
+        self.decoding: dict[str, Job] = {}
+        self.outgoing: dict[str, Job] = {}
+        self.clock = 0
+        self.context = 0
+        self.used_blocks = 0
+        self.stopping = False
+        # Decoding jobs per page offset: tells in which step how many of them begin a new page.
+        self._residues = [0] * page_size
+        self._offsets = 0
+        self._expected = 0.0
+        # Per tier a heap of (due time less clock * tpot, tie, job): the order never changes while all decode in step.
+        self._due: dict[str, tuple[float, list[tuple[float, int, Job]]]] = {}
+
+    # ---- who is here
+
+    @property
+    def jobs(self) -> int:
+        """Prefilling and decoding jobs."""
+        return len(self.prefills) + len(self.decoding) + len(self.outgoing)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it prefills."""
+        return self.plan.role != DECODE and not self.stopping
+
+    @property
+    def takes_decodes(self) -> bool:
+        """Whether it decodes."""
+        return self.plan.role != PREFILL and not self.stopping
+
+    @property
+    def prefill_left(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return sum(job.target - job.cached for job in self.prefills)
+
+    def generated(self, job: Job) -> int:
+        """Output tokens of a decoding job so far."""
+        return self.clock - job.offset
+
+    def context_of(self, job: Job) -> int:
+        """Tokens of a decoding job in the KV cache: all but its newest one."""
+        return job.prompt_tokens + self.clock - job.offset - 1
+
+    # ---- room
+
+    @property
+    def free_blocks(self) -> int:
+        """Pages that are free."""
+        return self.capacity_blocks - self.used_blocks
+
+    def pages(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
+        return -(-tokens // self.page_size)
+
+    def growth_tokens(self) -> float:
+        """Tokens that the jobs here are still expected to make."""
+        generated = len(self.decoding) * self.clock - self._offsets
+        return max(0.0, self._expected - generated) + sum(job.expected_output for job in self.prefills)
+
+    def steps_until_full(self) -> int:
+        """Decode steps of all jobs that the free pages allow; a large number if nobody decodes."""
+        count = len(self.decoding)
+        if count == 0:
+            return 1 << 30
+        free = self.free_blocks
+        steps = free // count * self.page_size
+        free %= count
+        clock = self.clock + steps
+        while True:
+            need = self._residues[-clock % self.page_size]
+            if need > free:
+                return steps
+            free -= need
+            steps += 1
+            clock += 1
+
+    # ---- time
+
+    def slack_s(self, now_s: float) -> float:
+        """Time until the first next token is due, over all decoding jobs that are not late; infinite without any."""
+        least = math.inf
+        for tpot_s, heap in self._due.values():
+            while heap and (heap[0][2].late or heap[0][2].worker is not self):
+                heapq.heappop(heap)
+            if heap:
+                least = min(least, heap[0][0] + self.clock * tpot_s)
+        return least - now_s
+
+    def tightest_tpot_s(self) -> float:
+        """Least TPOT target of the decoding jobs that are not late; infinite without any."""
+        return min((tpot_s for tpot_s, heap in self._due.values() if heap), default=math.inf)
+
+    def overdue(self, now_s: float) -> Iterator[Job]:
+        """Decoding jobs, not late, whose next token is due before now, the most overdue of each tier first."""
+        for tpot_s, heap in self._due.values():
+            while heap:
+                key, _, job = heap[0]
+                if job.late or job.worker is not self:
+                    heapq.heappop(heap)
+                    continue
+                if key + self.clock * tpot_s >= now_s:
+                    break
+                before = len(heap)
+                yield job
+                if len(heap) == before and heap and heap[0][2] is job and not job.late:
+                    break  # the caller keeps it: the others of the tier are less overdue
+
+    # ---- changes
+
+    def seat(self, job: Job) -> None:
+        """Takes a job whose prompt is to be computed; its pages are taken at once."""
+        job.worker = self
+        self.prefills.append(job)
+        self.used_blocks += self.pages(job.target)
+        if not job.instances or job.instances[-1] != self.index:
+            job.instances.append(self.index)
+
+    def begin_decode(self, job: Job) -> None:
+        """A job that was seated here has its first token (or, computed again, its next)."""
+        self.prefills.remove(job)
+        self._enter(job)
+
+    def depart(self, job: Job) -> None:
+        """A job that was seated here has its first token and will decode elsewhere; its pages stay until `departed`."""
+        self.prefills.remove(job)
+        self.outgoing[job.id] = job
+
+    def departed(self, job: Job) -> None:
+        """Its KV cache has been copied; its pages are free."""
+        del self.outgoing[job.id]
+        self.used_blocks -= self.pages(job.target)
+
+    def reserve(self, job: Job) -> None:
+        """Takes pages for a job that will come with its KV cache."""
+        self.used_blocks += self.pages(job.cached)
+
+    def arrive(self, job: Job) -> None:
+        """A job for which pages were reserved comes to decode."""
+        if not job.instances or job.instances[-1] != self.index:
+            job.instances.append(self.index)
+        self._enter(job)
+
+    def drop_reserved(self, job: Job) -> None:
+        """The job will not come."""
+        self.used_blocks -= self.pages(job.cached)
+
+    def leave(self, job: Job) -> None:
+        """A job goes, with its pages; `generated` and `cached` are brought up to date."""
+        if job.id in self.decoding:
+            del self.decoding[job.id]
+            job.generated = self.clock - job.offset
+            job.cached = job.prompt_tokens + job.generated - 1
+            self.context -= job.cached
+            self.used_blocks -= self.pages(job.cached)
+            self._residues[(job.prompt_tokens - 1 - job.offset) % self.page_size] -= 1
+            self._offsets -= job.offset
+            self._expected -= job.expected_output
+        else:
+            self.prefills.remove(job)
+            self.used_blocks -= self.pages(job.target)
+        job.worker = None
+
+    def advance(self, steps: int) -> None:
+        """All decoding jobs have got `steps` tokens."""
+        for _ in range(steps) if steps < self.page_size else ():
+            self.used_blocks += self._residues[-self.clock % self.page_size]
+            self.clock += 1
+        if steps >= self.page_size:
+            rounds, rest = divmod(steps, self.page_size)
+            self.used_blocks += rounds * len(self.decoding)
+            self.clock += rounds * self.page_size
+            for _ in range(rest):
+                self.used_blocks += self._residues[-self.clock % self.page_size]
+                self.clock += 1
+        self.context += steps * len(self.decoding)
+
+    def _enter(self, job: Job) -> None:
+        job.worker = self
+        job.offset = self.clock - job.generated
+        self.decoding[job.id] = job
+        self.context += job.prompt_tokens + job.generated - 1
+        self._residues[(job.prompt_tokens - 1 - job.offset) % self.page_size] += 1
+        self._offsets += job.offset
+        self._expected += job.expected_output
+        if not job.late and job.first_token_s is not None:
+            tpot_s = job.tier.tpot_ms / 1000
+            _, heap = self._due.setdefault(job.tier.name, (tpot_s, []))
+            heapq.heappush(heap, (job.first_token_s - job.offset * tpot_s, next(_NUMBER), job))

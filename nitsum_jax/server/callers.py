@@ -1,0 +1,46 @@
+"""Who makes the call that is being answered: set by the security layer of a front end, read behind it."""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Caller:
+    """What the front end knows about who calls.
+
+    Attributes:
+      client: name of its API key; empty without one.
+      tiers: latency tiers that it may use; None: all.
+      admin: whether it may change the cell.
+      traceparent: W3C trace context of the client; empty if it sent none.
+    """
+
+    client: str = ""
+    tiers: tuple[str, ...] | None = None
+    admin: bool = False
+    traceparent: str = ""
+
+
+NOBODY = Caller()
+"""Work that no front end let in, such as a test's or the server's own."""
+
+_CURRENT: contextvars.ContextVar[Caller] = contextvars.ContextVar("nitsum_caller", default=NOBODY)
+
+
+def current_caller() -> Caller:
+    """Whose call this task answers; NOBODY outside of any."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def calling(caller: Caller) -> Iterator[None]:
+    """Makes `caller` the current one for the body, and for tasks that it starts."""
+    token = _CURRENT.set(caller)
+    try:
+        yield
+    finally:
+        # A generator that is closed from outside its task has another context, which ends with it.
+        with contextlib.suppress(ValueError):
+            _CURRENT.reset(token)

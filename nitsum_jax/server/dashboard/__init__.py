@@ -1,0 +1,1 @@
+"""A page that shows the cell live, and what feeds it."""

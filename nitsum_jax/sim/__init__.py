@@ -1,0 +1,1 @@
+"""A cell simulated event by event: workloads, baselines, logs and reports, driven by the policies of control/."""

@@ -1,0 +1,144 @@
+"""Controllers of other systems, as far as their published rules say: dynamic baselines.
+
+Both see what `control` controllers see, and act through the same switches.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from nitsum_jax.control.controller import CellView
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.planner import Decision, PlanInputs
+from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.control.worker import Worker
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoleLimits:
+    """When `RoleBalancer` acts.
+
+    Attributes:
+      interval_s: time between looks.
+      high: a role is short of instances above this load,
+      low: and can spare one if its load, spread over one instance fewer, stays below this.
+    """
+
+    interval_s: float = 10.0
+    high: float = 0.8
+    low: float = 0.8
+
+
+class _LoadController:
+    """What controllers share that look at the cell's load and at nothing else."""
+
+    interval_s = 1.0
+
+    def arrived(self, now_s: float, job: Job) -> None:
+        """Not needed."""
+
+    def finished(self, now_s: float, job: Job) -> None:
+        """Not needed."""
+
+    def urgent(self, now_s: float) -> bool:
+        """It keeps its intervals."""
+        return False
+
+    def expected_output(self, tier: str) -> float:
+        """It expects nothing."""
+        return 128.0
+
+
+def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Decision:
+    inputs = PlanInputs(now_s, view.plan, view.num_devices, view.lost, ())
+    return Decision(now_s, inputs, (), plan, plan != view.plan, reason)
+
+
+class RoleBalancer(_LoadController):
+    """Keeps the TP, and moves instances between prefill and decode by load (after NVIDIA Dynamo's planner).
+
+    The load of prefill is the time that the waiting prompts take its instances, as a share of the tightest TTFT target;
+    that of decode is the larger of the share of KV cache in use and of the next step's share of the tightest TPOT target
+    in the batch.
+    """
+
+    def __init__(self, cost: CostModel, tiers: TierSet, limits: RoleLimits = RoleLimits()):
+        """Makes one for a cell that has at least one instance of either role."""
+        self.interval_s = limits.interval_s
+        self._cost = cost
+        self._limits = limits
+        self._ttft_s = min(tier.ttft_ms for tier in tiers) / 1000
+
+    def tick(self, now_s: float, view: CellView) -> Decision | None:
+        """Moves one instance if one role is short and the other can spare one."""
+        prefill = [worker for worker in view.workers if worker.plan.role == PREFILL]
+        decode = [worker for worker in view.workers if worker.plan.role == DECODE]
+        if not prefill or not decode:
+            return None
+        waiting = sum(job.target for job in view.backlog.jobs() if not job.late)
+        prefill_load = self._prefill_load(prefill, waiting)
+        decode_load = max(map(self._decode_load, decode))
+        low, high = self._limits.low, self._limits.high
+        moved, role = None, ""
+        if prefill_load > high and len(decode) > 1 and decode_load * len(decode) / (len(decode) - 1) < low:
+            moved, role = min(decode, key=lambda worker: (worker.context, worker.index)), PREFILL
+        elif decode_load > high and len(prefill) > 1 and prefill_load * len(prefill) / (len(prefill) - 1) < low:
+            moved, role = min(prefill, key=lambda worker: (worker.prefill_left, worker.index)), DECODE
+        plan = view.plan if moved is None else _with_role(view.plan, moved.plan, role)
+        loads = (
+            f"load of {len(prefill)} prefill instances {prefill_load:.2f}, of {len(decode)} decode {decode_load:.2f}"
+        )
+        return _decision(now_s, view, plan, loads)
+
+    def _prefill_load(self, workers: Sequence[Worker], waiting: int) -> float:
+        tokens = (waiting + sum(worker.prefill_left for worker in workers)) // len(workers)
+        return self._cost.prefill_s(workers[0].tp, tokens) / self._ttft_s if tokens else 0.0
+
+    def _decode_load(self, worker: Worker) -> float:
+        count = len(worker.decoding)
+        if not count:
+            return 0.0
+        tightest = worker.tightest_tpot_s()
+        step = self._cost.step_s(worker.tp, count, worker.context) / tightest if tightest < math.inf else 0.0
+        return max(step, worker.used_blocks / worker.capacity_blocks)
+
+
+def _with_role(plan: CellPlan, instance: InstancePlan, role: str) -> CellPlan:
+    return CellPlan(tuple(dataclasses.replace(i, role=role) if i == instance else i for i in plan.instances))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SwitchLimits:
+    """When `AllOrNothing` acts.
+
+    Attributes:
+      interval_s: time between looks.
+      up: more requests in the cell than this, per device, call for the many small instances,
+      down: fewer for the few large ones.
+    """
+
+    interval_s: float = 2.0
+    up: float = 8.0
+    down: float = 4.0
+
+
+class AllOrNothing(_LoadController):
+    """Switches the whole cell between data parallel (least TP) and tensor parallel (largest TP) by load.
+
+    After Flying Serving: latency when there is little to do, throughput when there is much.
+    """
+
+    def __init__(self, data_parallel: CellPlan, tensor_parallel: CellPlan, limits: SwitchLimits = SwitchLimits()):
+        """Makes one that knows these two plans."""
+        self.interval_s = limits.interval_s
+        self._plans = (data_parallel, tensor_parallel)
+        self._limits = limits
+
+    def tick(self, now_s: float, view: CellView) -> Decision | None:
+        """Compares the requests in the cell with its two limits."""
+        load = (len(view.backlog) + sum(worker.jobs for worker in view.workers)) / view.num_devices
+        spread, joined = self._plans
+        choice = spread if load > self._limits.up else joined if load < self._limits.down else view.plan
+        return _decision(now_s, view, choice, f"{load:.1f} requests per device")
