@@ -40,16 +40,13 @@ class _Stats:
     queue_capacity: int = 1_000_000
     blocks_free: int = 0
     blocks_total: int = 0
-    blocks_cached: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
     tokens_generated: int = 0
     steps: int = 0
     switches: int = 0
     compiles: int = 0
+    blocks_cached: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
-    blocks_cached: int = 0
 
 
 class PacedEngine:
@@ -95,10 +92,6 @@ class PacedEngine:
         """How many are alive."""
         with self._lock:
             return _Stats(waiting=0, running=len(self._left))
-
-    def loads(self) -> tuple[()]:
-        """Nobody looks."""
-        return ()
 
     def context_limit(self) -> int:
         """More than a benchmark asks for."""

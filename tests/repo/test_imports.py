@@ -20,7 +20,7 @@ BELOW = {
     "meshes": set(),
     "profiles": {"control"},
 }
-FLOOR = f"{PACKAGE}.errors"
+FLOOR = {f"{PACKAGE}.errors", f"{PACKAGE}.__version__"}
 # The face of the package for notebooks stands on top of all rooms; the package's own file names it, and loads it only
 # when it is asked for.
 FACE = {"llm": BELOW["server"] | {"server"}, "__init__": {"llm", "engine"}}
@@ -45,7 +45,7 @@ def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
     below = FACE.get(path.stem) if room is None else BELOW[room] | {room}
     names = [item.module] if item.module != PACKAGE else [f"{PACKAGE}.{n}" for n in item.names]
     for name in names:
-        if item.top != PACKAGE or name == FLOOR:
+        if item.top != PACKAGE or name in FLOOR:
             continue
         other = name.split(".")[1] if "." in name else PACKAGE
         if below is None or other not in below:
