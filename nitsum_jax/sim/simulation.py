@@ -245,6 +245,8 @@ class _Driver:
                 shown = i
         if not outcome.given_up:
             cell.run_until(math.inf)
+            for job in list(cell.alive.values()):
+                self.failed(job, "no instance ever had room for it")
         advance(i - shown)
         outcome.end_s = cell.now_s
         outcome.preemptions = cell.preemptions
