@@ -44,6 +44,9 @@ class _Stats:
     steps: int = 0
     switches: int = 0
     compiles: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class PacedEngine:

@@ -39,6 +39,7 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
 
 _Take = Callable[[TokenDelta], None]
+_MOST_WAITING = 1 << 16  # nobody has to be turned away: who asks waits for the answer
 _MOST_DEVICES = 1024  # more than any cell has: only to read how many a layout names
 
 
@@ -99,6 +100,7 @@ class LLM:
         if wrong:
             raise InvalidInputError(f"LLM has no setting {wrong[0]!r}: known are {', '.join(sorted(known))}")
         settings.setdefault("tier_names", DEFAULT_TIERS.names)
+        settings.setdefault("max_queue", _MOST_WAITING)
         config = EngineConfig(devices=devices, layout=layout, **settings)
         _emulate(devices or (_devices_of(layout) if layout else None))
         if cache_dir != OFF:
@@ -213,6 +215,14 @@ class LLM:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """
         return self._engine.set_layout(layout).result()
+
+    def prepare_layout(self, layout: str) -> None:
+        """Returns when a switch to this layout would start at once.
+
+        Raises:
+          NitsumError: the layout is malformed, or this cell cannot take it.
+        """
+        self._engine.prepare_layout(layout).result()
 
     async def aset_layout(self, layout: str) -> SwitchReport:
         """As `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""

@@ -331,4 +331,5 @@ def start_engine(
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    return Engine(model, config, sink, waiting or FifoQueue(config.max_queue))
+    # Not `waiting or ...`: an empty queue is false.
+    return Engine(model, config, sink, FifoQueue(config.max_queue) if waiting is None else waiting)

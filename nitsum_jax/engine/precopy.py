@@ -129,7 +129,9 @@ class PreCopy:
                 new = pool.reuse(vshard, source, block, target)
                 if new[0] < 0:
                     new = pool.allocators[target].take(1)
-                    pool.copied(vshard, source, block, target, new)
+                    if self._cell.switch_mover is self._cell.mover:
+                        # Copies that go past the steps count only when the switch has found them in their place.
+                        pool.copied(vshard, source, block, target, new)
                     blocks.setdefault((source, target), []).append((int(block[0]), int(new[0])))
                 ahead.table[vshard, ahead.pages] = new[0]
             ahead.pages += 1

@@ -20,7 +20,7 @@ import numpy as np
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.prefix_index import PrefixIndex, extend_keys
 from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.transfer import BlockMover
+from nitsum_jax.engine.transfer import Mover
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.instance import Instance
@@ -45,12 +45,12 @@ class PrefixCache:
 
     least_copied_tokens = 32  # fewer are computed sooner than copied
 
-    def __init__(self, pool: KvPool, mover: BlockMover, *, granule: int, prompts_only: bool):
+    def __init__(self, pool: KvPool, mover: Mover, *, granule: int, prompts_only: bool):
         """Begins empty.
 
         Args:
           pool: with an index.
-          mover: copies its blocks.
+          mover: copies its blocks, behind the steps in flight.
           granule: tokens, a multiple of the page size: prefixes are shared in multiples of so many.
           prompts_only: whether what decode steps made is not shared.
         """

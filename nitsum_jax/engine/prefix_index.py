@@ -90,9 +90,9 @@ class PrefixIndex:
         return np.where(pages >= 0, self._where[target, vshard, pages], -1)
 
     def copied(self, vshard: int, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
-        """Blocks i32[n] of `source` are copied to the blocks `new` of `target`, which has no twins of them."""
+        """Blocks i32[n] of `source` are copied to the blocks `new` of `target`; where it has twins, those stay."""
         pages = self._page[source, blocks]
-        known = (pages >= 0) & (self._page[target, new] < 0)
+        known = (pages >= 0) & (self._page[target, new] < 0) & (self._where[target, vshard, pages] < 0)
         count = int(known.sum())
         self._enter(np.full(count, target), np.full(count, vshard), pages[known], new[known])
 

@@ -23,11 +23,10 @@ from nitsum_jax.sim.replay import replay
 from nitsum_jax.sim.report.page import write_report
 from nitsum_jax.sim.search import Grid, capacity, run, sample, tournament
 from nitsum_jax.sim.simulation import Outcome, Policy, simulate
-from nitsum_jax.sim.stand_ins import open_trace
 from nitsum_jax.sim.summary import Figures, figures_of
 from nitsum_jax.sim.tables import RequestTable, StepTable
-from nitsum_jax.sim.traces import parse_trace_flag
-from nitsum_jax.sim.workload import Workload, mix, scale_rate, window
+from nitsum_jax.sim.workload import Workload, scale_rate
+from nitsum_jax.sim.workload_flags import workload_of
 
 BOUND = "+bound"
 DEFAULT_TIERS = TierSet((Tier("chat", ttft_ms=500, tpot_ms=50), Tier("code", ttft_ms=10_000, tpot_ms=200)))
@@ -71,24 +70,10 @@ def _setting(given: Options) -> Setting:
 
 
 def _workload(given: Options, tiers: TierSet) -> Workload:
-    parts = []
-    for text in given.trace:
-        flag = parse_trace_flag(text)
-        found = open_trace(flag, seed=given.seed, seconds=given.seconds)
-        for name in found.workload.tiers:
-            if name not in tiers:
-                where = f"--tiers={given.tiers}" if given.tiers else "the tiers used without --tiers"
-                raise InvalidInputError(
-                    f"--trace={text}: {where} have no tier {name!r}, only {', '.join(tiers.names)}: add [tiers.{name}] to a"
-                    " tiers file"
-                )
-        if found.skipped:
-            _note(f"{flag.source}: {found.skipped} requests without output left out")
-        parts.append(found.workload)
-    whole = mix(parts)
-    if given.seconds is not None:
-        whole = window(whole, 0.0, min(given.seconds, whole.seconds))
-    return scale_rate(whole, given.rate_scale, given.seed) if given.rate_scale != 1 else whole
+    where = f"--tiers={given.tiers}" if given.tiers else "the tiers used without --tiers"
+    return workload_of(
+        given.trace, tiers, where, seconds=given.seconds, rate_scale=given.rate_scale, seed=given.seed, note=_note
+    )
 
 
 def _replay(given: Options, setting: Setting) -> int:

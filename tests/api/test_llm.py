@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,13 @@ CHAT = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     folder = tiny_models.write_hf_folder("llama_odd", tmp_path_factory.mktemp("model"))
-    settings = {"max_model_len": 256, "max_batch": 4, "prefill_chunk": 32, "dtype": "float32", "max_queue": 2}
+    settings: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_batch": 4,
+        "prefill_chunk": 32,
+        "dtype": "float32",
+        "max_queue": 6,
+    }
     with LLM(str(folder), "tp2x2", devices=4, layouts=("tp2x2", "tp4"), **settings) as llm:
         yield llm
 
@@ -62,9 +69,9 @@ def test_token_ids_chats_and_parameters(llm: LLM, answers: list[Completion]) -> 
     (answer,) = llm.generate([ids], max_tokens=20, ignore_eos=True)
     assert answer.token_ids == answers[2].token_ids
     assert answer.prompt_tokens == len(ids)
-    first = answer.text[:3]
-    (stopped,) = llm.generate([TEXTS[2]], max_tokens=20, ignore_eos=True, stop=answer.text[3:5])
-    assert (stopped.text, stopped.finish_reason) == (first, FinishReason.STOP)
+    stop = answer.text[6:9]
+    (stopped,) = llm.generate([TEXTS[2]], max_tokens=20, ignore_eos=True, stop=stop)
+    assert (stopped.text, stopped.finish_reason) == (answer.text[: answer.text.index(stop)], FinishReason.STOP)
     drawn = llm.chat(CHAT, SamplingParams(temperature=1.5), max_tokens=8, logprobs=2, ignore_eos=True)
     assert len(drawn.logprobs) == len(drawn.token_ids) == 8
     again = llm.chat(CHAT, SamplingParams(temperature=1.5, seed=drawn.seed), max_tokens=8, ignore_eos=True)
@@ -90,7 +97,13 @@ def test_who_leaves_a_stream_ends_its_request(llm: LLM) -> None:
 
 
 def test_what_is_wrong_is_told_at_once(llm: LLM) -> None:
-    for prompts, wanted in (("text", {}), (["x"], {"best_of": 3}), (["x"], {"max_tokens": 0}), ([""], {})):
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        ("text", {}),
+        (["x"], {"best_of": 3}),
+        (["x"], {"max_tokens": 0}),
+        ([""], {}),
+    ]
+    for prompts, wanted in cases:
         with pytest.raises(InvalidInputError):
             llm.generate(prompts, **wanted)
     with pytest.raises(InvalidInputError):

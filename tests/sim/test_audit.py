@@ -19,7 +19,7 @@ from nitsum_jax.sim.records import (
 )
 from nitsum_jax.sim.tables import RequestTable, StepTable
 from nitsum_jax.sim.workload import Workload
-from tests.sim.small_run import DEVICES, MIXED, TIERS, cost_model, run, workload
+from tests.sim.small_run import DEVICES, MIXED, SPLIT, TIERS, cost_model, run, workload
 
 
 @dataclasses.dataclass
@@ -64,8 +64,10 @@ def logs(true_logs: Logs) -> Logs:
     [
         (MIXED, homogeneous(DEVICES, 1), 12),
         (homogeneous(DEVICES, 1), homogeneous(DEVICES, 4), 40),
+        (SPLIT, homogeneous(DEVICES, 1), 12),
+        (homogeneous(DEVICES, 1), SPLIT, 30),
     ],
-    ids=["tp2 to tp1", "busy tp1 to tp4"],
+    ids=["tp2 to tp1", "busy tp1 to tp4", "split to tp1", "busy tp1 to split"],
 )
 def test_true_logs_pass(first: CellPlan, then: CellPlan, rate: float, tmp_path: pathlib.Path) -> None:
     given = workload(rate, seconds=10)

@@ -189,6 +189,15 @@ def test_a_run_in_which_nothing_ended_can_be_drawn(folders: list[pathlib.Path]) 
             assert style.svg_uri(figure).startswith("data:image/svg+xml;base64,")
 
 
+def test_a_run_without_its_steps_has_no_utilisation(folders: list[pathlib.Path]) -> None:
+    one = open_run(folders[0])
+    logs = one.logs()
+    with style.drawing():
+        panels = figures.timeline(one, dataclasses.replace(logs, steps=type(logs.steps).of([]))).axes
+    assert [p.get_title(loc="left") for p in panels] == ["Load and goodput, by time of arrival", "Attainment", "Layout"]
+    assert panels[-1].get_xlabel() == "seconds"
+
+
 # Layouts over time
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from nitsum_jax import __version__
 from nitsum_jax.server.backend import Backend
 from nitsum_jax.server.http import requests, responses
 from nitsum_jax.server.http.fields import TOKEN_ID
@@ -77,7 +76,7 @@ def _document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {
             "title": "nitsum-jax",
-            "version": __version__,
+            "version": "1",
             "description": "OpenAI-compatible API of one nitsum-jax server.",
         },
         "paths": {
@@ -106,9 +105,13 @@ def _document() -> dict[str, Any]:
 
 def _generation(summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
     good = _ok(response)
-    good["200"]["content"]["text/event-stream"] = {
-        "schema": {"type": "string", "description": "With stream: server-sent events, the last one [DONE]."}
+    # Of each event, as the tools that read this document take it.
+    event = {
+        "type": "object",
+        "properties": {"data": {"type": "string", "description": "A chunk in JSON; [DONE] in the last event."}},
+        "required": ["data"],
     }
+    good["200"]["content"]["text/event-stream"] = {"schema": event}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json(request)},

@@ -10,13 +10,12 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from nitsum_jax import __version__
 from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from nitsum_jax.server.http.plan import Plan
 from nitsum_jax.server.output import End, Piece, ToldToken
 
 DONE = b"data: [DONE]\n\n"
-FINGERPRINT = f"nitsum-jax-{__version__}"
+FINGERPRINT = "nitsum-jax"
 
 
 @dataclasses.dataclass(slots=True)

@@ -48,17 +48,25 @@ def comparable(runs: Sequence[Run]) -> bool:
     return any(len({(r.policy, r.rate) for r in group}) > 1 for group in by_setting(runs).values())
 
 
+def over_rates(group: Sequence[Run]) -> bool:
+    """Whether some policy of these comparable runs was run at more than one rate."""
+    policies = {r.policy for r in group}
+    return len({(r.policy, r.rate) for r in group}) > len(policies)
+
+
 def attainment_by_rate(runs: Sequence[Run]) -> "Figure":
     """A panel for each setting: lines over the rate, or bars where all runs have one rate."""
     groups = {name: group for name, group in by_setting(runs).items() if comparable(group)}
     policies = list(dict.fromkeys(r.policy for group in groups.values() for r in group))
     colours = style.name_colours(policies)
-    heights = [max(3.4, 0.26 * len({r.policy for r in group}) + 0.9) for group in groups.values()]
+    heights = []
+    for group in groups.values():
+        policies_here = len({r.policy for r in group})
+        heights.append(max(3.4, 0.26 * policies_here + 0.9) if over_rates(group) else 0.34 * len(group) + 1.0)
     figure = style.new_figure(10.5, sum(heights))
     panels = figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (name, group) in zip(panels, groups.items(), strict=True):
-        rates = {r.policy: {o.rate for o in group if o.policy == r.policy} for r in group}
-        if any(len(of) > 1 for of in rates.values()):
+        if over_rates(group):
             _lines(axes, group, colours)
         else:
             _bars(axes, group, colours)

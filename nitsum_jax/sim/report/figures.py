@@ -30,21 +30,20 @@ def timeline(run: Run, logs: RunLogs) -> "Figure":
         edges = np.delete(edges, -2)
     unit, name = (60.0, "minutes") if seconds > 300 else (1.0, "seconds")
     devices = int(run.summary.get("devices") or 1 + max((d for g in logs.steps.groups for d in g), default=0))
-    figure = style.new_figure(10.5, 6.6 + min(2.8, 0.16 * devices))
-    rows = [1.5, 1.2, 0.6 + min(2.8, 0.18 * devices), 0.8]
-    load, attained, layout, busy = figure.subplots(4, 1, sharex=True, height_ratios=rows)
+    rows = [1.5, 1.2, 0.6 + min(2.8, 0.18 * devices)]
+    if len(logs.steps):  # not every run keeps them
+        rows.append(0.8)
+    figure = style.new_figure(10.5, 1.5 * sum(rows) + 0.4)
+    panels = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows)
+    load, attained, layout = panels[:3]
     _load(load, run, logs, edges, unit)
     _attainment(attained, run, logs, edges, unit)
     _layout(layout, spans_of(logs, seconds), [s.time_s / unit for s in logs.switches], devices, unit, seconds)
-    share = logs.steps.busy_device_s(edges) / (np.diff(edges) * devices)
-    busy.stairs(share, edges / unit, fill=True, color="#b9c4ce")
-    busy.stairs(share, edges / unit, baseline=None, color=style.MUTED, linewidth=1)
-    style.percent_axis(busy)
-    busy.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
-    busy.set_title("Device time spent in steps")
-    busy.set_xlabel(name)
-    busy.set_xlim(0, seconds / unit)
-    for axes in (load, attained, layout):
+    if len(logs.steps):
+        _utilisation(panels[3], logs, edges, devices, unit)
+    panels[-1].set_xlabel(name)
+    panels[-1].set_xlim(0, seconds / unit)
+    for axes in panels[:-1]:
         axes.tick_params(labelbottom=False)
     figure.align_ylabels()
     return figure
@@ -119,6 +118,15 @@ def _attainment(axes: "Axes", run: Run, logs: RunLogs, edges: _Floats, unit: flo
     style.percent_axis(axes)
     axes.set_title("Attainment")
     _legend(axes, len(run.tiers))
+
+
+def _utilisation(axes: "Axes", logs: RunLogs, edges: _Floats, devices: int, unit: float) -> None:
+    share = logs.steps.busy_device_s(edges) / (np.diff(edges) * devices)
+    axes.stairs(share, edges / unit, fill=True, color="#b9c4ce")
+    axes.stairs(share, edges / unit, baseline=None, color=style.MUTED, linewidth=1)
+    style.percent_axis(axes)
+    axes.set_yticks([0, 0.5, 1], ["0", "50", "100 %"])
+    axes.set_title("Device time spent in steps")
 
 
 def _layout(axes: "Axes", spans: list[Span], switches: list[float], devices: int, unit: float, seconds: float) -> None:

@@ -83,6 +83,7 @@ def report(runs: Sequence[Run], *, title: str = "Simulated runs", most_detailed:
         names=list(dict.fromkeys(name for run in runs for name in run.tiers.names)),
         rows=[_row(run) for run in _in_order(runs)],
         comparison=comparison,
+        rates=any(compare.over_rates(group) for group in compare.by_setting(runs).values()),
         details=details,
         left_out=len(logged) - len(details),
         aim=compare.AIM,

@@ -42,9 +42,7 @@ def attainment_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
                 label=family,
             )
             if grey:
-                axes.annotate(
-                    family.removeprefix("static-"), (rates[-1], 100 * shares[-1]), fontsize=7, color="#777777"
-                )
+                axes.annotate(family.removeprefix("static-"), (rates[-1], 100 * shares[-1]), fontsize=7, color="#777777")
         axes.axhline(90, color="#bbbbbb", linewidth=0.8)
         bound = result["bound"]
         axes.plot([bound["rate"]], [100 * bound["attainment"]], marker="_", markersize=12, color="#d1495b")
