@@ -76,8 +76,7 @@ def _policies(cost: CostModel, resident_tp: int | None = 1) -> dict[str, Policy]
 
 def _run(policy: Policy, work: Workload, folder: pathlib.Path, cost: CostModel = COST) -> Outcome:
     with LogFolder(folder) as log:
-        outcome = simulate(work, TIERS, cost, policy, num_devices=DEVICES, log=log)
-    return outcome
+        return simulate(work, TIERS, cost, policy, num_devices=DEVICES, log=log)
 
 
 @pytest.mark.parametrize("name", ["in turn", "adaptive", "dynamo", "flying"])
