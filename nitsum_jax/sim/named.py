@@ -63,7 +63,9 @@ def parse_shapes(text: str, tiers: TierSet) -> tuple[Shape, ...]:
         head, _, role = head.partition(":")
         tp, _, count = head.removeprefix("tp").partition("x")
         if not (head.startswith("tp") and tp.isdigit() and (count or "1").isdigit() and (role or "mixed") in ROLES):
-            raise InvalidInputError(f"layout {text!r}: cannot read {part!r}: write such as tp4, tp2x2, tp4:prefill, tp1/chat")
+            raise InvalidInputError(
+                f"layout {text!r}: cannot read {part!r}: write such as tp4, tp2x2, tp4:prefill, tp1/chat"
+            )
         own = tuple(name for name in names.split(";") if name)
         for name in own:
             tiers.get(name)

@@ -1,7 +1,7 @@
 """Searches: the best of a family of policies for a load, and the highest rate that a policy serves.
 
-A load is a workload at every rate.  Rates lie on a grid (`Grid`), so that all policies are measured at the same ones and
-runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
+A load is a workload at every rate.  Rates lie on a grid (`Grid`), so that all policies are measured at the same ones
+and runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ def sample(workload: Workload, seconds: float, parts: int = 4) -> Workload:
 
     Args:
       workload: what they are taken of; returned as it is if it is no longer.
-      seconds: how long they are together.  Windows must be several times as long as requests take, or layouts that cannot
-        hold the rate look as if they could.
+      seconds: how long they are together.  Windows must be several times as long as requests take, or layouts that
+        cannot hold the rate look as if they could.
       parts: windows, each of the same length.
     """
     share = seconds / workload.seconds
@@ -75,8 +75,8 @@ def sample(workload: Workload, seconds: float, parts: int = 4) -> Workload:
 def tournament(policies: Sequence[Policy], level: int, evaluate: Evaluate, keep: int, step: int = 2) -> list[Policy]:
     """The most promising policies, best first.
 
-    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes near
-    it falls.
+    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes
+    near it falls.
 
     Args:
       policies: to compare, at least one.

@@ -22,7 +22,11 @@ seed = 3
 ratio = 1.4
 finalists = 1
 ablation_capacity = false
-mixes.calm.phases = [{ parts = [{ trace = "conv", tier = "chat", rate = 0.6 }, { trace = "code", tier = "code", rate = 0.4 }] }]
+[[mixes.calm.phases]]
+parts = [
+  { trace = "conv", tier = "chat", rate = 0.6 },
+  { trace = "code", tier = "code", rate = 0.4 },
+]
 [[mixes.turns.phases]]
 parts = [{ trace = "conv", tier = "chat", rate = 1.0 }]
 [[mixes.turns.phases]]
