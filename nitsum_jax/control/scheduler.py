@@ -95,6 +95,10 @@ class Scheduler:
             found = self._prefill_s[key] = self.cost.prefill_s(tp, key[1] * 64)
         return found
 
+    def forget_times(self) -> None:
+        """The cost model says otherwise by now: what was worked out with it is forgotten."""
+        self._prefill_s.clear()
+
     # ---- the backlog
 
     def admit(self, job: Job, now_s: float) -> None:
@@ -151,7 +155,9 @@ class Scheduler:
             return True
         if self.config.order == "fcfs":
             return False
-        return len(worker.prefills) < 4 and all(other.late or _urgency(job) < _urgency(other) for other in worker.prefills)
+        return len(worker.prefills) < 4 and all(
+            other.late or _urgency(job) < _urgency(other) for other in worker.prefills
+        )
 
     def _fits(self, worker: Worker, job: Job) -> bool:
         need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())
@@ -190,7 +196,9 @@ class Scheduler:
                 return None
             decode_share = load if worker.decoding else 0.0
         rank = _urgency(job)
-        ahead = sum(other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank)
+        ahead = sum(
+            other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
+        )
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
         if job.first_token_s is None:
             left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000

@@ -22,7 +22,7 @@ from nitsum_jax.engine.transfer import BlockMover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.layout import Layout, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.memory import keep_freed_memory
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
@@ -106,9 +106,14 @@ class Cell:
         found = enumerate_layouts(len(self.devices), self.vmap.num_vshards, self.vmap.min_tp)
         return tuple(dict.fromkeys((self.first, *found)))
 
-    def check(self, layout: Layout) -> None:
-        """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout."""
-        _check(layout, len(self.devices), self.vmap, self.allowed)
+    def check(self, layout: Layout, *, listed: bool = True) -> None:
+        """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout.
+
+        Args:
+          layout: to be judged.
+          listed: whether it must be on the allow-list, if there is one.
+        """
+        _check(layout, len(self.devices), self.vmap, self.allowed if listed else None)
         gone = sorted(self.lost.intersection(d for spec in layout.instances for d in spec.devices))
         if gone:
             raise PreconditionError(f"layout {layout} uses device {gone[0]}, which is lost: choose one without it")
@@ -324,11 +329,6 @@ def _layouts(config: EngineConfig, devices: int, vmap: VshardMap) -> tuple[Layou
 
 def _check(layout: Layout, devices: int, vmap: VshardMap, allowed: tuple[Layout, ...] | None) -> None:
     layout.validate(devices, max_tp=vmap.num_vshards, min_tp=vmap.min_tp)
-    for spec in layout.instances:
-        if spec.role is not Role.MIXED:
-            raise PreconditionError(
-                f"{spec} has a role, and here every instance both prefills and decodes: leave :{spec.role} out"
-            )
     if allowed is not None and layout not in allowed:
         names = "; ".join(map(str, allowed))
         raise PreconditionError(f"layout {layout} is not on the server's list: choose one of {names}")

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from nitsum_jax.engine.pacing import Pace
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 
@@ -36,6 +37,7 @@ class EngineConfig:
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
       tier_names: tiers that requests may name.
+      pace: deliver results at the pace of other hardware (see `pacing`); None: as they come.
     """
 
     devices: int | None = None
@@ -56,6 +58,7 @@ class EngineConfig:
     precopy: bool = False
     drain_before_switch: bool | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError for a value outside its range."""
