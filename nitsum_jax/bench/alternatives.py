@@ -1,11 +1,8 @@
 """What changing the layout costs without resident virtual shards: the ways that other systems take."""
 
-import functools
 import time
-from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -59,9 +56,4 @@ def _standard_arrays(cell: Cell, spec: Instance, blocks: int) -> list[jax.Array]
             shapes[name] = ((rows, *arrays[0].shape[1:]), arrays[0].dtype)
     pool = cell.program.pool
     shapes["kv"] = ((-(-blocks // vshards) * vshards, *pool.block_shape), pool.storage_dtype)
-    return [_zeros(shape, dtype, sharding)() for shape, dtype in shapes.values()]
-
-
-@functools.cache  # many parameters have the same shape
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    return [jax.device_put(np.ones(shape, dtype), sharding) for shape, dtype in shapes.values()]

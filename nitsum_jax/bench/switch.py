@@ -1,6 +1,7 @@
 """nitsum-bench switch: layouts change under live streams of a real engine, and how long the streams stand still.
 
-A stream's stall is the longest gap between two of its tokens around the switch, less the mean gap in the new layout.
+A stream's stall is the longest time between two of its tokens around the switch, less the mean of such gaps in the
+layout that made the second: the old one up to the switch, the new one behind it.
 The copies of KV blocks stand beside a plain memcpy of as many bytes, and the whole beside the ways to change a layout
 that need no virtual shards, measured in the same run: moving weights and KV with `jax.device_put`, starting an engine
 anew, and dropping the KV cache and computing it again.
@@ -10,7 +11,6 @@ import dataclasses
 import json
 import logging
 import pathlib
-import statistics
 import time
 from collections.abc import Sequence
 
@@ -33,6 +33,7 @@ from nitsum_jax.server.compile_cache import enable
 # Tokens of every stream before a switch and after it, from which the usual gap is taken.
 _BEFORE, _AFTER = 8, 8
 _MOST_TOKENS = 1024
+_QUICK_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +43,27 @@ class Options:
     model: str
     devices: int
     dtype: str
+    layers: int | None
     layouts: tuple[str, ...]
     live: tuple[int, ...]
     context: tuple[int, ...]
     json: str | None
     plot: str | None
     alternatives: bool
+    quick: bool
     precopy: bool
     cache_dir: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One switch; milliseconds, bytes, GB/s.
+    """One switch, as it goes to the JSON file; milliseconds, bytes, GB/s.
 
     Attributes:
       stall_ms_p50: median over the streams of how long each stood still because of the switch.
       stall_ms_p99: the same, 99th percentile.
       decode_step_ms: mean gap between a stream's tokens in the new layout.
-      decode_step_before_ms: the same in the old layout.
-      kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
-      host_ms: part of the engine's stall that plans, remaps, wraps and seats.
-      transfer_ms: part of it that copies.
+      transfer_gbps: the copies that the streams waited for.
       memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
       alternatives: milliseconds by name; `rebuild` leaves the draining out.
     """
@@ -78,13 +78,28 @@ class Row:
     stall_ms_p50: float
     stall_ms_p99: float
     decode_step_ms: float
+    transfer_gbps: float
+    memcpy_gbps: float
+    alternatives: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A row and what the table says beyond it.
+
+    Attributes:
+      row: the JSON row.
+      decode_step_before_ms: mean gap between a stream's tokens in the old layout.
+      kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
+      host_ms: part of the engine's stall that plans, remaps, wraps and seats.
+      transfer_ms: part of it that copies.
+    """
+
+    row: Row
     decode_step_before_ms: float
     kv_bytes_ahead: int
     host_ms: float
     transfer_ms: float
-    transfer_gbps: float
-    memcpy_gbps: float
-    alternatives: dict[str, float]
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -98,13 +113,17 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_string("model", "smollm2-135m", "a model as nitsum-serve takes it", flag_values=values)
     flags.DEFINE_integer("devices", 4, "devices, emulated on a CPU", lower_bound=2, flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
+    flags.DEFINE_integer("layers", None, "only the first layers of the model", lower_bound=1, flag_values=values)
     flags.DEFINE_string(
         "layouts", None, "walk through these layouts, semicolons between (default: every TP, and back)",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_list("live", ["8", "32"], "live sequences, several with commas", flag_values=values)
     flags.DEFINE_list("context", ["128", "512", "2048"], "tokens of each, several with commas", flag_values=values)
-    flags.DEFINE_bool("quick", False, "8 sequences of 128 tokens", flag_values=values)
+    flags.DEFINE_bool(
+        "quick", False, f"8 sequences of 128 tokens, and {_QUICK_LAYERS} layers unless --layers says otherwise: little "
+        "to compile", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("alternatives", True, "measure the other ways too", flag_values=values)
     flags.DEFINE_bool("precopy", False, "copy KV blocks ahead of each switch", flag_values=values)
     flags.DEFINE_string("json", None, "file for the rows, one JSON object a line", flag_values=values)
@@ -120,12 +139,14 @@ def read_options(argv: Sequence[str]) -> Options:
         model=values.model,
         devices=devices,
         dtype=values.dtype,
+        layers=_QUICK_LAYERS if values.quick and values.layers is None else values.layers,
         layouts=tuple(values.layouts.split(";")) if values.layouts else tuple(walk),
         live=(8,) if values.quick else _numbers("live", values.live),
         context=(128,) if values.quick else _numbers("context", values.context),
         json=values.json,
         plot=values.plot,
         alternatives=values.alternatives,
+        quick=values.quick,
         precopy=values.precopy,
         cache_dir=values.cache_dir,
     )
@@ -142,6 +163,8 @@ def run(argv: Sequence[str]) -> None:
     enable(options.cache_dir)
     emulate_cpu_devices(options.devices)
     model = open_model(options.model)
+    if options.layers is not None:
+        model = model.with_layers(options.layers)
     streams = Streams()
     longest = max(options.context)
     config = EngineConfig(
@@ -151,7 +174,7 @@ def run(argv: Sequence[str]) -> None:
         dtype=options.dtype,
         max_batch=max(options.live),
         max_model_len=min(model.config.max_context, longest + _MOST_TOKENS),
-        deterministic=False,
+        deterministic=options.quick,  # one step to compile per phase
         precopy=options.precopy,
         max_queue=max(options.live),
     )
@@ -169,16 +192,17 @@ def run(argv: Sequence[str]) -> None:
         engine.close()
     cli.out(table(rows))
     if options.json is not None:
-        lines = [json.dumps(dataclasses.asdict(row)) + "\n" for row in rows]
+        lines = [json.dumps(dataclasses.asdict(item.row)) + "\n" for item in rows]
         pathlib.Path(options.json).write_text("".join(lines), encoding="utf-8")
     if options.plot is not None:
         draw(rows, options.plot)
 
 
-def _walk(engine: Engine, streams: Streams, options: Options, live: int, context: int, rebuild_ms: float) -> list[Row]:
+def _walk(
+    engine: Engine, streams: Streams, options: Options, live: int, context: int, rebuild_ms: float
+) -> list[Measured]:
     """All switches of the walk under the same streams."""
-    engine.set_layout(options.layouts[0]).result()
-    names = streams.start(engine, live, context, _MOST_TOKENS, seed=context)
+    names, first_ms = _prefilled(engine, streams, options.layouts[0], live, context)
     streams.wait(dict.fromkeys(names, _BEFORE))
     rows = []
     for before, after in zip(options.layouts, options.layouts[1:], strict=False):
@@ -190,31 +214,39 @@ def _walk(engine: Engine, streams: Streams, options: Options, live: int, context
         rows.append(_row(report, context, streams, asked, seen))
     streams.stop(engine, names)
     if options.alternatives:
-        recompute = dict.fromkeys(options.layouts[1:], 0.0)
-        for layout in recompute:
-            engine.set_layout(layout).result()
-            begin = time.monotonic()
-            names = streams.start(engine, live, context, _MOST_TOKENS, seed=context)
-            streams.wait(dict.fromkeys(names, 1))
-            recompute[layout] = 1000 * (max(streams.times(name)[0] for name in names) - begin)
-            streams.stop(engine, names)
-        rows = [_with_alternatives(engine, options, row, rebuild_ms, recompute[row.to_layout]) for row in rows]
+        recompute = {options.layouts[0]: first_ms}
+        for layout in options.layouts[1:]:
+            if layout not in recompute:
+                names, recompute[layout] = _prefilled(engine, streams, layout, live, context)
+                streams.stop(engine, names)
+        rows = [_with_alternatives(engine, options, item, rebuild_ms, recompute[item.row.to_layout]) for item in rows]
     return rows
 
 
-def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, int], seen: dict[str, int]) -> Row:
-    stalls, usual, earlier = [], [], []
-    for name in asked:
-        times = streams.times(name)
-        gaps = np.diff(times)
-        usual.append(gaps[seen[name] + 1 :])
-        earlier.append(gaps[max(0, asked[name] - _BEFORE) : max(1, asked[name] - 1)])
-        around = gaps[max(0, asked[name] - 1) : seen[name] + 1]
-        stalls.append(float(around.max()))
+def _prefilled(engine: Engine, streams: Streams, layout: str, live: int, context: int) -> tuple[list[str], float]:
+    """Starts the streams in a layout: their names, and the milliseconds until all of them have a token."""
+    engine.set_layout(layout).result()
+    begin = time.monotonic()
+    names = streams.start(engine, live, context, _MOST_TOKENS, seed=context)
+    streams.wait(dict.fromkeys(names, 1))
+    return names, 1000 * (max(streams.times(name)[0] for name in names) - begin)
+
+
+def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, int], seen: dict[str, int]) -> Measured:
+    gaps = {name: np.diff(streams.times(name)) for name in asked}
     # The mean: emulated devices share their cores and take turns, so that short gaps alternate with long ones.
-    step = float(np.mean(np.concatenate(usual)))
+    step = float(np.mean(np.concatenate([gaps[name][seen[name] + 1 :] for name in asked])))
+    earlier = [gaps[name][max(0, count - _BEFORE) : max(1, count - 1)] for name, count in asked.items()]
+    step_before = float(np.mean(np.concatenate(earlier)))
+    waits = []
+    for name, gap in gaps.items():
+        # The token behind the last one that was seen when the switch was over is the first of the new layout.
+        last = seen[name] - 1
+        old, new = gap[max(0, asked[name] - 1) : last], gap[last : last + 2]
+        waits.append(max(float(old.max(initial=0.0)) - step_before, float(new.max()) - step, 0.0))
+    stalls = 1000 * np.array(waits)
     moved = report.kv_bytes_moved
-    return Row(
+    row = Row(
         from_layout=report.from_layout,
         to_layout=report.to_layout,
         live_sequences=len(asked),
@@ -222,21 +254,26 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
         weight_bytes_moved=report.weight_bytes_moved,
         kv_bytes_moved=moved,
         kv_bytes_minimum=report.kv_bytes_minimum,
-        stall_ms_p50=1000 * max(0.0, statistics.median(stalls) - step),
-        stall_ms_p99=1000 * max(0.0, float(np.percentile(stalls, 99)) - step),
+        stall_ms_p50=float(np.median(stalls)),
+        stall_ms_p99=float(np.percentile(stalls, 99)),
         decode_step_ms=1000 * step,
-        decode_step_before_ms=1000 * float(np.mean(np.concatenate(earlier))),
-        kv_bytes_ahead=report.kv_bytes_ahead,
-        host_ms=report.host_ms,
-        transfer_ms=report.transfer_ms,
-        transfer_gbps=moved / report.transfer_ms / 1e6 if report.transfer_ms else 0.0,
+        transfer_gbps=(moved - report.kv_bytes_ahead) / report.transfer_ms / 1e6 if report.transfer_ms else 0.0,
         memcpy_gbps=memcpy_gbps(max(moved, 1 << 20)),
         alternatives={},
     )
+    return Measured(
+        row,
+        decode_step_before_ms=1000 * step_before,
+        kv_bytes_ahead=report.kv_bytes_ahead,
+        host_ms=report.host_ms,
+        transfer_ms=report.transfer_ms,
+    )
 
 
-def _with_alternatives(engine: Engine, options: Options, row: Row, rebuild_ms: float, recompute_ms: float) -> Row:
-    cell = engine.cell
+def _with_alternatives(
+    engine: Engine, options: Options, item: Measured, rebuild_ms: float, recompute_ms: float
+) -> Measured:
+    cell, row = engine.cell, item.row
     before, after = (parse_layout(text, options.devices) for text in (row.from_layout, row.to_layout))
     pages = -(-(row.context_tokens + _BEFORE) // cell.program.pool.page_size)
     blocks = row.live_sequences * pages * cell.vmap.num_vshards
@@ -245,7 +282,7 @@ def _with_alternatives(engine: Engine, options: Options, row: Row, rebuild_ms: f
         "rebuild": rebuild_ms,
         "recompute": recompute_ms,
     }
-    return dataclasses.replace(row, alternatives=alternatives)
+    return dataclasses.replace(item, row=dataclasses.replace(row, alternatives=alternatives))
 
 
 def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:

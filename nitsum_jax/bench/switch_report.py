@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from nitsum_jax.errors import PreconditionError
 
 if TYPE_CHECKING:
-    from nitsum_jax.bench.switch import Row
+    from nitsum_jax.bench.switch import Measured
 
 _COLUMNS = (
     *(
@@ -35,27 +35,27 @@ _COLUMNS = (
 )
 
 
-def table(rows: Sequence["Row"]) -> str:
+def table(items: Sequence["Measured"]) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    for row in rows:
-        other = row.alternatives
+    for item in items:
+        row, other = item.row, item.row.alternatives
         cells = (
             f"{row.from_layout} -> {row.to_layout}",
             str(row.live_sequences),
             str(row.context_tokens),
             str(row.weight_bytes_moved),
             f"{row.kv_bytes_moved / 1e6:.1f}",
-            f"{row.kv_bytes_ahead / 1e6:.1f}",
+            f"{item.kv_bytes_ahead / 1e6:.1f}",
             f"{row.kv_bytes_moved / row.kv_bytes_minimum:.3f}" if row.kv_bytes_minimum else "-",
             f"{row.stall_ms_p50:.1f}",
             f"{row.stall_ms_p99:.1f}",
             # Of the slower layout: some streams wait for the last step of the old one.
-            f"{row.stall_ms_p99 / max(row.decode_step_before_ms, row.decode_step_ms):.2f}",
-            f"{row.decode_step_before_ms:.1f}",
+            f"{row.stall_ms_p99 / max(item.decode_step_before_ms, row.decode_step_ms):.2f}",
+            f"{item.decode_step_before_ms:.1f}",
             f"{row.decode_step_ms:.1f}",
-            f"{row.host_ms:.1f}",
-            f"{row.transfer_ms:.1f}",
+            f"{item.host_ms:.1f}",
+            f"{item.transfer_ms:.1f}",
             f"{row.transfer_gbps:.1f}",
             f"{row.memcpy_gbps:.1f}",
             *(f"{other[name]:.0f}" if name in other else "-" for name in ("device_put", "recompute", "rebuild")),
@@ -64,7 +64,7 @@ def table(rows: Sequence["Row"]) -> str:
     return "\n".join(lines)
 
 
-def draw(rows: Sequence["Row"], path: str) -> None:
+def draw(items: Sequence["Measured"], path: str) -> None:
     """Stalls beside a decode step and the alternatives, on a logarithmic axis.
 
     Raises:
@@ -79,6 +79,7 @@ def draw(rows: Sequence["Row"], path: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    rows = [item.row for item in items]
     figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(rows) + 1.5), layout="constrained")
     labels = [f"{r.from_layout} → {r.to_layout}\n{r.live_sequences} of {r.context_tokens} tokens" for r in rows]
     series: list[tuple[str, str, list[float]]] = [

@@ -85,7 +85,7 @@ class CorrectedCost(CostModel):
             self.version += 1
 
     def ratios(self, tp: int) -> tuple[float, float]:
-        """Measured over predicted seconds of decoding and of prompts; of a TP not measured yet, those of the nearest."""
+        """Measured over predicted seconds of decoding and of prompts; those of the nearest TP that was measured."""
         return self._nearest(self._decode, tp), self._nearest(self._prefill, tp)
 
     def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:

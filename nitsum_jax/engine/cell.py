@@ -18,7 +18,7 @@ from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.residency import choose_residency
 from nitsum_jax.engine.step import Program
-from nitsum_jax.engine.transfer import BlockMover
+from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -62,7 +62,8 @@ class Cell:
       memory: the memory plan.
       bank: the weights.
       pool: the KV pool.
-      mover: copies KV blocks between devices.
+      mover: copies KV blocks between devices, behind the steps in flight.
+      switch_mover: the one for switches.
       histories: copies token histories between instances.
       executables: compiled steps.
       allowed: the allow-list of layouts, or None for every one that fits.
@@ -80,7 +81,8 @@ class Cell:
     memory: MemoryPlan
     bank: WeightBank
     pool: KvPool
-    mover: BlockMover
+    mover: Mover
+    switch_mover: Mover
     histories: HistoryMover
     executables: Executables
     allowed: tuple[Layout, ...] | None
@@ -262,6 +264,9 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     pool = KvPool(devices, memory.pool)
     histories = HistoryMover(devices, program.history_shape)
     mover, wide = BlockMover(pool), config.wide_prefill_tokens
+    # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and their
+    # tokens would come late.
+    drain = platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch
     memory = dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}")
     cell = Cell(
         devices,
@@ -271,6 +276,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         bank,
         pool,
         mover,
+        HostMover(pool) if drain and platform == "cpu" else mover,
         histories,
         executables,
         allowed,
@@ -278,9 +284,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         wide_prefill=wide,
         lean=residency.lean,
         precopy=config.precopy,
-        # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and
-        # their tokens would come late.
-        drain=platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch,
+        drain=drain,
     )
     executables.provide(cell.trial_run)
     return cell

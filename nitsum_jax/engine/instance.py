@@ -197,6 +197,11 @@ class Instance:
         """Pages that `tokens` tokens take."""
         return -(-tokens // self._program.pool.page_size)
 
+    def settled_tokens(self, sequence: Sequence) -> int:
+        """Tokens of one of its sequences whose keys and values no step in flight still writes; some more may be."""
+        flying = [*self.outstanding, *(step for step in self._before if not step.settled)]
+        return max(0, sequence.cached - sum(step.shape.tokens for step in flying if sequence in step.sequences))
+
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for its first `tokens` tokens; False, and nothing taken, if there are not enough."""
         missing = self.pages_for(tokens) - sequence.pages

@@ -76,7 +76,10 @@ class KvPool:
         """Gives a device a fresh array: at the start, or when a failed step took the old one with it."""
         self._arrays[index] = None  # where the pool takes most of the memory there is no room for two
         whole = (self.shape.blocks, *self.shape.block_shape)
-        self._arrays[index] = jnp.zeros(whole, self.shape.storage_dtype, device=self.devices[index])
+        fresh = jnp.zeros(whole, self.shape.storage_dtype, device=self.devices[index])
+        if self.devices[index].platform == "cpu":
+            fresh.block_until_ready()  # `HostMover` writes to it without asking
+        self._arrays[index] = fresh
 
     def reset(self, index: int) -> None:
         """Gives a device a fresh array and takes all its blocks back."""

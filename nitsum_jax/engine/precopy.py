@@ -1,6 +1,6 @@
 """Copying KV blocks ahead of a switch, while the sequences still decode.
 
-A page that is full is never written again, so it can be copied to where the next layout will want it, a few blocks
+A page that is full is never written again, so it can be copied to where the next layout will want it, some blocks
 behind each step.  What is left for the switch itself are the pages written since: a page or two per sequence and
 vshard, however long the context.
 """
@@ -27,10 +27,10 @@ LONGEST_S = 30.0
 
 @dataclasses.dataclass
 class _Plan:
-    """A sequence, where it goes, and how far its copies have come."""
+    """A sequence, where it is, where it goes, and how far its copies have come."""
 
     sequence: Request
-    old: Sequence[int]
+    home: Instance
     ahead: Ahead
 
 
@@ -48,13 +48,14 @@ class PreCopy:
         self._cell = cell
         self._since = time.monotonic()
         self._flags: list[jax.Array] = []
-        pairs = [(s, instance.device_of) for instance in leaving for s in instance.rows.values()]
-        chosen = choose_hosts(pairs, hosts, cell.pool)
+        pairs = [(s, instance) for instance in leaving for s in instance.rows.values()]
+        chosen = choose_hosts([(s, instance.device_of) for s, instance in pairs], hosts, cell.pool)
         self._plans = [
-            _Plan(s, old, Ahead(host, tuple(hosts[host].device_of), s.admitted, np.zeros_like(s.table), 0))
-            for (s, old), host in zip(pairs, chosen, strict=True)
+            _Plan(s, home, Ahead(host, tuple(hosts[host].device_of), s.admitted, np.zeros_like(s.table), 0))
+            for (s, home), host in zip(pairs, chosen, strict=True)
             if host is not None
         ]
+        self._places: dict[int, int] = {}
         self.rounds = 0
 
     def advance(self, instances: Sequence[Instance]) -> bool:
@@ -80,7 +81,8 @@ class PreCopy:
         try:
             for (source, target), pairs in blocks.items():
                 old, new = np.array(pairs, np.int32).T
-                copy = self._cell.mover.move(source, target, old, new)
+                copy = self._cell.switch_mover.move(source, target, old, new)
+                self._places.setdefault(target, self._cell.switch_mover.place(target))
                 if copy.done is not None:
                     self._flags.append(copy.done)
         finally:
@@ -90,8 +92,14 @@ class PreCopy:
         return False
 
     def take(self) -> dict[int, Ahead]:
-        """What was copied, by id of the sequence; the blocks belong to whoever calls this."""
+        """What was copied, by id of the sequence; the blocks belong to whoever calls this.
+
+        The pools must be given back.
+        """
         plans, self._plans = self._plans, []
+        if any(self._cell.switch_mover.place(device) != place for device, place in self._places.items()):
+            self._release(plans)  # copies went to memory that the pool has left since
+            return {}
         self._release(plan for plan in plans if not self._lives(plan))
         return {id(plan.sequence): plan.ahead for plan in plans if self._lives(plan)}
 
@@ -108,8 +116,9 @@ class PreCopy:
     def _collect(self, plan: _Plan, blocks: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
         """Adds full pages of a sequence, as far as this round has room for them."""
         sequence, ahead, pool = plan.sequence, plan.ahead, self._cell.pool
-        moved = [(k, a, b) for k, (a, b) in enumerate(zip(plan.old, ahead.devices, strict=True)) if a != b]
-        full = min(sequence.pages, sequence.cached // pool.shape.page_size)
+        old = plan.home.device_of
+        moved = [(k, a, b) for k, (a, b) in enumerate(zip(old, ahead.devices, strict=True)) if a != b]
+        full = min(sequence.pages, plan.home.settled_tokens(sequence) // pool.shape.page_size)
         while moved and ahead.pages < full:
             if any(len(blocks.get((a, b), ())) >= ROUND_BLOCKS for _, a, b in moved):
                 return
@@ -124,4 +133,4 @@ class PreCopy:
 
     def _release(self, plans: Iterable[_Plan]) -> None:
         for plan in plans:
-            plan.ahead.release(plan.old, self._cell.pool)
+            plan.ahead.release(plan.home.device_of, self._cell.pool)

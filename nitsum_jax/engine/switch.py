@@ -52,8 +52,9 @@ class SwitchReport:
       kv_bytes_minimum: what must move at least: for every sequence the blocks that change their device on that new
         instance where these are fewest.
       kv_bytes_ahead: those of kv_bytes_moved that were copied before, while the sequences still decoded.
-      host_ms: planning, remapping, launching copies, wrapping and seating; while the last steps run it stalls nobody.
-      transfer_ms: from the end of those steps, or of the host's part, to the end of the copies.
+      host_ms: planning, remapping, wrapping and seating; while the last steps run it stalls nobody.
+      transfer_ms: launching the copies, and from the end of those steps, or of the host's part, to the end of the
+        copies.
     """
 
     from_layout: str
@@ -172,10 +173,10 @@ def perform_switch(
     specs = [spec for spec in pending.layout.instances if spec not in there]
     running = [instance.history for instance in gone if not is_ready(instance.history)]
     weights_before = pending.weights_before or 0
-    ahead = {} if pending.precopy is None else pending.precopy.take()
-    snapshot = Snapshot(cell, gone)
     for instance in gone:
         instance.lend_pool()
+    ahead = {} if pending.precopy is None else pending.precopy.take()
+    snapshot = Snapshot(cell, gone)
     fresh: list[Instance] = []
     try:
         travellers = [(place.sequence, place.home.device_of) for place in snapshot.places]
@@ -183,10 +184,12 @@ def perform_switch(
         minimum = least_bytes(travellers, hosts, cell.pool)
         copied = _bytes_of(travellers, hosts, ahead, cell)
         moves = plan_moves(travellers, hosts, cell.pool, ahead)
+        planned = time.monotonic()
         copies = [
-            cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
+            cell.switch_mover.move(source, target, np.concatenate(old), np.concatenate(new))
             for (source, target), (old, new) in moves.blocks.items()
         ]
+        launch_s = time.monotonic() - planned
         for spec in specs:
             cell.bank.fetch(spec)
             fresh.append(cell.instance(spec, on_step))
@@ -226,7 +229,8 @@ def perform_switch(
         stall_ms=0.0,
         requeued=len(homeless),
         kv_bytes_minimum=minimum,
-        host_ms=1000 * (time.monotonic() - start),
+        host_ms=1000 * (time.monotonic() - start - launch_s),
+        transfer_ms=1000 * launch_s,
     )
     flags = [copy.done for copy in copies if copy.done is not None]
     arguments = (pending, report, start if travellers else None, running, flags)
@@ -259,7 +263,11 @@ def _report(
     if pending.paced_stall_s is not None and start is not None:
         stall_s = pending.paced_stall_s
     pending.future.set_result(
-        dataclasses.replace(report, stall_ms=1000 * stall_s, transfer_ms=1000 * (end - begin) if flags else 0.0)
+        dataclasses.replace(
+            report,
+            stall_ms=1000 * stall_s,
+            transfer_ms=report.transfer_ms + (1000 * (end - begin) if flags else 0.0),
+        )
     )
 
 

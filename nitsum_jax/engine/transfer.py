@@ -1,10 +1,16 @@
-"""Moving KV blocks between devices: gather, transfer, scatter in place, in pieces that overlap.
+"""Moving KV blocks between devices, each with all its layers.
 
-One piece carries whole blocks, so all layers travel together.  Pieces come in a few fixed sizes, compiled ahead of
-time; together they carry exactly the blocks asked for, not one more.
+`BlockMover` does it with programs that queue behind the steps in flight: gather, transfer, scatter in place, in pieces
+that overlap.  Pieces come in a few fixed sizes, compiled ahead of time; together they carry exactly the blocks asked
+for, not one more.
+
+`HostMover` is for emulated devices, which share the memory of the host: there a block is copied once, from where it is
+to where it must be, at once and at the speed of memcpy.
 """
 
+import ctypes
 import dataclasses
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +32,16 @@ class Copy:
 
     bytes: int
     done: jax.Array | None
+
+
+class Mover(Protocol):
+    """Copies blocks between devices whose pools are not lent."""
+
+    def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> Copy:
+        """Copies blocks `old`, i32[n], of device `source` to blocks `new` of device `target`."""
+
+    def place(self, device: int) -> int:
+        """A number that changes if the pool of a device moves, and copies into it may have been left behind."""
 
 
 class BlockMover:
@@ -67,6 +83,43 @@ class BlockMover:
             changed, flag = self._scatter[target, size](self._pool.array(target), new[part], piece)
             self._pool.replace(target, changed)
         return Copy(len(old) * self._pool.shape.block_bytes, flag)
+
+    def place(self, device: int) -> int:
+        """Copies queue behind the steps and go wherever those put the pool."""
+        del device
+        return 0
+
+
+class HostMover:
+    """Copies within the memory of the host.
+
+    They wait for nothing and go past the queues of the devices.  Whoever calls this must know that no step in flight
+    writes the old blocks or touches the new ones; steps may use other blocks of the same pools meanwhile, because they
+    update them in place.
+    """
+
+    def __init__(self, pool: KvPool):
+        self._pool = pool
+
+    def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> Copy:
+        """Copies blocks, and is done."""
+        here, there = self._blocks(source), self._blocks(target)
+        for a, b in zip(old.tolist(), new.tolist(), strict=True):
+            there[b] = here[a]
+        return Copy(len(old) * self._pool.shape.block_bytes, None)
+
+    def place(self, device: int) -> int:
+        """Its address."""
+        return int(self._pool.array(device).unsafe_buffer_pointer())
+
+    def _blocks(self, device: int) -> np.ndarray:
+        """u8[N, bytes of a block], the pool's own memory.
+
+        A plain view by address: one that JAX gives would hold the array, so that no step could update it in place.
+        """
+        shape = self._pool.shape
+        memory = ctypes.cast(self.place(device), ctypes.POINTER(ctypes.c_uint8))
+        return np.ctypeslib.as_array(memory, (shape.blocks, shape.block_bytes))
 
 
 def pieces(count: int) -> list[int]:

@@ -44,6 +44,18 @@ class OpenModel:
     source: TensorSource
     vshards: "OrbaxCheckpoint | None" = None
 
+    def with_layers(self, count: int) -> "OpenModel":
+        """The model without the layers behind the first `count`: it talks nonsense, and its steps cost less.
+
+        Raises:
+          InvalidInputError: it has fewer, or its checkpoint holds vshards already.
+        """
+        if self.vshards is not None:
+            raise InvalidInputError("an Orbax checkpoint is read whole: leave --layers out, or take the original")
+        if count > self.config.num_layers:
+            raise InvalidInputError(f"{self.name} has {self.config.num_layers} layers: give at most so many")
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, num_layers=count))
+
     def weights(self, cut: ModelCut, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
         """All parameters as vshards on the host, one after the other.
 

@@ -2,8 +2,8 @@
 
 Requests are `control` jobs and instances are `control` workers, the very objects of the simulator, kept up to date by
 what the engine tells.  Two things differ from the model of a cell.  Steps are launched ahead of their results, so token
-deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own: the
-chunks that the scheduler composes beside a decode step go before it, one after the other.
+deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own:
+the chunks that the scheduler composes beside a decode step go before it, one after the other.
 
 All but `push` runs on the engine's thread.
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nitsum_jax.bench import main, switch_report
-from nitsum_jax.bench.switch import Row, read_options
+from nitsum_jax.bench.switch import Measured, Row, read_options
 from nitsum_jax.errors import InvalidInputError
 from tests.golden import tiny_models
 
@@ -37,7 +37,7 @@ def test_a_walk_of_a_tiny_model(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     (row,) = (json.loads(line) for line in rows_file.read_text().splitlines())
-    assert set(FIELDS) <= set(row)
+    assert tuple(row) == FIELDS
     assert (row["from_layout"], row["to_layout"], row["live_sequences"]) == ("tp1x2", "tp2", 4)
     assert row["weight_bytes_moved"] == 0
     assert row["kv_bytes_moved"] == row["kv_bytes_minimum"] > 0
@@ -68,10 +68,8 @@ def test_unknown_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_table_has_a_line_per_row() -> None:
-    row = Row(
-        "tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 4.0, 1_000_000, 1.0, 2.0, 1.5, 9.0,
-        {"recompute": 70.0},
-    )  # fmt: skip
-    line = switch_report.table([row]).splitlines()[-1]
+    row = Row("tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 1.5, 9.0, {"recompute": 70.0})
+    item = Measured(row, decode_step_before_ms=4.0, kv_bytes_ahead=1_000_000, host_ms=1.0, transfer_ms=2.0)
+    line = switch_report.table([item]).splitlines()[-1]
     moved, stall = "3.0 | 1.0 | 1.500", "5.0 | 6.0 | 1.50 | 4.0 | 3.0"
     assert line == f"| tp1 -> tp2 | 1 | 2 | 0 | {moved} | {stall} | 1.0 | 2.0 | 1.5 | 9.0 | - | 70 | - |"
