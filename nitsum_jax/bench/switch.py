@@ -26,14 +26,14 @@ from nitsum_jax.engine.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.devices import emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
-from nitsum_jax.models.loading import open_model
+from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.server import cli
 from nitsum_jax.server.compile_cache import enable
 
 # Tokens of every stream before a switch and after it, from which the usual gap is taken.
 _BEFORE, _AFTER = 8, 8
 _MOST_TOKENS = 1024
-_QUICK_LAYERS = 8
+_QUICK_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Row:
       decode_step_ms: mean gap between a stream's tokens in the new layout.
       transfer_gbps: the copies that the streams waited for.
       memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
-      alternatives: milliseconds by name; `rebuild` leaves the draining out.
+      alternatives: milliseconds by name; `rebuild` leaves the draining out, and takes compiled steps from the cache if
+        there is one.
     """
 
     from_layout: str
@@ -100,6 +101,11 @@ class Measured:
     kv_bytes_ahead: int
     host_ms: float
     transfer_ms: float
+
+    def with_alternatives(self, **milliseconds: float) -> "Measured":
+        """With these beside those that there are."""
+        alternatives = self.row.alternatives | milliseconds
+        return dataclasses.replace(self, row=dataclasses.replace(self.row, alternatives=alternatives))
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -160,7 +166,7 @@ def run(argv: Sequence[str]) -> None:
     """
     options = read_options(argv)
     logging.basicConfig(level="WARNING")
-    enable(options.cache_dir)
+    cache = enable(options.cache_dir)
     emulate_cpu_devices(options.devices)
     model = open_model(options.model)
     if options.layers is not None:
@@ -178,18 +184,24 @@ def run(argv: Sequence[str]) -> None:
         precopy=options.precopy,
         max_queue=max(options.live),
     )
-    start = time.perf_counter()
-    engine = start_engine(model, config, streams)
-    rebuild_ms = 1000 * (time.perf_counter() - start)
+    kept = _steps_kept(cache)
+    engine, rebuild_ms = _started(model, config, streams)
+    cold = _steps_kept(cache) > kept
     try:
         cli.err("compiling the steps of all layouts")
         engine.wait_for_layouts()
         rows = []
         for live in options.live:
             for context in options.context:
-                rows += _walk(engine, streams, options, live, context, rebuild_ms)
+                rows += _walk(engine, streams, options, live, context)
     finally:
         engine.close()
+    if options.alternatives:
+        if cold:  # it compiled; others that start anew find their executables
+            del engine  # and its memory
+            engine, rebuild_ms = _started(model, config, streams)
+            engine.close()
+        rows = [item.with_alternatives(rebuild=rebuild_ms) for item in rows]
     cli.out(table(rows))
     if options.json is not None:
         lines = [json.dumps(dataclasses.asdict(item.row)) + "\n" for item in rows]
@@ -198,9 +210,18 @@ def run(argv: Sequence[str]) -> None:
         draw(rows, options.plot)
 
 
-def _walk(
-    engine: Engine, streams: Streams, options: Options, live: int, context: int, rebuild_ms: float
-) -> list[Measured]:
+def _started(model: OpenModel, config: EngineConfig, streams: Streams) -> tuple[Engine, float]:
+    start = time.perf_counter()
+    engine = start_engine(model, config, streams)
+    return engine, 1000 * (time.perf_counter() - start)
+
+
+def _steps_kept(cache: pathlib.Path | None) -> int:
+    """Compiled steps in the cache."""
+    return 0 if cache is None else sum(1 for _ in cache.glob("steps/*"))
+
+
+def _walk(engine: Engine, streams: Streams, options: Options, live: int, context: int) -> list[Measured]:
     """All switches of the walk under the same streams."""
     names, first_ms = _prefilled(engine, streams, options.layouts[0], live, context)
     streams.wait(dict.fromkeys(names, _BEFORE))
@@ -219,7 +240,12 @@ def _walk(
             if layout not in recompute:
                 names, recompute[layout] = _prefilled(engine, streams, layout, live, context)
                 streams.stop(engine, names)
-        rows = [_with_alternatives(engine, options, item, rebuild_ms, recompute[item.row.to_layout]) for item in rows]
+        rows = [
+            item.with_alternatives(
+                device_put=_device_put_ms(engine, options, item.row), recompute=recompute[item.row.to_layout]
+            )
+            for item in rows
+        ]
     return rows
 
 
@@ -270,19 +296,11 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     )
 
 
-def _with_alternatives(
-    engine: Engine, options: Options, item: Measured, rebuild_ms: float, recompute_ms: float
-) -> Measured:
-    cell, row = engine.cell, item.row
+def _device_put_ms(engine: Engine, options: Options, row: Row) -> float:
+    cell = engine.cell
     before, after = (parse_layout(text, options.devices) for text in (row.from_layout, row.to_layout))
     pages = -(-(row.context_tokens + _BEFORE) // cell.program.pool.page_size)
-    blocks = row.live_sequences * pages * cell.vmap.num_vshards
-    alternatives = {
-        "device_put": device_put_ms(cell, before, after, blocks),
-        "rebuild": rebuild_ms,
-        "recompute": recompute_ms,
-    }
-    return dataclasses.replace(item, row=dataclasses.replace(row, alternatives=alternatives))
+    return device_put_ms(cell, before, after, row.live_sequences * pages * cell.vmap.num_vshards)
 
 
 def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:

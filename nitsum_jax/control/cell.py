@@ -1,8 +1,9 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
-Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill chunks
-that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody coming or going,
-are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is approximated.
+Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
+chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody
+coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
+approximated.
 
 The simulator drives it with traces, the planner with what it expects.  Pure: its clock is a number.
 """
@@ -49,6 +50,7 @@ class Run:
       sequences: decoding requests.
       context: their KV tokens before the first.
       chunks: prefill chunks (then count is 1).
+      counted: steps that are in the accounts of the instance already.
     """
 
     start_s: float
@@ -58,6 +60,7 @@ class Run:
     sequences: int
     context: int
     chunks: list[tuple[Job, int]]
+    counted: int = 0
 
     def end_of(self, steps: int) -> float:
         """When so many of the steps are done."""
@@ -79,7 +82,7 @@ class Run:
 
     def steps_by(self, now_s: float) -> int:
         """How many steps are done by now."""
-        low, high = 0, self.count
+        low, high = self.counted, self.count
         while low < high:
             middle = (low + high + 1) // 2
             if self.end_of(middle) <= now_s:
@@ -98,6 +101,7 @@ class ModelWorker(Worker):
         self.run: Run | None = None
         self.version = 0  # of `run`: events of an older one are void
         self.incoming = 0  # requests whose KV cache is on its way here
+        self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
         self.sending = 0  # and from here
         self.idle_until = 0.0  # a switch copies KV cache
         self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
@@ -199,7 +203,17 @@ class CellModel:
 
     # ---- requests
 
+    def settle(self) -> None:
+        """Brings the accounts of instances amid a row of decode steps up to date, for whoever looks at them now."""
+        for worker in self.workers:
+            run = worker.run
+            if run is not None and run.count > 1:
+                done = min(run.steps_by(self.now_s), run.count - 1)
+                worker.advance(done - run.counted)
+                run.counted = done
+
     def _offer(self, job: Job) -> None:
+        self.settle()
         worker = self.scheduler.first_worker(job, self.workers, self.now_s)
         if worker is not None:
             assert isinstance(worker, ModelWorker)
@@ -281,7 +295,7 @@ class CellModel:
         run, worker.run = worker.run, None
         self._ran(worker, run)
         if run.sequences:
-            worker.advance(run.count)
+            worker.advance(run.count - run.counted)
             while worker.steps_to_finish() <= 0:
                 _, _, job = heapq.heappop(worker.finishes)
                 worker.leave(job)
@@ -290,6 +304,11 @@ class CellModel:
             job.cached += tokens
             if job.cached >= job.target:
                 self._prefilled(worker, job)
+        if worker.arrived:
+            for job in worker.arrived:
+                worker.arrive(job)
+                self._enter(worker, job)
+            worker.arrived.clear()
         if self._stranded:
             self._retry_stranded()
         if worker.stopping:
@@ -354,6 +373,7 @@ class CellModel:
     # ---- hand-over of a prefilled request
 
     def _hand_over(self, source: ModelWorker, job: Job) -> None:
+        self.settle()
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
         job.worker = source
         if target is None:
@@ -369,14 +389,24 @@ class CellModel:
     def _arrive(self, source: ModelWorker, target: ModelWorker, job: Job) -> None:
         source.departed(job)
         source.sending -= 1
+        self._join(target, job)
+        if source.stopping:
+            self._drained()
+        else:
+            self.nudge(source)
+
+    def _join(self, target: ModelWorker, job: Job) -> None:
+        """A request for which pages were reserved has its KV cache here: it decodes from the next step on."""
         target.incoming -= 1
-        target.arrive(job)
-        self._enter(target, job)
-        for worker in (source, target):
-            if worker.stopping:
-                self._drained()
-            else:
-                self.nudge(worker)
+        if target.run is None:
+            target.arrive(job)
+            self._enter(target, job)
+        else:  # the steps under way go without it
+            target.arrived.append(job)
+        if target.stopping:
+            self._drained()
+        else:
+            self.nudge(target)
 
     def _retry_stranded(self) -> None:
         stranded, self._stranded = self._stranded, []

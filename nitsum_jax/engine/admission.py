@@ -10,7 +10,8 @@ from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.policy import Policy, takes_decodes, takes_prompts
+from nitsum_jax.engine.policy import Policy, Room, takes_decodes, takes_prompts
+from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.wide_prefill import WidePrefill
@@ -62,6 +63,7 @@ class Admission:
         self._wide = wide
         self._finish = finish
         self._deterministic = deterministic
+        self._room = Room(self._fits, self._held)
         self._admissions = 0
 
     def admit(self, instances: Seq[Instance], now_s: float, *, switching: bool) -> None:
@@ -77,12 +79,15 @@ class Admission:
         if not switching:
             for sequence in arrived:
                 self._refuse_if_hopeless(sequence, instances)
-        while (choice := self._policy.next(instances, self._fits, now_s)) is not None:
+        while (choice := self._policy.next(instances, self._room, now_s)) is not None:
             sequence, instance = choice
-            guest = None if switching else self._wide.admit(sequence, self._pages(sequence, instance), instances)
+            prefix = self._prefix(sequence)
+            known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
+            pages = self._pages(sequence, instance)
+            guest = None if switching else self._wide.admit(sequence, pages, instances, known)
             if guest is not None:
                 self._counters.wide_prefills += 1
-            self._seat(sequence, guest or instance, now_s)
+            self._seat(sequence, guest or instance, prefix, instances, now_s)
 
     def refuse_hopeless(self, instances: Seq[Instance]) -> None:
         """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
@@ -142,10 +147,31 @@ class Admission:
             self.await_again(sequence)
 
     def _fits(self, sequence: Sequence, instance: Instance) -> bool:
-        return instance.free_rows > 0 and instance.free_pages() >= self._pages(sequence, instance)
+        if not instance.free_rows:
+            return False
+        missing = self._pages(sequence, instance) - instance.free_pages()
+        if missing <= 0:
+            return True
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return False
+        return prefixes.in_use(prefix, instance.device_of) >= missing  # these cost no free block
 
-    def _seat(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
+    def _held(self, sequence: Sequence, instance: Instance) -> int:
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return 0
+        return prefixes.here(prefix, instance.device_of)
+
+    def _prefix(self, sequence: Sequence) -> Prefix | None:
+        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+
+    def _seat(
+        self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float
+    ) -> None:
         sequence.start_prefill(again=self._deterministic)
+        if self._cell.prefixes is not None and prefix is not None:
+            self._cell.prefixes.begin(sequence, prefix, instance, instances)
         if not instance.grow(sequence, self._pages(sequence, instance) * self._cell.program.pool.page_size):
             raise AssertionError("pages were counted as free and are not")
         sequence.admitted = self._admissions

@@ -15,7 +15,7 @@ from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.pacing import PaceStats
 from nitsum_jax.engine.policy import Policy
-from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, Request, TokenDelta
+from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.timing import StepListener
 from nitsum_jax.engine.waiting import FifoPolicy
@@ -50,6 +50,9 @@ class EngineStats:
       pace_late_steps: how many.
       pace_worst_late_ms: most that one was late by.
       pace_valid: whether the share is within the limit; if not, nothing that was measured says anything.
+      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
+      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
+      prefix_hit_tokens: of these, tokens that it had.
     """
 
     waiting: int
@@ -72,6 +75,9 @@ class EngineStats:
     pace_late_steps: int = 0
     pace_worst_late_ms: float = 0.0
     pace_valid: bool = True
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine:
@@ -227,7 +233,7 @@ class Engine:
         with loop.lock:
             waiting, alive = len(self._policy), len(loop.alive)
         pace = PaceStats() if loop.pacer is None else loop.pacer.stats()
-        weights = self._cell.bank.counters
+        weights, prefixes = self._cell.bank.counters, self._cell.prefixes
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
@@ -249,6 +255,9 @@ class Engine:
             pace_late_steps=pace.late,
             pace_worst_late_ms=1000 * pace.worst_s,
             pace_valid=pace.valid,
+            blocks_cached=self._cell.pool.idle,
+            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:
@@ -310,6 +319,11 @@ class Engine:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
             )
+        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+            raise InvalidInputError(
+                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
+                f"give at most {MAX_STOP_IDS}"
+            )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
         biased = [token for token, _ in request.sampling.logit_bias]
@@ -359,4 +373,5 @@ def start_engine(
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    return Engine(model, config, sink, policy or FifoPolicy(config.max_queue))
+    # Not `policy or ...`: a policy of nobody waiting is false.
+    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)

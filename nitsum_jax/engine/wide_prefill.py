@@ -9,7 +9,6 @@ decode it, behind the last chunk and without waiting for it, and the first token
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import LIKELY, Group
@@ -38,7 +37,7 @@ class Guest(Instance):
 
     def abandon(self) -> None:
         """After a failed step: the hosts find their pools broken and renew them."""
-        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self._history = None
         self.broken = False
 
     def _claim_pool(self) -> None:
@@ -74,16 +73,17 @@ class WidePrefill:
         """The sequence that is being prefilled or waits to be handed over."""
         return None if self._guest is None else next(iter(self._guest.rows.values()), None)
 
-    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance]) -> Instance | None:
+    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance], known: int = 0) -> Instance | None:
         """Whether the guest takes a waiting sequence now: itself, or None.
 
         Args:
           sequence: whose prompt is long enough or not.
           pages: that it takes at admission.
           instances: of the layout in force.
+          known: tokens that need not be computed.
         """
         least = self._cell.wide_prefill
-        if least is None or len(sequence.tokens) < least or self.sequence is not None:
+        if least is None or len(sequence.tokens) - known < least or self.sequence is not None:
             return None
         hosts = [instance for instance in instances if not set(self._group).isdisjoint(instance.order)]
         if (

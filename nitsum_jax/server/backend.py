@@ -39,6 +39,12 @@ class EngineStats(Protocol):
     def switches(self) -> int: ...
     @property
     def compiles(self) -> int: ...
+    @property
+    def blocks_cached(self) -> int: ...
+    @property
+    def prefix_queried_tokens(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
 
 
 class InstanceLoad(Protocol):
@@ -90,6 +96,7 @@ class ServingTokenizer(Protocol):
     """`nitsum_jax.models.tokenizer.Tokenizer` is one."""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     def stream(self) -> TextStream: ...
 
 
@@ -136,6 +143,8 @@ class ServerState:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.backend: Backend | None = None
+        self.ready_at = 0
+        """When the model was ready, in seconds since 1970."""
 
     def present(self) -> Backend:
         """The backend, also while draining.

@@ -12,7 +12,7 @@ from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
 
-USAGE = """nitsum-serve serves a language model over gRPC and can change its tensor parallelism while it streams.
+USAGE = """nitsum-serve serves a language model over gRPC and HTTP, and changes its tensor parallelism while it streams.
 
   nitsum-serve --model=smollm2-135m --devices=4 --layout=tp2+tp1x2
 
@@ -27,6 +27,8 @@ class LaunchOptions:
     model: str
     host: str
     port: int
+    http_port: int | None
+    served_model_name: str | None
     cache_dir: str | None
     drain_s: float
     log_level: str
@@ -51,10 +53,14 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         raise InvalidInputError("--pace and --profile do not go together: a paced cell predicts with its pace")
     if not values.model:
         raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
+    if values.served_model_name == "":
+        raise InvalidInputError("--served_model_name is empty: name the model, or leave the flag out")
     return LaunchOptions(
         model=values.model,
         host=values.host,
         port=values.port,
+        http_port=values.http_port,
+        served_model_name=values.served_model_name,
         cache_dir=values.cache_dir,
         drain_s=values.drain_seconds,
         log_level=values.log_level,
@@ -78,6 +84,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "residency": values.residency,
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
+            "prefix_cache": values.prefix_cache,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -107,8 +114,17 @@ def _define() -> flags.FlagValues:
         "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in: use --api_keys and --tls_cert then"
     )
     flags.DEFINE_integer(
-        "port", DEFAULT_PORT, "port to listen on; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", DEFAULT_PORT, "port of gRPC; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
     )
+    flags.DEFINE_integer(
+        "http_port",
+        None,
+        "port of the OpenAI-compatible HTTP API, on the same host; 0: a free one; no HTTP if not given",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
+    text("served_model_name", None, "what clients call the model; the name that --model gives it if not given")
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
     text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
     text(
@@ -157,6 +173,13 @@ def _define() -> flags.FlagValues:
         "precopy",
         False,
         "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "prefix_cache",
+        None,
+        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
+        "chunks are shared",
         flag_values=values,
     )
     flags.DEFINE_float(

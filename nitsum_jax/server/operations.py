@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter
 import nitsum_jax
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.server.backend import Phase, ServingEngine
+from nitsum_jax.server.backend import EngineStats, Phase, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.dashboard.feed import Feed
 from nitsum_jax.server.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
@@ -19,6 +19,7 @@ from nitsum_jax.server.metrics.cell import CellCollector, SwitchMetrics
 from nitsum_jax.server.metrics.requests import RequestMetrics
 from nitsum_jax.server.metrics.window import Windows
 from nitsum_jax.server.records import RequestRecord
+from nitsum_jax.server.security.guard import REASONS
 from nitsum_jax.server.tracing import RequestTracer
 
 
@@ -65,6 +66,8 @@ class Operations:
             ("model_name", "reason"),
             registry=self.registry,
         )
+        for reason in REASONS.values():
+            self.denied(reason, 0)
         self.journal = Journal(SwitchMetrics(self.registry, model, nitsum_jax.__version__))
         self.front = guarded(engine, self.journal, bridge.stopped)
         self.feed = Feed(self)
@@ -83,9 +86,9 @@ class Operations:
         """A request was refused on submission."""
         self._requests.refused(tier, error)
 
-    def denied(self, reason: str) -> None:
-        """A call was refused for who made it."""
-        self._denials.labels(self._model, reason).inc()
+    def denied(self, reason: str, calls: int = 1) -> None:
+        """Calls were refused for who made them; `reason` is one of the guard's."""
+        self._denials.labels(self._model, reason).inc(calls)
 
     def snapshot(self) -> Snapshot:
         """The cell now."""
@@ -113,6 +116,7 @@ class Operations:
                 steps=stats.steps,
                 switches=stats.switches,
                 compiles=stats.compiles,
+                prefix_share=_prefix_share(stats),
             ),
         )
 
@@ -146,3 +150,8 @@ class Operations:
                 )
             )
         return tuple(views)
+
+
+def _prefix_share(stats: EngineStats) -> float | None:
+    asked: int = getattr(stats, "prefix_queried_tokens", 0)  # not every engine has such a cache
+    return getattr(stats, "prefix_hit_tokens", 0) / asked if asked else None

@@ -11,7 +11,7 @@ from nitsum_jax.errors import InvalidInputError, UnavailableError
 from nitsum_jax.server.backend import ServerState
 from nitsum_jax.server.bridge import DeltaStream
 from nitsum_jax.server.calls import Call, check, encode, make_call
-from nitsum_jax.server.output import End, Output
+from nitsum_jax.server.output import End, Output, ToldToken
 from nitsum_jax.server.prompts import read_prompt, read_wanted
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.status import reported
@@ -113,8 +113,9 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
         # A client that reads slowly gets fewer, larger messages.
         piece = output.take(await stream.next())
         end = piece.end
-        if piece.ids or piece.text:
-            delta = nitsum_pb2.TokenDelta(text=piece.text, token_ids=piece.ids)
+        if piece.ids or piece.text or piece.told:
+            logprobs = [_logprob(told) for told in piece.told]
+            delta = nitsum_pb2.TokenDelta(text=piece.text, token_ids=piece.ids, logprobs=logprobs)
             await context.write(nitsum_pb2.GenerateResponse(delta=delta))
     finished = nitsum_pb2.Finished(
         finish_reason=_REASONS[end.reason],
@@ -124,6 +125,11 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
         stop=end.stop,
     )
     await context.write(nitsum_pb2.GenerateResponse(finished=finished))
+
+
+def _logprob(told: ToldToken) -> nitsum_pb2.TokenLogprob:
+    top = [nitsum_pb2.LikelyToken(token_id=token, logprob=value) for token, value in told.logprob.top]
+    return nitsum_pb2.TokenLogprob(token_id=told.id, logprob=told.logprob.logprob, top=top)
 
 
 def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_pb2.GenerateResponse:
