@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -17,7 +18,6 @@ from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli, logs
 from nitsum_jax.server.address import callable_host, target
-from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.backend import ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.house import House
@@ -74,7 +74,7 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
 
 
 def tiers_of(options: LaunchOptions) -> TierSet:
-    """The tiers that the flags name.
+    """The tiers that the flags name; their targets are those of the paced target, if there is one.
 
     Raises:
       InvalidInputError: their file is wrong.
@@ -96,9 +96,11 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.engine.engine import start_engine
-    from nitsum_jax.meshes.devices import emulate_cpu_devices
+    from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
     from nitsum_jax.models.loading import open_model
+    from nitsum_jax.server import costs
     from nitsum_jax.server.compile_cache import enable
+    from nitsum_jax.server.scheduling import TieredScheduling
 
     enable(options.cache_dir)
     tiers = tiers_of(options)
@@ -106,7 +108,14 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue, admitted))
+    if options.pace is not None:
+        config, cost = costs.paced(config, model.config, options.pace, options.time_scale)
+    else:
+        cost = costs.predicted(config, model.config, options.profile, len(discover(config.devices)))
+        config = dataclasses.replace(config, tps=cost.tps if options.profile is not None else None)
+    scale = options.time_scale if options.pace is not None else 1.0
+    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=admitted, time_scale=scale)
+    engine = start_engine(model, config, sink, scheduling)
     return engine, served_model(model, options.served_model_name)
 
 
@@ -159,6 +168,11 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         backend = house.open(engine, model, bridge)
         await server.serve(backend)
         await house.serve(backend)
+        if options.pace is not None:
+            cli.out(
+                f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
+                "no time or rate of this server is of this machine"
+            )
         _announce(server, http, engine, model, house)
         await signals.first
         return await _end(server, http, house, engine, signals, options.drain_s)
