@@ -1,8 +1,8 @@
 """The plans a planner chooses from: all ways to cut a cell, with the tiers laid over the instances.
 
-Instances stand in order of TP, the largest first, and tiers in order of tightness.  Each tier gets a run of instances, so
-that the tight ones have the fast instances; neighbouring runs may share some.  That leaves a few hundred plans of eight
-devices out of millions.
+Instances stand in order of TP, the largest first, and tiers in order of tightness.  Each tier gets a run of
+instances, so that the tight ones have the fast instances; neighbouring runs may share some.  That leaves a few
+hundred plans of eight devices out of millions.
 """
 
 import itertools

@@ -1,8 +1,9 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
-Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill chunks
-that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody coming or going,
-are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is approximated.
+Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
+chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody
+coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
+approximated.
 
 The simulator drives it with traces, the planner with what it expects.  Pure: its clock is a number.
 """
@@ -98,6 +99,7 @@ class ModelWorker(Worker):
         self.run: Run | None = None
         self.version = 0  # of `run`: events of an older one are void
         self.incoming = 0  # requests whose KV cache is on its way here
+        self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
         self.sending = 0  # and from here
         self.idle_until = 0.0  # a switch copies KV cache
         self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
@@ -290,6 +292,11 @@ class CellModel:
             job.cached += tokens
             if job.cached >= job.target:
                 self._prefilled(worker, job)
+        if worker.arrived:
+            for job in worker.arrived:
+                worker.arrive(job)
+                self._enter(worker, job)
+            worker.arrived.clear()
         if self._stranded:
             self._retry_stranded()
         if worker.stopping:
@@ -369,14 +376,24 @@ class CellModel:
     def _arrive(self, source: ModelWorker, target: ModelWorker, job: Job) -> None:
         source.departed(job)
         source.sending -= 1
+        self._join(target, job)
+        if source.stopping:
+            self._drained()
+        else:
+            self.nudge(source)
+
+    def _join(self, target: ModelWorker, job: Job) -> None:
+        """A request for which pages were reserved has its KV cache here: it decodes from the next step on."""
         target.incoming -= 1
-        target.arrive(job)
-        self._enter(target, job)
-        for worker in (source, target):
-            if worker.stopping:
-                self._drained()
-            else:
-                self.nudge(worker)
+        if target.run is None:
+            target.arrive(job)
+            self._enter(target, job)
+        else:  # the steps under way go without it
+            target.arrived.append(job)
+        if target.stopping:
+            self._drained()
+        else:
+            self.nudge(target)
 
     def _retry_stranded(self) -> None:
         stranded, self._stranded = self._stranded, []

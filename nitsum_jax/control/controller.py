@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from nitsum_jax.control.backlog import Backlog
@@ -57,8 +57,7 @@ class ControllerConfig:
     Attributes:
       interval_s: between ticks.
       urgent_s: least time between ticks that an event brings on.
-      urgent_share: share of the requests since the last tick that came when the backlog held one that is late or about to
-        be; more is an event.
+      urgent_share: of the requests since the last tick, the share that may miss its targets; more is an event.
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
     """
@@ -82,10 +81,22 @@ class AdaptiveController:
         planner: PlannerConfig = PlannerConfig(),
         estimator: EstimatorConfig = EstimatorConfig(),
         now_s: float = 0.0,
+        decide: Callable[[PlanInputs], Decision | None] | None = None,
     ):
-        """Starts knowing nothing of the load."""
+        """Starts knowing nothing of the load.
+
+        Args:
+          cost: what steps take.
+          tiers: targets.
+          config: when to plan.
+          planner: how to plan.
+          estimator: how to estimate the load.
+          now_s: the time.
+          decide: asked instead of a planner in this process; None from it is no decision.
+        """
         self.config = config
         self.planner = Planner(cost, tiers, planner)
+        self._decide = decide or self.planner.decide
         self._estimator = WorkloadEstimator(self.planner.tiers, estimator, now_s)
         self._recent: collections.deque[tuple[float, str, int, str]] = collections.deque(maxlen=planner.replayed)
         self._outputs: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -147,7 +158,7 @@ class AdaptiveController:
             return None
         if not lost and now_s - self._last_switch_s < self.config.dwell_s:
             return None
-        decision = self.planner.decide(self.inputs(now_s, view))
-        if decision.switch:
+        decision = self._decide(self.inputs(now_s, view))
+        if decision is not None and decision.switch:
             self._last_switch_s = now_s
         return decision

@@ -1,8 +1,8 @@
 """What the traffic is like: arrival rates, burstiness and lengths per tier, quick on changes and slow on noise.
 
-Arrivals are counted in bins of one second.  The rate is the mean over a long window unless the last few seconds differ
-from it by more than chance allows, given how bursty the tier is; then the window is cut to those seconds and grows anew.
-Lengths are kept as the last few hundred; a change of their mean cuts that memory too.
+Arrivals are counted in bins of one second.  The rate is the mean over a long window unless the last few seconds
+differ from it by more than chance allows, given how bursty the tier is; then the window is cut to those seconds and
+grows anew. Lengths are kept as the last few hundred; a change of their mean cuts that memory too.
 """
 
 import collections
@@ -38,7 +38,7 @@ class EstimatorConfig:
 
     Attributes:
       window_s: over which the rate is averaged.
-      recent_s: seconds that are tested for a change.
+      recent_s: seconds that are tested for a change, and the last half of them.
       change: how many standard deviations make a change.
       lengths: lengths that are remembered.
       recent_lengths: of these, how many are tested for a change.
@@ -110,15 +110,16 @@ class _Arrivals:
             self._test()
 
     def _test(self) -> None:
-        recent = self._config.recent_s
-        if len(self._bins) < 2 * recent:
-            return
-        bins = list(self._bins)
-        old, new = bins[:-recent], bins[-recent:]
-        mean = sum(old) / len(old)
-        deviation = math.sqrt(max(mean, 0.05) * self.dispersion(old) * (1 / recent + 1 / len(old)))
-        if abs(sum(new) / recent - mean) > self._config.change * deviation:
-            self._bins = collections.deque(new, maxlen=self._config.window_s)
+        for recent in (self._config.recent_s // 2, self._config.recent_s):
+            if len(self._bins) < 2 * recent:
+                return
+            bins = list(self._bins)
+            old, new = bins[:-recent], bins[-recent:]
+            mean = sum(old) / len(old)
+            deviation = math.sqrt(max(mean, 0.05) * self.dispersion(old) * (1 / recent + 1 / len(old)))
+            if abs(sum(new) / recent - mean) > self._config.change * deviation:
+                self._bins = collections.deque(new, maxlen=self._config.window_s)
+                return
 
     def rate(self) -> float:
         if not self._bins:
@@ -127,7 +128,7 @@ class _Arrivals:
 
     def dispersion(self, bins: Sequence[int] | None = None) -> float:
         bins = list(self._bins) if bins is None else bins
-        if len(bins) < 8:
+        if len(bins) < 4:
             return max(1.0, self._calm)
         mean = sum(bins) / len(bins)
         if mean <= 0:
@@ -144,7 +145,11 @@ class WorkloadEstimator:
     """
 
     def __init__(
-        self, tiers: Iterable[str], config: EstimatorConfig = EstimatorConfig(), now_s: float = 0.0, output: float = 128.0
+        self,
+        tiers: Iterable[str],
+        config: EstimatorConfig = EstimatorConfig(),
+        now_s: float = 0.0,
+        output: float = 128.0,
     ):
         """Knows nothing yet; `output` stands for output lengths until the first request of a tier has ended."""
         self._arrivals = {tier: _Arrivals(config, now_s) for tier in tiers}

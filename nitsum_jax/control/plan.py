@@ -101,10 +101,27 @@ def shapes_text(shapes: Sequence[Shape]) -> str:
     return "+".join(parts)
 
 
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Reads what `shapes_text` wrote.
+
+    Raises:
+      ValueError: it is no such text.
+    """
+    shapes: list[Shape] = []
+    for part in text.split("+"):
+        head, _, tiers = part.partition("/")
+        head, _, role = head.partition(":")
+        size, _, count = head.removeprefix("tp").partition("x")
+        if not head.startswith("tp") or (role or MIXED) not in ROLES:
+            raise ValueError(f"{part!r} is no part of a plan")
+        shapes += [Shape(int(size), role or MIXED, tuple(tiers.split(",")) if tiers else ())] * int(count or 1)
+    return tuple(shapes)
+
+
 def place(
     shapes: Sequence[Shape], num_devices: int, before: CellPlan | None = None, lost: Sequence[int] = ()
 ) -> CellPlan:
-    """Gives shapes their devices: aligned runs of neighbours, as far as possible where they are already.
+    """Gives shapes their devices: runs of neighbours, as far as possible where they are already.
 
     Args:
       shapes: what is wanted.
@@ -150,13 +167,22 @@ def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[In
     used = set(taken)
     out = []
     for shape in shapes:
-        runs = (range(start, start + shape.tp) for start in range(0, num_devices - shape.tp + 1, shape.tp))
-        run = next((run for run in runs if used.isdisjoint(run)), None)
-        if run is None:
+        devices = _free_group(shape.tp, num_devices, used)
+        if devices is None:
             return None
-        used.update(run)
-        out.append(InstancePlan(tuple(run), shape.role, shape.tiers))
+        used.update(devices)
+        out.append(InstancePlan(devices, shape.role, shape.tiers))
     return out
+
+
+def _free_group(tp: int, num_devices: int, used: set[int]) -> tuple[int, ...] | None:
+    """The first aligned run that is free; else, where devices are lost, any whose ranks differ (numbers modulo TP)."""
+    for start in range(0, num_devices - tp + 1, tp):
+        run = range(start, start + tp)
+        if used.isdisjoint(run):
+            return tuple(run)
+    group = [next((d for d in range(rank, num_devices, tp) if d not in used), None) for rank in range(tp)]
+    return None if None in group else tuple(sorted(d for d in group if d is not None))
 
 
 def partitions(num_devices: int, tps: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -181,6 +207,11 @@ def partitions(num_devices: int, tps: Sequence[int]) -> Iterator[tuple[int, ...]
                     yield (size, *rest)
 
     yield from cut(total, sizes)
+
+
+def fits(shapes: Sequence[Shape], num_devices: int, lost: Sequence[int] = ()) -> bool:
+    """Whether `place` would find devices."""
+    return _fill(sorted(shapes, key=lambda shape: -shape.tp), num_devices, set(lost)) is not None
 
 
 def homogeneous(num_devices: int, tp: int) -> CellPlan:

@@ -1,10 +1,11 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
 Every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one, since load
-that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last seconds
-run through the model of the cell under each of them, from the same start, and what the replay says is blended in.  The
-present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs and more than
-noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed from a log.
+that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last
+seconds run through the model of the cell under each of them, from the same start, and what the replay says is blended
+in.  The present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs
+and more than noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed
+from a log.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from typing import Any
 from nitsum_jax.control.candidates import mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, place, shapes_text
+from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, rollout
 from nitsum_jax.control.tiers import Tier
@@ -34,6 +35,7 @@ class PlannerConfig:
       replay_weight: weight of the replay against the estimate.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
       splits: whether plans with prefill and decode apart are candidates.
+      tps: TPs that may be used; empty: all that the profile has and that leave room for KV cache.
     """
 
     least_kv_share: float = 0.25
@@ -44,6 +46,7 @@ class PlannerConfig:
     replay_weight: float = 0.6
     hysteresis: float = 0.02
     splits: bool = True
+    tps: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,16 +78,11 @@ class PlanInputs:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "PlanInputs":
         """Reads what `to_json` wrote."""
-        plan = CellPlan(
-            tuple(
-                InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["plan"]["instances"]
-            )
-        )
         loads = tuple(TierLoad(**(load | {"prompts": tuple(load["prompts"])})) for load in values["loads"])
         recent = tuple(Arrival(**arrival) for arrival in values["recent"])
         return PlanInputs(
             values["time_s"],
-            plan,
+            _plan_from_json(values["plan"]),
             values["num_devices"],
             tuple(values["lost"]),
             loads,
@@ -134,6 +132,22 @@ class Decision:
     switch: bool
     reason: str
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, from which `from_json` makes an equal object."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Decision":
+        """Reads what `to_json` wrote."""
+        return Decision(
+            values["time_s"],
+            PlanInputs.from_json(values["inputs"]),
+            tuple(Candidate(**candidate) for candidate in values["candidates"]),
+            _plan_from_json(values["choice"]),
+            values["switch"],
+            values["reason"],
+        )
+
 
 def least_tp(cost: CostModel, config: PlannerConfig) -> int:
     """The least TP that a cell should use: see `PlannerConfig.least_kv_share`."""
@@ -153,8 +167,9 @@ class Planner:
         self.cost = cost
         self.tiers = {tier.name: tier for tier in tiers}
         self.config = config
-        self.resident_tp = least_tp(cost, config)
-        self.tps = tuple(tp for tp in cost.tps if tp >= self.resident_tp)
+        least = min(config.tps) if config.tps else least_tp(cost, config)
+        self.tps = tuple(tp for tp in cost.tps if tp >= least and (not config.tps or tp in config.tps))
+        self.resident_tp = self.tps[0]
         self._candidates: dict[tuple, tuple[tuple[Shape, ...], ...]] = {}
 
     def decide(self, inputs: PlanInputs) -> Decision:
@@ -164,10 +179,9 @@ class Planner:
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
-        devices = inputs.num_devices - len(inputs.lost)
         now = inputs.plan.shapes
         scored = {self._key(now): self._scored(model, now, offered)}
-        for shapes in self._plans(devices, model.tiers, inputs.allowed):
+        for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
             key = self._key(shapes)
             if key not in scored:
                 scored[key] = self._scored(model, shapes, offered)
@@ -205,10 +219,6 @@ class Planner:
         )
         return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
 
-    def candidates(self, devices: int, tiers: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
-        """All plans that are considered for so many devices; tiers with the tightest first."""
-        return self._plans(devices, tiers, ())
-
     def _worth(self, best: float, present: float) -> bool:
         """Whether a replay could lead to a switch."""
         return best - present > 0.5 * self.config.hysteresis
@@ -216,13 +226,18 @@ class Planner:
     def _key(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         return tuple(sorted(shapes, key=str))
 
-    def _plans(self, devices: int, tiers: tuple[str, ...], allowed: tuple[str, ...]) -> tuple[tuple[Shape, ...], ...]:
-        key = devices, tiers, allowed
+    def _plans(
+        self, num_devices: int, lost: tuple[int, ...], tiers: tuple[str, ...], allowed: tuple[str, ...]
+    ) -> tuple[tuple[Shape, ...], ...]:
+        key = num_devices, lost, tiers, allowed
         found = self._candidates.get(key)
         if found is None:
+            devices = num_devices - len(lost)
             plans = list(mixed_plans(devices, self.tps, tiers))
             if self.config.splits:
                 plans += split_plans(devices, self.tps)
+            if lost:
+                plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
                 plans = [p for p in plans if shapes_text([Shape(s.tp, s.role) for s in p]) in allowed]
             found = self._candidates[key] = tuple(plans)
@@ -243,10 +258,14 @@ def _diverse(
     ranked: Sequence[tuple[float, Prediction, tuple[Shape, ...]]], count: int
 ) -> list[tuple[float, Prediction, tuple[Shape, ...]]]:
     """The best of every layout, whatever its tiers; the first `count` of them."""
-    chosen = {}
+    chosen: dict[tuple[tuple[int, str], ...], tuple[float, Prediction, tuple[Shape, ...]]] = {}
     for item in ranked:
         layout = tuple(sorted((shape.tp, shape.role) for shape in item[2]))
         chosen.setdefault(layout, item)
         if len(chosen) == count:
             break
     return list(chosen.values())
+
+
+def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:
+    return CellPlan(tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["instances"]))

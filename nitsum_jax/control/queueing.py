@@ -1,17 +1,19 @@
 """Predicted goodput of a plan under a load, by a queueing estimate: fast enough for hundreds of plans.
 
-**Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so many
-prompt tokens in such a step; against what it computes with nobody decoding, that is its room (an instance that only
-decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of it, where
-b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is full at 1.
+**Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so
+many prompt tokens in such a step; against what it computes with nobody decoding, that is its room (an instance that
+only decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of
+it, where b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is
+full at 1.
 
-**Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one queue:
-an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  Who would come too late is
-demoted and costs the others nothing, so what is lost follows the formula for customers who leave a queue after a fixed
-time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to 1 - 1/load beyond it.
+**Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one
+queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  Who would
+come too late is demoted and costs the others nothing, so what is lost follows the formula for customers who leave a
+queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to
+1 - 1/load beyond it.
 
-What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the planner's
-what-if rollouts are for.
+What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
+planner's what-if rollouts are for.
 """
 
 import dataclasses
@@ -166,7 +168,7 @@ class QueueingModel:
         return busy / (group.count * max(room, _LEAST_ROOM / 4))
 
     def _room(self, shape: Shape, tpot_s: float, name: str) -> tuple[float, float]:
-        """Share of the time there is for prompts when one sequence decodes, and what each further one takes of it, s."""
+        """Share of the time left for prompts when one sequence decodes, and seconds that each further one takes."""
         work = self._work[shape.tp, name]
         if shape.role == DECODE:
             return 1 - work.alone_s / tpot_s, work.decode_s
@@ -224,16 +226,17 @@ class QueueingModel:
             return held
         tp = group.shape.tp
         total = sum(group.rates.values())
-        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) / group.count
+        admitted = 1 / max(1.0, group.load) / group.count
+        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) * admitted
         context = sum(rate * self._work[tp, name].context for name, rate in group.rates.items()) / total
         alone = max(self._work[tp, name].alone_s for name in group.rates)
         marginal = sum(rate * self._work[tp, name].decode_s for name, rate in group.rates.items()) / total
         room = 1.0
         if group.shape.role != DECODE:
-            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) / group.count
+            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) * admitted
         speed = max(1e-9, room - marginal * tokens) / alone  # decode steps a second
-        batch = tokens / speed
         tpot_s = self._tpot_s(list(group.rates)) * self._margin
+        batch = tokens * min(1 / speed, tpot_s)
         most = (tpot_s - alone) / marginal if marginal > 0 else math.inf
         capacity = self._cost.kv_capacity_tokens(tp, self._resident_tp)
         most = min(most, capacity / max(1.0, context))

@@ -122,8 +122,10 @@ class SwitchingCell(CellModel):
         travellers = [(job, worker.plan.devices) for worker in gone for job in _take_all(worker)]
         self._stranded = [job for job in self._stranded if job.worker is not None]
         links: dict[tuple[int, int], float] = collections.defaultdict(float)
-        requeued = self._place(travellers, links)
+        to_kept, requeued = self._place(travellers, set(map(id, kept.values())), links)
         stall_s = self._stall_s(gone, links) if gone else 0.0
+        for worker, job, decodes in to_kept:
+            self.at(self.now_s + stall_s, self._join if decodes else self._take_up, worker, job)
         for worker in fresh.values():
             worker.idle_until = self.now_s + stall_s
             self.at(worker.idle_until, self.nudge, worker)
@@ -133,17 +135,37 @@ class SwitchingCell(CellModel):
         if self.on_switch is not None:
             devices = tuple(sorted(device for worker in gone for device in worker.plan.devices))
             report = Switched(
-                self.now_s, self._asked_s, before, after, devices, stall_s, sum(links.values()), len(travellers), requeued
+                self.now_s,
+                self._asked_s,
+                before,
+                after,
+                devices,
+                stall_s,
+                sum(links.values()),
+                len(travellers),
+                requeued,
             )
             self.on_switch(report)
 
-    def _place(self, travellers: list[tuple[Job, tuple[int, ...]]], links: dict[tuple[int, int], float]) -> int:
-        """Gives requests their new instances, longest first; returns how many found none."""
+    def _place(
+        self,
+        travellers: list[tuple[Job, tuple[int, ...]]],
+        kept: set[int],
+        links: dict[tuple[int, int], float],
+    ) -> tuple[list[tuple[ModelWorker, Job, bool]], int]:
+        """Gives requests their new instances, longest first.
+
+        Returns:
+          Those that go to instances that were kept, which do not wait for the copies (with whether they decode), and
+          how many requests found no room.
+        """
         requeued = 0
+        to_kept: list[tuple[ModelWorker, Job, bool]] = []
+        promised: dict[int, tuple[int, int]] = {}
         vshards = max(self.cost.tps[-1], max(worker.tp for worker in self.workers))
         for job, devices in sorted(travellers, key=lambda item: (-item[0].cached, item[0].id)):
             decodes = job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1
-            worker = self._best(job, decodes, devices, vshards)
+            worker = self._best(job, decodes, devices, vshards, promised)
             if worker is None:
                 requeued += 1
                 self.send_back(job)
@@ -151,15 +173,38 @@ class SwitchingCell(CellModel):
             if job.cached:
                 for link, share in moves(devices, worker.plan.devices, vshards).items():
                     links[link] += share * job.cached * self.cost.profile.kv_bytes_per_token
-            if decodes:
+            if id(worker) in kept and job.cached:
+                worker.incoming += 1
+                worker.used_blocks += worker.pages(job.cached if decodes else job.target)
+                count, tokens = promised.get(worker.index, (0, 0))
+                promised[worker.index] = count + 1, tokens + job.cached
+                to_kept.append((worker, job, decodes))
+            elif decodes:
                 worker.reserve(job)
                 worker.arrive(job)
                 self._enter(worker, job)
             else:
                 worker.seat(job)
-        return requeued
+        return to_kept, requeued
 
-    def _best(self, job: Job, decodes: bool, devices: tuple[int, ...], vshards: int) -> ModelWorker | None:
+    def _take_up(self, worker: ModelWorker, job: Job) -> None:
+        """A request whose prompt is computed in part has its KV cache here: the rest follows."""
+        worker.incoming -= 1
+        worker.used_blocks -= worker.pages(job.target)
+        worker.seat(job)
+        if worker.stopping:
+            self._drained()
+        else:
+            self.nudge(worker)
+
+    def _best(
+        self,
+        job: Job,
+        decodes: bool,
+        devices: tuple[int, ...],
+        vshards: int,
+        promised: dict[int, tuple[int, int]],
+    ) -> ModelWorker | None:
         best, best_score = None, (math.inf,) * 4
         for worker in self.workers:
             if not (worker.takes_decodes if decodes else worker.takes_prompts) or worker.jobs >= worker.max_batch:
@@ -169,9 +214,11 @@ class SwitchingCell(CellModel):
                 continue
             own = not worker.plan.tiers or job.tier.name in worker.plan.tiers
             tightest = min(math.inf if job.late else job.tier.tpot_ms / 1000, worker.tightest_tpot_s())
-            load = self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.cached) / tightest
+            count, tokens = promised.get(worker.index, (0, 0))
+            sequences, context = len(worker.decoding) + count + 1, worker.context + tokens + job.cached
+            load = self.cost.step_s(worker.tp, sequences, context) / tightest
             moved = sum(moves(devices, worker.plan.devices, vshards).values())
-            crowd = (worker.context + worker.prefill_left + job.cached) / worker.capacity_blocks
+            crowd = (context + worker.prefill_left) / worker.capacity_blocks
             score = (float(load > 1), float(not own), round(crowd, 1), moved)
             if score < best_score:
                 best, best_score = worker, score
