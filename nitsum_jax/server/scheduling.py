@@ -116,6 +116,10 @@ class TieredScheduling:
         for worker in list(self._workers.values()):
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
 
+    def expect_output(self, tier: str, tokens: float) -> None:
+        """Says how long outputs of a tier are expected to be; with `learns_outputs` off, for a controller."""
+        self.scheduler.expect_output(tier, tokens)
+
     def waiting_by_tier(self) -> Mapping[str, int]:
         """Requests of each tier that wait and can still make it; on any thread."""
         return {tier.name: self.scheduler.backlog.waiting(tier.name) for tier in self._tiers}
