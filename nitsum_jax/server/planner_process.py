@@ -1,8 +1,8 @@
 """A planner in a process of its own: one line of JSON in, one line out.
 
-Planning takes tens of milliseconds of Python.  In the server's process these would be taken from the thread that
-launches steps, since Python runs one thread at a time; here they cost it nothing.  `PlannerProcess` is the server's
-side of the pipe, and `python -m nitsum_jax.server.planner_process` the other.
+Planning takes tens of milliseconds of Python. In the server's process these would be taken from the thread that
+launches steps, since Python runs one thread at a time; here they cost it nothing. `PlannerProcess` is the server's side
+of the pipe, and `python -m nitsum_jax.server.planner_process` the other.
 """
 
 import contextlib

@@ -78,7 +78,9 @@ class GrpcServer:
         interceptors = [GrpcGuard(guard or Guard(Policy(admin=True))), MalformedRequests()]
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(profiler or Profiler(None)), self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminService(profiler or Profiler(None), self.state), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, admin_service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
