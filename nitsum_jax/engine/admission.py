@@ -5,7 +5,6 @@ Who and where is the policy's choice; what is possible is known here.
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
@@ -65,25 +64,25 @@ class Admission:
         self._deterministic = deterministic
         self._admissions = 0
 
-    def admit(self, instances: Seq[Instance], *, switching: bool) -> None:
+    def admit(self, instances: Seq[Instance], now_s: float, *, switching: bool) -> None:
         """Seats as many as the policy has seated now.
 
         Args:
           instances: of the layout in force.
+          now_s: the time.
           switching: whether another layout is due, which may have more room and other neighbours.
         """
-        now = time.monotonic()
         with self._lock:
-            arrived = self._policy.arrivals(now)
+            arrived = self._policy.arrivals(now_s)
         if not switching:
             for sequence in arrived:
                 self._refuse_if_hopeless(sequence, instances)
-        while (choice := self._policy.next(instances, self._fits, now)) is not None:
+        while (choice := self._policy.next(instances, self._fits, now_s)) is not None:
             sequence, instance = choice
             guest = None if switching else self._wide.admit(sequence, self._pages(sequence, instance), instances)
             if guest is not None:
                 self._counters.wide_prefills += 1
-            self._seat(sequence, guest or instance, now)
+            self._seat(sequence, guest or instance, now_s)
 
     def refuse_hopeless(self, instances: Seq[Instance]) -> None:
         """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""

@@ -36,6 +36,7 @@ class EngineConfig:
       precopy: copy KV blocks ahead of a switch while the sequences still decode.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
+      tps: degrees of TP that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
       pace: deliver results at the pace of other hardware (see `pacing`); None: as they come.
     """
@@ -57,6 +58,7 @@ class EngineConfig:
     weight_budget_gib: float | None = None
     precopy: bool = False
     drain_before_switch: bool | None = None
+    tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
     pace: Pace | None = None
 

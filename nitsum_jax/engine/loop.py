@@ -191,7 +191,7 @@ class Loop:
                 self._take_in_now(*ready)
         self._expire()
         self._advance_switch()
-        self._admission.admit(self.instances, switching=bool(self._switches))
+        self._admission.admit(self.instances, now, switching=bool(self._switches))
         self.handover.advance(self.instances, now)
         # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
         # two in a row while the others wait.

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -17,7 +18,6 @@ from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli, logs
 from nitsum_jax.server.address import callable_host, target
-from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.backend import ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.house import House
@@ -69,7 +69,7 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
 
 
 def tiers_of(options: LaunchOptions) -> TierSet:
-    """The tiers that the flags name.
+    """The tiers that the flags name; their targets are those of the paced target, if there is one.
 
     Raises:
       InvalidInputError: their file is wrong.
@@ -91,10 +91,12 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.engine.engine import start_engine
-    from nitsum_jax.meshes.devices import emulate_cpu_devices
+    from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
     from nitsum_jax.models.chat import render_chat
     from nitsum_jax.models.loading import open_model
+    from nitsum_jax.server import costs
     from nitsum_jax.server.compile_cache import enable
+    from nitsum_jax.server.scheduling import TieredScheduling
 
     enable(options.cache_dir)
     tiers = tiers_of(options)
@@ -102,7 +104,14 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue, admitted))
+    if options.pace is not None:
+        config, cost = costs.paced(config, model.config, options.pace, options.time_scale)
+    else:
+        cost = costs.predicted(config, model.config, options.profile, len(discover(config.devices)))
+        config = dataclasses.replace(config, tps=cost.tps if options.profile is not None else None)
+    scale = options.time_scale if options.pace is not None else 1.0
+    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=admitted, time_scale=scale)
+    engine = start_engine(model, config, sink, scheduling)
     tokenizer = model.tokenizer
 
     def chat(messages: Sequence[Mapping[str, str]]) -> str:
@@ -207,6 +216,11 @@ def _announce(
     server: GrpcServer, engine: ServingEngine, model: ServedModel, house: House, options: LaunchOptions
 ) -> None:
     cli.out(engine.memory_report)
+    if options.pace is not None:
+        cli.out(
+            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
+            "no time or rate below is of this machine"
+        )
     for line in house.addresses():
         cli.out(line)
     where = _address(server)

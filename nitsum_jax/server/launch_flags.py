@@ -32,6 +32,9 @@ class LaunchOptions:
     log_level: str
     tiers: str | None
     engine: dict[str, Any]
+    profile: str | None = None
+    pace: str | None = None
+    time_scale: float = 1.0
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
 
 
@@ -44,6 +47,8 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
     """
     values = _define()
     parse(values, argv, USAGE)
+    if values.pace is not None and values.profile is not None:
+        raise InvalidInputError("--pace and --profile do not go together: a paced cell predicts with its pace")
     if not values.model:
         raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
     return LaunchOptions(
@@ -54,6 +59,9 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         drain_s=values.drain_seconds,
         log_level=values.log_level,
         tiers=values.tiers,
+        profile=values.profile,
+        pace=values.pace,
+        time_scale=values.time_scale,
         ops=ops_flags.read(values),
         engine={
             "devices": values.devices,
@@ -169,6 +177,25 @@ def _define() -> flags.FlagValues:
         None,
         "TOML file of latency tiers, a table [tiers.NAME] with ttft_ms and tpot_ms each; interactive, standard and "
         "batch if not given",
+    )
+    text(
+        "profile",
+        None,
+        "step times that the scheduler predicts with, a name or a .json file of nitsum-profile; an estimate from the "
+        "model's size if not given. Measured steps correct it either way",
+    )
+    text(
+        "pace",
+        None,
+        "profile at whose pace steps, switches and hand-overs are delivered, a name or a .json file: to emulate a cell "
+        "of other hardware with the tokens of a small model, such as --model=tiny-random",
+    )
+    flags.DEFINE_float(
+        "time_scale",
+        1.0,
+        "with --pace, seconds here for a second of the profile; more than 1 for machines that cannot keep up",
+        lower_bound=0.001,
+        flag_values=values,
     )
     count("max_queue", 256, "most requests that wait; one more is refused with RESOURCE_EXHAUSTED")
     flags.DEFINE_float(

@@ -55,6 +55,7 @@ class TieredScheduling:
         admitted: Callable[[str, float], None] | None = None,
         time_scale: float = 1.0,
         config: SchedulerConfig = SchedulerConfig(),
+        clock: Callable[[], float] = time.monotonic,
     ):
         """Knows no instance yet.
 
@@ -65,6 +66,7 @@ class TieredScheduling:
           admitted: told id and time of every request that an instance takes, on the engine's thread.
           time_scale: seconds of the engine's clock for one of the tiers and the cost model (see `engine.pacing`).
           config: of the scheduler.
+          clock: that of the engine.
         """
         self.capacity = capacity
         self.cost = cost
@@ -75,6 +77,7 @@ class TieredScheduling:
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
+        self._clock = clock
         self._new: collections.deque[Sequence] = collections.deque()
         self._unseated: set[Sequence] = set()
         self._jobs: dict[Sequence, Job] = {}
@@ -93,7 +96,7 @@ class TieredScheduling:
 
     def now_s(self) -> float:
         """The time on the clock of jobs and tiers."""
-        return time.monotonic() / self._scale
+        return self._clock() / self._scale
 
     @property
     def time_scale(self) -> float:
