@@ -1,7 +1,8 @@
-# make serve            the demo model on localhost:50051; more flags with ARGS="--port=8600 --layout=tp2x2"
+# make serve            the demo model, gRPC on localhost:50051 and HTTP on :8000; flags: ARGS="--port=8600 --layout=tp2x2"
 # make test             the whole suite; a part with ARGS="tests/meshes -k layout"
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
+# make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator.md)
 # make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with.
@@ -23,16 +24,19 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench gpu-check proto build-files install clean
+.PHONY: help serve test lint format bench study gpu-check proto build-files install clean
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile
 
 serve: $(RUNTIME)
-	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m $(ARGS)
+	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+study: $(DEV)
+	$(BIN)/python -m nitsum_jax.sim.study.main $(ARGS)
 
 gpu-check: $(RUNTIME)
 	$(BIN)/nitsum-bench gpu-check --markdown=gpu-check.md --json=gpu-check.json $(ARGS)

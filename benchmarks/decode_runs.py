@@ -186,7 +186,7 @@ class BareRunner:
         start = time.perf_counter()
         results = []
         for packed in inputs:
-            self._pool, history, sampled = executable(self._leaves, self._pool, history, packed)
+            self._pool, history, sampled, _ = executable(self._leaves, self._pool, history, packed)
             results.append(sampled)
         read = [np.asarray(sampled) for sampled in results]
         seconds = time.perf_counter() - start

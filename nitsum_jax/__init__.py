@@ -1,7 +1,28 @@
 """nitsum-jax: a JAX serving runtime in which tensor parallelism is a runtime control, not a deployment choice.
 
 Rooms, each importing only what stands below it: server; engine, control; models; meshes.  See docs/ARCHITECTURE.md.
-This file imports nothing, so that the pure rooms load without JAX.
+This file imports nothing until one asks for it, so that the pure rooms load without JAX.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.request import SamplingParams
+    from nitsum_jax.llm import LLM, Completion
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+
+_HOMES = {
+    "LLM": "nitsum_jax.llm",
+    "Completion": "nitsum_jax.llm",
+    "SamplingParams": "nitsum_jax.engine.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -100,9 +100,11 @@ def main(folder: pathlib.Path) -> None:
     print(HEAD)
     print("PROBABILITIES = (*(i / 100 for i in range(100)), 0.995, 0.999, 1.0)\n")
     print(f"WINDOWS_S = {WINDOWS_S!r}\n\n# fmt: off")
+    parts = []
     for name, files in NAMES.items():
         path = next((folder / f for f in files if (folder / f).exists()), folder / files[0])
-        print(f"{name.upper()} = {figures(read_trace(path, name).workload, GUESSES[name])}\n")
+        parts.append(f"{name.upper()} = {figures(read_trace(path, name).workload, GUESSES[name])}\n")
+    print("\n".join(parts), end="")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Run:
       sequences: decoding requests.
       context: their KV tokens before the first.
       chunks: prefill chunks (then count is 1).
+      counted: steps that are in the accounts of the instance already.
     """
 
     start_s: float
@@ -59,6 +60,7 @@ class Run:
     sequences: int
     context: int
     chunks: list[tuple[Job, int]]
+    counted: int = 0
 
     def end_of(self, steps: int) -> float:
         """When so many of the steps are done."""
@@ -80,7 +82,7 @@ class Run:
 
     def steps_by(self, now_s: float) -> int:
         """How many steps are done by now."""
-        low, high = 0, self.count
+        low, high = self.counted, self.count
         while low < high:
             middle = (low + high + 1) // 2
             if self.end_of(middle) <= now_s:
@@ -201,7 +203,17 @@ class CellModel:
 
     # ---- requests
 
+    def settle(self) -> None:
+        """Brings the accounts of instances amid a row of decode steps up to date, for whoever looks at them now."""
+        for worker in self.workers:
+            run = worker.run
+            if run is not None and run.count > 1:
+                done = min(run.steps_by(self.now_s), run.count - 1)
+                worker.advance(done - run.counted)
+                run.counted = done
+
     def _offer(self, job: Job) -> None:
+        self.settle()
         worker = self.scheduler.first_worker(job, self.workers, self.now_s)
         if worker is not None:
             assert isinstance(worker, ModelWorker)
@@ -283,7 +295,7 @@ class CellModel:
         run, worker.run = worker.run, None
         self._ran(worker, run)
         if run.sequences:
-            worker.advance(run.count)
+            worker.advance(run.count - run.counted)
             while worker.steps_to_finish() <= 0:
                 _, _, job = heapq.heappop(worker.finishes)
                 worker.leave(job)
@@ -361,6 +373,7 @@ class CellModel:
     # ---- hand-over of a prefilled request
 
     def _hand_over(self, source: ModelWorker, job: Job) -> None:
+        self.settle()
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
         job.worker = source
         if target is None:

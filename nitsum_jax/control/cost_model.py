@@ -110,20 +110,29 @@ class CostModel:
         """
         fixed = list(chunks)
 
-        def fits(tokens: int) -> bool:
-            return self.step_s(tp, sequences, context_tokens, [*fixed, (tokens, context_before)]) <= budget_s
+        def step(tokens: int) -> float:
+            return self.step_s(tp, sequences, context_tokens, [*fixed, (tokens, context_before)])
 
-        if limit < 1 or not fits(1):
+        if limit < 1 or (least := step(1)) > budget_s:
             return 0
-        if fits(limit):
+        if step(limit) <= budget_s:
             return limit
+        # Only two parts depend on the chunk's size, so the search adds up these.
+        steps = self._steps[tp]
+        others = sequences + sum(new for new, _ in fixed) if self._mixed else 0
+        left = budget_s - (least - steps.growing_s(others, 1, context_before))
         low, high = 1, limit  # low fits, high does not
         while high - low > 1:
             middle = (low + high) // 2
-            if fits(middle):
+            if steps.growing_s(others, middle, context_before) <= left:
                 low = middle
             else:
                 high = middle
+        # The sums round differently.
+        while step(low) > budget_s:
+            low -= 1
+        while step(low + 1) <= budget_s:
+            low += 1
         return low
 
     def prefill_s(self, tp: int, prompt_tokens: int, chunk: int = 2048) -> float:
@@ -217,17 +226,25 @@ class _Steps:
             total += new
             seconds += self._prefill.at(new, before)
         rows = sequences + len(chunks)
-        dense, head = self._dense_s.get(total), self._head_s.get(rows)
-        if dense is None:
-            dense = self._dense_s[total] = self._times.dense.at(total)
+        head = self._head_s.get(rows)
         if head is None:
             head = self._head_s[rows] = self._times.head.at(rows)
-        seconds += dense + head
+        seconds += self._dense(total) + head
         if sequences:
             knots, values, slopes, _ = self.row(sequences)
             i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
             seconds += values[i] + slopes[i] * (context_tokens - knots[i])
         return seconds
+
+    def growing_s(self, others: int, new: int, before: int) -> float:
+        """What depends on the size of a chunk in a step with `others` more new tokens."""
+        return self._dense(others + new) + self._prefill.at(new, before)
+
+    def _dense(self, tokens: int) -> float:
+        found = self._dense_s.get(tokens)
+        if found is None:
+            found = self._dense_s[tokens] = self._times.dense.at(tokens)
+        return found
 
     def _make_row(self, sequences: int) -> _Row:
         table = self._times.decode_attention

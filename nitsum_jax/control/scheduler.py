@@ -2,12 +2,13 @@
 
 Earliest deadline first over slack, with three rules on top:
 
-- **Routing.** An instance takes a request only if it is predicted to meet both targets there, and if the targets of those
-  that are there already still hold with it.  Tiers that the plan keeps an instance for go first; others may use what is
-  left of it once they have waited a share of their time.
-- **Token deadlines.** TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take as
-  long as the least time that is left to any decoding request; prefill chunks are cut to fit.  What a batch gains by being
-  faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is fixed).
+- **Routing.** An instance takes a request only if it is predicted to meet both targets there, and if the targets of
+  those that are there already still hold with it.  Tiers that the plan keeps an instance for go first; others may use
+  what is left of it once they have waited a share of their time.
+- **Token deadlines.** TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take
+  as long as the least time that is left to any decoding request; prefill chunks are cut to fit.  What a batch gains
+  by being faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is
+  fixed).
 - **Demotion.** Who can no longer meet its targets is late: it goes on, behind all others, and costs none of them a
   deadline.  Late ones that have waited `patience_s` get every `aging_every`-th turn, so nobody starves.
 
@@ -130,7 +131,7 @@ class Scheduler:
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
-        if not worker.takes_prompts or not len(self.backlog):
+        if not worker.takes_prompts or worker.jobs >= worker.max_batch or not len(self.backlog):
             return None
         late = self.backlog.first_late()
         if late is not None and now_s - late.arrival_s >= self.config.patience_s:
@@ -192,7 +193,8 @@ class Scheduler:
             if not own:
                 tightest = min(tightest, self._kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
             load = decode_s / tightest
-            if load > config.tpot_margin:
+            # By order of arrival nobody is late: who is refused today must be served tomorrow.
+            if load > config.tpot_margin and (config.order == "deadline" or worker.decoding):
                 return None
             decode_share = load if worker.decoding else 0.0
         rank = _urgency(job)
@@ -200,7 +202,7 @@ class Scheduler:
             other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
         )
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
-        if job.first_token_s is None:
+        if job.first_token_s is None and config.order == "deadline":
             left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000
             if work_s > left_s:
                 return None

@@ -122,6 +122,7 @@ class SwitchingCell(CellModel):
         travellers = [(job, worker.plan.devices) for worker in gone for job in _take_all(worker)]
         self._stranded = [job for job in self._stranded if job.worker is not None]
         links: dict[tuple[int, int], float] = collections.defaultdict(float)
+        self.settle()
         to_kept, requeued = self._place(travellers, set(map(id, kept.values())), links)
         stall_s = self._stall_s(gone, links) if gone else 0.0
         for worker, job, decodes in to_kept:

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Seq
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.policy import Policy, takes_decodes, takes_prompts
+from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.wide_prefill import WidePrefill
@@ -79,10 +80,12 @@ class Admission:
                 self._refuse_if_hopeless(sequence, instances)
         while (choice := self._policy.next(instances, self._fits, now_s)) is not None:
             sequence, instance = choice
-            guest = None if switching else self._wide.admit(sequence, self._pages(sequence, instance), instances)
+            prefix = self._prefix(sequence)
+            known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
+            guest = None if switching else self._wide.admit(sequence, self._pages(sequence, instance), instances, known)
             if guest is not None:
                 self._counters.wide_prefills += 1
-            self._seat(sequence, guest or instance, now_s)
+            self._seat(sequence, guest or instance, prefix, instances, now_s)
 
     def refuse_hopeless(self, instances: Seq[Instance]) -> None:
         """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
@@ -105,6 +108,16 @@ class Admission:
         if whole > most or pages > prompts:
             self.drop(sequence)
             self._finish(sequence, FinishReason.ERROR, f"needs {whole} KV pages, more than an instance has")
+
+    def _prefix(self, sequence: Sequence) -> Prefix | None:
+        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+
+    def _pages_in_use(self, sequence: Sequence, instance: Instance) -> int:
+        """Pages of a known beginning that cost the instance no free block."""
+        prefix = self._prefix(sequence)
+        if prefix is None or self._cell.prefixes is None or instance.broken:
+            return 0
+        return self._cell.prefixes.in_use(prefix, instance.device_of)
 
     def make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
@@ -142,10 +155,17 @@ class Admission:
             self.await_again(sequence)
 
     def _fits(self, sequence: Sequence, instance: Instance) -> bool:
-        return instance.free_rows > 0 and instance.free_pages() >= self._pages(sequence, instance)
+        if not instance.free_rows:
+            return False
+        free, pages = instance.free_pages(), self._pages(sequence, instance)
+        return free >= pages or free >= pages - self._pages_in_use(sequence, instance)
 
-    def _seat(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
+    def _seat(
+        self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float
+    ) -> None:
         sequence.start_prefill(again=self._deterministic)
+        if self._cell.prefixes is not None and prefix is not None:
+            self._cell.prefixes.begin(sequence, prefix, instance, instances)
         if not instance.grow(sequence, self._pages(sequence, instance) * self._cell.program.pool.page_size):
             raise AssertionError("pages were counted as free and are not")
         sequence.admitted = self._admissions

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.config import EngineConfig, resolve_dtype
+from nitsum_jax.engine.config import EngineConfig, prefix_granule, resolve_dtype
 from nitsum_jax.engine.executables import FIRST, Executables, Group
 from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.residency import choose_residency
 from nitsum_jax.engine.step import Program
 from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
@@ -49,6 +50,7 @@ class InstanceParts(TypedDict):
     executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]]
     pool: KvPool
     histories: HistoryMover
+    prefixes: PrefixCache | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Cell:
       precopy: whether KV blocks are copied ahead of a switch.
       tps: degrees of TP that layouts may have; None: all that fit.
       drain: whether a switch begins when the steps in flight are read, not behind them.
+      prefixes: shares KV blocks of prompts that begin alike; None: that is off.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -93,6 +96,7 @@ class Cell:
     precopy: bool = False
     drain: bool = False
     tps: tuple[int, ...] | None = None
+    prefixes: PrefixCache | None = None
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -170,6 +174,7 @@ class Cell:
             executables=executables,
             pool=self.pool,
             histories=self.histories,
+            prefixes=self.prefixes,
         )
 
 
@@ -265,12 +270,14 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
                 bank.add_cut(name, vshard, device, array)
     else:
         bank.load(model.weights(cut, dtype), residency.first)
-    pool = KvPool(devices, memory.pool)
+    granule = prefix_granule(config)
+    pool = KvPool(devices, memory.pool, prefix_vshards=None if granule is None else vshards)
     histories = HistoryMover(devices, program.history_shape)
     mover, wide = BlockMover(pool), config.wide_prefill_tokens
     # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and their
     # tokens would come late.
     drain = platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch
+    prefixes = None if granule is None else PrefixCache(pool, mover, granule=granule, prompts_only=config.deterministic)
     memory = dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}")
     cell = Cell(
         devices,
@@ -290,6 +297,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         precopy=config.precopy,
         tps=config.tps,
         drain=drain,
+        prefixes=prefixes,
     )
     executables.provide(cell.trial_run)
     return cell

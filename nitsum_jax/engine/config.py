@@ -34,6 +34,8 @@ class EngineConfig:
       residency: which weights stay on the devices: "resident", "lean" or "auto" (see `residency`).
       weight_budget_gib: weights that may stay on a device, GiB, for "auto".
       precopy: copy KV blocks ahead of a switch while the sequences still decode.
+      prefix_cache: whether prompts that begin alike share KV blocks; None: unless deterministic.  In deterministic mode
+        they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
       tps: degrees of TP that layouts may have, of those that fit; None: all.
@@ -57,6 +59,7 @@ class EngineConfig:
     residency: str = "auto"
     weight_budget_gib: float | None = None
     precopy: bool = False
+    prefix_cache: bool | None = None
     drain_before_switch: bool | None = None
     tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
@@ -82,6 +85,11 @@ class EngineConfig:
                 raise InvalidInputError(f"{name}={value} does not do: give at least 1")
         if self.prefill_chunk < 2:
             raise InvalidInputError("prefill_chunk=1 does not do: give at least 2")
+        if self.prefix_cache and self.deterministic and self.prefill_chunk % self.page_size:
+            raise InvalidInputError(
+                f"prefill_chunk={self.prefill_chunk} is no multiple of page_size={self.page_size}, which prefix_cache "
+                "needs in deterministic mode: change one of them"
+            )
         if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
             raise InvalidInputError(f"kv_cache_gib={self.kv_cache_gib} does not do: give more than 0")
 
@@ -95,6 +103,13 @@ class EngineConfig:
         small = not self.deterministic and self.prefill_chunk >= 2 * _PREFILL_BUCKET
         sizes = (_PREFILL_BUCKET, self.prefill_chunk) if small else (self.prefill_chunk,)
         return tuple(StepShape(1, size) for size in sizes)
+
+
+def prefix_granule(config: EngineConfig) -> int | None:
+    """Tokens in multiples of which prompts share KV blocks; None: they do not."""
+    if not (not config.deterministic if config.prefix_cache is None else config.prefix_cache):
+        return None
+    return config.prefill_shapes()[-1].tokens if config.deterministic else config.page_size
 
 
 def resolve_dtype(name: str, platform: str) -> str:

@@ -15,7 +15,7 @@ from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.pacing import PaceStats
 from nitsum_jax.engine.policy import Policy
-from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, Request, TokenDelta
+from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.timing import StepListener
 from nitsum_jax.engine.waiting import FifoPolicy
@@ -44,6 +44,9 @@ class EngineStats:
       weight_bytes_moved: copied between devices.
       weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
+      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
+      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
+      prefix_hit_tokens: of these, tokens that it had.
       hand_overs: sequences that went from a prefill instance to one that decodes.
       paced: whether results are delivered at the pace of other hardware; times are not of this machine then.
       pace_late_share: share of the steps that came later than their pace.
@@ -66,6 +69,9 @@ class EngineStats:
     weight_bytes_moved: int = 0
     weight_bytes_freed: int = 0
     wide_prefills: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
     hand_overs: int = 0
     paced: bool = False
     pace_late_share: float = 0.0
@@ -227,7 +233,7 @@ class Engine:
         with loop.lock:
             waiting, alive = len(self._policy), len(loop.alive)
         pace = PaceStats() if loop.pacer is None else loop.pacer.stats()
-        weights = self._cell.bank.counters
+        weights, prefixes = self._cell.bank.counters, self._cell.prefixes
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
@@ -243,6 +249,9 @@ class Engine:
             weight_bytes_moved=weights.bytes_moved,
             weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
+            blocks_cached=self._cell.pool.idle,
+            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
             hand_overs=loop.handover.count,
             paced=loop.pacer is not None,
             pace_late_share=pace.late_share,
@@ -310,6 +319,11 @@ class Engine:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
             )
+        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+            raise InvalidInputError(
+                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
+                f"give at most {MAX_STOP_IDS}"
+            )
         if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
         biased = [token for token, _ in request.sampling.logit_bias]
@@ -359,4 +373,5 @@ def start_engine(
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    return Engine(model, config, sink, policy or FifoPolicy(config.max_queue))
+    # Not `policy or ...`: a policy without requests is false.
+    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)

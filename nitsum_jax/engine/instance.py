@@ -20,7 +20,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.likelihood import read
+from nitsum_jax.engine.packing import STEERING, Packer, StepShape
+from nitsum_jax.engine.prefix_cache import PrefixCache
+from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -55,6 +58,7 @@ class Step:
       start_s: when it began, as far as can be told: when it was dispatched, or the step before it ended.
       paced_s: its results are not delivered before; see `pacing`.
       tokens: i32[B], when they are read.
+      likelihoods: i32[B, columns], when they are read, if somebody asked for log probabilities.
       error: why it failed.
     """
 
@@ -72,9 +76,23 @@ class Step:
     paced_s: float = 0.0
     epochs: list[int] = dataclasses.field(default_factory=list)
     tokens: np.ndarray | None = None
+    likelihoods: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.epochs = [sequence.epoch for sequence in self.sequences]
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether somebody asked for log probabilities of a token of this step."""
+        return any(
+            emits and sequence.request.logprobs is not None
+            for sequence, emits in zip(self.sequences, self.emits, strict=True)
+        )
+
+    def logprob(self, index: int) -> TokenLogprob | None:
+        """How likely the token of a row was, if that was asked for."""
+        top = self.sequences[index].request.logprobs
+        return None if top is None or self.likelihoods is None else read(self.likelihoods[index], top)
 
     @property
     def due(self) -> bool:
@@ -120,6 +138,7 @@ class Instance:
         executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
         histories: HistoryMover,
+        prefixes: PrefixCache | None,
         on_step: Callable[["Instance", Step], None],
     ):
         """Takes over the pools of its devices.
@@ -133,6 +152,7 @@ class Instance:
           executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
           histories: copies rows of token histories.
+          prefixes: finds and keeps beginnings of prompts, if the cell does that.
           on_step: called on the reader thread with every finished step.
         """
         self.spec = spec
@@ -153,11 +173,12 @@ class Instance:
         self._executables = executables
         self._pool = pool
         self._histories = histories
+        self._prefixes = prefixes
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._history = self._put_history(np.zeros(program.history_shape, np.int32))
         self._claim_pool()  # late: nothing behind it fails
-        self._results: queue.SimpleQueue[tuple[Step, jax.Array | None] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
@@ -221,6 +242,7 @@ class Instance:
         """Adds a sequence that has yet to be prefilled."""
         self._seat(sequence)
         self.prefills.append(sequence)
+        self._note_shared(sequence)
 
     @property
     def history(self) -> jax.Array:
@@ -239,6 +261,8 @@ class Instance:
             sequence = arrival.sequence
             self._seat(sequence)
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
+            if sequence.steering is not None:
+                history[sequence.row, -STEERING:] = sequence.steering
             if sequence.prefilling:
                 self.prefills.append(sequence)
             if sequence.pending:
@@ -274,6 +298,19 @@ class Instance:
         self._before += tuple(before)
         self._seat(arrival.sequence)
         self._history = self._histories.merge(self._history, arrival.history, [(arrival.row, arrival.sequence.row)])
+
+    def note_pages(self, sequence: Sequence) -> None:
+        """Pages of a sequence may have become full: lets others find them."""
+        if self._prefixes is not None and not self.broken and not self.lost:
+            self._prefixes.enter(sequence, self.device_of)
+
+    def _note_shared(self, sequence: Sequence) -> None:
+        """Tokens of shared pages never went through a step of this sequence; penalties must know them all the same."""
+        if sequence.cached and sequence.request.sampling.repetition_penalty != 1:
+            history = np.zeros(self._program.history_shape, np.int32)
+            history[sequence.row, : sequence.cached] = sequence.tokens[: sequence.cached]
+            rows = [(sequence.row, sequence.row)]
+            self._history = self._histories.merge(self._history, self._put_history(history), rows)
 
     def vacate(self, row: int) -> None:
         """Makes a row free whose sequence went elsewhere."""
@@ -317,6 +354,11 @@ class Instance:
 
     def _dispatch_prefill(self, choice: "PrefillChoice", make_room: MakeRoom) -> bool:
         sequence = choice.sequence
+        if self._prefixes is not None:
+            before = sequence.cached
+            self._prefixes.catch_up(sequence, self.device_of)
+            if sequence.cached > before:
+                self._note_shared(sequence)
         left = sequence.target - sequence.cached
         executables = self._executables()
         buckets = sorted(shape for shape in executables if not shape.is_decode)
@@ -334,6 +376,7 @@ class Instance:
             self.prefills.remove(sequence)
         step = Step(shape, [sequence], [last], chunk=chunk, joined=choice.joined)
         self._start(step, executables[shape], packer)
+        self.note_pages(sequence)
         return True
 
     def _dispatch_decode(self, make_room: MakeRoom) -> bool:
@@ -368,6 +411,7 @@ class Instance:
             tokens=tokens,
             emit=emit,
             table=sequence.table[:, : sequence.pages],
+            steering=sequence.steering,
         )
 
     def _start(self, step: Step, executable: jax.stages.Compiled, packer: Packer) -> None:
@@ -377,19 +421,23 @@ class Instance:
         self.outstanding.append(step)
         self.steps += 1
         try:
-            self._array, self._history, tokens = executable(self._leaves, self._array, self._history, packer.done())
-            tokens.copy_to_host_async()
+            self._array, self._history, *results = executable(self._leaves, self._array, self._history, packer.done())
+            wanted = tuple(results if step.with_logprobs else results[:1])
+            for result in wanted:
+                result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn
             step.error = error
-            self._results.put((step, None))
+            self._results.put((step, ()))
         else:
-            self._results.put((step, tokens))
+            self._results.put((step, wanted))
 
     def _read(self) -> None:
         while (item := self._results.get()) is not None:
-            step, tokens = item
+            step, results = item
             try:
-                step.tokens = None if tokens is None else np.asarray(tokens)
+                if len(results) > 1:
+                    step.likelihoods = np.asarray(results[1])
+                step.tokens = np.asarray(results[0]) if results else None
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error
             step.ready_s = time.monotonic()
@@ -408,8 +456,9 @@ class Instance:
     # ---- end
 
     def release(self) -> None:
-        """Gives the pools back and ends the reader."""
-        self.lend_pool()
+        """Gives the pools back, if they are whole, and ends the reader."""
+        if not (self.broken or self.lost):
+            self.lend_pool()
         self.close()
 
     def retire(self) -> None:

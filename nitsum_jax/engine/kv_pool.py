@@ -8,48 +8,127 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.attention import PoolShape
+from nitsum_jax.engine.prefix_index import PrefixIndex
 from nitsum_jax.meshes.mesh import TP_AXIS
 
 
 class BlockAllocator:
-    """Free blocks of one device, a stack."""
+    """Who uses which block of one device.
 
-    def __init__(self, blocks: int):
+    A block has as many users as there are block tables with it.  Without a user it is free: on the stack, or *idle* if
+    the prefix index knows what it holds.  Idle blocks keep their contents for as long as the stack has others to give;
+    then those that have been idle longest are given.
+    """
+
+    def __init__(self, blocks: int, index: PrefixIndex | None = None, device: int = 0):
+        """All blocks are free.
+
+        Args:
+          blocks: how many there are.
+          index: knows what blocks hold; None: nobody does.
+          device: whose blocks they are, in the index.
+        """
         self.total = blocks
+        self.clock = 0  # the greater, the later blocks become idle
+        self._index = index
+        self._device = device
         self.reset()
 
     def reset(self) -> None:
-        """Makes all blocks free."""
-        # Reversed, so that the first blocks are given first.
-        self._stack = np.arange(self.total - 1, -1, -1, dtype=np.int32)
-        self.free = self.total
+        """Makes all blocks free, and what they hold forgotten."""
+        if self._index is not None:
+            self._index.drop_device(self._device)
+        self._users = np.zeros(self.total, np.int32)
+        self._idle_since = np.zeros(self.total, np.int64)
+        self._restack()
 
-    def state(self) -> tuple[int, np.ndarray]:
-        """What `restore` takes: all that is free, and in which order."""
-        return self.free, self._stack.copy()
+    @property
+    def free(self) -> int:
+        """Blocks that can be taken."""
+        return self._stacked + self.idle
 
-    def restore(self, state: tuple[int, np.ndarray]) -> None:
-        """Goes back to an earlier state: what was taken since is free, what was given since is taken."""
-        self.free = state[0]
-        self._stack = state[1].copy()
+    def users(self, blocks: np.ndarray) -> np.ndarray:
+        """i32[n]: users of each of these blocks."""
+        return np.asarray(self._users[blocks])
+
+    def state(self) -> np.ndarray:
+        """What `restore` takes."""
+        return self._users.copy()
+
+    def restore(self, state: np.ndarray) -> None:
+        """Goes back to the users of an earlier state; what blocks hold is forgotten."""
+        if self._index is not None:
+            self._index.drop_device(self._device)
+        self._users = state.copy()
+        self._restack()
 
     def take(self, count: int) -> np.ndarray:
-        """Takes `count` blocks: i32[count].
+        """Takes `count` blocks, each for one user: i32[count].
 
         Raises:
           ValueError: fewer are free.
         """
         if count > self.free:
             raise ValueError(f"{count} blocks asked for, {self.free} free")
-        self.free -= count
-        return self._stack[self.free : self.free + count].copy()
+        if count > self._stacked:
+            self._evict(count - self._stacked)
+        self._stacked -= count
+        blocks = self._stack[self._stacked : self._stacked + count].copy()
+        self._users[blocks] = 1
+        return blocks
+
+    def share(self, blocks: np.ndarray) -> None:
+        """One user more for each of these blocks, which differ and are in use or idle."""
+        self.idle -= int(np.count_nonzero(self._users[blocks] == 0))
+        self._users[blocks] += 1
 
     def give(self, blocks: np.ndarray) -> None:
-        """Gives blocks back."""
-        if self.free + len(blocks) > self.total:
+        """One user less for each of these blocks, which are in the order of their pages; the last are evicted first."""
+        np.subtract.at(self._users, blocks, 1)
+        if len(blocks) and self._users[blocks].min() < 0:
+            np.add.at(self._users, blocks, 1)
             raise ValueError("more blocks given back than there are: one was given twice")
-        self._stack[self.free : self.free + len(blocks)] = blocks
-        self.free += len(blocks)
+        order = np.arange(len(blocks))[self._users[blocks] == 0]
+        done = blocks[order]
+        if self._index is not None:
+            kept = self._index.holds(self._device, done)
+            self._idle_since[done[kept]] = (self.clock << 20) - order[kept]
+            self.idle += int(np.count_nonzero(kept))
+            done = done[~kept]
+        self._push(done)
+
+    def forget(self) -> None:
+        """What blocks hold is not known any more."""
+        if self._index is not None:
+            idle = self._idle_blocks()
+            self._index.drop_device(self._device)
+            self.idle = 0
+            self._push(idle)
+
+    def _evict(self, count: int) -> None:
+        assert self._index is not None
+        idle = self._idle_blocks()
+        count = min(len(idle), max(count, self.total // 64))  # looking for them takes longer than dropping some more
+        oldest = idle[np.argpartition(self._idle_since[idle], count - 1)[:count]]
+        self._index.drop(self._device, oldest)
+        self.idle -= count
+        self._push(oldest)
+
+    def _idle_blocks(self) -> np.ndarray:
+        assert self._index is not None
+        free = np.flatnonzero(self._users == 0)
+        return free[self._index.holds(self._device, free)].astype(np.int32)
+
+    def _push(self, blocks: np.ndarray) -> None:
+        self._stack[self._stacked : self._stacked + len(blocks)] = blocks
+        self._stacked += len(blocks)
+
+    def _restack(self) -> None:
+        # Reversed, so that the first blocks are given first.
+        free = np.flatnonzero(self._users == 0)[::-1].astype(np.int32)
+        self._stack = np.zeros(self.total, np.int32)
+        self._stacked = self.idle = 0
+        self._push(free)
 
 
 class KvPool:
@@ -59,10 +138,18 @@ class KvPool:
     instance's devices in one global array without a copy, and `take_back` unwraps it.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], shape: PoolShape):
+    def __init__(self, devices: Sequence[jax.Device], shape: PoolShape, *, prefix_vshards: int | None = None):
+        """Allocates the arrays.
+
+        Args:
+          devices: of the cell.
+          shape: of one device's array.
+          prefix_vshards: K, if blocks are to be found again by what they hold; None: they are not.
+        """
         self.shape = shape
         self.devices = tuple(devices)
-        self.allocators = tuple(BlockAllocator(shape.blocks) for _ in devices)
+        self.index = None if prefix_vshards is None else PrefixIndex(len(devices), prefix_vshards, shape.blocks)
+        self.allocators = tuple(BlockAllocator(shape.blocks, self.index, number) for number in range(len(devices)))
         self._arrays: list[jax.Array | None] = [None] * len(devices)
         for index in range(len(devices)):
             self.renew(index)
@@ -74,6 +161,7 @@ class KvPool:
 
     def renew(self, index: int) -> None:
         """Gives a device a fresh array: at the start, or when a failed step took the old one with it."""
+        self.allocators[index].forget()
         self._arrays[index] = None  # where the pool takes most of the memory there is no room for two
         whole = (self.shape.blocks, *self.shape.block_shape)
         fresh = jnp.zeros(whole, self.shape.storage_dtype, device=self.devices[index])
@@ -121,6 +209,29 @@ class KvPool:
     def replace(self, index: int, array: jax.Array) -> None:
         """Puts a new array in the place of one that an update donated."""
         self._arrays[index] = array
+
+    def reuse(self, vshard: int, source: int, blocks: np.ndarray, target: int) -> np.ndarray:
+        """i32[n]: blocks of `target` that hold what blocks i32[n] of `source` do, with one user more, or -1."""
+        if self.index is None:
+            return np.full(len(blocks), -1, np.int32)
+        twins = self.index.twins(vshard, source, blocks, target)
+        self.allocators[target].share(twins[twins >= 0])
+        return twins
+
+    def copied(self, vshard: int, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
+        """Notes that blocks i32[n] of `source` are copied to the blocks `new` of `target`."""
+        if self.index is not None:
+            self.index.copied(vshard, source, blocks, target, new)
+
+    def tick(self) -> None:
+        """From now on blocks become idle later than before."""
+        for allocator in self.allocators:
+            allocator.clock += 1
+
+    @property
+    def idle(self) -> int:
+        """Free blocks of all devices that still hold pages for requests to come."""
+        return sum(allocator.idle for allocator in self.allocators)
 
     @property
     def free(self) -> int:

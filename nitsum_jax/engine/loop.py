@@ -168,7 +168,7 @@ class Loop:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(UnavailableError("the server is stopping: no layout switch any more"))
         for instance in self.instances:
-            instance.close()
+            instance.release()
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
         self._wide.close(_LAST_STEPS_S)
@@ -299,33 +299,36 @@ class Loop:
 
     def _accept(self, step: Step, results: np.ndarray, now: float) -> None:
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        for sequence, emits, epoch, token in zip(step.sequences, step.emits, step.epochs, tokens, strict=True):
+        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
+        for index, (sequence, emits, epoch, token) in enumerate(steps):
             if not emits or epoch != sequence.epoch:
                 continue
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
-            finish = sequence.accept(token)
+            finish = sequence.accept(token, step.logprob(index))
+            if sequence.home is not None:
+                sequence.home.note_pages(sequence)
             if not sequence.delivered:
                 self._policy.first_token(sequence, now)
-            new = sequence.take_undelivered()
+            new, logprobs = sequence.take_undelivered()
             self.counters.tokens += len(new)
             if finish is not None:
                 self._retire(sequence)
             elif sequence.home is None and not sequence.pending:
                 self._admission.await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish))
+                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if (
-            not instance.broken and not instance.lost
-        ):  # the step behind it fails too, and whoever came in between has lost nothing
+        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
+            if self.cell.prefixes is not None:
+                self.cell.prefixes.forget(instance.order)
         for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
             if epoch != sequence.epoch:
                 continue
@@ -474,6 +477,8 @@ class Loop:
             self.instances.remove(instance)
             for other in set(instance.order) - self.cell.lost:
                 self.cell.pool.reset(other)  # its array went along with the step in flight
+        if self.cell.prefixes is not None:
+            self.cell.prefixes.forget([device])
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
         self._relaid()
         used = self.cell.lost.union(*(instance.order for instance in self.instances))

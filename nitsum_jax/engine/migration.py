@@ -143,7 +143,10 @@ def _assign(
         )
         pages = sequence.pages - (0 if there is None else there.pages)
         for h in candidates:
-            if counts[h] < hosts[h].rows and _room(pool, pages, old, hosts[h].device_of):
+            new = hosts[h].device_of
+            if counts[h] < hosts[h].rows and (
+                _room(pool, pages, old, new) or _room_beside_twins(pool, sequence, pages, old, new)
+            ):
                 counts[h] += 1
                 assigned[index] = h
                 seat(index, h)
@@ -174,6 +177,20 @@ def _room(pool: KvPool, pages: int, old: Seq[int], new: Seq[int]) -> bool:
     return all(pool.allocators[device].free >= count * pages for device, count in needed.items())
 
 
+def _room_beside_twins(pool: KvPool, sequence: Sequence, pages: int, old: Seq[int], new: Seq[int]) -> bool:
+    """As `_room`, not counting blocks that others use there already."""
+    if pool.index is None:
+        return False
+    needed: collections.Counter[int] = collections.Counter()
+    written = written_pages(sequence, pool)
+    for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
+        if source != target:
+            blocks = sequence.table[vshard, sequence.pages - pages : written]
+            twins = pool.index.twins(vshard, source, blocks, target)
+            needed[target] += pages - int(np.count_nonzero(pool.allocators[target].users(twins[twins >= 0])))
+    return all(pool.allocators[device].free >= count for device, count in needed.items())
+
+
 def written_pages(sequence: Sequence, pool: KvPool) -> int:
     """Pages of a sequence that hold keys and values already; those behind them were only taken in advance."""
     return min(sequence.pages, -(-sequence.cached // pool.shape.page_size))
@@ -186,12 +203,19 @@ def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves
         if source == target or not sequence.pages:
             continue
         there = sequence.table[vshard, : sequence.pages].copy()
-        here = pool.allocators[target].take(sequence.pages - done)
+        here = np.full(sequence.pages, -1, np.int32)
         if ahead is not None:
-            here = np.concatenate([ahead.table[vshard, :done], here])
+            here[:done] = ahead.table[vshard, :done]
+            pool.copied(vshard, source, there[:done], target, here[:done])
+        if written > done:  # others may have brought the same pages there
+            here[done:written] = pool.reuse(vshard, source, there[done:written], target)
+        missing = np.flatnonzero(here < 0)
+        here[missing] = pool.allocators[target].take(len(missing))
         sequence.table[vshard, : sequence.pages] = here
-        if written > done:
+        copied = missing[missing < written]
+        if len(copied):
             sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[done:written])
-            targets.append(here[done:written])
+            sources.append(there[copied])
+            targets.append(here[copied])
+            pool.copied(vshard, source, there[copied], target, here[copied])
         moves.freed.setdefault(source, []).append(there)

@@ -2,6 +2,10 @@
 
 A row of the array is one sequence of the batch: fixed columns, then its T new tokens, then its block table, K x P.
 Floats travel as their bits.
+
+Logit bias and the stop tokens that `min_tokens` forbids are too many numbers to travel with every step.  They are the
+*steering* of a sequence: it travels with its prefill steps, between tokens and block table, and stays on the device
+behind the sequence's tokens in the token history.
 """
 
 import dataclasses
@@ -12,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 
-_COLUMNS = 13
-_ROW, _CONTEXT, _COUNT, _EMIT, _PROMPT_LEN, _SEED, _TOP_K = range(7)
-_FLOATS = 7  # temperature, top_p, min_p, repetition, presence, frequency
+_COLUMNS = 16
+_ROW, _CONTEXT, _COUNT, _EMIT, _PROMPT_LEN, _SEED, _TOP_K, _BIASED, _STOPS_FROM, _LOGPROBS = range(10)
+_FLOATS = 10  # temperature, top_p, min_p, repetition, presence, frequency
+
+# Columns of a sequence's steering: ids with a bias (-1: none), their biases, stop ids (-1: none).
+STEERING = 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -46,6 +53,10 @@ class StepInputs(NamedTuple):
       floats: f32[B, 6], temperature, top_p, min_p, repetition, presence and frequency penalty.
       tokens: i32[B, T].
       table: i32[B, K, P], block ids, each on the device of its virtual shard.
+      biased: bool[B], whether the row has logit bias.
+      stops_from: i32[B], position from which stop tokens may be chosen.
+      logprobs: bool[B], whether log probabilities are asked for.
+      steering: i32[B, STEERING] of a prefill step, i32[B, 0] of a decode step; see `steering`.
     """
 
     row: jax.Array
@@ -58,16 +69,24 @@ class StepInputs(NamedTuple):
     floats: jax.Array
     tokens: jax.Array
     table: jax.Array
+    biased: jax.Array
+    stops_from: jax.Array
+    logprobs: jax.Array
+    steering: jax.Array
 
 
 def packed_shape(shape: StepShape, vshards: int, pages: int) -> tuple[int, int]:
     """Shape of the packed array, `[B, columns]`."""
-    return shape.batch, _COLUMNS + shape.tokens + vshards * pages
+    return shape.batch, _table_column(shape) + vshards * pages
+
+
+def _table_column(shape: StepShape) -> int:
+    return _COLUMNS + shape.tokens + (0 if shape.is_decode else STEERING)
 
 
 def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
     """Takes a packed i32[B, columns] apart, inside a jitted step."""
-    table = _COLUMNS + shape.tokens
+    tokens, table = _COLUMNS + shape.tokens, _table_column(shape)
     return StepInputs(
         row=packed[:, _ROW],
         context=packed[:, _CONTEXT],
@@ -77,17 +96,26 @@ def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> Ste
         seed=jax.lax.bitcast_convert_type(packed[:, _SEED], jnp.uint32),
         top_k=packed[:, _TOP_K],
         floats=jax.lax.bitcast_convert_type(packed[:, _FLOATS:_COLUMNS], jnp.float32),
-        tokens=packed[:, _COLUMNS:table],
+        tokens=packed[:, _COLUMNS:tokens],
         table=packed[:, table:].reshape(shape.batch, vshards, pages),
+        biased=packed[:, _BIASED] > 0,
+        stops_from=packed[:, _STOPS_FROM],
+        logprobs=packed[:, _LOGPROBS] > 0,
+        steering=packed[:, tokens:table],
     )
 
 
-def sampling_columns(sampling: SamplingParams, seed: int, prompt_len: int) -> np.ndarray:
+def sampling_columns(
+    sampling: SamplingParams, seed: int, prompt_len: int, *, min_tokens: int = 0, logprobs: bool = False
+) -> np.ndarray:
     """The columns of a row that stay the same for all of a request's steps, i32[columns]; made once per request."""
     columns = np.zeros(_COLUMNS, np.int32)
     columns[_PROMPT_LEN] = prompt_len
     columns[_SEED] = np.array(seed, np.uint32).view(np.int32)
     columns[_TOP_K] = min(sampling.top_k, 2**31 - 1)
+    columns[_BIASED] = bool(sampling.logit_bias)
+    columns[_STOPS_FROM] = prompt_len + min_tokens if min_tokens else 0
+    columns[_LOGPROBS] = logprobs
     columns[_FLOATS:] = np.array(
         [
             sampling.temperature,
@@ -100,6 +128,17 @@ def sampling_columns(sampling: SamplingParams, seed: int, prompt_len: int) -> np
         np.float32,
     ).view(np.int32)
     return columns
+
+
+def steering(sampling: SamplingParams, stop_ids: Sequence[int]) -> np.ndarray:
+    """What steers the choice of a sequence's tokens beside its columns, i32[STEERING]; made once per request."""
+    packed = np.full(STEERING, -1, np.int32)
+    bias = sampling.logit_bias
+    packed[: len(bias)] = [token for token, _ in bias]
+    values = np.array([value for _, value in bias], np.float32)
+    packed[MAX_LOGIT_BIAS : MAX_LOGIT_BIAS + len(bias)] = values.view(np.int32)
+    packed[2 * MAX_LOGIT_BIAS : 2 * MAX_LOGIT_BIAS + len(stop_ids)] = stop_ids
+    return packed
 
 
 class Packer:
@@ -122,6 +161,7 @@ class Packer:
         tokens: Sequence[int] | None,
         emit: bool,
         table: np.ndarray,
+        steering: np.ndarray | None = None,
     ) -> None:
         """Adds one sequence.
 
@@ -132,6 +172,7 @@ class Packer:
           tokens: the new tokens, or None to continue from the token history (decode).
           emit: whether to sample the token that follows.
           table: i32[K, n], block ids so far, n <= P.
+          steering: i32[STEERING], for prefill steps; None for a sequence that has none.
         """
         line = self._packed[self._used]
         self._used += 1
@@ -142,7 +183,9 @@ class Packer:
         line[_EMIT] = emit
         if tokens is not None:
             line[_COLUMNS : _COLUMNS + len(tokens)] = tokens
-        start = _COLUMNS + self._shape.tokens
+        start = _table_column(self._shape)
+        if not self._shape.is_decode and steering is not None:
+            line[start - STEERING : start] = steering
         line[start:].reshape(self._vshards, self._pages)[:, : table.shape[1]] = table
 
     def done(self) -> np.ndarray:

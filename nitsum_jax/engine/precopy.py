@@ -125,10 +125,15 @@ class PreCopy:
             if any(pool.allocators[b].free < len(moved) for _, _, b in moved):
                 return
             for vshard, source, target in moved:
-                (new,) = pool.allocators[target].take(1)
-                ahead.table[vshard, ahead.pages] = new
-                pair = (int(sequence.table[vshard, ahead.pages]), int(new))
-                blocks.setdefault((source, target), []).append(pair)
+                block = sequence.table[vshard, ahead.pages : ahead.pages + 1]
+                new = pool.reuse(vshard, source, block, target)
+                if new[0] < 0:
+                    new = pool.allocators[target].take(1)
+                    if self._cell.switch_mover is self._cell.mover:
+                        # Copies that go past the steps count only when the switch has found them in their place.
+                        pool.copied(vshard, source, block, target, new)
+                    blocks.setdefault((source, target), []).append((int(block[0]), int(new[0])))
+                ahead.table[vshard, ahead.pages] = new[0]
             ahead.pages += 1
 
     def _release(self, plans: Iterable[_Plan]) -> None:

@@ -7,6 +7,7 @@ from nitsum_jax.errors import InvalidInputError
 
 MAX_SEED = 2**32 - 1
 MAX_LOGIT_BIAS = 300  # entries of one request
+MAX_STOP_IDS = 128  # of one request with min_tokens
 MAX_TOP_LOGPROBS = 20
 
 

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nitsum_jax.engine.packing import sampling_columns
-from nitsum_jax.engine.request import FinishReason, Request
+from nitsum_jax.engine.packing import sampling_columns, steering
+from nitsum_jax.engine.request import FinishReason, Request, TokenLogprob
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.instance import Instance
@@ -35,6 +35,8 @@ class Sequence:
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
       ready_s: its KV cache is on its way to its instance until then, in a paced cell; it decodes no earlier.
+      keys: of its full pages, as far as somebody asked (see `prefix_index`).
+      entered: pages that are in the prefix index, or were offered to it.
     """
 
     request: Request
@@ -54,10 +56,23 @@ class Sequence:
     epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
     ready_s: float = 0.0
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    entered: int = 0
 
     def __post_init__(self) -> None:
-        self.columns = sampling_columns(self.request.sampling, self.seed, self.prompt_len)
-        self.stops = frozenset(self.request.stop_token_ids)
+        request = self.request
+        self.columns = sampling_columns(
+            request.sampling,
+            self.seed,
+            self.prompt_len,
+            min_tokens=request.min_tokens,
+            logprobs=request.logprobs is not None,
+        )
+        self.stops = frozenset(request.stop_token_ids)
+        forbidden = tuple(self.stops) if request.min_tokens else ()
+        steered = bool(forbidden or request.sampling.logit_bias)
+        self.steering = steering(request.sampling, forbidden) if steered else None
+        self._logprobs: list[TokenLogprob] = []  # of output tokens that have not gone out yet
 
     @property
     def prompt_len(self) -> int:
@@ -91,21 +106,26 @@ class Sequence:
         """
         if again:
             del self.tokens[self.prompt_len :]
+            self.keys.clear()
         self.cached = 0
+        self.entered = 0
         self.target = len(self.tokens)
 
-    def accept(self, token: int) -> FinishReason | None:
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
         """Takes a sampled token in; ends the sequence where it must end, and returns why."""
         if token in self.stops:
             self.finish = FinishReason.STOP
         else:
             self.tokens.append(token)
+            if logprob is not None and len(self.tokens) > self.prompt_len + self.delivered:
+                self._logprobs.append(logprob)
             if len(self.tokens) >= self.limit:
                 self.finish = FinishReason.LENGTH
         return self.finish
 
-    def take_undelivered(self) -> tuple[int, ...]:
-        """Output tokens that have not gone out yet; they count as delivered from now on."""
-        new = tuple(self.tokens[self.prompt_len + self.delivered :])
+    def take_undelivered(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Output tokens not yet sent, with their log probabilities; from now on they count as delivered."""
+        new, logprobs = tuple(self.tokens[self.prompt_len + self.delivered :]), tuple(self._logprobs)
+        self._logprobs.clear()
         self.delivered += len(new)
-        return new
+        return new, logprobs

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine import sampling
+from nitsum_jax.engine import likelihood, sampling
 from nitsum_jax.engine.attention import PoolShape, paged_attention, write_tokens
-from nitsum_jax.engine.packing import StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.engine.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.decoder import TP_AXIS, Decoder
@@ -50,8 +50,11 @@ class Program:
 
     @property
     def history_shape(self) -> tuple[int, int]:
-        """Shape of an instance's token history; its last row is the dummy of padding rows."""
-        return self.max_batch + 1, self.max_model_len + 1
+        """Shape of an instance's token history: tokens, then the steering of the sequence (see `packing`).
+
+        The last row is the dummy of padding rows.
+        """
+        return self.max_batch + 1, self.max_model_len + 1 + STEERING
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
@@ -95,8 +98,9 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens) and, with
-      `with_logits`, f32[B, V padded] logits of each row's last new token.
+      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens, their
+      `likelihood.likelihoods` where rows ask for them, else zeros) and, with `with_logits`, f32[B, V padded] logits of
+      each row's last new token.
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
@@ -119,15 +123,18 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         x = model(tokens, positions, attend)
         last = jnp.maximum(inputs.new_tokens - 1, 0)
         logits = model.logits(x[jnp.arange(shape.batch), last])
-        sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks, program)
+        if not shape.is_decode:
+            history = _note_prompt(history, inputs, tokens)
+        sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks)
+        likelihoods = _likelihoods(logits, sampled, inputs, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
         # feed the new keys and values, so the tie is made by hand: token ids are never negative, but the compiler
         # cannot know.
         context = inputs.context + jnp.any(sampled < 0).astype(jnp.int32)
         pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
-        history = _remember(history, inputs, tokens, sampled, shape)
-        outputs = (pool, history, sampled)
+        history = _note_sampled(history, inputs, sampled)
+        outputs = (pool, history, sampled, likelihoods)
         return (*outputs, ranks.concat_last(logits)) if with_logits else outputs
 
     return step
@@ -164,7 +171,7 @@ def compile_step(
         step_function(program, shape, tp, with_logits=with_logits),
         mesh=mesh,
         in_specs=(tuple(spec for _, _, spec in parameters), along, everywhere, everywhere),
-        out_specs=(along, everywhere, everywhere, everywhere)[: 4 if with_logits else 3],
+        out_specs=(along, *[everywhere] * (4 if with_logits else 3)),
         check_vma=False,
     )
     mapped.__name__ = name
@@ -177,9 +184,7 @@ def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.Stat
     return state
 
 
-def _sample(
-    logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: jax.Array, ranks: Ranks, program: Program
-) -> jax.Array:
+def _sample(logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: jax.Array, ranks: Ranks) -> jax.Array:
     arrays = sampling.SamplingArrays(
         temperature=inputs.floats[:, 0],
         top_k=inputs.top_k,
@@ -191,13 +196,15 @@ def _sample(
         seed=inputs.seed,
         position=inputs.context + inputs.new_tokens,
         prompt_len=inputs.prompt_len,
+        biased=inputs.biased,
+        stops_from=inputs.stops_from,
     )
 
     def everything(logits: jax.Array) -> jax.Array:
         # Every rank samples from the whole vocabulary; they all find the same token.
-        # The barrier keeps XLA from fusing the sampling with what differs between layouts.
-        full = jax.lax.optimization_barrier(ranks.concat_last(logits))
-        return sampling.sample(full, arrays, history[inputs.row])
+        full = _whole(logits, ranks)
+        rows = history[inputs.row]
+        return sampling.sample(full, arrays, rows[:, :-STEERING], rows[:, -STEERING:])
 
     def greedy(logits: jax.Array) -> jax.Array:
         value, token = sampling.greedy_local(logits, offset)
@@ -206,14 +213,33 @@ def _sample(
     return jax.lax.cond(sampling.all_greedy(arrays), greedy, everything, logits)
 
 
-def _remember(
-    history: jax.Array, inputs: StepInputs, tokens: jax.Array, sampled: jax.Array, shape: StepShape
-) -> jax.Array:
-    """Puts the step's tokens and the sampled ones into the token history."""
+def _likelihoods(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
+    wanted = inputs.logprobs & inputs.emit
+
+    def some(logits: jax.Array) -> jax.Array:
+        return likelihood.likelihoods(_whole(logits, ranks), sampled, wanted)
+
+    def none(logits: jax.Array) -> jax.Array:
+        return jnp.zeros((logits.shape[0], likelihood.COLUMNS), jnp.int32)
+
+    return jax.lax.cond(jnp.any(wanted), some, none, logits)
+
+
+def _whole(logits: jax.Array, ranks: Ranks) -> jax.Array:
+    """f32[B, V padded], the same on every rank; the barrier keeps XLA from fusing with what differs between layouts."""
+    return jax.lax.optimization_barrier(ranks.concat_last(logits))
+
+
+def _note_prompt(history: jax.Array, inputs: StepInputs, tokens: jax.Array) -> jax.Array:
+    """Puts a prefill step's tokens, and what steers the choice of the next ones, into the token history."""
     columns = history.shape[1]
-    if not shape.is_decode:
-        step = jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
-        position = jnp.where(step < inputs.new_tokens[:, None], inputs.context[:, None] + step, jnp.int32(columns))
-        history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
-    position = jnp.where(inputs.emit, inputs.context + inputs.new_tokens, jnp.int32(columns))
+    step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    position = jnp.where(step < inputs.new_tokens[:, None], inputs.context[:, None] + step, jnp.int32(columns))
+    history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
+    return history.at[inputs.row, -STEERING:].set(inputs.steering)
+
+
+def _note_sampled(history: jax.Array, inputs: StepInputs, sampled: jax.Array) -> jax.Array:
+    """Puts the sampled tokens into the token history."""
+    position = jnp.where(inputs.emit, inputs.context + inputs.new_tokens, jnp.int32(history.shape[1]))
     return history.at[inputs.row, position].set(sampled, mode="drop")

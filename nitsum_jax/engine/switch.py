@@ -228,7 +228,7 @@ def perform_switch(
         weight_bytes_moved=cell.bank.counters.bytes_moved - weights_before,
         stall_ms=0.0,
         requeued=len(homeless),
-        kv_bytes_minimum=minimum,
+        kv_bytes_minimum=min(minimum, sum(copy.bytes for copy in copies) + copied),  # shared pages move once
         host_ms=1000 * (time.monotonic() - start - launch_s),
         transfer_ms=1000 * launch_s,
     )

@@ -74,16 +74,17 @@ class WidePrefill:
         """The sequence that is being prefilled or waits to be handed over."""
         return None if self._guest is None else next(iter(self._guest.rows.values()), None)
 
-    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance]) -> Instance | None:
+    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance], known: int = 0) -> Instance | None:
         """Whether the guest takes a waiting sequence now: itself, or None.
 
         Args:
           sequence: whose prompt is long enough or not.
           pages: that it takes at admission.
           instances: of the layout in force.
+          known: tokens that need not be computed.
         """
         least = self._cell.wide_prefill
-        if least is None or len(sequence.tokens) < least or self.sequence is not None:
+        if least is None or len(sequence.tokens) - known < least or self.sequence is not None:
             return None
         hosts = [instance for instance in instances if not set(self._group).isdisjoint(instance.order)]
         if (

@@ -1,8 +1,9 @@
 """Chat messages to one prompt text, by the jinja2 template that comes with a model.
 
 Templates are code from a model's author, so they run in jinja2's immutable sandbox: no attribute of Python's internals,
-no change of what they are given.  They see what Hugging Face gives them: messages, add_generation_prompt, bos_token,
-eos_token, raise_exception, strftime_now and a tojson that does not escape for HTML.
+no change of what they are given, no text or time without end (see `chat_sandbox`).  They see what Hugging Face gives
+them: messages, add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now and a tojson that does not
+escape for HTML.
 
 What a message says is put into the prompt as it is.  Text that spells a special token, such as "<|im_end|>", becomes
 that token when the prompt is encoded, exactly as with Hugging Face's apply_chat_template.
@@ -18,9 +19,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models import chat_sandbox
 from nitsum_jax.models.tokenizer import Tokenizer
 
 
@@ -48,12 +49,13 @@ def render_chat(
         raise InvalidInputError("the model has no chat template: send a plain prompt instead of chat messages")
     _check(messages)
     try:
-        return _compiled(template).render(
-            messages=[dict(message) for message in messages],
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
-        )
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": bos_token,
+            "eos_token": eos_token,
+        }
+        return chat_sandbox.render(_compiled(template), variables)
     except _RefusedError as e:
         raise InvalidInputError(f"the chat template refuses these messages: {_one_line(e)}") from None
     except jinja2.TemplateSyntaxError as e:
@@ -96,7 +98,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    environment = chat_sandbox.BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
     environment.filters["tojson"] = _tojson

@@ -7,6 +7,7 @@ to a model must decide whether that is wanted; nothing here strips it.
 
 import codecs
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -64,7 +65,9 @@ class Tokenizer:
         inner.no_padding()
         self._inner = inner
         self._special = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
-        self._pieces, self._strip = _piece_reader(inner)
+        read, self._strip = _piece_reader(inner)
+        # Every token of every stream asks; the common ones are few.
+        self._pieces = None if read is None else functools.lru_cache(maxsize=2**16)(read)
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -166,6 +169,16 @@ class Tokenizer:
         """
         stream = self.stream(skip_special)
         return stream.push(ids) + stream.flush()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token says, as UTF-8: a part of a character where that is spread over several tokens.
+
+        Raises:
+          InvalidInputError: the id is negative or does not fit 32 bits.
+        """
+        if self._pieces is None:
+            return self._inner.decode([_checked(token_id)], skip_special_tokens=False).encode()
+        return self._pieces(_checked(token_id))
 
     def stream(self, skip_special: bool = True) -> "StreamDecoder":
         """A decoder for ids as they come; see StreamDecoder."""

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.interpolate import RegularGridInterpolator
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.profiles.smooth import drawn_on, linear
 from nitsum_jax.profiles.tables import Grid, Heads, Tables
 
 Counts = Sequence[int] | np.ndarray
@@ -56,9 +57,9 @@ class Kernels:
         Where the table has too little context for a number of sequences, its last two points are drawn on.
         """
         grid = self._attention("decode", heads)
-        filled = np.array([_drawn_on(grid.axes[1], row) for row in grid.seconds])
-        across = np.array([_linear(grid.axes[1], row, np.asarray(context, float)) for row in filled])
-        return np.array([_linear(grid.axes[0], column, np.asarray(sequences, float)) for column in across.T]).T
+        filled = np.array([drawn_on(grid.axes[1], row) for row in grid.seconds])
+        across = np.array([linear(grid.axes[1], row, np.asarray(context, float)) for row in filled])
+        return np.array([linear(grid.axes[0], column, np.asarray(sequences, float)) for column in across.T]).T
 
     def prefill(self, prompt: Sequence[float] | np.ndarray, heads: Heads) -> np.ndarray:
         """Causal attention of one layer over one whole prompt; nothing takes no time."""
@@ -66,7 +67,7 @@ class Kernels:
         one = grid.seconds[grid.axes[0].tolist().index(1)]
         known = np.isfinite(one)
         wanted = np.asarray(prompt, float)
-        logs = _linear(np.log(grid.axes[1][known]), np.log(one[known]), np.log(np.maximum(wanted, grid.axes[1][0])))
+        logs = linear(np.log(grid.axes[1][known]), np.log(one[known]), np.log(np.maximum(wanted, grid.axes[1][0])))
         return np.where(wanted > 0, np.exp(logs), 0.0)
 
     def prefill_chunk(self, new: Counts, context: Counts, heads: Heads) -> np.ndarray:
@@ -98,16 +99,4 @@ class Kernels:
 
     def _collective(self, op: str, source: str, devices: int, size: Counts) -> np.ndarray:
         grid = self._collective_grid(op, source, devices)
-        return _linear(grid.axes[0], grid.seconds, np.maximum(np.asarray(size, float), grid.axes[0][0]))
-
-
-def _linear(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Linear interpolation; level before the first point, drawn on after the last."""
-    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
-    return np.interp(at, x, y) + np.maximum(at - x[-1], 0) * slope
-
-
-def _drawn_on(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """y with its missing values at the end drawn on from the last two that are there."""
-    known = np.isfinite(y)
-    return np.where(known, y, _linear(x[known], y[known], np.asarray(x, float)))
+        return linear(grid.axes[0], grid.seconds, np.maximum(np.asarray(size, float), grid.axes[0][0]))

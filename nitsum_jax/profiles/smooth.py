@@ -1,4 +1,4 @@
-"""Turns times that were measured or put together into tables that never fall, as profiles want them."""
+"""Times that were measured or put together, as tables that never fall: what profiles want."""
 
 from collections.abc import Sequence
 
@@ -38,6 +38,18 @@ def plane(rows: Sequence[int], columns: Sequence[int], seconds: np.ndarray) -> P
     return Plane(
         tuple(int(r) for r in rows), tuple(int(c) for c in columns), tuple(tuple(row) for row in values.tolist())
     )
+
+
+def linear(x: np.ndarray, y: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Linear interpolation; level before the first point, drawn on after the last."""
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    return np.interp(at, x, y) + np.maximum(at - x[-1], 0) * slope
+
+
+def drawn_on(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """y with its missing values (nan) at the end drawn on from the last two that are there."""
+    known = np.isfinite(y)
+    return np.where(known, y, linear(x[known], y[known], np.asarray(x, float)))
 
 
 def _rounded(values: np.ndarray) -> tuple[float, ...]:

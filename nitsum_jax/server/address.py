@@ -19,17 +19,22 @@ def callable_host(host: str) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
-def check_bindable(host: str, port: int) -> None:
+def check_bindable(host: str, port: int, flag: str = "port") -> None:
     """Tries to bind every address of `host`, and lets go of it again.
 
     gRPC is content if one of the addresses of a name can be bound, and says little about why one could not.
+
+    Args:
+      host: address or name.
+      port: 0 for a free one.
+      flag: that the port came from.
 
     Raises:
       InvalidInputError: `host` names no address of this machine, or the port is out of range.
       PreconditionError: the port is in use, or this user may not bind it.
     """
     if not 0 <= port <= 65535:
-        raise InvalidInputError(f"--port={port} is out of range: give 1 to 65535, or 0 for a free one")
+        raise InvalidInputError(f"--{flag}={port} is out of range: give 1 to 65535, or 0 for a free one")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
@@ -46,11 +51,11 @@ def check_bindable(host: str, port: int) -> None:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise PreconditionError(
-                    f"port {port} on {host} is in use: stop the server that has it, or give another --port"
+                    f"port {port} on {host} is in use: stop the server that has it, or give another --{flag}"
                 ) from None
             last = error
     if bound or last is None:
         return
     if last.errno == errno.EACCES:
-        raise PreconditionError(f"port {port} may not be bound by this user: give a --port of 1024 or more")
+        raise PreconditionError(f"port {port} may not be bound by this user: give a --{flag} of 1024 or more")
     raise InvalidInputError(f"--host={host} is no address of this machine ({last.strerror}): give one that is")

@@ -18,6 +18,7 @@ from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.server.bridge import Bridge
 
 if TYPE_CHECKING:
+    from nitsum_jax.engine.pacing import Pace
     from nitsum_jax.server.control_loop import ControlLoop
 
 
@@ -42,6 +43,14 @@ class EngineStats(Protocol):
     def switches(self) -> int: ...
     @property
     def compiles(self) -> int: ...
+    @property
+    def pace_late_steps(self) -> int: ...
+    @property
+    def blocks_cached(self) -> int: ...
+    @property
+    def prefix_queried_tokens(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
 
 
 class InstanceLoad(Protocol):
@@ -96,6 +105,7 @@ class ServingTokenizer(Protocol):
     """`nitsum_jax.models.tokenizer.Tokenizer` is one."""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def token_bytes(self, token_id: int) -> bytes: ...
     def stream(self) -> TextStream: ...
 
 
@@ -135,6 +145,7 @@ class Backend:
     model: ServedModel
     bridge: Bridge
     control: "ControlLoop | None" = None
+    pace: "Pace | None" = None
 
 
 class ServerState:
@@ -143,6 +154,8 @@ class ServerState:
     def __init__(self) -> None:
         self.phase = Phase.STARTING
         self.backend: Backend | None = None
+        self.ready_at = 0
+        """When the model was ready, in seconds since 1970."""
 
     def present(self) -> Backend:
         """The backend, also while draining.

@@ -41,6 +41,7 @@ class DeltaStream:
         self._buffer: deque[TokenDelta] = deque()
         self._wake = wake or asyncio.Event()
         self.finished = False
+        self.cut = False  # finished without the engine
 
     def put(self, delta: TokenDelta) -> None:
         """Adds a delta; nothing may follow one with a finish reason."""
@@ -133,9 +134,16 @@ class Bridge:
         finally:
             del self._streams[request.id]
             if submitted:
-                if not stream.finished:
+                if stream.cut or not stream.finished:
                     engine.cancel(request.id)
                 self._note_end(record)
+
+    def cut_off(self) -> None:
+        """Ends all streams with CANCELLED: the server stops, whatever the engine still does. On the event loop."""
+        for request_id, stream in self._streams.items():
+            if not stream.finished:
+                stream.cut = True
+                stream.put(TokenDelta(request_id, (), self._clock(), FinishReason.CANCELLED))
 
     @property
     def open_streams(self) -> int:
@@ -156,7 +164,8 @@ class Bridge:
         for delta in deltas:
             ended += delta.finish_reason is not None
             stream = self._streams.get(delta.request_id)
-            if stream is not None:  # else its handler has left; the engine learns of it by cancel
+            # Else its handler has left, and the engine learns of it by cancel; or it was cut off.
+            if stream is not None and not stream.finished:
                 stream.put(delta)
         if ended:
             self._note_ends(ended)

@@ -19,6 +19,8 @@ DEFAULT_TIER = "standard"
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_IDS = 64
+MAX_OUTPUTS = 128
+"""Most outputs that one call of a client may ask for."""
 
 _LONG_PROMPT_CHARS = 4096  # about a millisecond of tokenizing; longer ones must not hold up the other streams
 

@@ -56,6 +56,7 @@ class Outcome:
     failure: Failure | None = None
     text: str = ""
     output_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[nitsum_pb2.TokenLogprob] = dataclasses.field(default_factory=list)
     first_s: float | None = None
     last_s: float | None = None
     begun_s: float = 0.0
@@ -92,6 +93,8 @@ class Outcome:
             "server_tpot_ms": _rounded(finished.tpot_ms) if finished and finished.HasField("tpot_ms") else None,
             "seed": started.seed if started else None,
         }
+        if self.logprobs:
+            result["logprobs"] = [_likelihood(one) for one in self.logprobs]
         if self.failure is not None:
             result["error"] = {"code": self.failure.code, "message": self.failure.message}
         return result
@@ -147,12 +150,18 @@ async def generate(
 
 def _take(outcome: Outcome, delta: nitsum_pb2.TokenDelta) -> None:
     outcome.text += delta.text
+    outcome.logprobs += delta.logprobs
     if not delta.token_ids:
         return
     outcome.output_ids += delta.token_ids
     outcome.last_s = time.monotonic()
     if outcome.first_s is None:
         outcome.first_s = outcome.last_s
+
+
+def _likelihood(one: nitsum_pb2.TokenLogprob) -> dict[str, Any]:
+    top = [{"token_id": other.token_id, "logprob": _rounded(other.logprob)} for other in one.top]
+    return {"token_id": one.token_id, "logprob": _rounded(one.logprob), "top": top}
 
 
 def _reason(finished: nitsum_pb2.Finished) -> str:

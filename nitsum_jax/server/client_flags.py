@@ -39,7 +39,7 @@ _SAMPLING_INTS = {
 }
 # Keys of a line in a .jsonl prompts file, beside those of sampling.
 _PROMPT_KEYS = ("prompt", "messages", "prompt_ids")
-_REQUEST_KEYS = ("max_tokens", "stop", "stop_token_ids", "ignore_eos", "tier")
+_REQUEST_KEYS = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias", "tier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,8 +111,9 @@ def _define() -> flags.FlagValues:
         "prompts_file",
         None,
         "file of prompts, all sent at once: one per line (empty lines are skipped), or, if its name ends in .jsonl, "
-        "one JSON object per line with prompt, messages or prompt_ids and any of max_tokens, stop, stop_token_ids, "
-        "ignore_eos, tier and the sampling flags, which win over the flags; - reads prompts from standard input",
+        "one JSON object per line with prompt, messages or prompt_ids and any of max_tokens, min_tokens, stop, "
+        "stop_token_ids, ignore_eos, logprobs, logit_bias (an object), tier and the sampling flags, which win over the "
+        "flags; - reads prompts from standard input",
         flag_values=values,
     )
     flag(
@@ -124,6 +125,18 @@ def _define() -> flags.FlagValues:
     text("system", None, "with --chat: the system message", flag_values=values)
     flags.DEFINE_integer(
         "max_tokens", None, "at most this many new tokens; the server's default is 256", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "min_tokens", None, "no stop token or text ends the output before so many tokens", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "logprobs",
+        None,
+        "with --json: how likely each token was, with so many of the most likely ones at its place, 0 to 20",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "logit_bias", [], "ID:BIAS pairs with commas between them; -100 forbids a token", flag_values=values
     )
     for name, meaning in _SAMPLING_FLOATS.items():
         flags.DEFINE_float(name, None, meaning, flag_values=values)
@@ -217,9 +230,12 @@ def _request(values: flags.FlagValues, entry: Mapping[str, Any]) -> nitsum_pb2.G
     def pick(name: str) -> Any:
         return entry.get(name, values[name].value)
 
+    sampling = {name: pick(name) for name in (*_SAMPLING_FLOATS, *_SAMPLING_INTS)}
     request = nitsum_pb2.GenerateRequest(
-        sampling=nitsum_pb2.SamplingParams(**{name: pick(name) for name in (*_SAMPLING_FLOATS, *_SAMPLING_INTS)}),
+        sampling=nitsum_pb2.SamplingParams(**sampling, logit_bias=_bias(pick("logit_bias"))),
         max_tokens=pick("max_tokens"),
+        min_tokens=pick("min_tokens"),
+        logprobs=pick("logprobs"),
         stop=pick("stop"),
         stop_token_ids=_ids("stop_token_ids", pick("stop_token_ids")),
         ignore_eos=pick("ignore_eos"),
@@ -234,6 +250,14 @@ def _request(values: flags.FlagValues, entry: Mapping[str, Any]) -> nitsum_pb2.G
     else:
         request.tokens.CopyFrom(nitsum_pb2.TokenPrompt(ids=_ids("prompt_ids", entry["prompt_ids"])))
     return request
+
+
+def _bias(given: Mapping[str, float] | Sequence[str]) -> dict[int, float]:
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else [pair.split(":") for pair in given]
+        return {int(token): float(bias) for token, bias in pairs}
+    except (AttributeError, TypeError, ValueError):
+        raise InvalidInputError("logit_bias must be pairs of a token id and a number, such as 50:-100,7:2.5") from None
 
 
 def _ids(name: str, items: Sequence[Any]) -> list[int]:

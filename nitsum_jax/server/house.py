@@ -2,22 +2,27 @@
 
 import asyncio
 import contextlib
+import ssl
 import time
+from collections.abc import Callable
 
 from starlette.applications import Starlette
+from starlette.types import ASGIApp
 
 import nitsum_jax
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.backend import Backend, ServedModel, ServerState, ServingEngine
 from nitsum_jax.server.bridge import Bridge
-from nitsum_jax.server.http_server import HttpServer
+from nitsum_jax.server.control_loop import ControlLoop
+from nitsum_jax.server.http.server import HttpServer
+from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.operations import Operations
 from nitsum_jax.server.ops_flags import LOOPBACK, OpsOptions
 from nitsum_jax.server.ops_routes import Desk, ops_routes
 from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.security.guard import Guard, Policy
-from nitsum_jax.server.security.http_guard import App, HttpGuard, HttpLimits
+from nitsum_jax.server.security.http_guard import HttpGuard
 from nitsum_jax.server.security.keys import read_keys
 from nitsum_jax.server.security.limits import Limits
 from nitsum_jax.server.server import GrpcServer, in_thread
@@ -58,6 +63,7 @@ class House:
         self._admin: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._feeding: asyncio.Task[None] | None = None
+        self._control: ControlLoop | None = None
         if options.otlp_endpoint is not None:  # told before the model is loaded
             otlp_tracer(options.otlp_endpoint, "", "").close()
 
@@ -66,9 +72,13 @@ class House:
         safe = self._keys is not None or self._host in LOOPBACK
         return self._guard(admin=safe and self._options.admin_port is None)
 
-    def protected(self, app: App) -> App:
-        """An HTTP application behind the guard of the main ports, with bounded headers and bodies."""
-        return HttpGuard(HttpLimits(app), self.guard())
+    def protected(self, app: ASGIApp) -> ASGIApp:
+        """An HTTP application behind the guard of the main ports."""
+        return HttpGuard(app, self.guard())
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """For an HTTP port; None: no encryption."""
+        return None if self.tls is None else self.tls.ssl_context()
 
     async def start(self) -> None:
         """Opens the ports for operators, while the model is still being loaded.
@@ -90,18 +100,34 @@ class House:
             await self._admin.start()
         if options.metrics_port is not None:
             app = self.protected(Starlette(routes=ops_routes(self.desk)))
-            self._http = HttpServer(app, self._host, options.metrics_port, self.tls)
+            self._http = HttpServer(app, self._host, options.metrics_port, self.tls_context(), flag="metrics_port")
             await self._http.start()
 
-    def open(self, engine: ServingEngine, model: ServedModel, bridge: Bridge) -> Backend:
-        """The model is loaded: begins to watch, and returns what the front ends serve."""
+    def open(
+        self,
+        engine: ServingEngine,
+        model: ServedModel,
+        bridge: Bridge,
+        control: Callable[[ServingEngine, Journal], ControlLoop] | None = None,
+    ) -> Backend:
+        """The model is loaded: begins to watch, and returns what the front ends serve.
+
+        Args:
+          engine: as it is; the front ends get it guarded.
+          model: of the engine.
+          bridge: between them.
+          control: makes the controller of the engine; None: there is none.
+        """
         tracer: RequestTracer | None = None
         if self._options.otlp_endpoint is not None:
             tracer = otlp_tracer(self._options.otlp_endpoint, model.name, nitsum_jax.__version__)
         operations = Operations(engine, model.name, self._tiers, bridge, tracer=tracer, phase=lambda: self.state.phase)
         self.desk.operations = operations
         self._feeding = asyncio.create_task(operations.feed.run())
-        return Backend(operations.front, model, bridge)
+        if control is not None:
+            self._control = control(engine, operations.journal)
+            self._control.start()
+        return Backend(operations.front, model, bridge, self._control)
 
     async def serve(self, backend: Backend) -> None:
         """The main port serves: the admin port does so, too."""
@@ -111,6 +137,9 @@ class House:
     async def stop(self) -> None:
         """Closes the ports, ends what watches."""
         operations = self.desk.operations
+        control, self._control = self._control, None
+        if control is not None:
+            await in_thread(control.close)
         if operations is not None:
             await operations.feed.close()
         if self._feeding is not None:
@@ -129,7 +158,8 @@ class House:
         """Lines for people: where the ports for operators are."""
         lines = []
         if self._http is not None:
-            where = f"{self._http.scheme}://{target(callable_host(self._host), self._http.port)}"
+            scheme = "http" if self.tls is None else "https"
+            where = f"{scheme}://{target(callable_host(self._host), self._http.port)}"
             lines.append(f"dashboard {where}/dashboard, metrics {where}/metrics")
         if self._admin is not None:
             lines.append(f"administration on {target(callable_host(self._admin.host), self._admin.port)}")

@@ -11,8 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from nitsum_jax.control.planner import PlannerConfig
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
@@ -21,16 +22,33 @@ from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.backend import ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.house import House
+from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.launch_flags import LaunchOptions, read_options
+from nitsum_jax.server.ops_routes import ops_routes
 from nitsum_jax.server.server import GrpcServer, in_thread
 from nitsum_jax.server.status import one_line
+
+if TYPE_CHECKING:
+    from nitsum_jax.models.loading import OpenModel
+    from nitsum_jax.server.control_loop import ControlLoop
+    from nitsum_jax.server.http.server import HttpServer
+    from nitsum_jax.server.scheduled import Scheduled
 
 _NAME = "nitsum-serve"
 _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[TokenDelta]], None]
 Admitted = Callable[[str, float], None]
-Load = Callable[[LaunchOptions, Sink, Admitted], tuple[ServingEngine, ServedModel]]
+Load = Callable[[LaunchOptions, Sink, Admitted], "Loaded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What loading came to: the engine, its model, and its scheduling if it schedules by tiers."""
+
+    engine: ServingEngine
+    model: ServedModel
+    scheduled: "Scheduled | None" = None
 
 
 def run() -> None:
@@ -77,7 +95,7 @@ def tiers_of(options: LaunchOptions) -> TierSet:
     return read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
 
 
-def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[ServingEngine, ServedModel]:
+def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
     """Opens the model and starts an engine on it; takes as long as loading and compiling take.
 
     Args:
@@ -90,13 +108,10 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     """
     # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
     from nitsum_jax.engine.config import EngineConfig
-    from nitsum_jax.engine.engine import start_engine
-    from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
-    from nitsum_jax.models.chat import render_chat
+    from nitsum_jax.meshes.devices import emulate_cpu_devices
     from nitsum_jax.models.loading import open_model
-    from nitsum_jax.server import costs
     from nitsum_jax.server.compile_cache import enable
-    from nitsum_jax.server.scheduling import TieredScheduling
+    from nitsum_jax.server.scheduled import start_scheduled
 
     enable(options.cache_dir)
     tiers = tiers_of(options)
@@ -104,14 +119,23 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    if options.pace is not None:
-        config, cost = costs.paced(config, model.config, options.pace, options.time_scale)
-    else:
-        cost = costs.predicted(config, model.config, options.profile, len(discover(config.devices)))
-        config = dataclasses.replace(config, tps=cost.tps if options.profile is not None else None)
-    scale = options.time_scale if options.pace is not None else 1.0
-    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=admitted, time_scale=scale)
-    engine = start_engine(model, config, sink, scheduling)
+    started = start_scheduled(
+        model,
+        config,
+        tiers,
+        sink,
+        admitted=admitted,
+        profile=options.profile,
+        pace=options.pace,
+        time_scale=options.time_scale,
+    )
+    return Loaded(started.engine, served_model(model, options.served_model_name), started)
+
+
+def served_model(model: "OpenModel", name: str | None) -> ServedModel:
+    """What front ends need of a model; `name`: what clients call it, its own if None."""
+    from nitsum_jax.models.chat import render_chat
+
     tokenizer = model.tokenizer
 
     def chat(messages: Sequence[Mapping[str, str]]) -> str:
@@ -119,14 +143,13 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
             tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
 
-    served = ServedModel(
-        name=model.name,
+    return ServedModel(
+        name=name or model.name,
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
         eos_ids=tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))),
         render_chat=chat if tokenizer.chat_template else None,
     )
-    return engine, served
 
 
 async def _serve(options: LaunchOptions, load: Load) -> int:
@@ -140,7 +163,10 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         state=house.state,
         profiler=house.desk.profiler,
     )
+    http = _http(options, house)
     await server.start()
+    if http is not None:
+        await http.start()
     cli.out(f"loading {options.model}; {_address(server)} answers health checks meanwhile")
     try:
         await house.start()
@@ -149,33 +175,86 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         await _first(loading, signals.first)
         if not loading.done():
             cli.err(f"{_NAME}: stopped while starting")
-            await server.stop()
+            await _stop(server, http, house)
             _leave(cli.EXIT_OK)
-        engine, model = await loading
-        backend = house.open(engine, model, bridge)
+        loaded = await loading
+        backend = house.open(loaded.engine, loaded.model, bridge, _controller(options, loaded.scheduled))
+        if loaded.scheduled is not None:
+            backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
         await house.serve(backend)
-        _announce(server, engine, model, house, options)
+        _announce(server, http, loaded, house, options)
         await signals.first
-        return await _end(server, house, engine, signals, options.drain_s)
+        return await _end(server, http, house, loaded.engine, signals, options.drain_s)
     finally:
-        await server.stop()
-        await house.stop()
+        await _stop(server, http, house)
 
 
-async def _end(server: GrpcServer, house: House, engine: ServingEngine, signals: "_Signals", drain_s: float) -> int:
+def _controller(
+    options: LaunchOptions, scheduled: "Scheduled | None"
+) -> "Callable[[ServingEngine, Journal], ControlLoop] | None":
+    """What makes the controller of a cell; None without scheduling by tiers."""
+    if scheduled is None:
+        return None
+    from nitsum_jax.server.control_loop import ControlLoop
+    from nitsum_jax.server.decision_log import DecisionLog
+
+    control, tiers = options.control, tiers_of(options)
+
+    def make(engine: ServingEngine, journal: Journal) -> ControlLoop:
+        return ControlLoop(
+            engine,
+            scheduled.scheduling,
+            scheduled.cost,
+            tiers,
+            journal,
+            mode=control.mode,
+            config=control.config(),
+            planner=PlannerConfig(tps=scheduled.planned_tps()),
+            log=None if control.log is None else DecisionLog(control.log),
+            timeout_s=control.timeout_s,
+        )
+
+    return make
+
+
+def _http(options: LaunchOptions, house: House) -> "HttpServer | None":
+    """The HTTP server beside the gRPC server, if there is to be one."""
+    if options.http_port is None:
+        return None
+    # Here rather than at the top: who serves no HTTP need not wait for its libraries.
+    from nitsum_jax.server.http.app import build_app
+    from nitsum_jax.server.http.server import HttpServer
+
+    app = build_app(house.state, ops_routes(house.desk), house.protected)
+    return HttpServer(app, options.host, options.http_port, house.tls_context())
+
+
+async def _stop(server: GrpcServer, http: "HttpServer | None", house: House) -> None:
+    """Ends all front ends; what is alive is told that the server stops."""
+    stopping = [server.stop(), house.stop()] if http is None else [server.stop(), house.stop(), http.stop()]
+    await asyncio.gather(*stopping)
+
+
+async def _end(
+    server: GrpcServer,
+    http: "HttpServer | None",
+    house: House,
+    engine: ServingEngine,
+    signals: "_Signals",
+    drain_s: float,
+) -> int:
     """From the first signal to the exit status."""
     cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
-        await server.stop()
+        await _stop(server, http, house)
         cli.err(f"{_NAME}: stopped at once")
         _leave(128 + signals.second.result())
     if not await draining:
         cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
-    await server.stop()
-    await house.stop()
+    await _stop(server, http, house)
     closing = asyncio.create_task(in_thread(engine.close))
     await _first(closing, signals.second)
     if not closing.done():
@@ -213,20 +292,26 @@ def _leave(status: int) -> NoReturn:
 
 
 def _announce(
-    server: GrpcServer, engine: ServingEngine, model: ServedModel, house: House, options: LaunchOptions
+    server: GrpcServer, http: "HttpServer | None", loaded: Loaded, house: House, options: LaunchOptions
 ) -> None:
+    engine, model = loaded.engine, loaded.model
     cli.out(engine.memory_report)
     if options.pace is not None:
         cli.out(
             f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
             "no time or rate below is of this machine"
         )
+    if http is not None:
+        base = f"{'http' if house.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
+        cli.out(f"OpenAI-compatible HTTP: {base}/v1, dashboard {base}/dashboard, metrics {base}/metrics")
     for line in house.addresses():
         cli.out(line)
+    if options.control.mode != "off":
+        cli.out(f"planner {options.control.mode}: a decision every {options.control.interval_s:g} s at the latest")
     where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""
-    safe = "" if options.ops.tls is None else f"--tls_ca={shlex.quote(str(options.ops.tls.cert))} "
+    safe = "" if house.tls is None else f"--tls_ca={shlex.quote(str(house.tls.cert))} "
     cli.out(f'{_client_command()} --server={where} {safe}{chat}--prompt="Why is the sky blue?" --max_tokens=64')
 
 

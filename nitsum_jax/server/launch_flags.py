@@ -7,12 +7,12 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server import ops_flags
+from nitsum_jax.server import control_flags, ops_flags
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
 
-USAGE = """nitsum-serve serves a language model over gRPC and can change its tensor parallelism while it streams.
+USAGE = """nitsum-serve serves a language model over gRPC and HTTP, and changes its tensor parallelism while it streams.
 
   nitsum-serve --model=smollm2-135m --devices=4 --layout=tp2+tp1x2
 
@@ -27,6 +27,8 @@ class LaunchOptions:
     model: str
     host: str
     port: int
+    http_port: int | None
+    served_model_name: str | None
     cache_dir: str | None
     drain_s: float
     log_level: str
@@ -36,6 +38,7 @@ class LaunchOptions:
     pace: str | None = None
     time_scale: float = 1.0
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
+    control: control_flags.ControlOptions = control_flags.ControlOptions()
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -51,10 +54,14 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         raise InvalidInputError("--pace and --profile do not go together: a paced cell predicts with its pace")
     if not values.model:
         raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
+    if values.served_model_name == "":
+        raise InvalidInputError("--served_model_name is empty: name the model, or leave the flag out")
     return LaunchOptions(
         model=values.model,
         host=values.host,
         port=values.port,
+        http_port=values.http_port,
+        served_model_name=values.served_model_name,
         cache_dir=values.cache_dir,
         drain_s=values.drain_seconds,
         log_level=values.log_level,
@@ -63,6 +70,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         pace=values.pace,
         time_scale=values.time_scale,
         ops=ops_flags.read(values),
+        control=control_flags.read(values),
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -78,6 +86,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "residency": values.residency,
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
+            "prefix_cache": values.prefix_cache,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -107,8 +116,17 @@ def _define() -> flags.FlagValues:
         "host", DEFAULT_HOST, "address to listen on; 0.0.0.0 lets other machines in: use --api_keys and --tls_cert then"
     )
     flags.DEFINE_integer(
-        "port", DEFAULT_PORT, "port to listen on; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
+        "port", DEFAULT_PORT, "port of gRPC; 0: a free one", lower_bound=0, upper_bound=65535, flag_values=values
     )
+    flags.DEFINE_integer(
+        "http_port",
+        None,
+        "port of the OpenAI-compatible HTTP API, on the same host; 0: a free one; no HTTP if not given",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
+    text("served_model_name", None, "what clients call the model; the name that --model gives it if not given")
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
     text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
     text(
@@ -157,6 +175,13 @@ def _define() -> flags.FlagValues:
         "precopy",
         False,
         "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "prefix_cache",
+        None,
+        "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
+        "chunks are shared",
         flag_values=values,
     )
     flags.DEFINE_float(
@@ -214,4 +239,5 @@ def _define() -> flags.FlagValues:
         "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
     )
     ops_flags.define(values)
+    control_flags.define(values)
     return values

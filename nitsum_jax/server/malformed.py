@@ -5,7 +5,7 @@ The usual case is text that is not UTF-8, which protobuf refuses in string field
 
 import dataclasses
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -21,15 +21,23 @@ class _Malformed:
 
 
 class MalformedRequests(grpc.aio.ServerInterceptor):
-    """Answers undecodable requests of every method that takes one message, whichever service it belongs to."""
+    """Answers undecodable requests of every method, whichever service it belongs to."""
 
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """Wraps decoder and behaviour of the method that is called; see grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
+        if handler is None:
             return handler
+        if handler.request_streaming:
+            if not inspect.isasyncgenfunction(handler.stream_stream):
+                return handler
+            return grpc.stream_stream_rpc_method_handler(
+                _guarded_stream(handler.stream_stream),
+                _tolerant(handler.request_deserializer),
+                handler.response_serializer,
+            )
         behaviour = handler.unary_stream or handler.unary_unary
         if not inspect.iscoroutinefunction(behaviour):
             return handler
@@ -52,5 +60,19 @@ def _guarded(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, 
         if isinstance(request, _Malformed):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _ANSWER)
         return await behaviour(request, context)
+
+    return answer
+
+
+def _guarded_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def answer(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        async def decoded() -> AsyncIterator[Any]:
+            async for request in requests:
+                if isinstance(request, _Malformed):
+                    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _ANSWER)
+                yield request
+
+        async for response in behaviour(decoded(), context):
+            yield response
 
     return answer

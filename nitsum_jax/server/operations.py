@@ -19,6 +19,7 @@ from nitsum_jax.server.metrics.cell import CellCollector, SwitchMetrics
 from nitsum_jax.server.metrics.requests import RequestMetrics
 from nitsum_jax.server.metrics.window import Windows
 from nitsum_jax.server.records import RequestRecord
+from nitsum_jax.server.security.guard import REASONS
 from nitsum_jax.server.tracing import RequestTracer
 
 
@@ -65,6 +66,8 @@ class Operations:
             ("model_name", "reason"),
             registry=self.registry,
         )
+        for reason in REASONS.values():
+            self.denied(reason, 0)
         self.journal = Journal(SwitchMetrics(self.registry, model, nitsum_jax.__version__))
         self.front = guarded(engine, self.journal, bridge.stopped)
         self.feed = Feed(self)
@@ -83,9 +86,9 @@ class Operations:
         """A request was refused on submission."""
         self._requests.refused(tier, error)
 
-    def denied(self, reason: str) -> None:
-        """A call was refused for who made it."""
-        self._denials.labels(self._model, reason).inc()
+    def denied(self, reason: str, calls: int = 1) -> None:
+        """Calls were refused for who made them; `reason` is one of the guard's."""
+        self._denials.labels(self._model, reason).inc(calls)
 
     def snapshot(self) -> Snapshot:
         """The cell now."""

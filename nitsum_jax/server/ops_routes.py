@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, UnavailableError
 from nitsum_jax.server.backend import Phase, ServerState
+from nitsum_jax.server.dashboard.feed import Feed
 from nitsum_jax.server.operations import Operations
 from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.security.http_errors import refusal
@@ -61,10 +62,6 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
 
     They trust whoever reaches them: the guard (security.http_guard.HttpGuard) stands before the application.
     """
-    page = _PAGE.read_text(encoding="utf-8")
-    script = page.partition("<script>")[2].partition("</script>")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page_headers = {**_PAGE_HEADERS, "content-security-policy": _POLICY.format(digest)}
 
     async def live(request: Request) -> Response:
         return Response("alive\n", media_type="text/plain", headers=_PLAIN)
@@ -83,18 +80,6 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
         encode, kind = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(registry), headers={**_PLAIN, "content-type": kind})
 
-    async def dashboard(request: Request) -> Response:
-        return HTMLResponse(page, headers=page_headers)
-
-    async def events(request: Request) -> Response:
-        try:
-            stream = desk.present().feed.events()
-            first = await anext(stream)
-        except NitsumError as error:
-            return _refused(error)
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        return StreamingResponse(_after(first, stream), media_type="text/event-stream", headers=headers)
-
     async def profile(request: Request) -> Response:
         try:
             text = request.query_params.get("seconds", "5")
@@ -108,10 +93,35 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
         Route("/readyz", ready),
         Route("/health", ready),
         Route("/metrics", metrics),
-        Route("/dashboard", dashboard),
-        Route("/dashboard/events", events),
+        *dashboard_routes(lambda: desk.present().feed),
         Route("/admin/profile", profile, methods=["POST"]),
     ]
+
+
+def dashboard_routes(feed: Callable[[], Feed]) -> list[BaseRoute]:
+    """Routes /dashboard and /dashboard/events.
+
+    Args:
+      feed: what the page shows; raises UnavailableError while there is none.
+    """
+    page = _PAGE.read_text(encoding="utf-8")
+    script = page.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page_headers = {**_PAGE_HEADERS, "content-security-policy": _POLICY.format(digest)}
+
+    async def dashboard(request: Request) -> Response:
+        return HTMLResponse(page, headers=page_headers)
+
+    async def events(request: Request) -> Response:
+        try:
+            stream = feed().events()
+            first = await anext(stream)
+        except NitsumError as error:
+            return _refused(error)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        return StreamingResponse(_after(first, stream), media_type="text/event-stream", headers=headers)
+
+    return [Route("/dashboard", dashboard), Route("/dashboard/events", events)]
 
 
 async def _after(first: str, rest: AsyncGenerator[str]) -> AsyncIterator[str]:

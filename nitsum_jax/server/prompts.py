@@ -13,12 +13,16 @@ def read_wanted(message: nitsum_pb2.GenerateRequest, deadline_s: float | None) -
       message: as received.
       deadline_s: of the call, on the engine's monotonic clock; None where it has none.
     """
+    given = {field.name: value for field, value in message.sampling.ListFields()}
+    given["logit_bias"] = tuple(message.sampling.logit_bias.items())
     return Wanted(
-        sampling=SamplingParams(**{field.name: value for field, value in message.sampling.ListFields()}),
+        sampling=SamplingParams(**given),
         max_tokens=message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
         stops=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,
+        min_tokens=message.min_tokens,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
         tier=message.tier,
         deadline_s=deadline_s,
     )

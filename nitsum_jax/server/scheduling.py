@@ -270,7 +270,7 @@ class TieredScheduling:
         both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, ((new, before),))
         worker.launched(both - alone, now)
         job = self._jobs[step.sequences[0]]
-        job.cached += new
+        job.cached = before + new  # with what others computed for it
         if worker.round and worker.round[0][0] is job:
             left = worker.round[0][1] - new
             worker.round.popleft()

@@ -17,9 +17,11 @@ from nitsum_jax.server import admin_service
 from nitsum_jax.server.address import check_bindable, target
 from nitsum_jax.server.admin_service import AdminService
 from nitsum_jax.server.backend import Backend, Phase, ServerState
+from nitsum_jax.server.jetstream import SERVICE_NAME as JETSTREAM_NAME
+from nitsum_jax.server.jetstream import JetStreamService
 from nitsum_jax.server.malformed import MalformedRequests
 from nitsum_jax.server.profiling import Profiler
-from nitsum_jax.server.proto import admin_pb2_grpc, nitsum_pb2_grpc
+from nitsum_jax.server.proto import admin_pb2_grpc, jetstream_pb2_grpc, nitsum_pb2_grpc
 from nitsum_jax.server.security.grpc_guard import GrpcGuard
 from nitsum_jax.server.security.guard import Guard, Policy
 from nitsum_jax.server.security.tls import TlsFiles
@@ -78,11 +80,18 @@ class GrpcServer:
         interceptors = [GrpcGuard(guard or Guard(Policy(admin=True))), MalformedRequests()]
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
+        jetstream_pb2_grpc.add_OrchestratorServicer_to_server(JetStreamService(self.state), self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminService(profiler or Profiler(None), self.state), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, admin_service.SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (
+            SERVICE_NAME,
+            JETSTREAM_NAME,
+            admin_service.SERVICE_NAME,
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        )
         reflection.enable_server_reflection(names, self._server)
         try:
             where = target(host, port)
@@ -102,6 +111,7 @@ class GrpcServer:
     async def serve(self, backend: Backend) -> None:
         """The engine is ready: takes requests, and says SERVING."""
         self.state.backend = backend
+        self.state.ready_at = int(time.time())
         self.state.phase = Phase.SERVING
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
@@ -125,11 +135,13 @@ class GrpcServer:
     async def stop(self) -> None:
         """Ends what is still open (UNAVAILABLE to its clients) and frees the port. The engine is the caller's."""
         self.state.phase = Phase.DRAINING
+        if self.state.backend is not None:
+            self.state.backend.bridge.cut_off()
         with contextlib.suppress(asyncio.CancelledError):
             await self._server.stop(None)
 
     async def _set_health(self, status: int) -> None:
-        for name in ("", SERVICE_NAME):
+        for name in ("", SERVICE_NAME, JETSTREAM_NAME):
             await self._health.set(name, status)
 
 

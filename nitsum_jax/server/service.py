@@ -2,19 +2,22 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc.aio import ServicerContext
 
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, UnavailableError
-from nitsum_jax.server.backend import ServerState
+from nitsum_jax.server.backend import EngineStats, ServerState
 from nitsum_jax.server.bridge import DeltaStream
 from nitsum_jax.server.calls import Call, check, encode, make_call
-from nitsum_jax.server.output import End, Output
+from nitsum_jax.server.output import End, Output, ToldToken
 from nitsum_jax.server.prompts import read_prompt, read_wanted
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.status import reported
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.pacing import Pace
 
 SERVICE_NAME = nitsum_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -71,6 +74,8 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 devices=backend.engine.device_names,
                 stats=nitsum_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS}),
                 tiers=backend.engine.tier_names,
+                vocab_size=backend.model.vocab_size,
+                pace=_pace(backend.pace, stats),
             )
         raise AssertionError("unreachable: reported() ends the call")
 
@@ -113,8 +118,9 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
         # A client that reads slowly gets fewer, larger messages.
         piece = output.take(await stream.next())
         end = piece.end
-        if piece.ids or piece.text:
-            delta = nitsum_pb2.TokenDelta(text=piece.text, token_ids=piece.ids)
+        if piece.ids or piece.text or piece.told:
+            logprobs = [_logprob(told) for told in piece.told]
+            delta = nitsum_pb2.TokenDelta(text=piece.text, token_ids=piece.ids, logprobs=logprobs)
             await context.write(nitsum_pb2.GenerateResponse(delta=delta))
     finished = nitsum_pb2.Finished(
         finish_reason=_REASONS[end.reason],
@@ -124,6 +130,11 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
         stop=end.stop,
     )
     await context.write(nitsum_pb2.GenerateResponse(finished=finished))
+
+
+def _logprob(told: ToldToken) -> nitsum_pb2.TokenLogprob:
+    top = [nitsum_pb2.LikelyToken(token_id=token, logprob=value) for token, value in told.logprob.top]
+    return nitsum_pb2.TokenLogprob(token_id=told.id, logprob=told.logprob.logprob, top=top)
 
 
 def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_pb2.GenerateResponse:
@@ -136,3 +147,14 @@ def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_
         seed=call.request.sampling.seed,
     )
     return nitsum_pb2.GenerateResponse(started=started)
+
+
+def _pace(pace: "Pace | None", stats: EngineStats) -> nitsum_pb2.Pace | None:
+    if pace is None:
+        return None
+    return nitsum_pb2.Pace(
+        profile=pace.name,
+        time_scale=pace.time_scale,
+        late_steps=stats.pace_late_steps,
+        late_limit=pace.late_limit,
+    )

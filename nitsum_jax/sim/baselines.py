@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from nitsum_jax.control.candidates import mixed_plans
 from nitsum_jax.control.controller import AdaptiveController, Controller
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, Shape, shapes_text
+from nitsum_jax.control.plan import PREFILL, CellPlan, Shape, shapes_text
 from nitsum_jax.control.planner import Planner, PlannerConfig
 from nitsum_jax.control.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
@@ -58,6 +58,12 @@ class Setting:
     def tps(self) -> tuple[int, ...]:
         """TPs of the profile that fit a node."""
         return tuple(tp for tp in self.cost.tps if tp <= self.node)
+
+    def layout(self, shapes: tuple[Shape, ...]) -> str:
+        """Text of a node's shapes in all nodes, in the order in which candidates are named."""
+        return shapes_text(
+            sorted(shapes * max(1, self.num_devices // self.node), key=lambda s: (s.role != PREFILL, -s.tp))
+        )
 
     def plan(self, shapes: tuple[Shape, ...]) -> CellPlan:
         """A node's shapes in all nodes."""
@@ -142,20 +148,69 @@ def flying(setting: Setting) -> Iterator[Policy]:
 def adaptive(
     setting: Setting,
     name: str = "adaptive",
+    *,
     planner: PlannerConfig = PlannerConfig(),
     scheduler: SchedulerConfig = SchedulerConfig(),
-    **changes: bool,
+    first: tuple[Shape, ...] | None = None,
+    allowed: tuple[str, ...] = (),
+    device_put: bool = False,
 ) -> Policy:
-    """Adaptive control; it begins with the homogeneous plan of the TP in the middle, knowing nothing of the load."""
+    """Adaptive control.
+
+    Args:
+      setting: cost, tiers, devices.
+      name: what tables call it.
+      planner: its settings.
+      scheduler: settings of the scheduler.
+      first: shapes of a node before anything is known of the load; homogeneous of the TP in the middle if left out.
+      allowed: layouts that it may use; empty: all.
+      device_put: switches at the cost of resharding everything.
+    """
     known = Planner(setting.cost, setting.tiers, planner)
-    tps = [tp for tp in known.tps if tp <= setting.node]
-    tp = tps[len(tps) // 2]
-    plan = setting.plan((Shape(tp),) * (setting.node // tp))
+    if first is None:
+        tps = [tp for tp in known.tps if tp <= setting.node]
+        tp = tps[len(tps) // 2]
+        first = (Shape(tp),) * (setting.node // tp)
 
     def make() -> Controller:
         return AdaptiveController(setting.cost, setting.tiers, planner=planner)
 
-    return Policy(name, plan, scheduler, make, resident_tp=known.resident_tp, **changes)
+    return Policy(name, setting.plan(first), scheduler, make, known.resident_tp, device_put, allowed)
+
+
+def ablations(setting: Setting) -> Mapping[str, list[Policy]]:
+    """Adaptive control with something taken away; of several policies the best counts.
+
+    | name | what it may not do |
+    |---|---|
+    | `tp-fixed` | change the TP (any one TP; roles and tiers move) |
+    | `split-fixed` | change how many devices prefill and how many decode (any one split; the TP of either moves) |
+    | `homogeneous` | have instances of different TPs or roles |
+    | `fcfs` | order requests by deadline, or call them late |
+    | `device-put` | switch without copying all weights and KV cache of the instances that stop |
+    """
+    least = Planner(setting.cost, setting.tiers).resident_tp
+    tps = [tp for tp in setting.tps if tp >= least]
+    same = {tp: (Shape(tp),) * (setting.node // tp) for tp in tps}
+    by_split: dict[int, list[tuple[Shape, ...]]] = {}
+    of_tp: dict[int, list[str]] = {tp: [setting.layout(shapes)] for tp, shapes in same.items()}
+    for shapes in layouts.role_splits(setting.node, tps):
+        devices = sum(shape.tp for shape in shapes if shape.role == PREFILL)
+        by_split.setdefault(devices, []).append(shapes)
+        if len({shape.tp for shape in shapes}) == 1:
+            of_tp[shapes[0].tp].append(setting.layout(shapes))
+    return {
+        "tp-fixed": [adaptive(setting, f"tp-fixed[{tp}]", first=same[tp], allowed=tuple(of_tp[tp])) for tp in tps],
+        "split-fixed": [
+            adaptive(setting, f"split-fixed[{devices}]", first=splits[0], allowed=tuple(map(setting.layout, splits)))
+            for devices, splits in by_split.items()
+        ],
+        "homogeneous": [
+            adaptive(setting, "homogeneous", allowed=tuple(setting.layout(shapes) for shapes in same.values()))
+        ],
+        "fcfs": [adaptive(setting, "fcfs", scheduler=SchedulerConfig(order="fcfs"))],
+        "device-put": [adaptive(setting, "device-put", device_put=True)],
+    }
 
 
 def best_static(setting: Setting) -> Iterator[Policy]:

@@ -41,6 +41,7 @@ class Policy:
       resident_tp: least TP whose weights all devices keep, so that switches move none (it takes room from the KV cache);
         None: devices keep only the weights in use, as static plans do.
       device_put: switches reshard weights and KV cache by the general path, as without shared shards.
+      allowed: layouts that the controller may use (see `CellView`); empty: all.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Policy:
     controller: Callable[[], Controller] | None = None
     resident_tp: int | None = None
     device_put: bool = False
+    allowed: tuple[str, ...] = ()
 
 
 class Log(Protocol):
@@ -80,6 +82,7 @@ class Outcome:
       busy_s: device seconds spent in steps until the end of the workload, and after it.
       preemptions: requests that lost their KV cache.
       given_up: the run was ended early, as it would miss more than it was allowed to; its figures mean only that.
+      missed: requests that were certain to miss then.
     """
 
     policy: str
@@ -93,6 +96,7 @@ class Outcome:
     busy_s: float = 0.0
     preemptions: int = 0
     given_up: bool = False
+    missed: int = 0
 
     @property
     def met(self) -> int:
@@ -118,6 +122,7 @@ def simulate(
     *,
     num_devices: int,
     log: Log | None = None,
+    log_steps: bool = True,
     max_batch: int = 256,
     compile_s: float = 0.0,
     most_missed: int | None = None,
@@ -132,6 +137,7 @@ def simulate(
       policy: who decides.
       num_devices: devices of the cell.
       log: is told everything; None is faster.
+      log_steps: whether it is told of steps, of which there are many.
       max_batch: most requests of an instance.
       compile_s: compiling the executables of a device group takes this long the first time; the switch begins after it.
       most_missed: ends the run when more requests than this are certain to miss their targets.
@@ -141,7 +147,7 @@ def simulate(
       InvalidInputError: the policy's plan does not fit the cell or the profile, or a tier is not known.
     """
     _check(workload, tiers, cost, policy, num_devices)
-    driver = _Driver(workload, tiers, cost, policy, num_devices, log, max_batch, compile_s)
+    driver = _Driver(workload, tiers, cost, policy, num_devices, log, log_steps, max_batch, compile_s)
     bar = tqdm.tqdm(total=len(workload.requests), unit="req", desc=policy.name, disable=not progress, leave=False)
     with bar:
         return driver.run(most_missed, bar.update)
@@ -173,6 +179,7 @@ class _Driver:
         policy: Policy,
         num_devices: int,
         log: Log | None,
+        log_steps: bool,
         max_batch: int,
         compile_s: float,
     ):
@@ -181,6 +188,7 @@ class _Driver:
         self.num_devices = num_devices
         self.compile_s = compile_s
         self.log = log
+        self.step_log = log if log_steps else None
         self.outcome = Outcome(policy.name, workload.seconds, offered=len(workload.requests))
         self.by_name = {tier.name: tier for tier in tiers}
         self.scheduler = Scheduler(cost, tuple(tiers), policy.scheduler)
@@ -225,7 +233,8 @@ class _Driver:
             else:
                 check_s += _CHECK_S
                 assert most_missed is not None
-                if self._missed() > most_missed:
+                outcome.missed = self._missed()
+                if outcome.missed > most_missed:
                     outcome.given_up = True
                     break
                 if cell.next_event_s() == math.inf and tick_s == math.inf and i == len(requests):
@@ -260,7 +269,8 @@ class _Driver:
         cell = self.cell
         if cell.switching:
             return
-        view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices)
+        cell.settle()
+        view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices, allowed=self.policy.allowed)
         decision = self.controller.tick(cell.now_s, view)
         if decision is None:
             return
@@ -282,10 +292,10 @@ class _Driver:
 
     def ran(self, worker: ModelWorker, run: Run) -> None:
         self.outcome.busy_s += (run.end_s - run.start_s) * worker.tp
-        if self.log is not None:
+        if self.step_log is not None:
             spans = run.spans()
             for start_s, end_s, context in run.steps():
-                self.log.step(worker, start_s, end_s, run.sequences, context, spans)
+                self.step_log.step(worker, start_s, end_s, run.sequences, context, spans)
 
     def finished(self, job: Job) -> None:
         self.outcome.finished.append(job)

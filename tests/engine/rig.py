@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.cell import matmul_choice
-from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.packing import STEERING, Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step import Program, compile_step
 from nitsum_jax.meshes.layout import Instance
@@ -34,11 +34,15 @@ class Row:
       context: tokens in the pool.
       tokens: new tokens; one of them for a decode step.
       sampling: parameters.
+      stops: ids that may not be chosen yet.
+      logprobs: whether they are asked for.
     """
 
     context: int
     tokens: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
+    stops: tuple[int, ...] = ()
+    logprobs: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Outcome:
 
     Attributes:
       sampled: i32[B].
+      likelihoods: i32[B, columns].
       logits: f32[B, V padded].
       blocks: `[N, L, 2, W, G/K, A]`; of every block the copy on the device that its vshard lies on.
       history: the token history.
     """
 
     sampled: np.ndarray
+    likelihoods: np.ndarray
     logits: np.ndarray
     blocks: np.ndarray
     history: np.ndarray
@@ -86,9 +92,17 @@ class StepRig:
         packer = Packer(shape, self.cut.num_vshards, self.program.pages, self.program.max_batch)
         history = np.zeros(self.program.history_shape, np.int32)
         for index, row in enumerate(rows):
-            columns = sampling_columns(row.sampling, row.sampling.seed or 0, row.context)
+            columns = sampling_columns(
+                row.sampling,
+                row.sampling.seed or 0,
+                row.context,
+                min_tokens=1000 if row.stops else 0,
+                logprobs=row.logprobs,
+            )
+            steered = steering(row.sampling, row.stops)
             if shape.is_decode:
                 history[index, row.context] = row.tokens[0]
+                history[index, -STEERING:] = steered
             used = -(-(row.context + len(row.tokens)) // PAGE_SIZE)
             packer.add(
                 columns,
@@ -97,17 +111,20 @@ class StepRig:
                 tokens=None if shape.is_decode else row.tokens,
                 emit=True,
                 table=self.table[index, :, :used],
+                steering=steered,
             )
         blocks = np.concatenate([self.past if past is None else past] * tp)
         pool = jax.device_put(jnp.asarray(blocks), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
         placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
-        new_pool, new_history, sampled, logits = self.compiled(shape, tp)(self.leaves(tp), pool, placed, packer.done())
+        step = self.compiled(shape, tp)
+        new_pool, new_history, *rest = step(self.leaves(tp), pool, placed, packer.done())
+        sampled, likelihoods, logits = map(np.asarray, rest)
         by_rank = np.asarray(new_pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
         merged = by_rank[0].copy()
         for vshard in range(self.cut.num_vshards):
             ids = self.table[:, vshard].reshape(-1)
             merged[ids] = by_rank[vshard * tp // self.cut.num_vshards][ids]
-        return Outcome(np.asarray(sampled), np.asarray(logits), merged, np.asarray(new_history))
+        return Outcome(sampled, likelihoods, logits, merged, np.asarray(new_history))
 
     def leaves(self, tp: int) -> tuple[jax.Array, ...]:
         """Parameters wrapped for devices 0 to TP-1."""

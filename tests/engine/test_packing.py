@@ -5,8 +5,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.engine.packing import Packer, StepShape, packed_shape, sampling_columns, unpack
-from nitsum_jax.engine.request import MAX_SEED, SamplingParams
+from nitsum_jax.engine.packing import Packer, StepShape, packed_shape, sampling_columns, steering, unpack
+from nitsum_jax.engine.request import MAX_SEED, MAX_STOP_IDS, SamplingParams
 
 VSHARDS, PAGES, VOCAB, DUMMY = 4, 3, 1000, 99
 
@@ -21,6 +21,9 @@ SAMPLING = st.builds(
     repetition_penalty=st.floats(0.5, 100, width=32),
     presence_penalty=st.floats(-100, 100, width=32),
     frequency_penalty=st.floats(-100, 100, width=32),
+    logit_bias=st.dictionaries(st.integers(0, VOCAB - 1), st.floats(-100, 100, width=32), max_size=5).map(
+        lambda bias: tuple(bias.items())
+    ),
 )
 
 
@@ -38,6 +41,9 @@ def rows(draw: st.DrawFn, tokens: int) -> dict[str, object]:
         "context": draw(st.integers(0, 10_000)),
         "tokens": None if tokens == 1 else new,
         "emit": draw(st.booleans()),
+        "min_tokens": draw(st.integers(0, 3)),
+        "logprobs": draw(st.booleans()),
+        "stops": draw(st.lists(st.integers(0, VOCAB - 1), max_size=MAX_STOP_IDS)),
         "table": np.array([[draw(st.integers(0, 500)) for _ in range(used)] for _ in range(VSHARDS)], np.int32),
     }
 
@@ -49,7 +55,9 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
     packer = Packer(shape, VSHARDS, PAGES, DUMMY)
     for one in wanted:
         rest = {key: one[key] for key in ("row", "context", "tokens", "emit", "table")}
-        packer.add(sampling_columns(one["sampling"], one["seed"], one["prompt_len"]), **rest)  # type: ignore[arg-type]
+        fields = {key: one[key] for key in ("min_tokens", "logprobs")}
+        columns = sampling_columns(one["sampling"], one["seed"], one["prompt_len"], **fields)  # type: ignore[arg-type]
+        packer.add(columns, steering=steering(one["sampling"], one["stops"]), **rest)  # type: ignore[arg-type]
     packed = packer.done()
     assert packed.dtype == np.int32
     assert packed.shape == packed_shape(shape, VSHARDS, PAGES)
@@ -67,6 +75,15 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
         floats = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
         floats += [sampling.presence_penalty, sampling.frequency_penalty]
         assert inputs.floats[index].tobytes() == np.array(floats, np.float32).tobytes()
+        assert inputs.biased[index] == bool(sampling.logit_bias)
+        assert inputs.logprobs[index] == one["logprobs"]
+        prompt_len, least = one["prompt_len"], one["min_tokens"]
+        assert isinstance(prompt_len, int)
+        assert isinstance(least, int)
+        assert inputs.stops_from[index] == (prompt_len + least if least else 0)
+        if not shape.is_decode:
+            wanted_steering = steering(sampling, one["stops"])  # type: ignore[arg-type]
+            assert inputs.steering[index].tolist() == wanted_steering.tolist()
         assert isinstance(table, np.ndarray)
         np.testing.assert_array_equal(inputs.table[index, :, : table.shape[1]], table)
         if isinstance(tokens, list):

@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nitsum_jax.engine import sampling
+from nitsum_jax.engine.packing import steering
+from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.sampling import SamplingArrays, combine, greedy_local, gumbel_noise, sample
 
 # Tests share few shapes, as every shape is a compile.
@@ -400,3 +402,42 @@ def test_distributed_argmax_equals_argmax_of_the_row(tp: int) -> None:
     got = jax.jit(over)(jnp.asarray(logits))
     np.testing.assert_array_equal(got, np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=-1))
     np.testing.assert_array_equal(got, jit_sample(jnp.asarray(logits), arrays(), history()))
+
+
+# ---- bias and stop tokens
+
+
+def steered(bias: dict[int, float], stops: tuple[int, ...] = ()) -> Array:
+    return steering(SamplingParams(logit_bias=tuple(bias.items())), stops)
+
+
+def test_bias_is_added_and_stop_tokens_wait_for_their_position() -> None:
+    logits = normal((ROWS, VOCAB), 1.0)
+    logits[:, 7] = 50  # everybody would say 7, then 9
+    logits[:, 9] = 40
+    table = np.tile(steered({}), (ROWS, 1))
+    table[0] = steered({11: 60.0})
+    table[1] = steered({7: -100.0})
+    table[2] = steered({299: 49.0}, (7, 9))  # behind what 7 has, and ahead once that is forbidden
+    table[3] = steered({}, (7, 299))
+    table[4] = steered({11: 60.0}, (7,))  # not in force: see below
+    biased = np.arange(ROWS) < 4
+    params = arrays(biased=biased & (np.arange(ROWS) != 3), stops_from=np.where(np.isin(np.arange(ROWS), (2, 3)), 9, 0))
+    got = np.asarray(jit_sample(jnp.asarray(logits), params, history(), table))
+    assert got[:6].tolist() == [11, 9, 299, 9, 7, 7]
+    at_nine = params._replace(position=params.position + 1)
+    assert np.asarray(jit_sample(jnp.asarray(logits), at_nine, history(), table))[2:4].tolist() == [7, 7]
+
+
+def test_draws_follow_the_biased_distribution() -> None:
+    """A bias is a change of the logits and nothing else: the same seeds draw the same tokens."""
+    logits = normal((ROWS, VOCAB), 2.0, 5)
+    rng = np.random.default_rng(1)
+    bias = dict(zip(rng.permutation(VOCAB)[:250].tolist(), rng.normal(0, 3, 250).tolist(), strict=True))
+    changed = logits.copy()
+    for token, value in bias.items():
+        changed[:, token] += np.float32(value)
+    params = arrays(temperature=1.0, top_p=0.95, biased=np.arange(ROWS) % 2 == 0)
+    got = jit_sample(jnp.asarray(logits), params, history(), np.tile(steered(bias), (ROWS, 1)))
+    expected = np.where(np.arange(ROWS) % 2 == 0, reference(changed, params), reference(logits, params))
+    np.testing.assert_array_equal(got, expected)

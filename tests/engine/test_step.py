@@ -14,19 +14,25 @@ from tests.golden import tiny_models
 
 # Lengths on both sides of a page (16) and of a chunk of the attention (128), and two chunks.
 CONTEXTS = (0, 127, 128, 129, 15, 16, 300, 255, 256, 1, 64, 200, 17, 130, 5, 99)
-SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.1, seed=7)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.1, seed=7, logit_bias=((3, 2.5), (8, -100)))
 
 
 def decode_rows(count: int, vocab: int) -> list[Row]:
     """Decode rows; every third one samples."""
     return [
-        Row(context, ((7 * index + 3) % vocab,), SAMPLED if index % 3 == 2 else SamplingParams())
+        Row(
+            context,
+            ((7 * index + 3) % vocab,),
+            SAMPLED if index % 3 == 2 else SamplingParams(),
+            stops=(5, 9) if index % 4 == 3 else (),
+            logprobs=index % 2 == 0,
+        )
         for index, context in enumerate(CONTEXTS[:count])
     ]
 
 
 def prefill_rows(length: int, context: int, vocab: int) -> list[Row]:
-    return [Row(context, tuple((11 * i + 5) % vocab for i in range(length)))]
+    return [Row(context, tuple((11 * i + 5) % vocab for i in range(length)), logprobs=True)]
 
 
 def assert_same_bits(actual: Outcome, expected: Outcome, what: str) -> None:

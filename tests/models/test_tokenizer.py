@@ -460,3 +460,17 @@ def test_template_processing_of_the_file_is_kept(tmp_path: Path) -> None:
     inner.save(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer.from_file(tmp_path)
     assert ours.encode("fox") == [1, *ours.encode("fox", add_special=False)]
+
+
+def test_the_bytes_of_single_tokens_are_those_of_the_text() -> None:
+    inner = HfTokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(inner, bos_id=None, eos_ids=[], chat_template=None)
+    text = "añ 🙂\n"
+    assert b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))) == text.encode()
+    assert tokenizer.token_bytes(10**6) == b""
+    with pytest.raises(InvalidInputError):
+        tokenizer.token_bytes(-1)

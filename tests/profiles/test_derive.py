@@ -187,3 +187,11 @@ def test_wrong_names_are_one_line(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+def test_quick_takes_smaller_batches_unless_told() -> None:
+    sizes = [
+        read_options(["nitsum-profile", "--model=x", "--out=y", *more]).max_batch
+        for more in ([], ["--quick"], ["--quick", "--max_batch=64"])
+    ]
+    assert sizes == [32, 8, 64]

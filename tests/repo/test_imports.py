@@ -11,7 +11,7 @@ from tools.source_tree import PACKAGE, Import
 
 # What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
 BELOW = {
-    "bench": {"server", "engine", "control", "models", "meshes", "profiles"},
+    "bench": {"server", "engine", "sim", "control", "models", "meshes", "profiles"},
     "server": {"engine", "control", "models", "meshes"},
     "sim": {"control", "profiles"},
     "engine": {"models", "meshes"},
@@ -21,10 +21,14 @@ BELOW = {
     "profiles": {"control"},
 }
 FLOOR = f"{PACKAGE}.errors"
+# The face of the package for notebooks stands on top of all rooms; the package's own file names it, and loads it only
+# when it is asked for.
+FACE = {"llm": BELOW["server"] | {"server"}, "__init__": {"llm", "engine"}}
 CONTROL_MAY = {"numpy", "scipy"}
 # Third-party packages of certain rooms: the network belongs to server, what knows models to models and above.
 NETWORK = {"grpc", "grpc_health", "grpc_reflection", "google"}
-MODEL_FORMATS = {"flax", "gguf", "jinja2", "orbax", "safetensors", "tokenizers"}
+MODEL_FORMATS = {"flax", "gguf", "orbax", "safetensors", "tokenizers"}
+TEMPLATES = {"jinja2"}  # of chats in models, of reports in sim
 ROOT_LINKS = {"meshes", "models", "server"}
 PURE_MODULES = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.meshes.layout", "nitsum_jax.meshes.vshards")
 
@@ -38,23 +42,26 @@ def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
     if item.top == "tests" or item.top == "tools":
         return "the package cannot use what is not packaged"
     room = path.parts[1] if len(path.parts) > 2 else None
+    below = FACE.get(path.stem) if room is None else BELOW[room] | {room}
     names = [item.module] if item.module != PACKAGE else [f"{PACKAGE}.{n}" for n in item.names]
     for name in names:
         if item.top != PACKAGE or name == FLOOR:
             continue
         other = name.split(".")[1] if "." in name else PACKAGE
-        if room is None or other not in BELOW[room] | {room}:
+        if below is None or other not in below:
             return f"{other} does not stand below {room or 'the top level'}"
     if item.top in sys.stdlib_module_names or item.top == PACKAGE:
         return None
     if room is None:
-        return "the top level imports the standard library only"
+        return None if path.stem == "llm" and item.top == "jax" else "the top level imports the standard library only"
     if room == "control" and item.top not in CONTROL_MAY:
         return "control imports the standard library, numpy and scipy only"
     if room != "server" and item.top in NETWORK:
         return "only server speaks to the network"
     if room in {"meshes", "sim"} and item.top in MODEL_FORMATS:
         return f"{room} knows no model"
+    if room == "meshes" and item.top in TEMPLATES:
+        return "meshes writes no text"
     return None
 
 

@@ -69,7 +69,7 @@ class TimedModel:
         shape = StepShape(1, len(tokens))
         compiled = compile_step(self.program, shape, self._mesh, with_logits=True)
         outputs = compiled(self.leaves, self._pool(), self._history(), self._packed(shape, 0, tokens.tolist()))
-        return np.asarray(outputs[3])[0]
+        return np.asarray(outputs[-1])[0]
 
     def step_ms(self, shape: StepShape, context: int) -> float:
         """Milliseconds of a step behind `context` tokens: median of rounds of steps that the host does not wait for."""
@@ -80,7 +80,7 @@ class TimedModel:
         for steps in (_WARM_UP, *[_STEPS] * _ROUNDS):
             start = time.perf_counter()
             for _ in range(steps):
-                pool, history, tokens = compiled(self.leaves, pool, history, packed)
+                pool, history, tokens, _ = compiled(self.leaves, pool, history, packed)
             jax.block_until_ready(tokens)
             times.append((time.perf_counter() - start) / steps)
         return 1000 * statistics.median(times[1:])

@@ -19,6 +19,7 @@ USAGE = """nitsum-profile: step-time profiles, for control and simulation.
 _DERIVING = ("kinds", "host_overhead_ms", "switch_host_ms", "device_put_gbps", "memory_fraction")
 _MEASURING = ("layout", "dtype", "max_batch", "max_model_len", "prefill_chunk", "quick", "name", "cache_dir")
 _DEFAULT = Assumptions()
+_BATCH, _QUICK_BATCH = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Options:
       max_model_len: longest context, tokens.
       prefill_chunk: most new tokens of a prefill step.
       page_size: tokens in a KV block.
-      quick: fewer repetitions and points.
+      quick: fewer contexts and repetitions.
       name: of the measured profile.
       cache_dir: folder of compiled steps.
     """
@@ -94,12 +95,14 @@ def _flags() -> flags.FlagValues:
     )  # fmt: skip
     flags.DEFINE_string("layout", None, "measure the TPs of this layout (default: every TP)", flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
-    flags.DEFINE_integer("max_batch", 32, "most sequences of an instance", 1, flag_values=values)
+    flags.DEFINE_integer(
+        "max_batch", None, "most sequences of an instance (default: 32; quick: 8)", 1, flag_values=values
+    )
     flags.DEFINE_integer(
         "max_model_len", None, "longest context (default: the model's, 2048 at most)", 2, flag_values=values
     )
     flags.DEFINE_integer("prefill_chunk", 128, "most new tokens of a prefill step", 2, flag_values=values)
-    flags.DEFINE_bool("quick", False, "short contexts, few repetitions: a minute on a small CPU", flag_values=values)
+    flags.DEFINE_bool("quick", False, "few sizes, contexts and repetitions", flag_values=values)
     flags.DEFINE_string("name", None, "name of a measured profile (default: the model's)", flag_values=values)
     flags.DEFINE_string("cache_dir", None, "folder of compiled steps (default: the user's)", flag_values=values)
     return values
@@ -141,7 +144,7 @@ def read_options(argv: Sequence[str]) -> Options:
         layout=values.layout,
         devices=values.devices,
         dtype=values.dtype,
-        max_batch=values.max_batch,
+        max_batch=values.max_batch or (_QUICK_BATCH if values.quick else _BATCH),
         max_model_len=values.max_model_len,
         prefill_chunk=values.prefill_chunk,
         page_size=values.page_size,

@@ -10,7 +10,7 @@ from grpc_tools import protoc
 
 PROTO_DIR = Path(__file__).resolve().parent
 PACKAGE_ROOT = PROTO_DIR.parents[2]
-PROTOS = tuple(sorted(PROTO_DIR.glob("*.proto")))
+PROTOS = ("nitsum", "jetstream", "admin")
 
 
 def generate(out_root: Path) -> None:
@@ -29,15 +29,15 @@ def generate(out_root: Path) -> None:
         f"--pyi_out={out_root}",
         f"--grpc_python_out={out_root}",
     ]
-    if protoc.main(["protoc", *arguments, *map(str, PROTOS)]) != 0:
-        raise RuntimeError(f"protoc failed on {', '.join(proto.name for proto in PROTOS)}")
+    for name in PROTOS:
+        if protoc.main(["protoc", *arguments, str(PROTO_DIR / f"{name}.proto")]) != 0:
+            raise RuntimeError(f"protoc failed on {name}.proto")
 
 
 def generated_paths() -> list[Path]:
     """The generated files, relative to the package root."""
     folder = PROTO_DIR.relative_to(PACKAGE_ROOT)
-    suffixes = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py")
-    return [folder / f"{proto.stem}{suffix}" for proto in PROTOS for suffix in suffixes]
+    return [folder / f"{name}_{kind}" for name in PROTOS for kind in ("pb2.py", "pb2.pyi", "pb2_grpc.py")]
 
 
 if __name__ == "__main__":

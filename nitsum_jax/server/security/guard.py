@@ -8,14 +8,22 @@ import enum
 import logging
 import time
 from collections.abc import Callable, Iterator
+from typing import Final
 
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.callers import Caller, calling
-from nitsum_jax.server.security.errors import DeniedError, UnauthenticatedError
+from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role
 from nitsum_jax.server.security.limits import Limits
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_HEADER = 512
+REASONS: Final[dict[type[NitsumError], str]] = {
+    UnauthenticatedError: "no_key",
+    DeniedError: "not_allowed",
+    RateLimitedError: "rate_limit",
+}
+"""What the metrics call the refusals."""
 
 
 class Need(enum.Enum):
@@ -92,10 +100,10 @@ class Guard:
             self._authorize(need, key)
             held = self._hold(need, key, address)
             held.__enter__()
-        except Exception as error:
+        except NitsumError as error:
             _LOG.info("refused a call of %s: %s", address, error)
-            if self._on_refused is not None:
-                self._on_refused(type(error).__name__.removesuffix("Error").lower())
+            if self._on_refused is not None and type(error) in REASONS:
+                self._on_refused(REASONS[type(error)])
             raise
         admin = self.policy.admin and (key is None or key.role is Role.ADMIN)
         name, tiers = ("", None) if key is None else (key.name, key.tiers)

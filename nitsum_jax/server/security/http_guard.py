@@ -1,21 +1,14 @@
-"""The guard in front of an HTTP application, and limits on what a client may send; plain ASGI."""
+"""The guard in front of an HTTP application; plain ASGI."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Mapping
+
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.security.guard import Guard, Need
-from nitsum_jax.server.security.http_errors import error_body, refusal
+from nitsum_jax.server.security.http_errors import refusal
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-
-MAX_BODY_BYTES = 4 * 2**20
-MAX_HEADER_BYTES = 32 * 2**10
-HEALTH_PATHS = ("/livez", "/readyz", "/health")
+HEALTH_PATHS = ("/livez", "/readyz", "/health", "/health/live", "/health/ready")
 """What load balancers ask; answered without a key."""
 
 
@@ -33,7 +26,7 @@ def need_of(method: str, path: str) -> Need:
 class HttpGuard:
     """Lets the requests through that the guard admits, as the current call; the others get 401, 403 or 429."""
 
-    def __init__(self, app: App, guard: Guard) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
         self._guard = guard
 
@@ -66,73 +59,11 @@ class HttpGuard:
             admission.__exit__(None, None, None)
 
 
-class HttpLimits:
-    """Refuses requests whose headers or body are too large, the latter also where their length is not told."""
-
-    def __init__(
-        self, app: App, *, max_body_bytes: int = MAX_BODY_BYTES, max_header_bytes: int = MAX_HEADER_BYTES
-    ) -> None:
-        """Stands before `app`.
-
-        Args:
-          app: what is protected.
-          max_body_bytes: longest body.
-          max_header_bytes: names and values of all headers together.
-        """
-        self._app = app
-        self._max_body = max_body_bytes
-        self._max_headers = max_header_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_headers:
-            await _refuse(send, 431, f"the headers are longer than {self._max_headers} bytes: send fewer")
-            return
-        told = _header(scope, b"content-length") or "0"
-        too_long = f"the body is longer than {self._max_body} bytes: send a shorter prompt"
-        if not told.isdecimal() or len(told) > 18 or int(told) > self._max_body:
-            await _refuse(send, 413, too_long)
-            return
-        seen = 0
-        answered = False
-
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._max_body:
-                raise _TooLongError
-            return message
-
-        async def noted(message: Message) -> None:
-            nonlocal answered
-            answered = True
-            await send(message)
-
-        try:
-            await self._app(scope, counted, noted)
-        except _TooLongError:
-            if not answered:
-                await _refuse(send, 413, too_long)
-
-
-class _TooLongError(Exception):
-    """The body went past its limit."""
-
-
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
 
 
-async def _refuse(send: Send, status: int, message: str) -> None:
-    headers = {"content-type": "application/json", "connection": "close"}
-    await _answer(send, status, error_body(message, "invalid_request_error", "too_large"), headers)
-
-
-async def _answer(send: Send, status: int, body: bytes, headers: Any) -> None:
+async def _answer(send: Send, status: int, body: bytes, headers: Mapping[str, str]) -> None:
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
     raw.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": raw})

@@ -49,7 +49,8 @@ class Limits:
         """
         if concurrent is not None and self._open[client] >= concurrent:
             raise RateLimitedError(
-                f"{client} has {concurrent} calls open, the most it may: wait for one to end", _CONCURRENT_RETRY_S
+                f"{client} has {self._open[client]} open at once, the most it may: wait for one to end",
+                _CONCURRENT_RETRY_S,
             )
         if per_minute is not None:
             self._spend(client, per_minute)

@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import ssl
-from typing import Any
 
 import grpc
 
@@ -33,6 +32,20 @@ class TlsFiles:
         for flag, path in (("tls_cert", self.cert), ("tls_key", self.key), ("tls_client_ca", self.client_ca)):
             if path is not None:
                 _read(flag, path)
+        self.ssl_context()
+
+    def grpc_credentials(self) -> grpc.ServerCredentials:
+        """For a port of a gRPC server."""
+        ca = None if self.client_ca is None else _read("tls_client_ca", self.client_ca)
+        pair = (_read("tls_key", self.key), _read("tls_cert", self.cert))
+        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
+
+    def ssl_context(self) -> ssl.SSLContext:
+        """For an HTTP server.
+
+        Raises:
+          InvalidInputError: the files do not fit together, or are not PEM.
+        """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
             # A password would be asked for on the terminal; a server has none.
@@ -47,19 +60,8 @@ class TlsFiles:
                 context.load_verify_locations(self.client_ca)
             except ssl.SSLError:
                 raise InvalidInputError(f"--tls_client_ca={self.client_ca} has no certificate in PEM form") from None
-
-    def grpc_credentials(self) -> grpc.ServerCredentials:
-        """For a port of a gRPC server."""
-        ca = None if self.client_ca is None else _read("tls_client_ca", self.client_ca)
-        pair = (_read("tls_key", self.key), _read("tls_cert", self.cert))
-        return grpc.ssl_server_credentials([pair], root_certificates=ca, require_client_auth=ca is not None)
-
-    def uvicorn_options(self) -> dict[str, Any]:
-        """For uvicorn.Config."""
-        options: dict[str, Any] = {"ssl_certfile": str(self.cert), "ssl_keyfile": str(self.key)}
-        if self.client_ca is not None:
-            options |= {"ssl_ca_certs": str(self.client_ca), "ssl_cert_reqs": ssl.CERT_REQUIRED}
-        return options
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
 
 def tls_of(cert: str | None, key: str | None, client_ca: str | None) -> TlsFiles | None:

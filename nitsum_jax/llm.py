@@ -1,0 +1,416 @@
+"""A model in a few lines, for notebooks and scripts: no server, no ports.
+
+    from nitsum_jax import LLM
+
+    llm = LLM("smollm2-135m", layout="tp2x2")
+    print(llm.generate(["Once upon a time"], max_tokens=32)[0].text)
+    llm.set_layout("tp4")
+
+An `LLM` may be used by several threads and event loops at once; their requests share the batches of one engine.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from nitsum_jax.control.tiers import DEFAULT_TIERS
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.engine import EngineStats, start_engine
+from nitsum_jax.engine.request import FinishReason, SamplingParams, TokenDelta, TokenLogprob
+from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError
+from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
+from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.models.loading import open_model
+from nitsum_jax.server.calls import Call, ChatPrompt, TextPrompt, TokenPrompt, Wanted, check, make_call, prompt_ids
+from nitsum_jax.server.compile_cache import OFF, enable
+from nitsum_jax.server.launch import served_model
+from nitsum_jax.server.output import Output, Piece
+from nitsum_jax.server.scheduled import start_scheduled
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""A text, token ids, or the messages of a chat, each with "role" and "content"."""
+
+_Take = Callable[[TokenDelta], None]
+_MOST_WAITING = 1 << 16  # nobody has to be turned away: who asks waits for the answer
+_MOST_DEVICES = 1024  # more than any cell has: only to read how many a layout names
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """What a prompt was continued with.
+
+    Attributes:
+      text: the output.
+      token_ids: of it; with those that spelled a stop string, without a stop token.
+      finish_reason: STOP or LENGTH.
+      prompt_tokens: tokens of the prompt.
+      seed: gives the same output again.
+      logprobs: one for each token whose text is in the output, if they were asked for.
+      ttft_ms: from the request to its first token; None if there is none.
+      tpot_ms: per token after the first; None below two tokens.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int
+    logprobs: tuple[TokenLogprob, ...] = ()
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+
+class LLM:
+    """A running model."""
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m",
+        layout: str | None = None,
+        *,
+        devices: int | None = None,
+        cache_dir: str | None = None,
+        **settings: Any,
+    ):
+        """Loads a model and compiles its steps; takes seconds, the first time on a machine longer.
+
+        Where there is no accelerator the CPU acts as several devices.  How many is decided when JAX starts, so make the
+        `LLM` before anything else uses JAX, or restart the kernel.
+
+        Args:
+          model: name of a known model, a GGUF file, a Hugging Face folder, or an Orbax checkpoint of ours.
+          layout: to begin with, such as "tp2x2"; chosen to fit if None.
+          devices: of the cell; all there are if None, of a CPU as many as `layout` names.
+          cache_dir: folder for compiled executables, "off" for none; as `nitsum-serve --cache_dir`.
+          **settings: other fields of `EngineConfig`, such as max_batch, dtype or deterministic.
+
+        Raises:
+          NitsumError: model, devices, layout or memory do not fit what was asked for.
+        """
+        known = {field.name for field in dataclasses.fields(EngineConfig)}
+        wrong = sorted(set(settings) - known)
+        if wrong:
+            raise InvalidInputError(f"LLM has no setting {wrong[0]!r}: known are {', '.join(sorted(known))}")
+        settings.setdefault("tier_names", DEFAULT_TIERS.names)
+        settings.setdefault("max_queue", _MOST_WAITING)
+        config = EngineConfig(devices=devices, layout=layout, **settings)
+        _emulate(devices or (_devices_of(layout) if layout else None))
+        if cache_dir != OFF:
+            enable(cache_dir)
+        opened = open_model(model)
+        self._model = served_model(opened, None)
+        self._lock = threading.Lock()
+        self._takers: dict[str, _Take] = {}
+        if config.tier_names == DEFAULT_TIERS.names:
+            self._engine = start_scheduled(opened, config, DEFAULT_TIERS, self._sink).engine
+        else:
+            self._engine = start_engine(opened, config, self._sink)
+
+    # ---- whole answers
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, **wanted: Any
+    ) -> list[Completion]:
+        """Continues prompts, as many at a time as fit, and returns their outputs in the same order.
+
+        Args:
+          prompts: each a text, token ids or a chat.
+          sampling: how tokens are chosen; greedy if None.
+          **wanted: fields of `Wanted`: max_tokens, stop (a text or several), stop_token_ids, min_tokens, ignore_eos,
+            logprobs, tier.
+
+        Raises:
+          NitsumError: a prompt or a parameter is wrong, or does not fit the model.
+        """
+        events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
+        jobs = [_Job(self, call) for call in self._calls(prompts, sampling, wanted)]
+        waiting, alive = deque(jobs), dict[str, _Job]()
+        try:
+            while waiting or alive:
+                self._submit(waiting, alive, events.put)
+                self._feed(alive, events.get())
+        finally:
+            self._drop(alive)
+        return [job.completion() for job in jobs]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
+    ) -> Completion:
+        """The assistant's answer to messages; arguments as `generate`."""
+        return self.generate([messages], sampling, **wanted)[0]
+
+    async def agenerate(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, **wanted: Any
+    ) -> list[Completion]:
+        """As `generate`, for an event loop; cancelling it ends its requests."""
+        events: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        jobs = [_Job(self, call) for call in self._calls(prompts, sampling, wanted)]
+        waiting, alive = deque(jobs), dict[str, _Job]()
+        take = _posting(events)
+        try:
+            while waiting or alive:
+                self._submit(waiting, alive, take)
+                self._feed(alive, await events.get())
+        finally:
+            self._drop(alive)
+        return [job.completion() for job in jobs]
+
+    async def achat(
+        self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
+    ) -> Completion:
+        """As `chat`, for an event loop."""
+        return (await self.agenerate([messages], sampling, **wanted))[0]
+
+    # ---- as it comes
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> Iterator[Piece]:
+        """The output of one prompt piece by piece; leaving the loop ends the request.  Arguments as `generate`."""
+        (call,) = self._calls([prompt], sampling, wanted)
+
+        def pieces() -> Iterator[Piece]:
+            events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
+            alive: dict[str, _Job] = {}
+            try:
+                self._submit(deque([_Job(self, call)]), alive, events.put)
+                while alive:
+                    yield self._feed(alive, events.get())
+            finally:
+                self._drop(alive)
+
+        return pieces()
+
+    def astream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> AsyncIterator[Piece]:
+        """As `stream`, for an event loop."""
+        (call,) = self._calls([prompt], sampling, wanted)
+
+        async def pieces() -> AsyncIterator[Piece]:
+            events: asyncio.Queue[TokenDelta] = asyncio.Queue()
+            alive: dict[str, _Job] = {}
+            try:
+                self._submit(deque([_Job(self, call)]), alive, _posting(events))
+                while alive:
+                    yield self._feed(alive, await events.get())
+            finally:
+                self._drop(alive)
+
+        return pieces()
+
+    # ---- the layout, and the rest
+
+    @property
+    def layout(self) -> str:
+        """The layout in force."""
+        return str(self._engine.layout())
+
+    def set_layout(self, layout: str) -> SwitchReport:
+        """Changes the layout while requests go on, and returns when it is done.
+
+        Raises:
+          NitsumError: the layout is malformed, or this cell cannot take it.
+        """
+        return self._engine.set_layout(layout).result()
+
+    def prepare_layout(self, layout: str) -> None:
+        """Returns when a switch to this layout would start at once.
+
+        Raises:
+          NitsumError: the layout is malformed, or this cell cannot take it.
+        """
+        self._engine.prepare_layout(layout).result()
+
+    async def aset_layout(self, layout: str) -> SwitchReport:
+        """As `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""
+        return await asyncio.shield(asyncio.wrap_future(self._engine.set_layout(layout)))
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Layouts that are compiled: a switch to one of them starts at once, to another one when it is compiled."""
+        return self._engine.ready_layouts()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Names of the devices."""
+        return self._engine.device_names
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counters and gauges now."""
+        return self._engine.stats()
+
+    @property
+    def memory(self) -> str:
+        """What lies where on the devices, in words."""
+        return self._engine.memory_report
+
+    def close(self) -> None:
+        """Ends what is alive and frees the devices; a second call does nothing."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"LLM({self._model.name!r}, layout={self.layout!r}, {len(self.devices)} devices)"
+
+    # ---- inside
+
+    def _calls(
+        self, prompts: Sequence[Prompt], sampling: SamplingParams | None, wanted: Mapping[str, Any]
+    ) -> list[Call]:
+        if isinstance(prompts, str):
+            raise InvalidInputError("prompts is one text: put it in a list")
+        fields = dict(wanted)
+        stops = fields.pop("stop", ())
+        known = {field.name for field in dataclasses.fields(Wanted)} - {"sampling", "stops", "deadline_s"}
+        wrong = sorted(set(fields) - known)
+        if wrong:
+            raise InvalidInputError(f"{wrong[0]!r} is not known: known are {', '.join(sorted({*known, 'stop'}))}")
+        what = Wanted(
+            sampling or SamplingParams(), stops=(stops,) if isinstance(stops, str) else tuple(stops), **fields
+        )
+        check(what, self._model.vocab_size)
+        encoded = [prompt_ids(_prompt(prompt), self._model) for prompt in prompts]
+        return [make_call(what, ids, self._model, self._engine.tier_names) for ids in encoded]
+
+    def _submit(self, waiting: "deque[_Job]", alive: dict[str, "_Job"], take: _Take) -> None:
+        """Submits what is waiting, in order, as far as the engine's queue has room."""
+        while waiting:
+            job = waiting[0]
+            with self._lock:
+                self._takers[job.id] = take  # first: tokens may come before submit returns
+            try:
+                self._engine.submit(job.call.request)
+            except Exception as error:
+                with self._lock:
+                    del self._takers[job.id]
+                if isinstance(error, OverloadedError) and alive:
+                    return  # when one of ours has ended there is room, or soon will be
+                raise
+            job.output = job.begin()
+            alive[waiting.popleft().id] = job
+
+    def _feed(self, alive: dict[str, "_Job"], delta: TokenDelta) -> Piece:
+        job = alive.get(delta.request_id)
+        if job is None:  # the end of a request that a stop string had ended before
+            return Piece("", ())
+        try:
+            piece = job.take(delta)
+        except BaseException:
+            del alive[job.id]
+            self._forget(job.id)
+            raise
+        if piece.end is not None:
+            del alive[job.id]
+            self._forget(job.id)
+        return piece
+
+    def _drop(self, alive: dict[str, "_Job"]) -> None:
+        for name in alive:
+            self._forget(name)
+            self._engine.cancel(name)
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._takers.pop(name, None)
+
+    def _sink(self, deltas: Sequence[TokenDelta]) -> None:
+        with self._lock:
+            found = [(self._takers.get(delta.request_id), delta) for delta in deltas]
+        for take, delta in found:
+            if take is not None:
+                take(delta)
+
+
+class _Job:
+    """One request of a call, and what has come of it."""
+
+    def __init__(self, llm: LLM, call: Call):
+        self.call = call
+        self.id = call.request.id
+        self._llm = llm
+        self.output: Output | None = None
+        self._pieces: list[Piece] = []
+
+    def begin(self) -> Output:
+        """Its time begins to count."""
+        llm = self._llm
+        return Output(self.call, llm._model.tokenizer.stream(), llm._engine.cancel, time.monotonic())
+
+    def take(self, delta: TokenDelta) -> Piece:
+        """The next piece."""
+        assert self.output is not None
+        piece = self.output.take([delta])
+        self._pieces.append(piece)
+        return piece
+
+    def completion(self) -> Completion:
+        """All of it, when it has ended."""
+        assert self.output is not None
+        end, seed = self._pieces[-1].end, self.call.request.sampling.seed
+        assert end is not None
+        assert seed is not None
+        return Completion(
+            text="".join(piece.text for piece in self._pieces),
+            token_ids=tuple(token for piece in self._pieces for token in piece.ids),
+            finish_reason=end.reason,
+            prompt_tokens=len(self.call.request.prompt_ids),
+            seed=seed,
+            logprobs=tuple(told.logprob for piece in self._pieces for told in piece.told),
+            ttft_ms=self.output.times.ttft_ms,
+            tpot_ms=self.output.times.tpot_ms,
+        )
+
+
+def _posting(events: "asyncio.Queue[TokenDelta]") -> _Take:
+    loop = asyncio.get_running_loop()
+
+    def take(delta: TokenDelta) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+            loop.call_soon_threadsafe(events.put_nowait, delta)
+
+    return take
+
+
+def _prompt(prompt: Prompt) -> TextPrompt | TokenPrompt | ChatPrompt:
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    messages = [part for part in prompt if isinstance(part, Mapping)]
+    if not messages:
+        return TokenPrompt([int(part) for part in prompt if not isinstance(part, Mapping)])
+    return ChatPrompt(messages)
+
+
+def _devices_of(layout: str) -> int:
+    """How many devices a layout needs."""
+    spec = parse_layout(layout, _MOST_DEVICES)
+    return 1 + max(device for instance in spec.instances for device in instance.devices)
+
+
+def _emulate(wanted: int | None) -> None:
+    """Lets the CPU act as so many devices, if that can still be done and there are not enough."""
+    import jax
+
+    if wanted is None or 0 < wanted <= jax.config.values["jax_num_cpu_devices"]:
+        return
+    try:
+        emulate_cpu_devices(wanted)
+    except PreconditionError:
+        there = len(discover())
+        if there < wanted:
+            raise PreconditionError(
+                f"JAX has started with {there} device(s), and {wanted} are wanted: restart the kernel and make the LLM "
+                "before anything else uses JAX"
+            ) from None

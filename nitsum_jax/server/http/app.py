@@ -1,0 +1,138 @@
+"""The HTTP application: its routes, and around them request ids and errors in OpenAI's shape."""
+
+import re
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from nitsum_jax.server.backend import Phase, ServerState
+from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
+from nitsum_jax.server.http.errors import ApiError, of_exception
+from nitsum_jax.server.http.openapi import openapi
+from nitsum_jax.server.outputs import ClientLeftError
+
+REQUEST_ID = b"x-request-id"
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
+_STARTING_RETRY_S = 5.0
+
+
+def build_app(
+    state: ServerState, routes: Sequence[BaseRoute] = (), wrap: Callable[[ASGIApp], ASGIApp] | None = None
+) -> ASGIApp:
+    """The application.
+
+    Args:
+      state: of the server that it is a face of.
+      routes: more of them.
+      wrap: put around all routes, inside of the handling of errors: it may raise ApiError.
+    """
+
+    async def models(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model(state)]})
+
+    async def model(request: Request) -> Response:
+        found, asked = _model(state), request.path_params["model"]
+        if asked != found["id"]:
+            message = f"The model `{asked[:80]}` does not exist: this server has `{found['id']}`"
+            raise ApiError(404, message, param="model", code="model_not_found")
+        return JSONResponse(found)
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "live"})
+
+    async def ready(request: Request) -> Response:
+        serving = state.phase is Phase.SERVING
+        return JSONResponse({"status": "ready" if serving else state.phase.value}, 200 if serving else 503)
+
+    async def document(request: Request) -> Response:
+        return JSONResponse(openapi(state.backend))
+
+    router: ASGIApp = Router(
+        [
+            Route("/v1/models", models),
+            Route("/v1/models/{model:path}", model),
+            Route("/v1/completions", Completions(state), methods=["POST"]),
+            Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/health/live", live),
+            Route("/health/ready", ready),
+            Route("/openapi.json", document),
+            *routes,
+        ],
+        redirect_slashes=False,
+    )
+    return Frame(router if wrap is None else wrap(router), state)
+
+
+def _model(state: ServerState) -> dict[str, Any]:
+    name = state.present().model.name
+    return {"id": name, "object": "model", "created": state.ready_at, "owned_by": "nitsum-jax"}
+
+
+class Frame:
+    """Gives every request an id, and every exception an answer.
+
+    The id that a client sends as x-request-id is kept if it is sane; otherwise one is made. It comes back with the
+    response, and stands in scope["state"]["request_id"] for what is inside.
+    """
+
+    def __init__(self, inner: ASGIApp, state: ServerState) -> None:
+        self._inner = inner
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; see ASGI."""
+        request_id = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+        if not _SANE_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex.encode()
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        scope["app"] = self  # makes Starlette's router raise instead of answering in its own way
+        begun = False
+
+        async def named(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                message = {**message, "headers": [*message["headers"], (REQUEST_ID, request_id)]}
+            await send(message)
+
+        try:
+            await self._inner(scope, receive, named)
+        except ClientLeftError:
+            return
+        except HTTPException as error:
+            await _answer(_of_router(error, scope), named)
+        except Exception as error:
+            what = f"{scope['method']} {scope['path'][:100]}"
+            failure = of_exception(error, what, self._retry_after_s())
+            if begun:
+                raise  # nothing can be said any more: the server cuts the connection
+            await _answer(failure, named)
+
+    def _retry_after_s(self) -> float:
+        backend = self._state.backend
+        return _STARTING_RETRY_S if backend is None else backend.bridge.retry_after_s()
+
+
+def _of_router(error: HTTPException, scope: Scope) -> ApiError:
+    where = f"{scope['method']} {scope['path'][:100]}"
+    if error.status_code == 404:
+        return ApiError(404, f"Unknown request URL: {where}", code="unknown_url")
+    headers = tuple((error.headers or {}).items())
+    allowed = ", ".join(value for name, value in headers if name.lower() == "allow")
+    return ApiError(
+        error.status_code, f"Not allowed: {where}; use {allowed}", code="method_not_allowed", headers=headers
+    )
+
+
+async def _answer(error: ApiError, send: Send) -> None:
+    body = error.body()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(name.encode(), value.encode()) for name, value in error.headers]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,124 @@
+"""From a checked request to the engine requests that answer it."""
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Sequence
+
+from nitsum_jax.server.backend import Backend
+from nitsum_jax.server.calls import (
+    MAX_OUTPUTS,
+    Call,
+    ChatPrompt,
+    Prompt,
+    Wanted,
+    check,
+    derived_seed,
+    encode,
+    make_call,
+)
+from nitsum_jax.server.http.errors import ApiError
+from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
+from nitsum_jax.server.http.tiers import choose_tier
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's. A chat answer without a limit may be as long as the context allows."""
+
+_UNLIMITED = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What answers one HTTP request.
+
+    Attributes:
+      id: of the response.
+      created: seconds since 1970.
+      model: id of the model.
+      tier: name of the latency tier.
+      told_tier: what the response calls it.
+      calls: one per output: all of the first prompt, then all of the second.
+      prompt_tokens: of all prompts, each counted once.
+    """
+
+    id: str
+    created: int
+    model: str
+    tier: str
+    told_tier: str
+    calls: Sequence[Call]
+    prompt_tokens: int
+
+
+async def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
+    """Plans /v1/completions.
+
+    Raises:
+      ApiError: model or tier are not known, or too many outputs are asked for.
+      NitsumError: the request is wrong, or does not fit the model.
+    """
+    limit = request.max_tokens or DEFAULT_COMPLETION_TOKENS
+    return await _plan(f"cmpl-{uuid.uuid4().hex}", request, request.prompt, limit, request.logprobs, backend)
+
+
+async def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
+    """Plans /v1/chat/completions.
+
+    Raises:
+      ApiError, NitsumError: as plan_completion.
+    """
+    prompt = ChatPrompt([message.rendered() for message in request.messages])
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    limit = request.max_completion_tokens or request.max_tokens
+    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [prompt], limit, logprobs, backend)
+
+
+async def _plan(
+    response_id: str,
+    request: Generation,
+    prompts: Sequence[Prompt],
+    limit: int | None,
+    logprobs: int | None,
+    backend: Backend,
+) -> Plan:
+    model, tiers = backend.model, backend.engine.tier_names
+    if request.model != model.name:
+        message = f"The model `{request.model[:80]}` does not exist: this server has `{model.name}`"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    outputs = request.n or 1
+    if len(prompts) * outputs > MAX_OUTPUTS:
+        message = f"{len(prompts)} prompts with n={outputs} are too many outputs: ask for at most {MAX_OUTPUTS}"
+        raise ApiError(400, message, param="n")
+    tier, told_tier = choose_tier(request.service_tier, tiers)
+    wanted = Wanted(
+        sampling=request.sampling(model.vocab_size),
+        max_tokens=limit or _UNLIMITED,
+        stops=request.stop,
+        stop_token_ids=request.stop_token_ids,
+        ignore_eos=bool(request.ignore_eos),
+        min_tokens=request.min_tokens or 0,
+        logprobs=logprobs,
+        tier=tier,
+    )
+    check(wanted, model.vocab_size)
+    encoded = await encode(prompts, model)
+    context = backend.engine.context_limit()
+    calls: list[Call] = []
+    for ids in encoded:
+        one = wanted if limit else _up_to_the_context(wanted, context - len(ids))
+        for index in range(outputs):
+            calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
+    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, sum(map(len, encoded)))
+
+
+def _up_to_the_context(wanted: Wanted, room: int) -> Wanted:
+    # Where there is no room, the engine says so better than a negative number would.
+    return dataclasses.replace(wanted, max_tokens=max(room, wanted.min_tokens, 1))
+
+
+def _seeded(wanted: Wanted, index: int) -> Wanted:
+    """The same with the seed of output `index`, so that one seed says for several outputs what each of them is."""
+    seed = wanted.sampling.seed
+    if seed is None or not index:
+        return wanted
+    return dataclasses.replace(wanted, sampling=dataclasses.replace(wanted.sampling, seed=derived_seed(seed, index)))

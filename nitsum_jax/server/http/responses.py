@@ -1,0 +1,135 @@
+"""The responses, as pydantic models: they describe them in /openapi.json, and hold the tests to it."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Exact(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Usage(_Exact):
+    """Tokens of prompts and outputs."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TopLogprob(_Exact):
+    """A token and how likely it was."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The token that was chosen, and the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(_Exact):
+    """An entry per token."""
+
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(_Exact):
+    """Four lists with an element per token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AnswerMessage(_Exact):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class _Choice(_Exact):
+    index: int
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | None
+
+
+class ChatChoice(_Choice):
+    """One of n answers."""
+
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+
+
+class CompletionChoice(_Choice):
+    """One of n outputs of a prompt."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class _Response(_Exact):
+    id: str
+    created: int
+    model: str
+    service_tier: str
+    system_fingerprint: str
+    usage: Usage
+
+
+class ChatResponse(_Response):
+    """An answer that is no stream."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class CompletionResponse(_Response):
+    """Outputs that are no stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class Model(_Exact):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+
+
+class ModelList(_Exact):
+    """All models: one."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(_Exact):
+    """Where the server stands."""
+
+    status: Literal["live", "ready", "starting", "draining"]
+
+
+class ErrorDetail(_Exact):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorResponse(_Exact):
+    """OpenAI's shape of errors."""
+
+    error: ErrorDetail

@@ -1,0 +1,161 @@
+"""Outputs as OpenAI's two APIs write them, whole or as server-sent events.
+
+What all events of a stream have in common is written once, when the stream begins; an event then costs little more
+than the escaping of its text.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from json.encoder import encode_basestring_ascii as quoted
+from typing import Any
+
+from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from nitsum_jax.server.http.plan import Plan
+from nitsum_jax.server.output import End, Piece, ToldToken
+
+DONE = b"data: [DONE]\n\n"
+FINGERPRINT = "nitsum-jax"
+
+
+@dataclasses.dataclass(slots=True)
+class Whole:
+    """An output that is collected before it is sent."""
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+    told: list[ToldToken] = dataclasses.field(default_factory=list)
+    end: End | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Takes the next piece."""
+        self.texts.append(piece.text)
+        self.told += piece.told
+        self.end = piece.end
+
+
+class Shape:
+    """How one API writes the outputs of one request."""
+
+    chunk_object: str
+    whole_object: str
+
+    def __init__(self, plan: Plan, token_bytes: TokenBytes, logprobs: bool, include_usage: bool) -> None:
+        """Begins a response.
+
+        Args:
+          plan: of the request.
+          token_bytes: what a token says.
+          logprobs: whether log probabilities are wanted.
+          include_usage: whether a stream tells its usage at the end, and null until then.
+        """
+        self._plan = plan
+        self._token_bytes = token_bytes
+        self._logprobs = logprobs
+        shared = json.dumps(self._shared(self.chunk_object), separators=(",", ":"))[:-1]
+        self._usage_head = f"data: {shared}"
+        usage = ',"usage":null' if include_usage else ""
+        self._head = f'{self._usage_head}{usage},"choices":[{{"index":'
+
+    def events(self, index: int, piece: Piece) -> str:
+        """The events that bring a piece of an output."""
+        said = ""
+        if piece.text or piece.told:
+            logprobs = json.dumps(self._told(piece.told), separators=(",", ":")) if self._logprobs else "null"
+            said = (
+                f"{self._head}{index},{self._said(quoted(piece.text))},"
+                f'"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
+            )
+        if piece.end is None:
+            return said
+        stop = "null" if piece.end.stop is None else quoted(piece.end.stop)
+        return (
+            f'{said}{self._head}{index},{self._said("")},"logprobs":null,'
+            f'"finish_reason":"{piece.end.reason}","stop_reason":{stop}}}]}}\n\n'
+        )
+
+    def opening(self) -> str:
+        """The events before the first piece."""
+        return ""
+
+    def usage_event(self, output_tokens: int) -> str:
+        """The event that tells the usage."""
+        usage = json.dumps(self._usage(output_tokens), separators=(",", ":"))
+        return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n'
+
+    def whole(self, outputs: Sequence[Whole], output_tokens: int) -> dict[str, Any]:
+        """The response that is no stream."""
+        choices = [
+            {
+                "index": index,
+                **self._content("".join(output.texts)),
+                "logprobs": self._told(output.told) if self._logprobs else None,
+                "finish_reason": None if output.end is None else output.end.reason,
+                "stop_reason": None if output.end is None else output.end.stop,
+            }
+            for index, output in enumerate(outputs)
+        ]
+        return {**self._shared(self.whole_object), "choices": choices, "usage": self._usage(output_tokens)}
+
+    def _shared(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self._plan.id,
+            "object": kind,
+            "created": self._plan.created,
+            "model": self._plan.model,
+            "service_tier": self._plan.told_tier,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def _usage(self, output_tokens: int) -> dict[str, int]:
+        prompt = self._plan.prompt_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": output_tokens,
+            "total_tokens": prompt + output_tokens,
+        }
+
+    def _said(self, text: str) -> str:
+        """The part of an event's choice that brings text (quoted), or none at the end."""
+        raise NotImplementedError
+
+    def _content(self, text: str) -> Mapping[str, Any]:
+        """The part of a whole choice that is the text."""
+        raise NotImplementedError
+
+    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionShape(Shape):
+    """/v1/completions."""
+
+    chunk_object = whole_object = "text_completion"
+
+    def _said(self, text: str) -> str:
+        return f'"text":{text or quoted("")}'
+
+    def _content(self, text: str) -> Mapping[str, Any]:
+        return {"text": text}
+
+    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+        return completion_logprobs(told, self._token_bytes)
+
+
+class ChatShape(Shape):
+    """/v1/chat/completions."""
+
+    chunk_object, whole_object = "chat.completion.chunk", "chat.completion"
+
+    def opening(self) -> str:
+        """An event per answer that says whose turn it is."""
+        role = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
+        return "".join(f"{self._head}{index},{role}" for index in range(len(self._plan.calls)))
+
+    def _said(self, text: str) -> str:
+        return f'"delta":{{"content":{text}}}' if text else '"delta":{}'
+
+    def _content(self, text: str) -> Mapping[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+        return chat_logprobs(told, self._token_bytes)

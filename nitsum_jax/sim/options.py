@@ -1,0 +1,140 @@
+"""Flags of `nitsum-simulate`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from absl import flags
+
+from nitsum_jax.errors import InvalidInputError
+
+USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
+
+  nitsum-simulate --profile=llama-3.1-8b-h100 --out=run
+  nitsum-simulate --profile=qwen2.5-32b-h200 --trace=chat:conv.csv:azure --trace=code:code.csv --tiers=tiers.toml \\
+      --policies=adaptive,static,sarathi --rate_scale=3 --seconds=600 --out=run
+  nitsum-simulate --profile=qwen2.5-32b-h200 --tiers=tiers.toml --replay=run/decisions.jsonl"""
+
+DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the flags say; see `_define`."""
+
+    profile: str
+    trace: tuple[str, ...]
+    tiers: str | None
+    devices: int
+    policies: tuple[str, ...]
+    rate_scale: float
+    seconds: float | None
+    seed: int
+    out: str | None
+    compile_s: float
+    switch: str
+    max_batch: int
+    capacity: bool
+    steps: bool
+    progress: bool
+    replay: str | None
+
+
+class HelpRequested(Exception):  # noqa: N818  not an error
+    """The user asked for help; the message is the help text."""
+
+
+def _define() -> flags.FlagValues:
+    values = flags.FlagValues()
+
+    def add(define: object, *arguments: object, **more: object) -> None:
+        define(*arguments, flag_values=values, **more)  # type: ignore[operator]
+
+    add(flags.DEFINE_string, "profile", None, "Name of a profile that comes with the package, or a .json file.")
+    add(
+        flags.DEFINE_multi_string,
+        "trace",
+        None,
+        "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/workloads.md); a stand-in's name may take the file's place."
+        f" Without any: {' and '.join(DEFAULT_TRACES)}, drawn from the seed.",
+    )
+    add(flags.DEFINE_string, "tiers", None, "TOML file with the tiers' targets; chat and code have some without it.")
+    add(flags.DEFINE_integer, "devices", 8, "Devices of the cell.", lower_bound=1)
+    add(
+        flags.DEFINE_string,
+        "policy",
+        None,
+        "adaptive (the default), a family of baselines (its best settings are searched), an ablation, or a layout such as"
+        " tp4+tp2x2/chat; an unknown name lists them.",
+    )
+    add(flags.DEFINE_list, "policies", None, "Several policies to compare, with `+bound` for the upper bound.")
+    add(flags.DEFINE_float, "rate_scale", 1.0, "What the rate is multiplied with; burstiness stays.")
+    add(flags.DEFINE_float, "seconds", None, "Length of the workload; the traces' own if left out.")
+    add(flags.DEFINE_integer, "seed", 0, "Of all that is random.", lower_bound=0)
+    add(flags.DEFINE_string, "out", None, "Folder of summary.json, the logs and report.html.")
+    add(
+        flags.DEFINE_float,
+        "compile_s",
+        20.0,
+        "Seconds to compile for a device group that is used for the first time; 0 with a warm cache.",
+        lower_bound=0.0,
+    )
+    add(
+        flags.DEFINE_enum,
+        "switch",
+        "resident",
+        ["resident", "device_put"],
+        "Switches find the weights in place, or reshard them by the general path.",
+    )
+    add(flags.DEFINE_integer, "max_batch", 256, "Most requests of an instance.", lower_bound=1)
+    add(flags.DEFINE_bool, "capacity", False, "Find the rate that is met to 90 % by bisection.")
+    add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
+    add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")
+    add(flags.DEFINE_string, "replay", None, "Make the decisions of this decisions.jsonl again and compare.")
+    return values
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Reads the command line.
+
+    Raises:
+      HelpRequested: --help is given.
+      InvalidInputError: one line.
+    """
+    values = _define()
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv[1:]):
+        raise HelpRequested(f"{USAGE}\n\nflags:\n{values.main_module_help()}{values.get_help()}")
+    try:
+        rest = values(list(argv))
+    except flags.Error as e:
+        raise InvalidInputError(f"{' '.join(str(e).split())} (--help lists the flags)") from None
+    if len(rest) > 1:
+        raise InvalidInputError(f"unexpected argument {rest[1]!r}: everything is given by flags (--help lists them)")
+    return _options(values)
+
+
+def _options(values: flags.FlagValues) -> Options:
+    if values.profile is None:
+        raise InvalidInputError("--profile is missing: name a profile, such as --profile=llama-3.1-8b-h100")
+    for name in ("rate_scale", "seconds"):
+        value = values[name].value
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise InvalidInputError(f"--{name}={value:g}: give a number above 0")
+    if values.policy is not None and values.policies:
+        raise InvalidInputError("--policy and --policies are both given: use one of them")
+    if values.replay is not None and (values.policies or values.capacity):
+        raise InvalidInputError("--replay runs nothing: leave --policies and --capacity out")
+    policies = tuple(values.policies or (values.policy or "adaptive",))
+    if len(set(policies)) < len(policies):
+        raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
+    return Options(
+        trace=tuple(values.trace or DEFAULT_TRACES),
+        policies=policies,
+        **{
+            name: values[name].value
+            for name in (
+                "profile tiers devices rate_scale seconds seed out compile_s switch max_batch capacity steps progress"
+                " replay"
+            ).split()
+        },
+    )

@@ -1,0 +1,112 @@
+"""`python -m nitsum_jax.sim.study.main`: runs the study and writes its page; `make study` calls it."""
+
+import json
+import logging
+import multiprocessing
+import os
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from absl import app, flags
+
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.sim.stand_ins import open_trace
+from nitsum_jax.sim.study.config import StudyConfig, read_study
+from nitsum_jax.sim.study.runner import StudyCell, run_cell
+from nitsum_jax.sim.traces import TraceFlag, read_trace
+from nitsum_jax.sim.workload import Workload
+
+_FILES = {"conv": "azure_2023_conv.csv", "code": "azure_2023_code.csv"}
+_STAND_INS = {"conv": "azure-conv-like", "code": "azure-code-like"}
+_STUDY_S = 3600.0
+
+_CONFIG = flags.DEFINE_string(
+    "config", "study", "A TOML file, or `study` or `quick` for those that come with the package."
+)
+_TRACES = flags.DEFINE_string(
+    "traces", None, f"Folder with {' and '.join(_FILES.values())}; seeded stand-ins with their statistics if left out."
+)
+_OUT = flags.DEFINE_string("out", "docs/results", "Folder of goodput.md and its plots.")
+_CACHE = flags.DEFINE_string("cache", ".cache/study", "Folder of results; runs that are there are not run again.")
+_ONLY = flags.DEFINE_string("only", "", "Run cells whose name contains this; the page is made of all that are there.")
+_JOBS = flags.DEFINE_integer("jobs", 1, "Processes.", lower_bound=1)
+_PAGE = flags.DEFINE_bool("page_only", False, "Run nothing; make the page of the results that are there.")
+
+
+def open_traces(folder: str | None, seed: int) -> tuple[Mapping[str, Workload], str]:
+    """The traces by name, and what they are in words.
+
+    Raises:
+      InvalidInputError: the folder lacks one, or it is not sound.
+    """
+    if folder is None:
+        opened = {
+            name: open_trace(TraceFlag(name, source, None), seed=seed, seconds=_STUDY_S).workload
+            for name, source in _STAND_INS.items()
+        }
+        return opened, f"synthetic stand-ins for the Azure traces of 2023, seed {seed}"
+    found = {name: read_trace(pathlib.Path(folder) / file, name).workload for name, file in _FILES.items()}
+    return found, "Azure LLM inference traces of 2023, conversation and code"
+
+
+def cells_of(config: StudyConfig, traces: Mapping[str, Workload], source: str, cache: pathlib.Path) -> list[StudyCell]:
+    """All cells, the small ones of every kind first."""
+    cells = [
+        StudyCell(config, case, profile, mix, traces, source, cache)
+        for case in config.cases
+        for profile in case.profiles
+        for mix in config.mixes
+        if not case.mixes or mix.name in case.mixes
+    ]
+    return sorted(cells, key=lambda cell: (not cell.mix.shifting, cell.case.profiles.index(cell.profile)))
+
+
+def _result(cell: StudyCell) -> pathlib.Path:
+    return cell.cache / f"{cell.name}.result.json"
+
+
+def _work(cell: StudyCell) -> str:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    values = run_cell(cell)
+    _result(cell).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    return cell.name
+
+
+def _main(argv: Sequence[str]) -> None:
+    from nitsum_jax.sim.study.page import write_page  # matplotlib is only needed here
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    path = pathlib.Path(__file__).parent / f"{_CONFIG.value}.toml"
+    try:
+        config = read_study(path if path.exists() else _CONFIG.value)
+        traces, source = open_traces(_TRACES.value, config.seed)
+    except InvalidInputError as e:
+        print(e, file=sys.stderr)
+        sys.exit(2)
+    cells = cells_of(config, traces, source, pathlib.Path(_CACHE.value))
+    if not _PAGE.value:
+        os.nice(10)
+        chosen = [cell for cell in cells if _ONLY.value in cell.name]
+        if _JOBS.value == 1:
+            for cell in chosen:
+                _work(cell)
+        else:
+            with multiprocessing.get_context("spawn").Pool(_JOBS.value) as pool:
+                for name in pool.imap_unordered(_work, chosen, chunksize=1):
+                    logging.info("%s is done", name)
+    results = [json.loads(_result(cell).read_text(encoding="utf-8")) for cell in cells if _result(cell).exists()]
+    if not results:
+        print("no results yet: run without --page_only", file=sys.stderr)
+        sys.exit(1)
+    write_page(results, pathlib.Path(_OUT.value), missing=len(cells) - len(results))
+
+
+def run() -> None:
+    """Entry point."""
+    app.run(_main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,126 @@
+"""The Python API: the same answers whichever way they are asked for."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import nitsum_jax
+from nitsum_jax.engine.request import FinishReason, SamplingParams
+from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.llm import LLM, Completion, _devices_of
+from tests.golden import tiny_models
+
+TEXTS = ["the quick fox", "a b c d e", "hello there", "x"]
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    folder = tiny_models.write_hf_folder("llama_odd", tmp_path_factory.mktemp("model"))
+    settings: dict[str, Any] = {
+        "max_model_len": 256,
+        "max_batch": 4,
+        "prefill_chunk": 32,
+        "dtype": "float32",
+        "max_queue": 6,
+    }
+    with LLM(str(folder), "tp2x2", devices=4, layouts=("tp2x2", "tp4"), **settings) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def answers(llm: LLM) -> list[Completion]:
+    return llm.generate(TEXTS, max_tokens=20, ignore_eos=True)
+
+
+def test_many_prompts_come_back_in_order(llm: LLM, answers: list[Completion]) -> None:
+    assert [len(answer.token_ids) for answer in answers] == [20] * 4
+    assert {answer.finish_reason for answer in answers} == {FinishReason.LENGTH}
+    assert all(answer.ttft_ms and answer.tpot_ms and answer.text for answer in answers)
+    assert len({answer.token_ids for answer in answers}) > 1
+    many = llm.generate(TEXTS * 3, max_tokens=20, ignore_eos=True)  # more than the queue takes at once
+    assert [answer.token_ids for answer in many] == [answer.token_ids for answer in answers] * 3
+
+
+def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion]) -> None:
+    pieces = list(llm.stream(TEXTS[0], max_tokens=20, ignore_eos=True))
+    assert "".join(piece.text for piece in pieces) == answers[0].text
+    assert len(pieces) > 5
+    assert pieces[-1].end is not None
+
+    async def together() -> None:
+        async def stream() -> str:
+            return "".join([piece.text async for piece in llm.astream(TEXTS[1], max_tokens=20, ignore_eos=True)])
+
+        whole, streamed = await asyncio.gather(llm.agenerate(TEXTS, max_tokens=20, ignore_eos=True), stream())
+        assert [answer.token_ids for answer in whole] == [answer.token_ids for answer in answers]
+        assert streamed == answers[1].text
+        assert (await llm.achat(CHAT, max_tokens=3)).text == llm.chat(CHAT, max_tokens=3).text
+
+    asyncio.run(together())
+
+
+def test_token_ids_chats_and_parameters(llm: LLM, answers: list[Completion]) -> None:
+    ids = llm._model.tokenizer.encode(TEXTS[2])
+    (answer,) = llm.generate([ids], max_tokens=20, ignore_eos=True)
+    assert answer.token_ids == answers[2].token_ids
+    assert answer.prompt_tokens == len(ids)
+    first = answer.text[:3]
+    (stopped,) = llm.generate([TEXTS[2]], max_tokens=20, ignore_eos=True, stop=answer.text[3:5])
+    assert (stopped.text, stopped.finish_reason) == (first, FinishReason.STOP)
+    drawn = llm.chat(CHAT, SamplingParams(temperature=1.5), max_tokens=8, logprobs=2, ignore_eos=True)
+    assert len(drawn.logprobs) == len(drawn.token_ids) == 8
+    again = llm.chat(CHAT, SamplingParams(temperature=1.5, seed=drawn.seed), max_tokens=8, ignore_eos=True)
+    assert again.token_ids == drawn.token_ids
+
+
+def test_the_layout_changes_in_the_middle_of_a_stream(llm: LLM, answers: list[Completion]) -> None:
+    text, report = "", None
+    for piece in llm.stream(TEXTS[0], max_tokens=20, ignore_eos=True):
+        text += piece.text
+        report = report or llm.set_layout("tp4")
+    assert llm.layout == "tp4"
+    assert text == answers[0].text
+    asyncio.run(llm.aset_layout("tp2x2"))
+    assert repr(llm) == f"LLM({llm._model.name!r}, layout='tp2x2', 4 devices)"
+
+
+def test_who_leaves_a_stream_ends_its_request(llm: LLM) -> None:
+    for _ in llm.stream(TEXTS[0], max_tokens=200, ignore_eos=True):
+        break
+    llm.generate(["x"], max_tokens=1)
+    assert llm._engine._running.alive == {}
+
+
+def test_what_is_wrong_is_told_at_once(llm: LLM) -> None:
+    cases: list[tuple[Any, dict[str, Any]]] = [
+        ("text", {}),
+        (["x"], {"best_of": 3}),
+        (["x"], {"max_tokens": 0}),
+        ([""], {}),
+    ]
+    for prompts, wanted in cases:
+        with pytest.raises(InvalidInputError):
+            llm.generate(prompts, **wanted)
+    with pytest.raises(InvalidInputError):
+        llm.stream("x", max_tokens=0)
+    with pytest.raises(InvalidInputError, match="no setting 'batch'"):
+        LLM("x", batch=3)
+    with pytest.raises(PreconditionError, match="restart the kernel"):
+        LLM("x", layout="tp16")
+
+
+def test_a_layout_says_how_many_devices_it_needs() -> None:
+    assert [_devices_of(text) for text in ("tp1", "tp2x2", "tp2+tp1x2", "tp2@6,7")] == [1, 4, 4, 8]
+
+
+def test_the_package_loads_nothing_until_it_is_asked() -> None:
+    code = "import sys, nitsum_jax; assert 'jax' not in sys.modules; nitsum_jax.LLM; assert 'jax' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert nitsum_jax.LLM is LLM
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        nitsum_jax.nothing  # noqa: B018

@@ -1,0 +1,95 @@
+"""A small cell for tests: jobs, a recorder, and runs to the end."""
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+
+from nitsum_jax.control.cell import Run, Span
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import CellPlan
+from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.control.switching import SwitchingCell
+from nitsum_jax.control.tiers import Tier
+from nitsum_jax.control.worker import Worker
+from tests.control.profiles import roofline_profile
+
+CHAT = Tier("chat", ttft_ms=500, tpot_ms=25)
+CODE = Tier("code", ttft_ms=5000, tpot_ms=200)
+TIERS = (CHAT, CODE)
+COST = CostModel(roofline_profile())
+
+
+def small_cost(tokens_of_device: int) -> CostModel:
+    """As COST, with hardly any room for KV cache."""
+    profile = roofline_profile()
+    tps = {
+        tp: dataclasses.replace(times, kv_capacity_tokens=tokens_of_device * tp) for tp, times in profile.tps.items()
+    }
+    return CostModel(dataclasses.replace(profile, tps=tps))
+
+
+@dataclasses.dataclass
+class Steps:
+    """A recorder that keeps everything."""
+
+    steps: list[tuple[int, tuple[int, ...], float, float, int, int, tuple[Span, ...]]] = dataclasses.field(
+        default_factory=list
+    )
+    done: list[Job] = dataclasses.field(default_factory=list)
+    failures: list[tuple[Job, str]] = dataclasses.field(default_factory=list)
+
+    def step(
+        self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
+    ) -> None:
+        """Keeps a step."""
+        self.steps.append((worker.index, worker.plan.devices, start_s, end_s, sequences, context, tuple(spans)))
+
+    def finished(self, job: Job) -> None:
+        """Keeps a job."""
+        self.done.append(job)
+
+    def failed(self, job: Job, reason: str) -> None:
+        """Keeps a failure."""
+        self.failures.append((job, reason))
+
+
+def job(number: int, tier: Tier = CHAT, arrival_s: float = 0.0, prompt: int = 500, output: int = 50) -> Job:
+    """A request."""
+    return Job(str(number), tier, arrival_s, prompt, output)
+
+
+def some_jobs(count: int, rate: float, seed: int, *, prompt: int = 1500, output: int = 200) -> list[Job]:
+    """Requests of both tiers at random times."""
+    draw = random.Random(seed)
+    now = 0.0
+    jobs = []
+    for number in range(count):
+        now += draw.expovariate(rate)
+        tier = draw.choice(TIERS)
+        jobs.append(job(number, tier, now, draw.randint(1, 2 * prompt), draw.randint(1, 2 * output)))
+    return jobs
+
+
+def make_cell(
+    plan: CellPlan, cost: CostModel = COST, config: SchedulerConfig = SchedulerConfig(), **more: int
+) -> tuple[SwitchingCell, Steps]:
+    """A cell and its recorder."""
+    steps = Steps()
+    return SwitchingCell(cost, Scheduler(cost, TIERS, config), plan, recorder=steps, **more), steps
+
+
+def serve(cell: SwitchingCell, jobs: Sequence[Job], switches: Sequence[tuple[float, CellPlan]] = ()) -> None:
+    """Lets the jobs come, the plans change, and all of them end."""
+    for time_s, plan in switches:
+        cell.at(time_s, cell.switch, plan)
+    for one in jobs:
+        cell.run_until(one.arrival_s)
+        cell.add(one)
+    cell.run_until(math.inf)
+
+
+def rows(run: Run) -> list[tuple[float, float, int]]:
+    """The steps of a run."""
+    return list(run.steps())

@@ -1,0 +1,115 @@
+"""The control loop without its clock, in the model of a cell: it follows the load."""
+
+import itertools
+import random
+
+import pytest
+
+from nitsum_jax.control.controller import AdaptiveController, CellView, ControllerConfig
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import CellPlan, homogeneous
+from nitsum_jax.control.scheduler import Scheduler
+from nitsum_jax.control.switching import Switched, SwitchingCell
+from nitsum_jax.control.tiers import Tier
+from nitsum_jax.control.worker import Worker
+from tests.control.profiles import roofline_profile
+
+COST = CostModel(roofline_profile())
+CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100)
+
+
+class Run:
+    """A cell under a load, with a controller or without."""
+
+    def __init__(self, first: CellPlan, controller: AdaptiveController | None):
+        self.met = self.ended = 0
+        self.switches: list[Switched] = []
+        self.scheduler = Scheduler(COST, (CHAT, CODE))
+        resident = controller.planner.resident_tp if controller else None
+        self.cell = SwitchingCell(COST, self.scheduler, first, recorder=self, resident_tp=resident)
+        self.cell.on_switch = self.switches.append
+        self.controller = controller
+        if controller:
+            self.cell.on_finish = lambda job: controller.finished(self.cell.now_s, job)
+
+    def step(self, worker: Worker, *_: object) -> None: ...
+
+    def finished(self, job: Job) -> None:
+        self.ended += 1
+        self.met += job.met()
+
+    def failed(self, job: Job, reason: str) -> None:
+        raise AssertionError(reason)
+
+    def play(self, arrivals: list[tuple[float, Tier, int, int]]) -> None:
+        tick_s = 0.0
+        for i, (time_s, tier, prompt, output) in enumerate(arrivals):
+            if self.controller:
+                while (tick_s := tick_s + self.controller.interval_s) <= time_s:
+                    self.cell.run_until(tick_s)
+                    view = CellView(self.cell.plan, self.cell.workers, self.scheduler.backlog, 8)
+                    decision = self.controller.tick(tick_s, view)
+                    if decision and decision.switch:
+                        self.cell.switch(decision.choice)
+                tick_s -= self.controller.interval_s
+            self.cell.run_until(time_s)
+            job = Job(str(i), tier, time_s, prompt, output)
+            if self.controller:
+                self.controller.arrived(time_s, job)
+            self.cell.add(job)
+        self.cell.run_until(float("inf"))
+
+
+def shifting(seconds: float = 20) -> list[tuple[float, Tier, int, int]]:
+    """Chat with tight targets first, then long prompts that can wait."""
+    generator = random.Random(3)
+    arrivals = []
+    for start, chat, code in ((0.0, 110.0, 1.0), (seconds, 1.0, 90.0)):
+        for tier, rate, prompt, output in ((CHAT, chat, 600, 150), (CODE, code, 3000, 20)):
+            time_s = start
+            while (time_s := time_s + generator.expovariate(rate)) < start + seconds:
+                wide = generator.randint(50, 150) / 100
+                arrivals.append((time_s, tier, int(prompt * wide), int(output * generator.randint(50, 150) / 100)))
+    return sorted(arrivals, key=lambda arrival: arrival[0])
+
+
+def test_adaptive_control_meets_more_than_any_homogeneous_layout_when_the_mix_shifts() -> None:
+    arrivals = shifting()
+    static = {}
+    for tp in (1, 2, 4, 8):
+        run = Run(homogeneous(8, tp), None)
+        run.play(arrivals)
+        static[tp] = run.met / len(arrivals)
+    adaptive = Run(homogeneous(8, 2), AdaptiveController(COST, (CHAT, CODE)))
+    adaptive.play(arrivals)
+    assert adaptive.ended == len(arrivals)  # nothing is lost in the switches
+    assert adaptive.switches
+    assert adaptive.met / len(arrivals) > max(static.values()), static
+
+
+def test_it_waits_until_it_knows_something() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(warm_up_s=20))
+    run = Run(homogeneous(8, 1), controller)
+    run.play([arrival for arrival in shifting() if arrival[0] < 19])
+    assert not run.switches
+
+
+def test_misses_bring_the_next_tick_on() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE))
+    for i in range(20):
+        job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
+        controller.arrived(6.0, job)
+        controller.finished(6.0, job)
+    assert controller.urgent(6.0)
+    controller.tick(6.0, CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8))
+    assert not controller.urgent(6.5)
+
+
+@pytest.mark.parametrize("dwell_s", [10.0, 1000.0])
+def test_two_switches_are_at_least_the_dwell_time_apart(dwell_s: float) -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(dwell_s=dwell_s))
+    run = Run(homogeneous(8, 1), controller)
+    run.play(shifting(25))
+    times = [switch.asked_s for switch in run.switches]
+    assert all(later - earlier >= dwell_s for earlier, later in itertools.pairwise(times))

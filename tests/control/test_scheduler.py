@@ -1,0 +1,157 @@
+"""The scheduler's rules, one by one, and that nobody starves."""
+
+import math
+
+import pytest
+
+from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, place
+from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.control.worker import Worker
+from tests.control.cells import CHAT, CODE, COST, TIERS, job, make_cell, serve, some_jobs
+
+
+def _scheduler(config: SchedulerConfig = SchedulerConfig()) -> Scheduler:
+    return Scheduler(COST, TIERS, config)
+
+
+def _worker(tp: int = 1, tiers: tuple[str, ...] = (), index: int = 0) -> Worker:
+    plan = InstancePlan(tuple(range(tp)), "mixed", tiers)
+    return Worker(index, plan, COST.kv_capacity_tokens(tp), COST.page_size, 64)
+
+
+def _decoding(worker: Worker, count: int, first_s: float, tier: object = CHAT, prompt: int = 500) -> None:
+    for number in range(count):
+        one = job(1000 + number, tier, prompt=prompt, output=200)  # type: ignore[arg-type]
+        worker.seat(one)
+        one.cached, one.first_token_s, one.generated = one.target, first_s, 1
+        worker.begin_decode(one)
+
+
+def test_the_most_urgent_request_goes_first() -> None:
+    scheduler, worker = _scheduler(), _worker()
+    relaxed, tight = job(0, CODE), job(1, CHAT, 0.2)
+    scheduler.admit(relaxed, 0.0)
+    scheduler.admit(tight, 0.2)
+    assert scheduler.pull(worker, 0.2) is tight
+    assert scheduler.pull(worker, 0.2) is relaxed
+
+
+def test_first_come_first_served_takes_the_first() -> None:
+    scheduler, worker = _scheduler(SchedulerConfig(order="fcfs")), _worker()
+    relaxed, tight = job(0, CODE), job(1, CHAT, 0.2)
+    scheduler.admit(relaxed, 0.0)
+    scheduler.admit(tight, 0.2)
+    assert scheduler.pull(worker, 0.2) is relaxed
+
+
+def test_an_instance_refuses_whom_it_would_fail() -> None:
+    scheduler = _scheduler()
+    long = job(0, CHAT, prompt=60_000)
+    scheduler.admit(long, 0.0)
+    assert COST.prefill_s(1, 60_000) > 0.5
+    assert scheduler.first_worker(long, [_worker(1)], 0.0) is None
+    crowded = _worker(1)
+    _decoding(crowded, 46, 0.0, CODE, prompt=8000)
+    assert COST.step_s(1, 47, crowded.context) > CHAT.tpot_ms / 1000
+    tight = job(1, CHAT)
+    scheduler.admit(tight, 0.0)
+    assert scheduler.first_worker(tight, [crowded], 0.0) is None
+    relaxed = job(2, CODE)
+    scheduler.admit(relaxed, 0.0)
+    assert scheduler.first_worker(relaxed, [crowded], 0.0) is crowded
+
+
+def test_own_instances_come_before_those_of_other_tiers() -> None:
+    scheduler = _scheduler()
+    own, other = _worker(1, ("chat",), 0), _worker(8, ("code",), 1)
+    one = job(0, CHAT)
+    scheduler.admit(one, 0.0)
+    assert scheduler.first_worker(one, [own, other], 0.0) is own
+    # Others may be used once a share of the time is up, unless the tiers are kept apart.
+    later = one.arrival_s + 0.5 * (one.latest_start_s - one.arrival_s)
+    assert scheduler.first_worker(one, [other], 0.0) is None
+    assert scheduler.first_worker(one, [other], later) is other
+    apart = _scheduler(SchedulerConfig(tiers_apart=True))
+    apart.admit(one, 0.0)
+    assert apart.first_worker(one, [other], later) is None
+
+
+def test_a_step_ends_before_the_next_token_is_due() -> None:
+    scheduler, worker = _scheduler(), _worker()
+    _decoding(worker, 8, first_s=0.0)
+    now = 0.010
+    worker.seat(job(0, CODE, prompt=8000))
+    chunks = scheduler.compose(worker, now)
+    ((_, tokens),) = chunks
+    step_s = COST.step_s(1, 8, worker.context, [(tokens, 0)])
+    assert 0 < tokens < 8000
+    assert now + step_s <= 0.025 + 1e-9
+    more = COST.step_s(1, 8, worker.context, [(int(tokens * 1.1) + 16, 0)])
+    assert now + more > 0.025  # and it is not much smaller than it could be
+
+
+def test_fixed_chunks_keep_their_budget() -> None:
+    scheduler, worker = _scheduler(SchedulerConfig(chunk_tokens=512, order="fcfs")), _worker()
+    _decoding(worker, 12, first_s=0.0)
+    for number in range(3):
+        worker.seat(job(number, CODE, 0.1 * number, prompt=300))
+    chunks = scheduler.compose(worker, 1.0)
+    assert [(one.id, tokens) for one, tokens in chunks] == [("0", 300), ("1", 200)]
+
+
+def test_who_cannot_be_in_time_is_late_and_delays_nobody() -> None:
+    scheduler, worker = _scheduler(), _worker()
+    lost, fine = job(0, CHAT, 0.0), job(1, CHAT, 5.0)
+    scheduler.admit(lost, 0.0)
+    scheduler.admit(fine, 5.0)
+    assert scheduler.pull(worker, 5.0) is fine
+    assert lost.late
+    worker.seat(fine)
+    assert scheduler.pull(worker, 5.0) is None  # a prompt that counts comes first
+    worker.leave(fine)
+    assert scheduler.pull(worker, 5.0) is lost
+
+
+def test_decoding_requests_that_are_lost_do_not_hold_prompts_up() -> None:
+    scheduler, worker = _scheduler(), _worker()
+    _decoding(worker, 4, first_s=0.0)
+    worker.seat(job(0, CODE, prompt=4000))
+    chunks = scheduler.compose(worker, 60.0)  # their tokens were due long ago
+    assert all(one.late for one in worker.decoding.values())
+    assert chunks
+    assert chunks[0][1] > 1000
+
+
+@pytest.mark.parametrize("order", ["deadline", "fcfs"])
+@pytest.mark.parametrize("plan", [homogeneous(8, 2), place([Shape(4, tiers=("chat",)), Shape(4)], 8)], ids=str)
+def test_nobody_starves_in_an_overloaded_cell(plan: CellPlan, order: str) -> None:
+    cell, steps = make_cell(plan, config=SchedulerConfig(order=order))
+    jobs = some_jobs(1500, 300.0, seed=9)
+    ends = jobs[-1].arrival_s
+    serve(cell, jobs)
+    assert len(steps.done) == len(jobs)
+    assert max(one.finish_s or math.inf for one in steps.done) > 2 * ends  # it was overloaded
+
+
+def test_late_requests_move_while_others_keep_coming() -> None:
+    """Aging: under a load that could fill the cell alone, who became late in a burst is served all the same."""
+    cell, steps = make_cell(homogeneous(1, 1))
+    burst = [job(i, CHAT, 0.0, prompt=3000, output=20) for i in range(60)]
+    stream = [job(100 + i, CHAT, 0.15 * i, prompt=3000, output=20) for i in range(1200)]
+    serve(cell, sorted(burst + stream, key=lambda one: one.arrival_s))
+    last = stream[-1].arrival_s
+    served = [one for one in burst if one.finish_s is not None and one.finish_s < last]
+    assert any(one.late for one in burst)
+    assert len(served) > len(burst) / 2
+    assert len(steps.done) == len(burst) + len(stream)
+
+
+def test_decodes_go_where_there_is_room_and_time() -> None:
+    scheduler = _scheduler()
+    full, free = _worker(2, index=0), _worker(2, index=1)
+    _decoding(full, 30, 0.0, prompt=3000)
+    one = job(0, CHAT, prompt=1000)
+    one.cached = one.target
+    assert scheduler.decode_worker(one, [full, free], 0.0) is free
+    free.stopping = True
+    assert scheduler.decode_worker(one, [full, free], 0.0) is full
