@@ -7,7 +7,7 @@ followed by an exponential mean of its logarithm, and predictions are multiplied
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.profile import Profile
@@ -83,6 +83,13 @@ class CorrectedCost(CostModel):
         if abs(ratio.log - self._told.get(key, 0.0)) > 0.1:
             self._told[key] = ratio.log
             self.version += 1
+
+    def adopt(self, ratios: Mapping[int, tuple[float, float]]) -> None:
+        """Takes over what another has learnt: per TP, the ratios of decoding and of prompts."""
+        for tp, (decode, prefill) in ratios.items():
+            if tp in self._decode:
+                self._decode[tp] = _Ratio(math.log(decode), _TRUSTED)
+                self._prefill[tp] = _Ratio(math.log(prefill), _TRUSTED)
 
     def ratios(self, tp: int) -> tuple[float, float]:
         """Measured over predicted seconds of decoding and of prompts; those of the nearest TP that was measured."""

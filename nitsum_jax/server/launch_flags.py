@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server import ops_flags
+from nitsum_jax.server import control_flags, ops_flags
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
@@ -38,6 +38,7 @@ class LaunchOptions:
     pace: str | None = None
     time_scale: float = 1.0
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
+    control: control_flags.ControlOptions = control_flags.ControlOptions()
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -69,6 +70,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         pace=values.pace,
         time_scale=values.time_scale,
         ops=ops_flags.read(values),
+        control=control_flags.read(values),
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -237,4 +239,5 @@ def _define() -> flags.FlagValues:
         "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
     )
     ops_flags.define(values)
+    control_flags.define(values)
     return values

@@ -119,6 +119,10 @@ class TieredScheduling:
         for worker in list(self._workers.values()):
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
 
+    def expect_output(self, tier: str, tokens: float) -> None:
+        """Says how long outputs of a tier are expected to be; with `learns_outputs` off, for a controller."""
+        self.scheduler.expect_output(tier, tokens)
+
     def waiting_by_tier(self) -> Mapping[str, int]:
         """Requests of each tier that wait and can still make it; on any thread."""
         return {tier.name: self.scheduler.backlog.waiting(tier.name) for tier in self._tiers}
@@ -266,7 +270,7 @@ class TieredScheduling:
         both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, ((new, before),))
         worker.launched(both - alone, now)
         job = self._jobs[step.sequences[0]]
-        job.cached = before + new  # what others have computed is passed over
+        job.cached = before + new  # with what others computed for it
         if worker.round and worker.round[0][0] is job:
             left = worker.round[0][1] - new
             worker.round.popleft()

@@ -45,6 +45,7 @@ class FakeStats:
     steps: int
     switches: int
     compiles: int = 0
+    pace_late_steps: int = 0
     blocks_cached: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
