@@ -46,9 +46,11 @@ class FakeInstance(Instance):
         self.steps = 0
         self._before = ()
         self._prefixes = None
-        self._program = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
-        self._pool = types.SimpleNamespace(allocators=allocators)
-        self._executables = lambda: dict.fromkeys(SHAPES)
+        program: Any = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
+        pool: Any = types.SimpleNamespace(allocators=allocators)
+        executables: Any = dict.fromkeys(SHAPES)
+        self._program, self._pool = program, pool
+        self._executables = lambda: executables
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(63, -1, -1))
 
