@@ -11,9 +11,10 @@ from nitsum_jax.sim.study import config as study_config
 from nitsum_jax.sim.study.cache import Cache
 from nitsum_jax.sim.study.config import phases_of, read_study
 from nitsum_jax.sim.study.loads import Load, Part, Phase
-from nitsum_jax.sim.study.main import cells_of, open_traces
+from nitsum_jax.sim.study.main import cells_of
 from nitsum_jax.sim.study.page import page, ratios, write_page
 from nitsum_jax.sim.study.runner import run_cell
+from nitsum_jax.sim.study.sources import open_traces
 
 FOLDER = pathlib.Path(study_config.__file__).parent
 SMALL = """
