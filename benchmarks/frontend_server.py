@@ -47,6 +47,7 @@ class _Stats:
     blocks_cached: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    pace_late_steps: int = 0
 
 
 class PacedEngine:
