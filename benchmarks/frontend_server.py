@@ -40,13 +40,13 @@ class _Stats:
     queue_capacity: int = 1_000_000
     blocks_free: int = 0
     blocks_total: int = 0
-    blocks_cached: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
     tokens_generated: int = 0
     steps: int = 0
     switches: int = 0
     compiles: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class PacedEngine:

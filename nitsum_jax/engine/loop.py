@@ -324,7 +324,13 @@ class Loop:
             if self._wide.sequence is not None and not pending.future.done():
                 return  # it takes a few steps more, and meanwhile nobody waits
             ended = pending.future.done()
-            if not ended and not (pending.copied_ahead(self.cell, self.instances) and self._slowed_down(pending)):
+            if not ended and not pending.stopping and not pending.copied_ahead(self.cell, self.instances):
+                if not any(instance.in_flight for instance in self.instances):
+                    self.wake()  # no step will end and bring the next round about
+                return
+            # From here on instances stop one by one: what is written meanwhile is left to the switch.
+            pending.stopping = True
+            if not ended and not self._slowed_down(pending):
                 return
             self._switches.popleft()
             for instance in self.instances:

@@ -36,7 +36,7 @@ class Guest(Instance):
 
     def abandon(self) -> None:
         """After a failed step: the hosts find their pools broken and renew them."""
-        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self._history = None
         self.broken = False
 
     def _claim_pool(self) -> None:

@@ -83,7 +83,7 @@ def _main(argv: Sequence[str]) -> None:
         config = read_study(path if path.exists() else _CONFIG.value)
         traces, source = open_traces(_TRACES.value, config.seed)
     except InvalidInputError as e:
-        print(e, file=sys.stderr)
+        sys.stderr.write(f"{e}\n")
         sys.exit(2)
     cells = cells_of(config, traces, source, pathlib.Path(_CACHE.value))
     if not _PAGE.value:
@@ -98,7 +98,7 @@ def _main(argv: Sequence[str]) -> None:
                     logging.info("%s is done", name)
     results = [json.loads(_result(cell).read_text(encoding="utf-8")) for cell in cells if _result(cell).exists()]
     if not results:
-        print("no results yet: run without --page_only", file=sys.stderr)
+        sys.stderr.write("no results yet: run without --page_only\n")
         sys.exit(1)
     write_page(results, pathlib.Path(_OUT.value), missing=len(cells) - len(results))
 
