@@ -141,6 +141,8 @@ def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest:
         high = low + step
     else:
         high = guess
+        if guess > lowest and reached(lowest) < TARGET:  # few requests: a cheap way to learn that it is hopeless
+            return Capacity(0.0, lowest - 1)
         while True:
             low = max(lowest, high - step)
             if low >= high:
