@@ -24,7 +24,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench study gpu-check proto build-files install clean
+.PHONY: help serve test lint format bench study gpu-check proto demo build-files install clean
 
 help:
 	@sed -n '1,8s/^# //p' Makefile
