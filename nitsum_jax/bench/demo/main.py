@@ -33,8 +33,8 @@ DEVICES = 8
 _MAX_BATCH = 64
 _READY_S = 900.0
 _LOOK_S = 0.5
-USAGE = """nitsum-bench demo runs the whole server, with a tiny model on emulated devices, at the pace of 8 accelerators with a
-large model, under a load that shifts between chat and code. It shows where instances are and how the tiers fare, and
+USAGE = """nitsum-bench demo runs the whole server, with a tiny model on emulated devices, at the pace of 8 accelerators
+with a large model, under a load that shifts between chat and code. It shows where instances are and how tiers fare, and
 ends with a table: adaptive control against static layouts on the same load, live and as the simulator predicts them.
 
   nitsum-bench demo --quick
@@ -149,13 +149,15 @@ class _Demo:
         tiers = options.folder / "tiers.toml"
         tiers.write_text("".join(_toml(t.name, t.ttft_ms, t.tpot_ms) for t in TIERS), encoding="utf-8")
         entries = []
-        async with child(self._flags(tiers), options.folder / "server.log", _READY_S) as address:
-            async with grpc.aio.insecure_channel(address) as channel:
-                stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
-                for layout in (*layouts, self._first):
-                    await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
-                for name in (ADAPTIVE, *layouts):
-                    entries.append(await self._play(channel, name))
+        async with (
+            child(self._flags(tiers), options.folder / "server.log", _READY_S) as address,
+            grpc.aio.insecure_channel(address) as channel,
+        ):
+            stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+            for layout in (*layouts, self._first):
+                await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
+            for name in (ADAPTIVE, *layouts):
+                entries.append(await self._play(channel, name))
         pace = f"{setting.cost.profile.name}, time_scale {options.time_scale:g}"
         cli.out("\n" + tables(entries, pace))
         if options.json is not None:
@@ -211,7 +213,7 @@ class _Demo:
         return Entry(name, results, simulated, after - before)
 
     async def _watch(
-        self, stub: "nitsum_pb2_grpc.GenerationServiceStub", player: Player, scale: float, name: str
+        self, stub: nitsum_pb2_grpc.GenerationServiceStub, player: Player, scale: float, name: str
     ) -> None:
         start = time.monotonic()
         while True:
