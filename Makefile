@@ -3,6 +3,7 @@
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator.md)
+# make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
 # make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with.
@@ -24,7 +25,7 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench study gpu-check proto build-files install clean
+.PHONY: help serve test lint format bench study gpu-check proto demo build-files install clean
 
 help:
 	@sed -n '1,8s/^# //p' Makefile
@@ -60,6 +61,10 @@ bench: $(RUNTIME)
 # The stubs of the gRPC service; they are committed, so that only who changes the .proto needs the compiler.
 proto: $(DEV)
 	$(BIN)/python -m nitsum_jax.server.proto.generate
+
+# Adaptive control against static layouts, live at the pace of 8 accelerators; ARGS=--quick is shorter.
+demo: $(DEV)
+	$(BIN)/nitsum-bench demo $(ARGS)
 
 build-files: $(DEV)
 	$(BIN)/python tools/generate_build.py

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpc.aio import ServicerContext
 
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, UnavailableError
-from nitsum_jax.server.backend import EngineStats, ServerState
+from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.server.backend import EngineStats, InstanceLoad, ServerState
 from nitsum_jax.server.bridge import DeltaStream
 from nitsum_jax.server.calls import Call, check, encode, make_call
 from nitsum_jax.server.output import End, Output, ToldToken
@@ -65,10 +67,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             return nitsum_pb2.GetLayoutResponse(
                 model=backend.model.name,
                 layout=str(layout),
-                instances=[
-                    nitsum_pb2.Instance(devices=instance.devices, tp=instance.tp, role=str(instance.role))
-                    for instance in layout.instances
-                ],
+                instances=_instances(layout, backend.engine.loads()),
                 allowed_layouts=backend.engine.allowed_layouts(),
                 ready_layouts=backend.engine.ready_layouts(),
                 devices=backend.engine.device_names,
@@ -147,6 +146,19 @@ def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_
         seed=call.request.sampling.seed,
     )
     return nitsum_pb2.GenerateResponse(started=started)
+
+
+def _instances(layout: Layout, loads: Sequence[InstanceLoad]) -> list[nitsum_pb2.Instance]:
+    """The instances of a layout; how busy they are is left out while a switch replaces them."""
+    found = {load.devices: load for load in loads}
+    out = []
+    for instance in layout.instances:
+        message = nitsum_pb2.Instance(devices=instance.devices, tp=instance.tp, role=str(instance.role))
+        load = found.get(tuple(instance.devices))
+        if load is not None:
+            message.running, message.kv_use = load.running, load.kv_use
+        out.append(message)
+    return out
 
 
 def _pace(pace: "Pace | None", stats: EngineStats) -> nitsum_pb2.Pace | None:

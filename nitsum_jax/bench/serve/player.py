@@ -92,11 +92,12 @@ class Player:
         # One long random text; prompts are pieces of it that begin at random places.
         self._ids = [generator.randrange(3, vocab_size) for _ in range(1 << 16)]
         self._generator = generator
+        self.played: list[Played] = []  # of the last run, also while it goes on
         self._sent = self._ended = 0
 
     async def play(self, requests: Sequence[TraceRequest]) -> Run:
         """Sends all requests and waits until they have ended."""
-        played = [Played(request) for request in requests]
+        played = self.played = [Played(request) for request in requests]
         cpu, start = time.process_time(), time.monotonic()
         self._sent = self._ended = 0
         reporting = asyncio.create_task(self._report(len(played)))

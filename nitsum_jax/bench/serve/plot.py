@@ -46,7 +46,6 @@ def save_plot(results: Results, tiers: TierSet, seconds: float, path: str | path
     attained.legend(loc="lower left")
     if results.paced:
         figure.suptitle(f"PACED at {results.paced}")
-    figure.tight_layout()
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

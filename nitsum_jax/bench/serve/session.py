@@ -49,13 +49,19 @@ def capped(workload: Workload, max_prompt: int | None, max_output: int | None) -
     return dataclasses.replace(workload, requests=requests)
 
 
-async def drive(channel: grpc.aio.Channel, session: Session, progress: Progress | None = None) -> Results:
+async def drive(
+    channel: grpc.aio.Channel,
+    session: Session,
+    progress: Progress | None = None,
+    begun: Callable[[Player, float], None] | None = None,
+) -> Results:
     """Plays the workload and works out the figures.
 
     Args:
       channel: to the server.
       session: what to play.
       progress: told (sent, ended, alive) about once a second.
+      begun: told of the player and the time scale before the first request.
 
     Raises:
       InvalidInputError: the server has not the tiers of the workload.
@@ -71,6 +77,8 @@ async def drive(channel: grpc.aio.Channel, session: Session, progress: Progress 
             f"--time_scale={scale:g} does not do: the server is paced at {before.pace.time_scale:g} (leave it out)"
         )
     player = Player(channel, before.vocab_size, time_scale=scale, seed=session.seed, progress=progress)
+    if begun is not None:
+        begun(player, scale)
     run = await player.play(session.workload.requests)
     after = await stub.GetLayout(nitsum_pb2.GetLayoutRequest())
     steps = after.stats.steps - before.stats.steps

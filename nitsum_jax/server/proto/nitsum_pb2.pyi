@@ -210,14 +210,18 @@ class Pace(_message.Message):
     def __init__(self, profile: _Optional[str] = ..., time_scale: _Optional[float] = ..., late_steps: _Optional[int] = ..., late_limit: _Optional[float] = ...) -> None: ...
 
 class Instance(_message.Message):
-    __slots__ = ("devices", "tp", "role")
+    __slots__ = ("devices", "tp", "role", "running", "kv_use")
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     TP_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    KV_USE_FIELD_NUMBER: _ClassVar[int]
     devices: _containers.RepeatedScalarFieldContainer[int]
     tp: int
     role: str
-    def __init__(self, devices: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., role: _Optional[str] = ...) -> None: ...
+    running: int
+    kv_use: float
+    def __init__(self, devices: _Optional[_Iterable[int]] = ..., tp: _Optional[int] = ..., role: _Optional[str] = ..., running: _Optional[int] = ..., kv_use: _Optional[float] = ...) -> None: ...
 
 class EngineStats(_message.Message):
     __slots__ = ("waiting", "running", "queue_capacity", "blocks_free", "blocks_total", "tokens_generated", "steps", "switches", "compiles", "blocks_cached", "prefix_queried_tokens", "prefix_hit_tokens")

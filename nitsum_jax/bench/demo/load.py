@@ -1,0 +1,54 @@
+"""The load of the demonstration: who comes, and how long prompts and outputs are, shifts from phase to phase."""
+
+import dataclasses
+
+from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.sim.schedules import constant
+from nitsum_jax.sim.stand_ins import stand_in_stream
+from nitsum_jax.sim.synthetic import PoissonArrivals, generate
+from nitsum_jax.sim.workload import Workload, concatenate
+
+TIERS = TierSet((Tier("chat", 1000, 20), Tier("code", 20000, 300)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DemoPhase:
+    """A stretch of time with one mix.
+
+    Attributes:
+      name: for people.
+      chat, code: requests per second.
+      prompt, output: what lengths of code requests are multiplied with.
+    """
+
+    name: str
+    chat: float
+    code: float
+    prompt: float = 1.0
+    output: float = 1.0
+
+
+PHASES = (
+    DemoPhase("chat-heavy", 9.6, 0.4),
+    DemoPhase("code-heavy", 0.4, 7.2, prompt=1.5),
+    DemoPhase("both", 4.8, 3.2),
+    DemoPhase("long outputs", 0.25, 4.8, prompt=0.5, output=15.0),
+)
+
+
+def demo_load(phase_s: float, rate_scale: float, seed: int, phases: tuple[DemoPhase, ...] = PHASES) -> Workload:
+    """The workload: the lengths of the Azure traces of 2023 (stand-ins), Poisson arrivals."""
+    parts = []
+    for index, phase in enumerate(phases):
+        streams = []
+        for trace, tier, rate in (("azure-conv-like", "chat", phase.chat), ("azure-code-like", "code", phase.code)):
+            stream = dataclasses.replace(
+                stand_in_stream(trace, tier), rate=constant(rate * rate_scale), arrivals=PoissonArrivals()
+            )
+            if tier == "code":
+                stream = dataclasses.replace(
+                    stream, prompt_scale=constant(phase.prompt), output_scale=constant(phase.output)
+                )
+            streams.append(stream)
+        parts.append(generate(streams, phase_s, seed * 1000 + index, phase.name))
+    return concatenate(parts, "demo")

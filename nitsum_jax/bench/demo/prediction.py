@@ -1,0 +1,49 @@
+"""What the simulator says of the demonstration: the same load, profile and layouts."""
+
+import dataclasses
+
+from nitsum_jax.control.plan import Shape, parse_shapes
+from nitsum_jax.control.planner import PlannerConfig
+from nitsum_jax.sim.baselines import Setting, adaptive, best_static, static
+from nitsum_jax.sim.logs import request_record
+from nitsum_jax.sim.metrics import Metrics, measure
+from nitsum_jax.sim.simulation import Policy, simulate
+from nitsum_jax.sim.tables import RequestTable
+from nitsum_jax.sim.workload import Workload
+
+
+def predict(setting: Setting, workload: Workload, policy: Policy, max_batch: int) -> Metrics:
+    """The figures of a simulated run."""
+    outcome = simulate(
+        workload, setting.tiers, setting.cost, policy, num_devices=setting.num_devices, max_batch=max_batch
+    )
+    records = [request_record(job) for job in outcome.finished]
+    records += [dataclasses.replace(request_record(job), finish_s=None, met=False) for job in outcome.failed]
+    return measure(RequestTable.of(records), setting.tiers, workload.seconds)
+
+
+def static_policy(setting: Setting, layout: str) -> Policy:
+    """A layout as a policy."""
+    return static(setting, layout, tuple(parse_shapes(layout)))
+
+
+def adaptive_policy(setting: Setting, first: str) -> Policy:
+    """Adaptive control that begins with a layout."""
+    shapes: tuple[Shape, ...] = tuple(parse_shapes(first))
+    return adaptive(setting, first=shapes, planner=PlannerConfig(tps=setting.tps))
+
+
+def best_uneven(setting: Setting, workload: Workload, max_batch: int) -> str | None:
+    """Of the layouts with several TPs or roles, the one that is best in hindsight, by the simulator.
+
+    Those that keep instances for some tiers are left out: a static server has no such setting.
+    """
+    best: tuple[float, str] | None = None
+    for policy in best_static(setting):
+        instances = policy.plan.instances
+        if any(i.tiers for i in instances) or len({(i.tp, i.role) for i in instances}) == 1:
+            continue
+        found = predict(setting, workload, policy, max_batch).total.goodput
+        if best is None or found > best[0]:
+            best = found, str(policy.plan)
+    return None if best is None else best[1]

@@ -1,0 +1,67 @@
+"""The paced server of the demonstration: a child process."""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+
+from nitsum_jax.errors import UnavailableError
+
+_LEAVE_S = 20.0
+
+
+def free_port() -> int:
+    """A port that nobody has just now."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextlib.asynccontextmanager
+async def child(flags: Sequence[str], log: pathlib.Path, ready_s: float) -> AsyncIterator[str]:
+    """Runs nitsum-serve on a free port until the block ends; yields its address.
+
+    Raises:
+      UnavailableError: it is not ready in time, or ended; its last words are in the log.
+    """
+    port = free_port()
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    with log.open("w", encoding="utf-8") as file:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "nitsum_jax.server.launch",
+            f"--port={port}",
+            *flags,
+            stdout=file,
+            stderr=file,
+            env=environment,
+        )
+    try:
+        await _ready(process, log, ready_s)
+        yield f"127.0.0.1:{port}"
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                async with asyncio.timeout(_LEAVE_S):
+                    await process.wait()
+            except TimeoutError:
+                process.kill()
+                await process.wait()
+
+
+async def _ready(process: asyncio.subprocess.Process, log: pathlib.Path, ready_s: float) -> None:
+    for _ in range(int(ready_s / 0.25)):
+        text = log.read_text(encoding="utf-8")
+        if " is ready on " in text:
+            return
+        if process.returncode is not None:
+            last = text.strip().splitlines()[-1:] or ["it said nothing"]
+            raise UnavailableError(f"the server ended: {last[0]}")
+        await asyncio.sleep(0.25)
+    raise UnavailableError(f"the server was not ready within {ready_s:g} s; see {log}")
