@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 # As a script only this folder is on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from nitsum_jax.engine.load import InstanceLoad
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.tokenizer import Tokenizer
@@ -107,6 +108,10 @@ class PacedEngine:
     def context_limit(self) -> int:
         """More than a benchmark asks for."""
         return _CONTEXT
+
+    def loads(self) -> Sequence[InstanceLoad]:
+        """Of nobody."""
+        return ()
 
     def layout(self) -> Layout:
         """The only one."""

@@ -383,7 +383,8 @@ def test_bias_least_tokens_and_log_probabilities_go_through() -> None:
                 assert one.logprob == expected.logprob
                 assert [(other.token_id, other.logprob) for other in one.top] == list(expected.top)
             none = await ask(run.stub)
-            assert run.engine.requests[-1].logprobs is None
+            unasked = run.engine.requests[-1]
+            assert unasked.logprobs is None
             assert not [logprob for delta in none.deltas for logprob in delta.logprobs]
             zero = await ask(run.stub, logprobs=0)
             assert run.engine.requests[-1].logprobs == 0

@@ -139,6 +139,7 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
         return scheduling
 
     outcome = Outcome(policy_of, load(4, 5), layout="tp4x2")
+    assert isinstance(outcome.cell.policy, TieredScheduling)
     assert [plan.tiers for plan in outcome.cell.policy.plan().instances] == [("tight",), ("relaxed",)]
     assert seen == {"tight": {0}, "relaxed": {1}}
 
