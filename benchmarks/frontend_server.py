@@ -93,6 +93,16 @@ class PacedEngine:
         with self._lock:
             return _Stats(waiting=0, running=len(self._left))
 
+    def lose_device(self, device: int) -> None:
+        """There is none to lose."""
+
+    def restore_device(self, device: int) -> None:
+        """None was lost."""
+
+    def lost_devices(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
     def context_limit(self) -> int:
         """More than a benchmark asks for."""
         return _CONTEXT

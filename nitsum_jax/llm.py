@@ -29,11 +29,11 @@ from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionEr
 from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.models.loading import open_model
-from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.calls import Call, ChatPrompt, TextPrompt, TokenPrompt, Wanted, check, make_call, prompt_ids
 from nitsum_jax.server.compile_cache import OFF, enable
 from nitsum_jax.server.launch import served_model
 from nitsum_jax.server.output import Output, Piece
+from nitsum_jax.server.scheduled import start_scheduled
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
@@ -109,8 +109,10 @@ class LLM:
         self._model = served_model(opened, None)
         self._lock = threading.Lock()
         self._takers: dict[str, _Take] = {}
-        tiers = TieredQueue(DEFAULT_TIERS, config.max_queue) if config.tier_names == DEFAULT_TIERS.names else None
-        self._engine = start_engine(opened, config, self._sink, tiers)
+        if config.tier_names == DEFAULT_TIERS.names:
+            self._engine = start_scheduled(opened, config, DEFAULT_TIERS, self._sink).engine
+        else:
+            self._engine = start_engine(opened, config, self._sink)
 
     # ---- whole answers
 

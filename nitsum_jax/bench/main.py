@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from nitsum_jax.bench import switch
 from nitsum_jax.bench.gpu_check import main as gpu_check
+from nitsum_jax.bench.serve import main as serve
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli
 from nitsum_jax.server.status import one_line
@@ -12,6 +13,7 @@ from nitsum_jax.server.status import one_line
 _NAME = "nitsum-bench"
 COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "switch": ("how long streams stand still when the layout changes, and what other ways cost", switch.run),
+    "serve": ("TTFT, TPOT and goodput of a server under a trace or a synthetic load", serve.run),
     "gpu-check": ("whether an accelerator computes what it should, and how near the limit", gpu_check.run),
 }
 

@@ -1,7 +1,8 @@
 """nitsum-bench switch: layouts change under live streams of a real engine, and how long the streams stand still.
 
-A stream's stall is the longest time between two of its tokens around the switch, less the mean of such gaps in the
-layout that made the second: the old one up to the switch, the new one behind it.
+A stream's stall is the longest time between two of its tokens around the switch, less what is usual without a switch:
+the mean gap of the old layout up to the switch, of the new one behind it, and of the slower of them for the gap in
+which the switch is.
 The copies of KV blocks stand beside a plain memcpy of as many bytes, and the whole beside the ways to change a layout
 that need no virtual shards, measured in the same run: moving weights and KV with `jax.device_put`, starting an engine
 anew, and dropping the KV cache and computing it again.
@@ -91,6 +92,7 @@ class Measured:
     Attributes:
       row: the JSON row.
       decode_step_before_ms: mean gap between a stream's tokens in the old layout.
+      gap_ms_p99: longest time between two tokens of a stream around the switch, 99th percentile of the streams.
       kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
       host_ms: part of the engine's stall that plans, remaps, wraps and seats.
       transfer_ms: part of it that copies.
@@ -98,6 +100,7 @@ class Measured:
 
     row: Row
     decode_step_before_ms: float
+    gap_ms_p99: float
     kv_bytes_ahead: int
     host_ms: float
     transfer_ms: float
@@ -264,12 +267,13 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     step = float(np.mean(np.concatenate([gaps[name][seen[name] + 1 :] for name in asked])))
     earlier = [gaps[name][max(0, count - _BEFORE) : max(1, count - 1)] for name, count in asked.items()]
     step_before = float(np.mean(np.concatenate(earlier)))
-    waits = []
+    waits, longest = [], []
     for name, gap in gaps.items():
         # The token behind the last one that was seen when the switch was over is the first of the new layout.
         last = seen[name] - 1
-        old, new = gap[max(0, asked[name] - 1) : last], gap[last : last + 2]
-        waits.append(max(float(old.max(initial=0.0)) - step_before, float(new.max()) - step, 0.0))
+        old, new = gap[max(0, asked[name] - 1) : last], gap[last + 1 : last + 2]
+        waits.append(max(old.max(initial=0) - step_before, gap[last] - max(step_before, step), new.max() - step, 0))
+        longest.append(max(old.max(initial=0), gap[last], new.max()))
     stalls = 1000 * np.array(waits)
     moved = report.kv_bytes_moved
     row = Row(
@@ -290,6 +294,7 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     return Measured(
         row,
         decode_step_before_ms=1000 * step_before,
+        gap_ms_p99=1000 * float(np.percentile(longest, 99)),
         kv_bytes_ahead=report.kv_bytes_ahead,
         host_ms=report.host_ms,
         transfer_ms=report.transfer_ms,

@@ -96,6 +96,10 @@ class Scheduler:
             found = self._prefill_s[key] = self.cost.prefill_s(tp, key[1] * 64)
         return found
 
+    def forget_times(self) -> None:
+        """The cost model says otherwise by now: what was worked out with it is forgotten."""
+        self._prefill_s.clear()
+
     # ---- the backlog
 
     def admit(self, job: Job, now_s: float) -> None:

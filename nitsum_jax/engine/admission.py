@@ -1,19 +1,21 @@
-"""Which waiting sequence goes to which instance, and who must give its blocks up when they run out."""
+"""Seating sequences at instances, and taking the blocks of some for others when they run out.
 
-import collections
+Who and where is the policy's choice; what is possible is known here.
+"""
+
 import dataclasses
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.policy import Policy, Room, takes_decodes, takes_prompts
 from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.waiting import AdmissionQueue
 from nitsum_jax.engine.wide_prefill import WidePrefill
+from nitsum_jax.meshes.layout import Role
 
 Finish = Callable[[Sequence, FinishReason, str | None], None]
 
@@ -35,8 +37,7 @@ class Admission:
     def __init__(
         self,
         cell: Cell,
-        waiting: AdmissionQueue,
-        alive: Mapping[str, Sequence],
+        policy: Policy,
         lock: threading.Lock,
         counters: Counters,
         wide: WidePrefill,
@@ -48,70 +49,67 @@ class Admission:
 
         Args:
           cell: whose pool it is.
-          waiting: requests that no instance has taken yet, in an order that is its own.
-          alive: all sequences by the id of their request.
-          lock: guards `waiting` and `alive`.
+          policy: chooses.
+          lock: guards what of the policy other threads use: `push`.
           counters: of the loop.
           wide: takes long prompts, if the cell is told so.
           finish: ends a sequence that cannot be served.
           deterministic: reserve all blocks of a sequence at once, and recompute outputs token by token.
         """
         self._cell = cell
-        self._waiting = waiting
-        self._alive = alive
+        self._policy = policy
         self._lock = lock
         self._counters = counters
         self._wide = wide
         self._finish = finish
         self._deterministic = deterministic
-        self._returned: collections.deque[Sequence] = collections.deque()
+        self._room = Room(self._fits, self._held)
         self._admissions = 0
 
-    def admit(self, instances: Seq[Instance], *, switching: bool) -> None:
-        """Seats as many as there is room for, in the order of the queue; those sent back come first.
+    def admit(self, instances: Seq[Instance], now_s: float, *, switching: bool) -> None:
+        """Seats as many as the policy has seated now.
 
         Args:
           instances: of the layout in force.
+          now_s: the time.
           switching: whether another layout is due, which may have more room and other neighbours.
         """
-        while True:
-            sequence = self._next()
-            if sequence is None:
-                return
-            pages = self._pages_at_admission(sequence)
-            if pages > max((instance.total_pages() for instance in instances), default=0) and not switching:
-                self.drop(sequence)
-                self._finish(sequence, FinishReason.ERROR, f"needs {pages} KV pages, more than an instance has")
-                continue
-            prefix = None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+        with self._lock:
+            arrived = self._policy.arrivals(now_s)
+        if not switching:
+            for sequence in arrived:
+                self._refuse_if_hopeless(sequence, instances)
+        while (choice := self._policy.next(instances, self._room, now_s)) is not None:
+            sequence, instance = choice
+            prefix = self._prefix(sequence)
             known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
+            pages = self._pages(sequence, instance)
             guest = None if switching else self._wide.admit(sequence, pages, instances, known)
             if guest is not None:
                 self._counters.wide_prefills += 1
-                self._seat(sequence, guest, pages, prefix, instances)
-                continue
-            fitting = [i for i in instances if i.free_rows and i.free_pages() >= pages - self._pages_in_use(prefix, i)]
-            if not fitting:
-                return
-            load = {i: len(i.rows) / i.spec.tp for i in fitting}
-            least = min(load.values())
-            # Pages that lie there already are worth a little more load.
-            instance = min(
-                fitting,
-                key=lambda i: (load[i] >= least + 2, -self._pages_here(prefix, i), load[i], -i.free_pages()),
-            )
-            self._seat(sequence, instance, pages, prefix, instances)
+            self._seat(sequence, guest or instance, prefix, instances, now_s)
 
-    def _pages_in_use(self, prefix: Prefix | None, instance: Instance) -> int:
-        """Pages of a beginning that cost the instance no free block."""
-        if prefix is None or self._cell.prefixes is None or instance.broken:
-            return 0
-        return self._cell.prefixes.in_use(prefix, instance.device_of)
+    def refuse_hopeless(self, instances: Seq[Instance]) -> None:
+        """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
+        with self._lock:
+            waiting = list(self._policy.waiting())
+        for sequence in waiting:
+            self._refuse_if_hopeless(sequence, instances)
 
-    def _pages_here(self, prefix: Prefix | None, instance: Instance) -> int:
-        if not prefix or self._cell.prefixes is None or instance.broken:
-            return 0
-        return self._cell.prefixes.here(prefix, instance.device_of)
+    def _refuse_if_hopeless(self, sequence: Sequence, instances: Seq[Instance]) -> None:
+        most = 0
+        for instance in instances:
+            if takes_decodes(instance) and instance.total_pages() > most:
+                most = instance.total_pages()
+        prompts = max((i.total_pages() for i in instances if takes_prompts(i)), default=0)
+        page_size = self._cell.program.pool.page_size
+        whole = -(-(sequence.limit if self._deterministic else len(sequence.tokens) + 1) // page_size)
+        if not instances or any(instance.broken for instance in instances):
+            return
+        pages = -(-len(sequence.tokens) // page_size)
+        if whole > most or pages > prompts:
+            self.drop(sequence)
+            self._finish(sequence, FinishReason.ERROR, f"needs {whole} KV pages, more than an instance has")
 
     def make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
@@ -120,7 +118,7 @@ class Admission:
           False if the sequence itself had to go.
         """
         while not instance.grow(sequence, tokens):
-            victim = max(instance.rows.values(), key=lambda s: s.admitted)
+            victim = self._policy.victim(instance)
             if victim is sequence and len(instance.rows) == 1:
                 self._finish(sequence, FinishReason.ERROR, "its KV cache outgrew the instance: lower max_tokens")
                 return False
@@ -130,54 +128,60 @@ class Admission:
         return True
 
     def await_again(self, sequence: Sequence) -> None:
-        """Has a sequence that lost its blocks admitted again, before those that never were."""
-        self._returned.append(sequence)
-        self._returned = collections.deque(sorted(self._returned, key=lambda s: s.admitted))
+        """Has a sequence that lost its blocks admitted again."""
+        self._policy.again(sequence)
 
     def drop(self, sequence: Sequence) -> None:
         """Takes a sequence out of whatever it waits in, if it does."""
-        if sequence in self._returned:
-            self._returned.remove(sequence)
-            return
         with self._lock:
-            self._waiting.remove(sequence.request.id)
+            self._policy.remove(sequence)
 
     def _send_back(self, sequence: Sequence) -> None:
         """Frees a sequence's blocks; it keeps its tokens and is computed again later."""
-        if sequence.home is not None:
-            sequence.home.leave(sequence)
+        home = sequence.home
+        if home is not None:
+            home.leave(sequence)
+            self._policy.left(sequence, home)
         self._counters.sent_back += 1
         if not sequence.pending:
             self.await_again(sequence)
 
+    def _fits(self, sequence: Sequence, instance: Instance) -> bool:
+        if not instance.free_rows:
+            return False
+        missing = self._pages(sequence, instance) - instance.free_pages()
+        if missing <= 0:
+            return True
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return False
+        return prefixes.in_use(prefix, instance.device_of) >= missing  # these cost no free block
+
+    def _held(self, sequence: Sequence, instance: Instance) -> int:
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return 0
+        return prefixes.here(prefix, instance.device_of)
+
+    def _prefix(self, sequence: Sequence) -> Prefix | None:
+        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+
     def _seat(
-        self, sequence: Sequence, instance: Instance, pages: int, prefix: Prefix | None, instances: Seq[Instance]
+        self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float
     ) -> None:
-        self._take(sequence)
         sequence.start_prefill(again=self._deterministic)
         if self._cell.prefixes is not None and prefix is not None:
             self._cell.prefixes.begin(sequence, prefix, instance, instances)
-        if not instance.grow(sequence, pages * self._cell.program.pool.page_size):
+        if not instance.grow(sequence, self._pages(sequence, instance) * self._cell.program.pool.page_size):
             raise AssertionError("pages were counted as free and are not")
         sequence.admitted = self._admissions
         self._admissions += 1
         instance.join(sequence)
+        self._policy.seated(sequence, instance, now_s)
 
-    def _pages_at_admission(self, sequence: Sequence) -> int:
-        # In deterministic mode nobody may be sent back for want of blocks.
-        tokens = sequence.limit if self._deterministic else len(sequence.tokens) + 1
+    def _pages(self, sequence: Sequence, instance: Instance) -> int:
+        """Pages that a sequence takes at its admission."""
+        # In deterministic mode nobody may be sent back for want of blocks; who decodes elsewhere waits for room there.
+        whole = self._deterministic and instance.spec.role != Role.PREFILL
+        tokens = sequence.limit if whole else len(sequence.tokens) + 1
         return -(-tokens // self._cell.program.pool.page_size)
-
-    def _next(self) -> Sequence | None:
-        if self._returned:
-            return self._returned[0]
-        with self._lock:
-            name = self._waiting.peek(time.monotonic())
-            return None if name is None else self._alive[name]
-
-    def _take(self, sequence: Sequence) -> None:
-        if self._returned and self._returned[0] is sequence:
-            self._returned.popleft()
-            return
-        with self._lock:
-            self._waiting.admit(sequence.request.id, time.monotonic())

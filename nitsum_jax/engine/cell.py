@@ -23,7 +23,7 @@ from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.layout import Layout, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.memory import keep_freed_memory
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
@@ -73,6 +73,7 @@ class Cell:
       wide_prefill: least tokens of prompts that are prefilled at the widest TP in between; None: never.
       lean: whether devices keep only the weights of the layout in force.
       precopy: whether KV blocks are copied ahead of a switch.
+      tps: degrees of TP that layouts may have; None: all that fit.
       drain: whether a switch begins when the steps in flight are read, not behind them.
       prefixes: shares KV blocks of prompts that begin alike; None: that is off.
       lost: devices that failed for good; the engine's thread adds to it.
@@ -94,6 +95,7 @@ class Cell:
     lean: bool = False
     precopy: bool = False
     drain: bool = False
+    tps: tuple[int, ...] | None = None
     prefixes: PrefixCache | None = None
     lost: set[int] = dataclasses.field(default_factory=set)
 
@@ -110,11 +112,18 @@ class Cell:
         if self.allowed is not None:
             return self.allowed
         found = enumerate_layouts(len(self.devices), self.vmap.num_vshards, self.vmap.min_tp)
-        return tuple(dict.fromkeys((self.first, *found)))
+        usable = [layout for layout in found if self.tps is None or all(i.tp in self.tps for i in layout.instances)]
+        return tuple(dict.fromkeys((self.first, *usable)))
 
-    def check(self, layout: Layout) -> None:
-        """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout."""
-        _check(layout, len(self.devices), self.vmap, self.allowed)
+    def check(self, layout: Layout, *, listed: bool = True) -> None:
+        """Raises PreconditionError (or InvalidInputError) if this cell cannot take a layout.
+
+        Args:
+          layout: to be judged.
+          listed: whether it must be on the allow-list, if there is one.
+        """
+        _check(layout, len(self.devices), self.vmap, self.allowed if listed else None)
+        check_tps(layout, self.tps)
         gone = sorted(self.lost.intersection(d for spec in layout.instances for d in spec.devices))
         if gone:
             raise PreconditionError(f"layout {layout} uses device {gone[0]}, which is lost: choose one without it")
@@ -286,6 +295,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         wide_prefill=wide,
         lean=residency.lean,
         precopy=config.precopy,
+        tps=config.tps,
         drain=drain,
         prefixes=prefixes,
     )
@@ -323,24 +333,30 @@ def _layouts(config: EngineConfig, devices: int, vmap: VshardMap) -> tuple[Layou
         allowed = tuple(parse_layout(text, devices) for text in config.layouts)
         for layout in allowed:
             _check(layout, devices, vmap, None)
+            check_tps(layout, config.tps)
     if config.layout is not None:
         first = parse_layout(config.layout, devices)
     elif allowed:
         first = allowed[0]
     else:
-        count = devices // vmap.min_tp
-        first = parse_layout(f"tp{vmap.min_tp}x{count}" if count > 1 else f"tp{vmap.min_tp}", devices)
+        tp = min((tp for tp in config.tps or () if vmap.min_tp <= tp <= devices), default=vmap.min_tp)
+        count = devices // tp
+        first = parse_layout(f"tp{tp}x{count}" if count > 1 else f"tp{tp}", devices)
     _check(first, devices, vmap, allowed)
+    check_tps(first, config.tps)
     return first, allowed
+
+
+def check_tps(layout: Layout, tps: tuple[int, ...] | None) -> None:
+    """Raises PreconditionError if a layout has a TP that is not among these."""
+    wrong = next((i.tp for i in layout.instances if tps is not None and i.tp not in tps), None)
+    if wrong is not None:
+        known = ", ".join(f"tp{tp}" for tp in tps or ())
+        raise PreconditionError(f"layout {layout} has tp{wrong}, and the profile knows {known}: choose among these")
 
 
 def _check(layout: Layout, devices: int, vmap: VshardMap, allowed: tuple[Layout, ...] | None) -> None:
     layout.validate(devices, max_tp=vmap.num_vshards, min_tp=vmap.min_tp)
-    for spec in layout.instances:
-        if spec.role is not Role.MIXED:
-            raise PreconditionError(
-                f"{spec} has a role, and here every instance both prefills and decodes: leave :{spec.role} out"
-            )
     if allowed is not None and layout not in allowed:
         names = "; ".join(map(str, allowed))
         raise PreconditionError(f"layout {layout} is not on the server's list: choose one of {names}")

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from nitsum_jax.engine.pacing import Pace
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 
@@ -37,7 +38,9 @@ class EngineConfig:
         they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
+      tps: degrees of TP that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
+      pace: deliver results at the pace of other hardware (see `pacing`); None: as they come.
     """
 
     devices: int | None = None
@@ -58,7 +61,9 @@ class EngineConfig:
     precopy: bool = False
     prefix_cache: bool | None = None
     drain_before_switch: bool | None = None
+    tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
+    pace: Pace | None = None
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError for a value outside its range."""

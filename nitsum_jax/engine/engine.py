@@ -13,9 +13,12 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
 from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
+from nitsum_jax.engine.pacing import PaceStats
+from nitsum_jax.engine.policy import Policy
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
-from nitsum_jax.engine.waiting import AdmissionQueue, FifoQueue
+from nitsum_jax.engine.timing import StepListener
+from nitsum_jax.engine.waiting import FifoPolicy
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
@@ -41,6 +44,12 @@ class EngineStats:
       weight_bytes_moved: copied between devices.
       weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
+      hand_overs: sequences that went from a prefill instance to one that decodes.
+      paced: whether results are delivered at the pace of other hardware; times are not of this machine then.
+      pace_late_share: share of the steps that came later than their pace.
+      pace_late_steps: how many.
+      pace_worst_late_ms: most that one was late by.
+      pace_valid: whether the share is within the limit; if not, nothing that was measured says anything.
       blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
       prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
       prefix_hit_tokens: of these, tokens that it had.
@@ -60,6 +69,12 @@ class EngineStats:
     weight_bytes_moved: int = 0
     weight_bytes_freed: int = 0
     wide_prefills: int = 0
+    hand_overs: int = 0
+    paced: bool = False
+    pace_late_share: float = 0.0
+    pace_late_steps: int = 0
+    pace_worst_late_ms: float = 0.0
+    pace_valid: bool = True
     blocks_cached: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
@@ -73,13 +88,13 @@ class Engine:
         model: OpenModel,
         config: EngineConfig,
         sink: Callable[[Sequence[TokenDelta]], None],
-        waiting: AdmissionQueue,
+        policy: Policy,
     ):
         self._counter = compile_counter()
         self.config = config
         self.model_config: ModelConfig = model.config
         self.tier_names = config.tier_names
-        self._waiting = waiting
+        self._policy = policy
         self._accepting = True
         self._closed = threading.Lock()
         self._loop: Loop | None = None
@@ -89,7 +104,7 @@ class Engine:
         first = self._cell.groups(self._cell.first)
         self._cell.executables.wait(first)
         self._cell.executables.serve()
-        self._loop = Loop(self._cell, waiting, sink, deterministic=config.deterministic)
+        self._loop = Loop(self._cell, policy, sink, deterministic=config.deterministic, pace=config.pace)
         for layout in self._cell.known_layouts():
             self._cell.executables.want(self._cell.groups(layout), LIKELY)
         # Who forgets to close an engine, in a notebook for instance, gets a quiet end all the same.
@@ -139,6 +154,26 @@ class Engine:
         if not 0 <= device < len(self._cell.devices):
             raise InvalidInputError(f"there is no device {device}: give one from 0 to {len(self._cell.devices) - 1}")
         self._running.lose_device(device)
+
+    def restore_device(self, device: int) -> None:
+        """Tells that a lost device is back, with nothing on it but its weights.
+
+        The cell goes back to the last layout that was asked for, if all of its devices are there.
+
+        Raises:
+          InvalidInputError: there is no such device, or it is not lost.
+        """
+        if device not in self._cell.lost:
+            raise InvalidInputError(f"device {device} is not lost: {sorted(self._cell.lost) or 'none'} are")
+        self._running.restore_device(device)
+
+    def lost_devices(self) -> tuple[int, ...]:
+        """Devices that are lost."""
+        return tuple(sorted(self._cell.lost))
+
+    def on_step(self, listener: StepListener) -> None:
+        """Has a listener told of finished steps, in batches, on the engine's thread; it must be quick."""
+        self._running.log.listeners.append(listener)
 
     def prepare_layout(self, layout: str | Layout) -> "concurrent.futures.Future[SwitchReport]":
         """Compiles what a layout needs; the future is done, with an empty report, when a switch would start at once.
@@ -196,12 +231,13 @@ class Engine:
         """Counters and gauges now."""
         loop = self._running
         with loop.lock:
-            waiting, alive = len(self._waiting), len(loop.alive)
+            waiting, alive = len(self._policy), len(loop.alive)
+        pace = PaceStats() if loop.pacer is None else loop.pacer.stats()
         weights, prefixes = self._cell.bank.counters, self._cell.prefixes
         return EngineStats(
             waiting=waiting,
             running=alive - waiting,
-            queue_capacity=self._waiting.capacity,
+            queue_capacity=self._policy.capacity,
             blocks_free=self._cell.pool.free,
             blocks_total=self._cell.pool.total,
             tokens_generated=loop.counters.tokens,
@@ -213,6 +249,12 @@ class Engine:
             weight_bytes_moved=weights.bytes_moved,
             weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
+            hand_overs=loop.handover.count,
+            paced=loop.pacer is not None,
+            pace_late_share=pace.late_share,
+            pace_late_steps=pace.late,
+            pace_worst_late_ms=1000 * pace.worst_s,
+            pace_valid=pace.valid,
             blocks_cached=self._cell.pool.idle,
             prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
             prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
@@ -318,7 +360,7 @@ def start_engine(
     model: OpenModel,
     config: EngineConfig,
     sink: Callable[[Sequence[TokenDelta]], None],
-    waiting: AdmissionQueue | None = None,
+    policy: Policy | None = None,
 ) -> Engine:
     """Loads a model and starts serving it.
 
@@ -326,10 +368,10 @@ def start_engine(
       model: from `open_model`.
       config: settings.
       sink: called on the engine's thread once per step with all deltas of the step.
-      waiting: which request is next; first come, first served if None.
+      policy: who goes where and when; first come, first served if None.
 
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    # Not `waiting or ...`: an empty queue is false.
-    return Engine(model, config, sink, FifoQueue(config.max_queue) if waiting is None else waiting)
+    # Not `policy or ...`: a policy of nobody waiting is false.
+    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)

@@ -9,8 +9,10 @@ import collections
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -25,9 +27,16 @@ from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.meshes.layout import Role
 from nitsum_jax.meshes.vshards import VshardMap
 
+if TYPE_CHECKING:
+    from nitsum_jax.engine.policy import PrefillChoice
+
 MAX_IN_FLIGHT = 2
+# Gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
+MakeRoom = Callable[["Instance", Sequence, int], bool]
+Choose = Callable[["Instance"], "PrefillChoice | None"]
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +50,13 @@ class Step:
       after: steps of other instances whose results must be taken in before its own: their sequences went over.
       settled: whether its results were taken in, or never will be.
       epochs: of the sequences, when it was dispatched.
+      chunk: of a prefill step, new tokens and the context before them.
+      joined: whether it shares, for the cost model, a step with the chunk before it.
+      context: of a decode step, tokens of KV cache that its sequences hold together before it.
+      launched_s: when it was dispatched; all times are those of time.monotonic.
+      ready_s: when its results were read.
+      start_s: when it began, as far as can be told: when it was dispatched, or the step before it ended.
+      paced_s: its results are not delivered before; see `pacing`.
       tokens: i32[B], when they are read.
       likelihoods: i32[B, columns], when they are read, if somebody asked for log probabilities.
       error: why it failed.
@@ -51,6 +67,13 @@ class Step:
     emits: list[bool]
     after: tuple["Step", ...] = ()
     settled: bool = False
+    chunk: tuple[int, int] | None = None
+    joined: bool = False
+    context: int = 0
+    launched_s: float = 0.0
+    ready_s: float = 0.0
+    start_s: float = 0.0
+    paced_s: float = 0.0
     epochs: list[int] = dataclasses.field(default_factory=list)
     tokens: np.ndarray | None = None
     likelihoods: np.ndarray | None = None
@@ -153,7 +176,6 @@ class Instance:
         self._prefixes = prefixes
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
-        self._prefilled_last = False
         self._history: jax.Array | None = None
         self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
@@ -163,6 +185,16 @@ class Instance:
         self._reader.start()
 
     # ---- capacity
+
+    @property
+    def page_size(self) -> int:
+        """W, tokens in a page."""
+        return self._program.pool.page_size
+
+    @property
+    def max_batch(self) -> int:
+        """Most sequences that it can have."""
+        return self._program.max_batch
 
     @property
     def in_flight(self) -> int:
@@ -294,35 +326,37 @@ class Instance:
 
     # ---- steps
 
-    def next_prefill(self) -> Sequence | None:
-        """Whose prompt would be worked on next, if that is due: prefill and decode steps take turns."""
-        if not self.prefills or (self._prefilled_last and self._decodable()):
-            return None
-        return self.prefills[0]
-
-    def dispatch(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+    def dispatch(self, make_room: MakeRoom, choose: Choose) -> bool:
         """Starts the next step, if there is one and fewer than `depth` are in flight.
 
         Args:
-          make_room: gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence
-            itself had to go.
+          make_room: gives a sequence pages.
+          choose: asked whose prompt the step works on, if there are prompts; None decodes.
 
         Returns:
-          Whether a step was started.
+          Whether a step was started, or something else changed.
         """
         if self.in_flight >= self.depth or self.broken:
             return False
-        sequence = self.next_prefill()
-        if sequence is not None:
-            self._prefilled_last = True
-            return self._dispatch_prefill(sequence, make_room)
-        self._prefilled_last = False
+        choice = choose(self) if self.prefills else None
+        if choice is not None:
+            return self._dispatch_prefill(choice, make_room)
         return self._dispatch_decode(make_room)
 
-    def _decodable(self) -> list[Sequence]:
+    def decodable(self) -> list[Sequence]:
+        """Sequences that get a token in the next decode step; a prefill instance has none."""
+        if self.spec.role == Role.PREFILL:
+            return []
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
-    def _dispatch_prefill(self, sequence: Sequence, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+    def departing(self) -> list[Sequence]:
+        """Sequences of a prefill instance that decode elsewhere: their prompts are done, or about to be."""
+        if self.spec.role != Role.PREFILL:
+            return []
+        return [sequence for sequence in self.rows.values() if sequence.may_decode]
+
+    def _dispatch_prefill(self, choice: "PrefillChoice", make_room: MakeRoom) -> bool:
+        sequence = choice.sequence
         if self._prefixes is not None:
             before = sequence.cached
             self._prefixes.catch_up(sequence, self.device_of)
@@ -331,24 +365,26 @@ class Instance:
         left = sequence.target - sequence.cached
         executables = self._executables()
         buckets = sorted(shape for shape in executables if not shape.is_decode)
-        shape = next((shape for shape in buckets if shape.tokens >= left), buckets[-1])
-        count = min(left, shape.tokens)
+        count = min(left, buckets[-1].tokens if choice.tokens is None else min(choice.tokens, buckets[-1].tokens))
+        shape = next(shape for shape in buckets if shape.tokens >= count)
         if not make_room(self, sequence, sequence.cached + count):
             return True  # something changed: look again
         packer = self._packer(shape)
         last = count == left
         self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
+        chunk = count, sequence.cached
         sequence.cached += count
         if last:
             sequence.pending += 1
             self.prefills.remove(sequence)
-        self._start(shape, executables[shape], packer, [sequence], [last])
+        step = Step(shape, [sequence], [last], chunk=chunk, joined=choice.joined)
+        self._start(step, executables[shape], packer)
         self.note_pages(sequence)
         return True
 
-    def _dispatch_decode(self, make_room: Callable[["Instance", Sequence, int], bool]) -> bool:
+    def _dispatch_decode(self, make_room: MakeRoom) -> bool:
         chosen: list[Sequence] = []
-        for sequence in self._decodable():
+        for sequence in self.decodable():
             # Making room may send others back, even some that were chosen.
             if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
                 chosen.append(sequence)
@@ -358,11 +394,13 @@ class Instance:
         executables = self._executables()
         shape = min(shape for shape in executables if shape.is_decode and shape.batch >= len(chosen))
         packer = self._packer(shape)
+        context = 0
         for sequence in chosen:
             self._add(packer, sequence, None, emit=True)
+            context += sequence.cached
             sequence.cached += 1
             sequence.pending += 1
-        self._start(shape, executables[shape], packer, chosen, [True] * len(chosen))
+        self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
         return True
 
     def _packer(self, shape: StepShape) -> Packer:
@@ -379,16 +417,10 @@ class Instance:
             steering=sequence.steering,
         )
 
-    def _start(
-        self,
-        shape: StepShape,
-        executable: jax.stages.Compiled,
-        packer: Packer,
-        sequences: list[Sequence],
-        emits: list[bool],
-    ) -> None:
-        self._before = tuple(step for step in self._before if not step.settled)
-        step = Step(shape, sequences, emits, self._before)
+    def _start(self, step: Step, executable: jax.stages.Compiled, packer: Packer) -> None:
+        self._before = tuple(before for before in self._before if not before.settled)
+        step.after = self._before
+        step.launched_s = time.monotonic()
         self.outstanding.append(step)
         self.steps += 1
         try:
@@ -411,6 +443,7 @@ class Instance:
                 step.tokens = np.asarray(results[0]) if results else None
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error
+            step.ready_s = time.monotonic()
             self._on_step(self, step)
 
     # ---- the pool

@@ -6,6 +6,7 @@ collectives of different instances cannot deadlock.
 """
 
 import collections
+import dataclasses
 import heapq
 import logging
 import queue
@@ -21,16 +22,19 @@ import numpy as np
 from nitsum_jax.engine.admission import Admission, Counters
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
+from nitsum_jax.engine.handover import HandOver
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
+from nitsum_jax.engine.loss import layout_with, layout_without, write_off
+from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.policy import Policy, PrefillChoice
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
-from nitsum_jax.engine.waiting import AdmissionQueue
+from nitsum_jax.engine.timing import StepLog
 from nitsum_jax.engine.wide_prefill import WidePrefill
 from nitsum_jax.errors import PreconditionError, UnavailableError
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
 
 _LOG = logging.getLogger(__name__)
@@ -46,23 +50,26 @@ _STEP_FAILED = "the accelerator reported an error in this step"
 class Loop:
     """State of a running cell."""
 
-    def __init__(self, cell: Cell, waiting: AdmissionQueue, sink: Sink, *, deterministic: bool):
+    def __init__(self, cell: Cell, policy: Policy, sink: Sink, *, deterministic: bool, pace: Pace | None = None):
         """Starts with the cell's first layout, whose executables must be ready.
 
         Args:
           cell: devices, weights, pool, executables.
-          waiting: requests that no instance has taken yet; shared with `Engine.submit` under `lock`.
+          policy: decides who and where; its `push` is called under `lock`.
           sink: takes the deltas of a step.
           deterministic: reserve all blocks of a sequence at admission, and recompute outputs token by token.
+          pace: at whose pace results are delivered; None: as they come.
         """
         self.cell = cell
-        self.layout = cell.first
+        self.layout = self.wanted = cell.first
         self.counters = Counters()
         self.lock = threading.Lock()
         self.alive: dict[str, Sequence] = {}
         self.idle = threading.Condition(self.lock)
-        self._waiting = waiting
+        self._policy = policy
+        self._deterministic = deterministic
         self._sink = sink
+        self.log = StepLog()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
@@ -72,10 +79,13 @@ class Loop:
         self._closing = False
         self._ended = False
         self._wide = WidePrefill(cell, self._on_step)
+        self.pacer = None if pace is None else Pacer(pace)
         self._admission = Admission(
-            cell, waiting, self.alive, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
+            cell, policy, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
         )
+        self.handover = HandOver(cell, policy, self.pacer, deterministic=deterministic)
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
+        policy.relaid(self.instances, time.monotonic())
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
         self._thread.start()
 
@@ -110,7 +120,7 @@ class Loop:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")
             if request.id in self.alive:
                 raise PreconditionError(f"a request with id {request.id} is alive: choose another id")
-            self._waiting.push(request.id, request.tier, sequence.arrival_s, sequence.prompt_len)
+            self._policy.push(sequence)
             self.alive[request.id] = sequence
         if request.deadline_s is not None:
             deadline = request.deadline_s
@@ -132,6 +142,7 @@ class Loop:
             if self._ended:
                 raise UnavailableError("the server is stopping: no layout switch any more")
             self._switches.append(pending)
+            self.wanted = pending.layout
         self.wake()
 
     def stop(self) -> None:
@@ -163,9 +174,7 @@ class Loop:
         self._wide.close(_LAST_STEPS_S)
 
     def _turn(self) -> None:
-        timeout = None
-        if self._deadlines:
-            timeout = min(_LONGEST_SLEEP_S, max(0.0, self._deadlines[0][0] - time.monotonic()))
+        timeout = self._timeout()
         try:
             event = self._events.get(timeout=timeout)
             while True:
@@ -176,20 +185,58 @@ class Loop:
                 event = self._events.get_nowait()
         except queue.Empty:
             pass
+        now = time.monotonic()
+        if self.pacer is not None:
+            for ready in self.pacer.due(now):
+                self._take_in_now(*ready)
         self._expire()
         self._advance_switch()
-        self._admission.admit(self.instances, switching=bool(self._switches))
+        self._admission.admit(self.instances, now, switching=bool(self._switches))
+        self.handover.advance(self.instances, now)
         # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
         # two in a row while the others wait.
         busy = True
         while busy:
             busy = False
             for instance in self.instances:
-                busy |= instance.dispatch(self._admission.make_room)
-        while self._wide.advance(self._admission.make_room):
-            pass
+                busy |= self._dispatch(instance)
+            if not self.cell.drain and busy:
+                self.handover.advance(self.instances, now)
+        while (launched := self._wide.advance(self._admission.make_room)) is not None:
+            if isinstance(launched, Step):
+                self._launched(self._wide.guest(), launched)
+            else:
+                self._policy.moved(*launched)
         self._flush()
+        self.log.flush()
         self._launch_trials()
+
+    def _timeout(self) -> float | None:
+        """How long the engine's thread may sleep, seconds."""
+        times = [
+            self._deadlines[0][0] if self._deadlines else None,
+            None if self.pacer is None else self.pacer.next_s(),
+            self._policy.wake_s(),
+        ]
+        due = min((time_s for time_s in times if time_s is not None), default=None)
+        return None if due is None else min(_LONGEST_SLEEP_S, max(0.0, due - time.monotonic()))
+
+    def _choose(self, instance: Instance) -> PrefillChoice | None:
+        choice = self._policy.prefill(instance)
+        # Another cut of the prompt would round otherwise.
+        return choice if choice is None or not self._deterministic else dataclasses.replace(choice, tokens=None)
+
+    def _dispatch(self, instance: Instance) -> bool:
+        before = instance.steps
+        changed = instance.dispatch(self._admission.make_room, self._choose)
+        if instance.steps != before:
+            self._launched(instance, instance.outstanding[-1])
+        return changed
+
+    def _launched(self, instance: Instance, step: Step) -> None:
+        if self.pacer is not None:
+            self.pacer.launched(instance, step, step.launched_s)
+        self._policy.launched(instance, step, step.launched_s)
 
     def _launch_trials(self) -> None:
         """Lets executables run for the first time: those that are of use now, and all when no request is alive."""
@@ -224,6 +271,10 @@ class Loop:
         self.post(lambda: self._take_in(instance, step))
 
     def _take_in(self, instance: Instance, step: Step) -> None:
+        if self.pacer is None or not self.pacer.hold(instance, step, time.monotonic()):
+            self._take_in_now(instance, step)
+
+    def _take_in_now(self, instance: Instance, step: Step) -> None:
         # After a switch, results of the old instances and of the new ones come on threads that race.
         self._held.append((instance, step))
         while (ready := next((item for item in self._held if item[1].due), None)) is not None:
@@ -234,15 +285,19 @@ class Loop:
         instance.outstanding.remove(step)
         step.settle()
         self.counters.steps += 1
+        now = time.monotonic()
         if step.tokens is None:
             self._fail(instance, step)
         else:
-            self._accept(step, step.tokens)
+            self._accept(step, step.tokens, now)
+            if self.pacer is not None:
+                self.pacer.delivered(step, now)
+            self.log.add(instance, step, now if self.pacer is not None else step.ready_s)
+        self._policy.settled(instance, step, now)
         if instance.broken and not instance.in_flight and not instance.retired:
             instance.abandon()
 
-    def _accept(self, step: Step, results: np.ndarray) -> None:
-        now = time.monotonic()
+    def _accept(self, step: Step, results: np.ndarray, now: float) -> None:
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
         steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
         for index, (sequence, emits, epoch, token) in enumerate(steps):
@@ -254,6 +309,8 @@ class Loop:
             finish = sequence.accept(token, step.logprob(index))
             if sequence.home is not None:
                 sequence.home.note_pages(sequence)
+            if not sequence.delivered:
+                self._policy.first_token(sequence, now)
             new, logprobs = sequence.take_undelivered()
             self.counters.tokens += len(new)
             if finish is not None:
@@ -309,10 +366,14 @@ class Loop:
         self._deltas.append(TokenDelta(sequence.request.id, (), time.monotonic(), reason, error))
 
     def _retire(self, sequence: Sequence) -> None:
-        if sequence.home is not None:
-            sequence.home.leave(sequence)
+        home = sequence.home
+        if home is not None:
+            home.leave(sequence)
+            self._policy.left(sequence, home)
         with self.lock:
-            self.alive.pop(sequence.request.id, None)
+            ended = self.alive.pop(sequence.request.id, None)
+        if ended is not None:
+            self._policy.ended(sequence, time.monotonic())
 
     # ---- switching
 
@@ -342,17 +403,30 @@ class Loop:
             self._retired = [instance for instance in (*self._retired, *self.instances) if instance.in_flight]
             outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
             self.layout, self.instances = outcome.layout, outcome.instances
+            self._relaid()
+            if self.pacer is not None and outcome.fresh:
+                devices = [device for instance in outcome.fresh for device in instance.order]
+                pending.paced_stall_s = self.pacer.switched(devices, outcome.kv_tokens_per_link, time.monotonic())
             if self.cell.lean:
                 give_up_others(self.cell.bank, self.cell.vmap, self.layout)
+            self.counters.switches += outcome.reporter is not None
             for sequence in outcome.homeless:
                 self.counters.sent_back += 1
                 if not sequence.pending:
                     self._admission.await_again(sequence)
             if outcome.reporter is not None:
-                self.counters.switches += 1
                 outcome.reporter.start()
             for device in outcome.lost:
                 self._lose(device)
+
+    def _relaid(self) -> None:
+        """Other instances are in force."""
+        self._policy.relaid(self.instances, time.monotonic())
+        self.log.keep(self.instances)
+        if self.pacer is not None:
+            self.pacer.forget(self.instances)
+        if not self._switches:
+            self._admission.refuse_hopeless(self.instances)
 
     def _slowed_down(self, pending: PendingSwitch) -> bool:
         """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
@@ -375,6 +449,20 @@ class Loop:
         """Goes on without a device: whatever is on it is computed anew elsewhere."""
         self.post(lambda: self._lose(device))
 
+    def restore_device(self, device: int) -> None:
+        """A lost device is back, empty: it may be used again."""
+        self.post(lambda: self._restore(device))
+
+    def _restore(self, device: int) -> None:
+        if device not in self.cell.lost:
+            return
+        self.cell.lost.discard(device)
+        self.cell.pool.reset(device)
+        _LOG.warning("device %d is back", device)
+        wanted = layout_with(self.cell, device, self.layout, self.wanted)
+        if wanted is not None:
+            self._switches.append(PendingSwitch(wanted, listed=False))
+
     def _lose(self, device: int) -> None:
         if device in self.cell.lost:
             return
@@ -395,28 +483,15 @@ class Loop:
         if self.cell.prefixes is not None:
             self.cell.prefixes.forget([device])
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
-        used = self.cell.lost.union(*(instance.order for instance in self.instances))
-        if self.cell.vmap.min_tp == 1:  # the others of its group go on alone
-            rest = [InstanceSpec((other,)) for other in range(len(self.cell.devices)) if other not in used]
-            if rest:
-                self._switches.appendleft(PendingSwitch(Layout((*self.layout.instances, *rest))))
+        self._relaid()
+        rest = layout_without(self.cell, self.layout)
+        if rest is not None:
+            self._switches.appendleft(PendingSwitch(rest, listed=False))
         if not self.instances and not self._switches:
             self._end_all(FinishReason.ERROR, "no device is left that can serve: restart the server")
 
     def _write_off(self, instance: Instance) -> None:
-        """Computes anew what is in an instance, or still has a token to come from it."""
-        instance.lost = True
-        victims = list(instance.rows.values())
-        for step in instance.outstanding:
-            step.settled = True
-            steps = zip(step.sequences, step.emits, step.epochs, strict=True)
-            victims += [s for s, emits, epoch in steps if emits and epoch == s.epoch and s.finish is None]
-        for sequence in dict.fromkeys(victims):
-            # Its results may never come; what they would have said is computed again, to the same token.
-            sequence.epoch += 1
-            sequence.pending = 0
-            if sequence.home is not None:
-                sequence.home.leave(sequence)
+        for sequence in write_off(instance, self._policy):
             self.counters.sent_back += 1
             self._admission.await_again(sequence)
 

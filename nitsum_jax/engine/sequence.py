@@ -34,6 +34,7 @@ class Sequence:
       home: the instance it is in, or None.
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
+      ready_s: its KV cache is on its way to its instance until then, in a paced cell; it decodes no earlier.
       keys: of its full pages, as far as somebody asked (see `prefix_index`).
       entered: pages that are in the prefix index, or were offered to it.
     """
@@ -54,6 +55,7 @@ class Sequence:
     home: "Instance | None" = None
     epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
+    ready_s: float = 0.0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     entered: int = 0
 
@@ -90,7 +92,9 @@ class Sequence:
     @property
     def may_decode(self) -> bool:
         """Whether another decode step may be dispatched."""
-        return self.finish is None and not self.prefilling and self.length < self.limit
+        if self.finish is not None or self.cached < self.target or len(self.tokens) + self.pending >= self.limit:
+            return False
+        return not self.ready_s or self.ready_s <= time.monotonic()
 
     def start_prefill(self, *, again: bool) -> None:
         """Prepares for (re)computation from the first token.

@@ -73,9 +73,16 @@ class SwitchReport:
 class PendingSwitch:
     """A switch that was asked for."""
 
-    def __init__(self, layout: Layout):
-        """Asks for `layout`, which the cell can take."""
+    def __init__(self, layout: Layout, *, listed: bool = True):
+        """Asks for `layout`, which the cell can take.
+
+        Args:
+          layout: wanted.
+          listed: whether it must be on the allow-list; what makes the best of the devices that are left need not be.
+        """
         self.layout = layout
+        self.paced_stall_s: float | None = None  # what a paced cell makes of the stall
+        self._listed = listed
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
         self.weights_before: int | None = None
         self.precopy: PreCopy | None = None
@@ -91,7 +98,7 @@ class PendingSwitch:
         """
         groups = cell.groups(self.layout)
         try:
-            cell.check(self.layout)
+            cell.check(self.layout, listed=self._listed)
         except NitsumError as error:  # a device was lost since it was asked for
             self.future.set_exception(error)
             return True
@@ -138,6 +145,8 @@ class SwitchOutcome:
       reporter: to be started when this state is in force; it gives the future its report.  None: the switch failed, and
         its future has the error.
       lost: devices that went with a failed one.
+      fresh: instances that were not there before.
+      kv_tokens_per_link: KV cache that went over the busiest pair of devices, in tokens with all their heads.
     """
 
     layout: Layout
@@ -145,6 +154,8 @@ class SwitchOutcome:
     homeless: list[Sequence]
     reporter: threading.Thread | None
     lost: list[int] = dataclasses.field(default_factory=list)
+    fresh: list[Instance] = dataclasses.field(default_factory=list)
+    kv_tokens_per_link: float = 0.0
 
 
 def perform_switch(
@@ -227,7 +238,9 @@ def perform_switch(
     reporter = threading.Thread(target=_report, args=arguments, name="nitsum-report", daemon=True)
     by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
     ordered = [by_spec[spec] for spec in pending.layout.instances]
-    return SwitchOutcome(pending.layout, ordered, homeless, reporter)
+    busiest = max((sum(map(len, old)) for old, _ in moves.blocks.values()), default=0)
+    tokens = busiest * cell.pool.shape.page_size / cell.vmap.num_vshards
+    return SwitchOutcome(pending.layout, ordered, homeless, reporter, fresh=fresh, kv_tokens_per_link=tokens)
 
 
 def _report(
@@ -248,6 +261,8 @@ def _report(
         return
     # While the last steps of the old layout run, nobody waits for the switch.
     stall_s = 0.0 if start is None else end - (begin if running else start)
+    if pending.paced_stall_s is not None and start is not None:
+        stall_s = pending.paced_stall_s
     pending.future.set_result(
         dataclasses.replace(
             report,

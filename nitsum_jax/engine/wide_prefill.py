@@ -9,15 +9,16 @@ decode it, behind the last chunk and without waiting for it, and the first token
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import LIKELY, Group
-from nitsum_jax.engine.instance import Arrival, Instance, Step
-from nitsum_jax.engine.migration import Host, free, plan_moves
-from nitsum_jax.engine.packing import Packer, StepShape
+from nitsum_jax.engine.handover import move_sequence
+from nitsum_jax.engine.instance import Instance, MakeRoom, Step
+from nitsum_jax.engine.packing import Packer
+from nitsum_jax.engine.policy import PrefillChoice, takes_decodes
 from nitsum_jax.engine.sequence import Sequence as Request
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.meshes.layout import Role
 
 
 class Guest(Instance):
@@ -42,19 +43,12 @@ class Guest(Instance):
     def _claim_pool(self) -> None:
         pass
 
-    def _start(
-        self,
-        shape: StepShape,
-        executable: jax.stages.Compiled,
-        packer: Packer,
-        sequences: list[Request],
-        emits: list[bool],
-    ) -> None:
+    def _start(self, step: Step, executable: jax.stages.Compiled, packer: Packer) -> None:
         for host in self.hosts:
             host.lend_pool()
         try:
             self.regain_pool()
-            super()._start(shape, executable, packer, sequences, emits)
+            super()._start(step, executable, packer)
             self.lend_pool()
         finally:
             for host in self.hosts:
@@ -95,7 +89,7 @@ class WidePrefill:
         if (
             not all(len(host.order) < len(self._group) and set(host.order) <= set(self._group) for host in hosts)
             or {device for host in hosts for device in host.order} != set(self._group)
-            or not any(host.total_pages() >= pages for host in hosts)
+            or not any(host.total_pages() >= pages and host.spec.role != Role.PREFILL for host in hosts)
             or any(host.broken for host in hosts)
             or not self._cell.executables.ready(self._group)
         ):
@@ -105,14 +99,25 @@ class WidePrefill:
         self._guest.hosts = hosts
         return self._guest if self._guest.free_pages() >= pages and not self._guest.broken else None
 
-    def advance(self, make_room: Callable[[Instance, Request, int], bool]) -> bool:
-        """Starts the next chunk, or hands the sequence over if the last one was started; returns whether it did."""
+    def guest(self) -> Guest:
+        """The guest, which is there once it was given a sequence."""
+        assert self._guest is not None
+        return self._guest
+
+    def advance(self, make_room: MakeRoom) -> Step | tuple[Request, Instance, Instance] | None:
+        """Starts the next chunk, or hands the sequence over if the last one was started.
+
+        Returns:
+          The step; or who was handed over, from and to which instance; None if there is nothing to do now.
+        """
         guest = self._guest
         sequence = self.sequence
         if guest is None or sequence is None or guest.broken:
-            return False
+            return None
         if sequence.prefilling:
-            return guest.dispatch(make_room)
+            before = guest.steps
+            guest.dispatch(make_room, lambda _: PrefillChoice(sequence))
+            return guest.outstanding[-1] if guest.steps != before else None
         return self._hand_over(guest, sequence)
 
     def lose(self, device: int) -> Guest | None:
@@ -127,27 +132,8 @@ class WidePrefill:
             self._guest.close()
             self._guest.wait_closed(timeout_s)
 
-    def _hand_over(self, guest: Guest, sequence: Request) -> bool:
-        pool = self._cell.pool
+    def _hand_over(self, guest: Guest, sequence: Request) -> tuple[Request, Instance, Instance] | None:
         for home in sorted(guest.hosts, key=lambda host: (len(host.rows) / host.spec.tp, -host.free_pages())):
-            if home.broken:
-                continue
-            host = Host(tuple(home.device_of), home.free_rows, home.spec.tp)
-            moves = plan_moves([(sequence, guest.device_of)], [host], pool)
-            if moves.assigned[0] is None:
-                continue
-            for lender in guest.hosts:
-                lender.lend_pool()
-            try:
-                for (source, target), (old, new) in moves.blocks.items():
-                    self._cell.mover.move(source, target, np.concatenate(old), np.concatenate(new))
-            finally:
-                for lender in guest.hosts:
-                    lender.regain_pool()
-            free(moves.freed, pool)
-            arrival = Arrival(sequence, guest.history, sequence.row)
-            guest.rows.clear()
-            guest.vacate(sequence.row)
-            home.receive(arrival, guest.outstanding)
-            return True
-        return False
+            if takes_decodes(home) and move_sequence(self._cell, sequence, guest, home, guest.hosts):
+                return sequence, guest, home
+        return None

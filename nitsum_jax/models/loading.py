@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models import tiny_random
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
@@ -115,6 +116,8 @@ def open_model(spec: str) -> OpenModel:
     """
     if spec in KNOWN_MODELS:
         return _open_gguf(fetch(KNOWN_MODELS[spec]), spec)
+    if spec == tiny_random.NAME:
+        return _open_hf(tiny_random.folder(), spec)
     path = Path(spec).expanduser() if spec else None
     if path is None or not path.exists():
         raise InvalidInputError(f"there is no model '{spec}': {_accepted()}")
@@ -170,7 +173,8 @@ def _finished(
 
 
 def _accepted() -> str:
+    known = ", ".join(sorted((*KNOWN_MODELS, tiny_random.NAME)))
     return (
-        f"give a known name ({', '.join(sorted(KNOWN_MODELS))}), a .gguf file, a Hugging Face model folder "
+        f"give a known name ({known}), a .gguf file, a Hugging Face model folder "
         "(config.json, tokenizer.json, safetensors), or a folder made by nitsum-convert"
     )

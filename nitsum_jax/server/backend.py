@@ -10,12 +10,16 @@ import concurrent.futures
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import UnavailableError
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.server.bridge import Bridge
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.pacing import Pace
+    from nitsum_jax.server.control_loop import ControlLoop
 
 
 class EngineStats(Protocol):
@@ -39,6 +43,8 @@ class EngineStats(Protocol):
     def switches(self) -> int: ...
     @property
     def compiles(self) -> int: ...
+    @property
+    def pace_late_steps(self) -> int: ...
     @property
     def blocks_cached(self) -> int: ...
     @property
@@ -77,6 +83,9 @@ class ServingEngine(Protocol):
     def prepare_layout(self, layout: str) -> concurrent.futures.Future[Any]: ...  # likewise
     def layout(self) -> Layout: ...
     def allowed_layouts(self) -> tuple[str, ...]: ...
+    def lose_device(self, device: int) -> None: ...
+    def restore_device(self, device: int) -> None: ...
+    def lost_devices(self) -> tuple[int, ...]: ...
     def ready_layouts(self) -> tuple[str, ...]: ...
     def context_limit(self) -> int: ...
     def stats(self) -> EngineStats: ...
@@ -135,6 +144,8 @@ class Backend:
     engine: ServingEngine
     model: ServedModel
     bridge: Bridge
+    control: "ControlLoop | None" = None
+    pace: "Pace | None" = None
 
 
 class ServerState:

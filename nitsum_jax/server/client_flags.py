@@ -10,9 +10,9 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT, target
+from nitsum_jax.server import identity_flags
 from nitsum_jax.server.cli import parse
-from nitsum_jax.server.client_channel import KEY_VARIABLE, Identity, read_identity
+from nitsum_jax.server.client_channel import Identity
 from nitsum_jax.server.layout_plan import PlannedSwitch, parse_plan
 from nitsum_jax.server.proto import nitsum_pb2
 
@@ -88,23 +88,14 @@ def read_options(argv: Sequence[str]) -> ClientOptions:
         wait_s=values.wait_seconds if values.wait else None,
         timeout_s=values.timeout,
         concurrency=values.concurrency,
-        identity=read_identity(values.api_key_file, values.tls_ca, values.tls_cert, values.tls_key),
+        identity=identity_flags.read(values),
     )
 
 
 def _define() -> flags.FlagValues:
     values = flags.FlagValues()
     text, flag = flags.DEFINE_string, flags.DEFINE_bool
-    text("server", target(DEFAULT_HOST, DEFAULT_PORT), "HOST:PORT of the server", flag_values=values)
-    text(
-        "api_key_file",
-        None,
-        f"file with the API key, for a server that wants one; the environment variable {KEY_VARIABLE} if not given",
-        flag_values=values,
-    )
-    text("tls_ca", None, "certificates that sign that of the server, PEM: the call is encrypted", flag_values=values)
-    text("tls_cert", None, "certificate of this client, PEM, for a server that asks for one", flag_values=values)
-    text("tls_key", None, "private key of --tls_cert, PEM", flag_values=values)
+    identity_flags.define(values)
     text("prompt", None, "the text to be continued, or with --chat what the user says", flag_values=values)
     text("prompt_ids", None, "token ids to be continued, with commas between them", flag_values=values)
     text(

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import ssl
 import time
+from collections.abc import Callable
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
@@ -13,7 +14,9 @@ from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.backend import Backend, ServedModel, ServerState, ServingEngine
 from nitsum_jax.server.bridge import Bridge
+from nitsum_jax.server.control_loop import ControlLoop
 from nitsum_jax.server.http.server import HttpServer
+from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.operations import Operations
 from nitsum_jax.server.ops_flags import LOOPBACK, OpsOptions
 from nitsum_jax.server.ops_routes import Desk, ops_routes
@@ -60,6 +63,7 @@ class House:
         self._admin: GrpcServer | None = None
         self._http: HttpServer | None = None
         self._feeding: asyncio.Task[None] | None = None
+        self._control: ControlLoop | None = None
         if options.otlp_endpoint is not None:  # told before the model is loaded
             otlp_tracer(options.otlp_endpoint, "", "").close()
 
@@ -99,15 +103,31 @@ class House:
             self._http = HttpServer(app, self._host, options.metrics_port, self.tls_context(), flag="metrics_port")
             await self._http.start()
 
-    def open(self, engine: ServingEngine, model: ServedModel, bridge: Bridge) -> Backend:
-        """The model is loaded: begins to watch, and returns what the front ends serve."""
+    def open(
+        self,
+        engine: ServingEngine,
+        model: ServedModel,
+        bridge: Bridge,
+        control: Callable[[ServingEngine, Journal], ControlLoop] | None = None,
+    ) -> Backend:
+        """The model is loaded: begins to watch, and returns what the front ends serve.
+
+        Args:
+          engine: as it is; the front ends get it guarded.
+          model: of the engine.
+          bridge: between them.
+          control: makes the controller of the engine; None: there is none.
+        """
         tracer: RequestTracer | None = None
         if self._options.otlp_endpoint is not None:
             tracer = otlp_tracer(self._options.otlp_endpoint, model.name, nitsum_jax.__version__)
         operations = Operations(engine, model.name, self._tiers, bridge, tracer=tracer, phase=lambda: self.state.phase)
         self.desk.operations = operations
         self._feeding = asyncio.create_task(operations.feed.run())
-        return Backend(operations.front, model, bridge)
+        if control is not None:
+            self._control = control(engine, operations.journal)
+            self._control.start()
+        return Backend(operations.front, model, bridge, self._control)
 
     async def serve(self, backend: Backend) -> None:
         """The main port serves: the admin port does so, too."""
@@ -117,6 +137,9 @@ class House:
     async def stop(self) -> None:
         """Closes the ports, ends what watches."""
         operations = self.desk.operations
+        control, self._control = self._control, None
+        if control is not None:
+            await in_thread(control.close)
         if operations is not None:
             await operations.feed.close()
         if self._feeding is not None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -12,15 +13,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from nitsum_jax.control.planner import PlannerConfig
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli, logs
 from nitsum_jax.server.address import callable_host, target
-from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.backend import ServedModel, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.house import House
+from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.launch_flags import LaunchOptions, read_options
 from nitsum_jax.server.ops_routes import ops_routes
 from nitsum_jax.server.server import GrpcServer, in_thread
@@ -28,14 +30,25 @@ from nitsum_jax.server.status import one_line
 
 if TYPE_CHECKING:
     from nitsum_jax.models.loading import OpenModel
+    from nitsum_jax.server.control_loop import ControlLoop
     from nitsum_jax.server.http.server import HttpServer
+    from nitsum_jax.server.scheduled import Scheduled
 
 _NAME = "nitsum-serve"
 _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[TokenDelta]], None]
 Admitted = Callable[[str, float], None]
-Load = Callable[[LaunchOptions, Sink, Admitted], tuple[ServingEngine, ServedModel]]
+Load = Callable[[LaunchOptions, Sink, Admitted], "Loaded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """What loading came to: the engine, its model, and its scheduling if it schedules by tiers."""
+
+    engine: ServingEngine
+    model: ServedModel
+    scheduled: "Scheduled | None" = None
 
 
 def run() -> None:
@@ -74,7 +87,7 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
 
 
 def tiers_of(options: LaunchOptions) -> TierSet:
-    """The tiers that the flags name.
+    """The tiers that the flags name; their targets are those of the paced target, if there is one.
 
     Raises:
       InvalidInputError: their file is wrong.
@@ -82,7 +95,7 @@ def tiers_of(options: LaunchOptions) -> TierSet:
     return read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
 
 
-def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[ServingEngine, ServedModel]:
+def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
     """Opens the model and starts an engine on it; takes as long as loading and compiling take.
 
     Args:
@@ -95,10 +108,10 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     """
     # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
     from nitsum_jax.engine.config import EngineConfig
-    from nitsum_jax.engine.engine import start_engine
     from nitsum_jax.meshes.devices import emulate_cpu_devices
     from nitsum_jax.models.loading import open_model
     from nitsum_jax.server.compile_cache import enable
+    from nitsum_jax.server.scheduled import start_scheduled
 
     enable(options.cache_dir)
     tiers = tiers_of(options)
@@ -106,8 +119,17 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
-    engine = start_engine(model, config, sink, TieredQueue(tiers, config.max_queue, admitted))
-    return engine, served_model(model, options.served_model_name)
+    started = start_scheduled(
+        model,
+        config,
+        tiers,
+        sink,
+        admitted=admitted,
+        profile=options.profile,
+        pace=options.pace,
+        time_scale=options.time_scale,
+    )
+    return Loaded(started.engine, served_model(model, options.served_model_name), started)
 
 
 def served_model(model: "OpenModel", name: str | None) -> ServedModel:
@@ -155,15 +177,45 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
             cli.err(f"{_NAME}: stopped while starting")
             await _stop(server, http, house)
             _leave(cli.EXIT_OK)
-        engine, model = await loading
-        backend = house.open(engine, model, bridge)
+        loaded = await loading
+        backend = house.open(loaded.engine, loaded.model, bridge, _controller(options, loaded.scheduled))
+        if loaded.scheduled is not None:
+            backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
         await house.serve(backend)
-        _announce(server, http, engine, model, house)
+        _announce(server, http, loaded, house, options)
         await signals.first
-        return await _end(server, http, house, engine, signals, options.drain_s)
+        return await _end(server, http, house, loaded.engine, signals, options.drain_s)
     finally:
         await _stop(server, http, house)
+
+
+def _controller(
+    options: LaunchOptions, scheduled: "Scheduled | None"
+) -> "Callable[[ServingEngine, Journal], ControlLoop] | None":
+    """What makes the controller of a cell; None without scheduling by tiers."""
+    if scheduled is None:
+        return None
+    from nitsum_jax.server.control_loop import ControlLoop
+    from nitsum_jax.server.decision_log import DecisionLog
+
+    control, tiers = options.control, tiers_of(options)
+
+    def make(engine: ServingEngine, journal: Journal) -> ControlLoop:
+        return ControlLoop(
+            engine,
+            scheduled.scheduling,
+            scheduled.cost,
+            tiers,
+            journal,
+            mode=control.mode,
+            config=control.config(),
+            planner=PlannerConfig(tps=scheduled.planned_tps()),
+            log=None if control.log is None else DecisionLog(control.log),
+            timeout_s=control.timeout_s,
+        )
+
+    return make
 
 
 def _http(options: LaunchOptions, house: House) -> "HttpServer | None":
@@ -240,15 +292,23 @@ def _leave(status: int) -> NoReturn:
 
 
 def _announce(
-    server: GrpcServer, http: "HttpServer | None", engine: ServingEngine, model: ServedModel, house: House
+    server: GrpcServer, http: "HttpServer | None", loaded: Loaded, house: House, options: LaunchOptions
 ) -> None:
+    engine, model = loaded.engine, loaded.model
     cli.out(engine.memory_report)
+    if options.pace is not None:
+        cli.out(
+            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
+            "no time or rate below is of this machine"
+        )
     base = None
     if http is not None:
         base = f"{'http' if house.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
         cli.out(f"OpenAI-compatible HTTP: {base}/v1")
     for line in house.addresses():
         cli.out(line)
+    if options.control.mode != "off":
+        cli.out(f"planner {options.control.mode}: a decision every {options.control.interval_s:g} s at the latest")
     where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""

@@ -7,7 +7,7 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server import ops_flags
+from nitsum_jax.server import control_flags, ops_flags
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
 from nitsum_jax.server.cli import parse
 from nitsum_jax.server.compile_cache import OFF, default_folder
@@ -34,7 +34,11 @@ class LaunchOptions:
     log_level: str
     tiers: str | None
     engine: dict[str, Any]
+    profile: str | None = None
+    pace: str | None = None
+    time_scale: float = 1.0
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
+    control: control_flags.ControlOptions = control_flags.ControlOptions()
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -46,6 +50,8 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
     """
     values = _define()
     parse(values, argv, USAGE)
+    if values.pace is not None and values.profile is not None:
+        raise InvalidInputError("--pace and --profile do not go together: a paced cell predicts with its pace")
     if not values.model:
         raise InvalidInputError("--model is empty: name a model, a .gguf file or a model folder")
     if values.served_model_name == "":
@@ -60,7 +66,11 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         drain_s=values.drain_seconds,
         log_level=values.log_level,
         tiers=values.tiers,
+        profile=values.profile,
+        pace=values.pace,
+        time_scale=values.time_scale,
         ops=ops_flags.read(values),
+        control=control_flags.read(values),
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -193,6 +203,25 @@ def _define() -> flags.FlagValues:
         "TOML file of latency tiers, a table [tiers.NAME] with ttft_ms and tpot_ms each; interactive, standard and "
         "batch if not given",
     )
+    text(
+        "profile",
+        None,
+        "step times that the scheduler predicts with, a name or a .json file of nitsum-profile; an estimate from the "
+        "model's size if not given. Measured steps correct it either way",
+    )
+    text(
+        "pace",
+        None,
+        "profile at whose pace steps, switches and hand-overs are delivered, a name or a .json file: to emulate a cell "
+        "of other hardware with the tokens of a small model, such as --model=tiny-random",
+    )
+    flags.DEFINE_float(
+        "time_scale",
+        1.0,
+        "with --pace, seconds here for a second of the profile; more than 1 for machines that cannot keep up",
+        lower_bound=0.001,
+        flag_values=values,
+    )
     count("max_queue", 256, "most requests that wait; one more is refused with RESOURCE_EXHAUSTED")
     flags.DEFINE_float(
         "drain_seconds",
@@ -210,4 +239,5 @@ def _define() -> flags.FlagValues:
         "log_level", "warning", ["debug", "info", "warning", "error"], "what is logged to stderr", flag_values=values
     )
     ops_flags.define(values)
+    control_flags.define(values)
     return values

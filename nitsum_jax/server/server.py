@@ -81,7 +81,9 @@ class GrpcServer:
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
         jetstream_pb2_grpc.add_OrchestratorServicer_to_server(JetStreamService(self.state), self._server)
-        admin_pb2_grpc.add_AdminServiceServicer_to_server(AdminService(profiler or Profiler(None)), self._server)
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(
+            AdminService(profiler or Profiler(None), self.state), self._server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (
             SERVICE_NAME,

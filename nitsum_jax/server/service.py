@@ -2,19 +2,22 @@
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grpc.aio import ServicerContext
 
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, UnavailableError
-from nitsum_jax.server.backend import ServerState
+from nitsum_jax.server.backend import EngineStats, ServerState
 from nitsum_jax.server.bridge import DeltaStream
 from nitsum_jax.server.calls import Call, check, encode, make_call
 from nitsum_jax.server.output import End, Output, ToldToken
 from nitsum_jax.server.prompts import read_prompt, read_wanted
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.status import reported
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.pacing import Pace
 
 SERVICE_NAME = nitsum_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -71,6 +74,8 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 devices=backend.engine.device_names,
                 stats=nitsum_pb2.EngineStats(**{name: getattr(stats, name) for name in _STATS}),
                 tiers=backend.engine.tier_names,
+                vocab_size=backend.model.vocab_size,
+                pace=_pace(backend.pace, stats),
             )
         raise AssertionError("unreachable: reported() ends the call")
 
@@ -142,3 +147,14 @@ def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_
         seed=call.request.sampling.seed,
     )
     return nitsum_pb2.GenerateResponse(started=started)
+
+
+def _pace(pace: "Pace | None", stats: EngineStats) -> nitsum_pb2.Pace | None:
+    if pace is None:
+        return None
+    return nitsum_pb2.Pace(
+        profile=pace.name,
+        time_scale=pace.time_scale,
+        late_steps=stats.pace_late_steps,
+        late_limit=pace.late_limit,
+    )

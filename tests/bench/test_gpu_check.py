@@ -27,8 +27,7 @@ def test_it_checks_and_measures(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert found["vshard_buffers"]["vshards"] in (1, 2)
     kinds = {(row["what"], row["tp"], row["vshards"], row["batch"]) for row in found["steps"]}
     assert kinds == {
-        *[("decode", 1, 1, 1), ("decode", 1, 1, 4), ("prefill", 1, 1, 1)],
-        *[("decode", 1, 2, 1), ("decode", 1, 2, 4), ("decode", 2, 1, 1), ("decode", 2, 1, 4)],
+        *[("decode", 1, 1, 4), ("prefill", 1, 1, 1), ("decode", 1, 2, 4), ("decode", 2, 1, 4)],
     }
     assert table.read_text() == capsys.readouterr().out
     assert "| zero-copy wrapping | yes |" in table.read_text()
@@ -74,8 +73,8 @@ def test_without_time_it_says_what_was_left_out(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "check.json"
     rows: list[gpu_check.Row] = []
     left_out = gpu_check._time_all(gpu_check.QUICK, None, Ceilings(1.0, 1.0), 0.0, rows)
-    assert (rows, len(left_out)) == ([], 7)
-    assert left_out[0] == "decode of tiny, batch 1, TP 1, K=1: no time left"
+    assert (rows, len(left_out)) == ([], 4)
+    assert left_out[0] == "decode of tiny, batch 4, TP 1, K=1: no time left"
     assert not path.exists()
 
 

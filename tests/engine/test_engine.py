@@ -267,7 +267,8 @@ def test_an_id_that_is_alive_cannot_be_used_again(harness: Harness) -> None:
         ("tp8", PreconditionError, ""),
         ("tp2x4", PreconditionError, ""),
         ("tp2+tp1x2", PreconditionError, "not on the server's list: choose one of tp1x4; tp2x2; tp4"),
-        ("tp2:prefill+tp2:decode", PreconditionError, "has a role"),
+        ("tp2:prefill+tp2:decode", PreconditionError, "not on the server's list"),
+        ("tp2:prefill+tp2:prefill", InvalidInputError, "no instance to decode"),
     ],
 )
 def test_bad_layouts_are_refused_at_once(harness: Harness, layout: str, error: type[NitsumError], message: str) -> None:

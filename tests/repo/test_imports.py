@@ -12,7 +12,7 @@ from tools.source_tree import PACKAGE, Import
 # What stands below each room, and may therefore be imported by it.  `errors` is the floor that all stand on.
 BELOW = {
     "bench": {"server", "engine", "sim", "control", "models", "meshes", "profiles"},
-    "server": {"engine", "control", "models", "meshes"},
+    "server": {"engine", "control", "profiles", "models", "meshes"},
     "sim": {"control", "profiles"},
     "engine": {"models", "meshes"},
     "models": {"meshes"},

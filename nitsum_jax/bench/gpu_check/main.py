@@ -77,7 +77,7 @@ class Plan:
 
 
 FULL = Plan((shapes.LLAMA_8B, shapes.QWEN_32B), (1, 3), (1, 8, 32, 64, 128, 256), 1024, 512, (1, 2, 4, 8), (2, 4, 8))
-QUICK = Plan((shapes.TINY,), (1, 2), (1, 4), 64, 32, (1, 2), (2,))
+QUICK = Plan((shapes.TINY,), (1, 2), (4,), 64, 32, (1, 2), (2,))
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -142,17 +142,17 @@ def _time_all(plan: Plan, device: jax.Device, limits: ceilings.Ceilings, end: fl
             (name, lambda: rows.append(_row(plan, device, limits, config, tp, vshards, batch, tokens, context)))
         )
 
-    small, large = plan.batches[0], plan.batches[min(2, len(plan.batches) - 1)]
+    two = dict.fromkeys((plan.batches[0], plan.batches[min(2, len(plan.batches) - 1)]))
     for config in plan.models:
         for batch in plan.batches:
             job(config, 1, 1, batch, 1, plan.context)
         job(config, 1, 1, 1, plan.chunk, 0)
     for config in plan.models[:1]:
         for vshards in plan.vshards[1:]:
-            for batch in (small, large):
+            for batch in two:
                 job(config, 1, vshards, batch, 1, plan.context)
         for tp in plan.slices:
-            for batch in (small, large):
+            for batch in two:
                 job(config, tp, 1, batch, 1, plan.context)
     for name, do in jobs:
         if time.monotonic() > end:

@@ -39,6 +39,26 @@ class AdminServiceStub:
                 request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileRequest.SerializeToString,
                 response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileResponse.FromString,
                 _registered_method=True)
+        self.GetControl = channel.unary_unary(
+                '/nitsum.v1.AdminService/GetControl',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.GetControlRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.FromString,
+                _registered_method=True)
+        self.SetControl = channel.unary_unary(
+                '/nitsum.v1.AdminService/SetControl',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetControlRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.FromString,
+                _registered_method=True)
+        self.ForceLayout = channel.unary_unary(
+                '/nitsum.v1.AdminService/ForceLayout',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutResponse.FromString,
+                _registered_method=True)
+        self.SetDevice = channel.unary_unary(
+                '/nitsum.v1.AdminService/SetDevice',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -51,6 +71,34 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetControl(self, request, context):
+        """The controller: what it may do, and its last decision with what that was made from.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetControl(self, request, context):
+        """Pauses the controller, so that the layout stays and may be set by hand, or lets it go on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForceLayout(self, request, context):
+        """Pauses the controller and changes the layout; returns when the switch is done.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetDevice(self, request, context):
+        """Takes devices out of use (their requests are computed anew elsewhere and go on), or back into use.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +106,26 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.Profile,
                     request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileRequest.FromString,
                     response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileResponse.SerializeToString,
+            ),
+            'GetControl': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetControl,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.GetControlRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.SerializeToString,
+            ),
+            'SetControl': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetControl,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetControlRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.SerializeToString,
+            ),
+            'ForceLayout': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForceLayout,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutResponse.SerializeToString,
+            ),
+            'SetDevice': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetDevice,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +155,114 @@ class AdminService:
             '/nitsum.v1.AdminService/Profile',
             nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileRequest.SerializeToString,
             nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ProfileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetControl(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.AdminService/GetControl',
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.GetControlRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetControl(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.AdminService/SetControl',
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetControlRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ControlState.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForceLayout(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.AdminService/ForceLayout',
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ForceLayoutResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetDevice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.AdminService/SetDevice',
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.FromString,
             options,
             channel_credentials,
             insecure,

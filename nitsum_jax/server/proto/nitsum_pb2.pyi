@@ -174,7 +174,7 @@ class GetLayoutRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLayoutResponse(_message.Message):
-    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers")
+    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers", "vocab_size", "pace")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
@@ -183,6 +183,8 @@ class GetLayoutResponse(_message.Message):
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     STATS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    PACE_FIELD_NUMBER: _ClassVar[int]
     model: str
     layout: str
     instances: _containers.RepeatedCompositeFieldContainer[Instance]
@@ -191,7 +193,21 @@ class GetLayoutResponse(_message.Message):
     devices: _containers.RepeatedScalarFieldContainer[str]
     stats: EngineStats
     tiers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ...) -> None: ...
+    vocab_size: int
+    pace: Pace
+    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ...) -> None: ...
+
+class Pace(_message.Message):
+    __slots__ = ("profile", "time_scale", "late_steps", "late_limit")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    TIME_SCALE_FIELD_NUMBER: _ClassVar[int]
+    LATE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LATE_LIMIT_FIELD_NUMBER: _ClassVar[int]
+    profile: str
+    time_scale: float
+    late_steps: int
+    late_limit: float
+    def __init__(self, profile: _Optional[str] = ..., time_scale: _Optional[float] = ..., late_steps: _Optional[int] = ..., late_limit: _Optional[float] = ...) -> None: ...
 
 class Instance(_message.Message):
     __slots__ = ("devices", "tp", "role")

@@ -7,12 +7,11 @@ import pytest
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.config import EngineConfig
-from nitsum_jax.engine.engine import start_engine
 from nitsum_jax.engine.request import FinishReason, Request
-from nitsum_jax.server.admission import TieredQueue
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.callers import Caller, calling
 from nitsum_jax.server.operations import Operations
+from nitsum_jax.server.scheduled import start_scheduled
 from tests.engine.harness import tiny_model
 from tests.server.harness import until
 from tests.server.ops.test_metrics import of
@@ -32,8 +31,11 @@ def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
             dtype="float32",
             tier_names=DEFAULT_TIERS.names,
         )
-        queue = TieredQueue(DEFAULT_TIERS, config.max_queue, bridge.admitted)
-        engine = await asyncio.to_thread(start_engine, tiny_model("llama_odd", tmp_path), config, bridge.sink, queue)
+        model = tiny_model("llama_odd", tmp_path)
+        started = await asyncio.to_thread(
+            lambda: start_scheduled(model, config, DEFAULT_TIERS, bridge.sink, admitted=bridge.admitted)
+        )
+        engine = started.engine
         try:
             operations = Operations(engine, "tiny", DEFAULT_TIERS, bridge)
             idle = operations.snapshot()

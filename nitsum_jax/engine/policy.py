@@ -1,0 +1,125 @@
+"""What the engine asks a policy, and what it tells it.
+
+The engine knows how: blocks, rows, steps, copies.  A policy knows who and when: which request an instance takes,
+whether its next step works on a prompt and how far, where a prompt that is done goes on, who is sent back when blocks
+run out.
+All calls but `push` come on the engine's thread, between launches, so they must be short and must not wait.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.meshes.layout import Role
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Room:
+    """What the engine knows of an instance before it seats a sequence there.
+
+    Attributes:
+      fits: whether a sequence has room in an instance.
+      held: pages of its prompt that lie there already.
+    """
+
+    fits: Callable[[Sequence, Instance], bool]
+    held: Callable[[Sequence, Instance], int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PrefillChoice:
+    """A prefill step.
+
+    Attributes:
+      sequence: whose prompt.
+      tokens: at most so many; None: as many as a step can take.
+      joined: whether it is, for the cost model, a part of the same step as the chunk before it.
+    """
+
+    sequence: Sequence
+    tokens: int | None = None
+    joined: bool = False
+
+
+class Policy(Protocol):
+    """Decides for one engine; see `waiting.FifoPolicy` for the plainest one.  Times are those of time.monotonic."""
+
+    # ruff: noqa: D102
+    @property
+    def capacity(self) -> int:
+        """Most requests that may wait."""
+
+    def __len__(self) -> int:
+        """Requests that no instance has taken yet."""
+
+    def push(self, sequence: Sequence) -> None:
+        """Adds a request; on any thread, guarded by the engine's lock.
+
+        Raises:
+          OverloadedError: as many as may wait do.
+        """
+
+    def arrivals(self, now_s: float) -> Seq[Sequence]:
+        """What came since the last call; from now on `next` may choose it."""
+
+    def waiting(self) -> Iterable[Sequence]:
+        """All that wait, in any order, those that were sent back too."""
+
+    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
+        """Who is to be seated next, and where; it does not wait any more.
+
+        Args:
+          instances: of the layout in force.
+          room: asked whether a sequence has room.
+          now_s: the time.
+        """
+
+    def again(self, sequence: Sequence) -> None:
+        """A sequence lost its blocks and waits to be computed anew."""
+
+    def remove(self, sequence: Sequence) -> None:
+        """A sequence that may wait has ended; nothing happens if it does not wait."""
+
+    def prefill(self, instance: Instance) -> PrefillChoice | None:
+        """What the next step of an instance prefills; None: it decodes.
+
+        If nobody there decodes and there are prompts, one must be chosen.
+        """
+
+    def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
+        """Which of these instances, all with room, takes over a sequence whose prompt is done; None: none yet."""
+
+    def victim(self, instance: Instance) -> Sequence:
+        """Who in an instance gives up its blocks for others."""
+
+    def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None: ...
+    def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None:
+        """A sequence decodes in another instance from now on."""
+
+    def left(self, sequence: Sequence, instance: Instance) -> None:
+        """A sequence is in this instance no more: it ended, or was sent back."""
+
+    def launched(self, instance: Instance, step: Step, now_s: float) -> None: ...
+    def settled(self, instance: Instance, step: Step, now_s: float) -> None:
+        """The results of a step have been taken in."""
+
+    def first_token(self, sequence: Sequence, now_s: float) -> None: ...
+    def ended(self, sequence: Sequence, now_s: float) -> None: ...
+    def relaid(self, instances: Seq[Instance], now_s: float) -> None:
+        """Other instances are in force; sequences are where `Instance.rows` says."""
+
+    def wake_s(self) -> float | None:
+        """When `next` is worth another call even if nothing happens; None: never."""
+
+
+def takes_prompts(instance: Instance) -> bool:
+    """Whether new requests may be seated there."""
+    return instance.spec.role != Role.DECODE and not instance.broken
+
+
+def takes_decodes(instance: Instance) -> bool:
+    """Whether sequences stay there when their prompt is done."""
+    return instance.spec.role != Role.PREFILL and not instance.broken

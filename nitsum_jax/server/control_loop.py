@@ -1,0 +1,305 @@
+"""The controller of a live cell: watches requests, asks the planner, changes the layout.
+
+Concurrency, told once. The engine's thread tells of requests by appending to a deque, which costs it a microsecond. A
+thread of this module takes them in, a few times a second, and at its ticks asks the planner, which is another process.
+So a control loop never delays a step, and whatever goes wrong in it leaves the layout as it is.
+
+Times here are on the clock of tiers and profile (`TieredScheduling.now_s`), which a paced cell stretches.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from nitsum_jax.control.controller import AdaptiveController, CellView, ControllerConfig
+from nitsum_jax.control.corrected_cost import CorrectedCost
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import CellPlan, parse_shapes, place, shapes_text
+from nitsum_jax.control.planner import Decision, PlanInputs, PlannerConfig
+from nitsum_jax.control.tiers import Tier
+from nitsum_jax.errors import NitsumError, PreconditionError
+from nitsum_jax.server.decision_log import DecisionLog
+from nitsum_jax.server.journal import Journal
+from nitsum_jax.server.planner_process import PlannerError, PlannerProcess
+
+_LOG = logging.getLogger(__name__)
+_LOOK_S = 0.25
+_LIKELY = 2  # other plans of a decision whose executables are compiled ahead
+_LEAVE_S = 5.0
+
+Listener = Callable[[float, Job], None]
+
+
+class Mode(enum.StrEnum):
+    """What the controller may do."""
+
+    OFF = "off"  # nothing
+    ADVISE = "advise"  # decides and logs
+    ON = "on"  # decides and switches
+
+
+class ControlledEngine(Protocol):
+    """The part of an engine that is used here; see `engine.Engine`."""
+
+    # ruff: noqa: D102
+    @property
+    def device_names(self) -> tuple[str, ...]: ...
+    def set_layout(self, layout: str) -> "concurrent.futures.Future[Any]": ...
+    def prepare_layout(self, layout: str) -> "concurrent.futures.Future[Any]": ...
+    def allowed_layouts(self) -> tuple[str, ...]: ...
+    def lost_devices(self) -> tuple[int, ...]: ...
+
+
+class ControlledScheduling(Protocol):
+    """The part of the scheduling that is used here; see `scheduling.TieredScheduling`."""
+
+    arrived_listeners: list[Listener]
+    finished_listeners: list[Listener]
+    learns_outputs: bool
+
+    @property
+    def time_scale(self) -> float: ...
+    def now_s(self) -> float: ...
+    def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView: ...
+    def keep_for(self, plan: CellPlan) -> None: ...
+    def expect_output(self, tier: str, tokens: float) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Explanation:
+    """The state of the controller, for administrators.
+
+    Attributes:
+      mode: what it may do.
+      paused: whether it was told to wait.
+      decision: the last one, as `Decision.to_json`; None before the first.
+      applied: whether it was carried out.
+      plan_s: how long planning took.
+      failures: of the planner, since the start.
+    """
+
+    mode: Mode
+    paused: bool
+    decision: Mapping[str, Any] | None
+    applied: bool
+    plan_s: float | None
+    failures: int
+
+
+class ControlLoop:
+    """See the module; started by `start`."""
+
+    def __init__(
+        self,
+        engine: ControlledEngine,
+        scheduling: ControlledScheduling,
+        cost: CostModel,
+        tiers: Iterable[Tier],
+        journal: Journal,
+        *,
+        mode: Mode,
+        config: ControllerConfig = ControllerConfig(),
+        planner: PlannerConfig = PlannerConfig(),
+        log: DecisionLog | None = None,
+        timeout_s: float = 5.0,
+    ) -> None:
+        """Watches nothing yet.
+
+        Args:
+          engine: whose layout is changed.
+          scheduling: of the engine.
+          cost: what the scheduling predicts with.
+          tiers: targets.
+          journal: gets every decision and switch.
+          mode: what it may do.
+          config: when to plan.
+          planner: how to plan.
+          log: gets every decision with its inputs.
+          timeout_s: longest wait for the planner.
+        """
+        tiers = tuple(tiers)
+        self._engine = engine
+        self._scheduling = scheduling
+        self._cost = cost
+        self._journal = journal
+        self._log = log
+        self._mode = mode
+        self._process = PlannerProcess(cost.profile, tiers, planner, timeout_s=timeout_s)
+        self._controller = AdaptiveController(
+            cost, tiers, config=config, planner=planner, now_s=scheduling.now_s(), decide=self._ask
+        )
+        self._tiers = tiers
+        self._allowed = tuple(_canonical(layout) for layout in engine.allowed_layouts())
+        self._news: collections.deque[tuple[bool, float, Job]] = collections.deque()
+        self._stop = threading.Event()
+        self._paused = False
+        self._last: Decision | None = None
+        self._applied = False
+        self._plan_s: float | None = None
+        self._failures = 0
+        self._prepared: set[str] = set()
+        self._switching: concurrent.futures.Future[Any] | None = None
+        self._thread = threading.Thread(target=self._run, name="nitsum-control", daemon=True)
+
+    @property
+    def mode(self) -> Mode:
+        """What it may do."""
+        return self._mode
+
+    def start(self) -> None:
+        """Begins to watch and, unless it is off, to decide."""
+        if self._mode is Mode.OFF:
+            return
+        self._scheduling.learns_outputs = False
+        self._scheduling.arrived_listeners.append(lambda now, job: self._news.append((True, now, job)))
+        self._scheduling.finished_listeners.append(lambda now, job: self._news.append((False, now, job)))
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread and the planner's process."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(_LEAVE_S)
+        self._process.close()
+        if self._log is not None:
+            self._log.close()
+
+    # ---- administration; on any thread
+
+    def pause(self) -> None:
+        """No decision until `resume`; the layout stays, and may be set by hand.
+
+        Raises:
+          PreconditionError: the server was started without a planner.
+        """
+        self._require_planner()
+        self._paused = True
+
+    def resume(self) -> None:
+        """Decides again.
+
+        Raises:
+          PreconditionError: the server was started without a planner.
+        """
+        self._require_planner()
+        self._paused = False
+
+    def explain(self) -> Explanation:
+        """What was decided last, and from what."""
+        last = self._last
+        decision = None if last is None else last.to_json() | {"choice_text": str(last.choice)}
+        return Explanation(self._mode, self._paused, decision, self._applied, self._plan_s, self._failures)
+
+    def _require_planner(self) -> None:
+        if self._mode is Mode.OFF:
+            raise PreconditionError("there is no planner: start the server with --planner=on or --planner=advise")
+
+    # ---- the control thread
+
+    def _run(self) -> None:
+        scale = self._scheduling.time_scale
+        controller = self._controller
+        next_tick_s = self._scheduling.now_s() + controller.interval_s
+        try:
+            self._process.start()
+        except OSError as error:
+            _LOG.error("the planner's process does not start: %s", error)
+        while not self._stop.wait(min(_LOOK_S, controller.interval_s / 4) * min(scale, 4.0)):
+            try:
+                now = self._scheduling.now_s()
+                self._take_in()
+                if now < next_tick_s and not controller.urgent(now):
+                    continue
+                next_tick_s = now + controller.interval_s
+                self._tick(now)
+            except Exception:  # a fault in here must not end control for good
+                _LOG.exception("the control loop failed at a tick; the layout stays")
+
+    def _take_in(self) -> None:
+        while self._news:
+            came, now, job = self._news.popleft()
+            if came:
+                self._controller.arrived(now, job)
+            else:
+                self._controller.finished(now, job)
+
+    def _tick(self, now: float) -> None:
+        for tier in self._tiers:
+            self._scheduling.expect_output(tier.name, self._controller.expected_output(tier.name))
+        if self._paused or (self._switching is not None and not self._switching.done()):
+            return
+        view = self._scheduling.view(len(self._engine.device_names), self._engine.lost_devices(), self._allowed)
+        before = view.plan
+        decision = self._controller.tick(now, view)
+        if decision is None:
+            return
+        apply = decision.switch and self._mode is Mode.ON
+        self._last, self._applied = decision, apply
+        if self._log is not None:
+            self._log.write(decision)
+        if decision.switch:
+            advice = "" if apply else " (advice only)"
+            self._journal.decide(str(decision.choice), decision.reason + advice, self._plan_s)
+        if apply:
+            self._apply(before, decision.choice)
+        self._prepare(decision)
+
+    def _ask(self, inputs: PlanInputs) -> Decision | None:
+        ratios = None
+        if isinstance(self._cost, CorrectedCost):
+            ratios = {tp: self._cost.ratios(tp) for tp in self._cost.tps}
+        start = time.monotonic()
+        try:
+            decision = self._process.decide(inputs, ratios)
+        except PlannerError as error:
+            self._failures += 1
+            _LOG.error("%s; the layout stays", error)
+            return None
+        self._plan_s = time.monotonic() - start
+        return decision
+
+    def _apply(self, before: CellPlan, after: CellPlan) -> None:
+        self._scheduling.keep_for(after)
+        if {i.group for i in before.instances} == {i.group for i in after.instances}:
+            return  # the same instances, kept for other tiers
+        try:
+            self._switching = self._engine.set_layout(after.layout)
+        except NitsumError as error:
+            _LOG.error("the engine refuses %s: %s", after.layout, error)
+            self._scheduling.keep_for(before)
+            return
+        self._journal.watch(after.layout, self._switching)
+        self._switching.add_done_callback(lambda done: self._failed(before, done))
+
+    def _failed(self, before: CellPlan, done: "concurrent.futures.Future[Any]") -> None:
+        if done.cancelled() or done.exception() is not None:
+            self._scheduling.keep_for(before)
+
+    def _prepare(self, decision: Decision) -> None:
+        """Has executables compiled that are likely to be wanted next."""
+        count, lost = len(self._engine.device_names), self._engine.lost_devices()
+        for candidate in decision.candidates[1 : 1 + _LIKELY]:
+            try:
+                layout = place(parse_shapes(candidate.plan), count, decision.choice, lost).layout
+                if layout not in self._prepared:
+                    self._prepared.add(layout)
+                    self._engine.prepare_layout(layout)
+            except (NitsumError, ValueError) as error:
+                _LOG.debug("%s cannot be prepared: %s", candidate.plan, error)
+
+
+def _canonical(layout: str) -> str:
+    """A layout of the allow-list as the planner writes it: shapes, the largest first, without devices."""
+    parts = []
+    for part in layout.split("+"):
+        head, _, rest = part.partition("@")
+        _, colon, role = rest.partition(":")
+        parts.append(head + colon + role)
+    return shapes_text(sorted(parse_shapes("+".join(parts)), key=lambda shape: -shape.tp))

@@ -1,0 +1,76 @@
+"""An engine's instance as the policies see it."""
+
+import collections
+import heapq
+import itertools
+
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import InstancePlan
+from nitsum_jax.control.worker import Worker
+from nitsum_jax.engine.instance import Instance
+
+_NUMBER = itertools.count()
+
+
+class LiveWorker(Worker):
+    """A `Worker` whose steps an engine makes; its room is what the engine says.
+
+    Attributes:
+      instance: of the engine.
+      busy_until_s: when the steps in flight are expected to end.
+      flights: expected seconds of each of them.
+      round: prompts and tokens that are still to be done before the next decode step.
+      begun: whether a step of the round was launched.
+      owed: whether decoding jobs have their turn next.
+    """
+
+    def __init__(self, index: int, plan: InstancePlan, instance: Instance, page_size: int, max_batch: int):
+        """Makes a worker of nobody."""
+        super().__init__(index, plan, instance.total_pages() * page_size, page_size, max_batch)
+        self.instance = instance
+        self.busy_until_s = 0.0
+        self.flights: collections.deque[float] = collections.deque()
+        self.round: collections.deque[tuple[Job, int]] = collections.deque()
+        self.begun = False
+        self.owed = False
+
+    @property
+    def free_blocks(self) -> int:
+        """Pages that are free."""
+        return self.instance.free_pages()
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it can take a request now."""
+        return super().takes_prompts and self.instance.free_rows > 0 and not self.instance.broken
+
+    def launched(self, seconds: float, now_s: float) -> None:
+        """A step of so many expected seconds was launched."""
+        self.busy_until_s = max(self.busy_until_s, now_s) + seconds
+        self.flights.append(seconds)
+
+    def settled(self, now_s: float) -> None:
+        """The oldest step in flight has ended."""
+        if self.flights:
+            self.flights.popleft()
+        self.busy_until_s = now_s + sum(self.flights)
+
+    def retime(self, job: Job) -> None:
+        """The first token of a decoding job came at another time than was expected of it."""
+        if job.id not in self.decoding or job.first_token_s is None:
+            return
+        tpot_s, heap = self._due.setdefault(job.tier.name, (job.tier.tpot_ms / 1000, []))
+        heap[:] = [entry for entry in heap if entry[2] is not job]
+        if not job.late:
+            heap.append((job.first_token_s - job.offset * tpot_s, next(_NUMBER), job))
+        heapq.heapify(heap)
+
+    def drop(self, job: Job) -> None:
+        """A job goes, in whatever state it is."""
+        if job.id in self.outgoing:
+            self.departed(job)
+            job.worker = None
+        else:
+            self.leave(job)
+        if self.round and any(other is job for other, _ in self.round):
+            self.round = collections.deque(item for item in self.round if item[0] is not job)

@@ -1,0 +1,74 @@
+"""An engine that schedules by tiers: the settings, the cost model and the policy that belong together."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.engine import Engine, start_engine
+from nitsum_jax.engine.pacing import Pace
+from nitsum_jax.engine.request import TokenDelta
+from nitsum_jax.meshes.devices import discover
+from nitsum_jax.models.loading import OpenModel
+from nitsum_jax.server import costs
+from nitsum_jax.server.scheduling import TieredScheduling
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A started engine.
+
+    Attributes:
+      engine: as it is.
+      scheduling: its policy.
+      cost: what the policy predicts with.
+      pace: at whose pace it runs; None: at its own.
+    """
+
+    engine: Engine
+    scheduling: TieredScheduling
+    cost: CostModel
+    pace: Pace | None
+
+    def planned_tps(self) -> tuple[int, ...]:
+        """TPs that a planner may use: those that the cell can have and the cost model knows."""
+        vmap = self.engine.cell.vmap
+        return tuple(tp for tp in self.cost.tps if vmap.min_tp <= tp <= vmap.num_vshards)
+
+
+def start_scheduled(
+    model: OpenModel,
+    config: EngineConfig,
+    tiers: TierSet,
+    sink: Callable[[Sequence[TokenDelta]], None],
+    *,
+    admitted: Callable[[str, float], None] | None = None,
+    profile: str | None = None,
+    pace: str | None = None,
+    time_scale: float = 1.0,
+) -> Scheduled:
+    """Starts an engine; takes as long as loading and compiling take.
+
+    Args:
+      model: to be served.
+      config: of the engine.
+      tiers: that requests may name.
+      sink: takes the deltas of every step.
+      admitted: told every request that leaves the queue, and when.
+      profile: what the scheduling predicts with at first, a name or a file; None: the model's size will do.
+      pace: profile at whose pace the cell runs.
+      time_scale: of a paced cell, seconds here for a second of its target.
+
+    Raises:
+      NitsumError: model, devices, layout, profile or memory do not fit.
+    """
+    if pace is not None:
+        config, cost = costs.paced(config, model.config, pace, time_scale)
+    else:
+        cost = costs.predicted(config, model.config, profile, len(discover(config.devices)))
+        config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
+    scale = time_scale if pace is not None else 1.0
+    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=admitted, time_scale=scale)
+    engine = start_engine(model, config, sink, scheduling)
+    return Scheduled(engine, scheduling, cost, config.pace)
