@@ -28,8 +28,8 @@ def instance() -> FakeInstance:
     instance = FakeInstance(spec, [BlockAllocator(4000) for _ in range(8)], 8, 256)
     for number in range(5):
         prompt = 1000 if number < 4 else 700
-        request = Request(str(number), (1,) * prompt, 50)
-        sequence = Sequence(request, 0, [1] * prompt, np.zeros((8, 256), np.int32), 1050)
+        table = np.zeros((8, 256), np.int32)
+        sequence = Sequence(Request(str(number), (1,) * prompt, 50), 0, [1] * prompt, table, 1050)
         sequence.start_prefill(again=False)
         assert instance.grow(sequence, prompt)
         instance.join(sequence)
