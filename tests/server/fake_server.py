@@ -7,14 +7,13 @@ import sys
 import time
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.backend import ServedModel, ServingEngine
-from nitsum_jax.server.launch import Admitted, Sink, main
+from nitsum_jax.server.launch import Admitted, Loaded, Sink, main
 from nitsum_jax.server.launch_flags import LaunchOptions
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import says, served_model
 
 
-def load(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[ServingEngine, ServedModel]:
+def load(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
     if options.model == "slow":
         time.sleep(60)
     if options.model == "broken":
@@ -26,7 +25,7 @@ def load(options: LaunchOptions, sink: Sink, admitted: Admitted) -> tuple[Servin
     )
     if options.engine["layout"] is not None:
         engine.set_layout(options.engine["layout"]).result(timeout=5)
-    return engine, served_model()
+    return Loaded(engine, served_model())
 
 
 if __name__ == "__main__":
