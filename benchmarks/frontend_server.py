@@ -20,6 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 # As a script only this folder is on the path.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from nitsum_jax.engine.load import InstanceLoad
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.tokenizer import Tokenizer
@@ -40,13 +41,14 @@ class _Stats:
     queue_capacity: int = 1_000_000
     blocks_free: int = 0
     blocks_total: int = 0
-    blocks_cached: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
     tokens_generated: int = 0
     steps: int = 0
     switches: int = 0
     compiles: int = 0
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    pace_late_steps: int = 0
 
 
 class PacedEngine:
@@ -93,9 +95,23 @@ class PacedEngine:
         with self._lock:
             return _Stats(waiting=0, running=len(self._left))
 
+    def lose_device(self, device: int) -> None:
+        """There is none to lose."""
+
+    def restore_device(self, device: int) -> None:
+        """None was lost."""
+
+    def lost_devices(self) -> tuple[int, ...]:
+        """None."""
+        return ()
+
     def context_limit(self) -> int:
         """More than a benchmark asks for."""
         return _CONTEXT
+
+    def loads(self) -> Sequence[InstanceLoad]:
+        """Of nobody."""
+        return ()
 
     def layout(self) -> Layout:
         """The only one."""

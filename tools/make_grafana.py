@@ -108,9 +108,16 @@ def _rows() -> list[tuple[str, list[dict[str, Any]]]]:
                 ),
                 _panel(
                     "KV cache",
-                    "Share of blocks in use.",
+                    "Share of blocks in use, and of prompt tokens that the prefix cache had.",
                     "percentunit",
-                    [(f"nitsum_kv_cache_usage_perc{{{_HERE}}}", "{{instance}}")],
+                    [
+                        (f"nitsum_kv_cache_usage_perc{{{_HERE}}}", "in use, {{instance}}"),
+                        (
+                            f"{_rate('nitsum_prefix_cache_hits_total', _HERE, 'instance')} / "
+                            f"{_rate('nitsum_prefix_cache_queries_total', _HERE, 'instance')}",
+                            "prefix hits, {{instance}}",
+                        ),
+                    ],
                     top=1,
                 ),
             ],

@@ -66,7 +66,7 @@ def sample(start_s: float) -> Iterator[Snapshot]:
                 Decision(start_s + at, _text(layout), reason, 0.0031 + 0.0004 * n)
                 for n, ((at, layout), reason) in enumerate(zip(_LAYOUTS[: phase + 1], _REASONS, strict=False))
             ),
-            totals=Totals(10, 33, 256, 0.56, int(tokens), 41_000 + 34 * second, phase, 24),
+            totals=Totals(10, 33, 256, 0.56, int(tokens), 41_000 + 34 * second, phase, 24, 0.41),
         )
 
 

@@ -1,7 +1,8 @@
 """nitsum-bench switch: layouts change under live streams of a real engine, and how long the streams stand still.
 
-A stream's stall is the longest time between two of its tokens around the switch, less the mean of such gaps in the
-layout that made the second: the old one up to the switch, the new one behind it.
+A stream's stall is the longest time between two of its tokens around the switch, less what is usual without a switch:
+the mean gap of the old layout up to the switch, of the new one behind it, and of the slower of them for the gap in
+which the switch is.
 The copies of KV blocks stand beside a plain memcpy of as many bytes, and the whole beside the ways to change a layout
 that need no virtual shards, measured in the same run: moving weights and KV with `jax.device_put`, starting an engine
 anew, and dropping the KV cache and computing it again.
@@ -26,14 +27,14 @@ from nitsum_jax.engine.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.devices import emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
-from nitsum_jax.models.loading import open_model
+from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.server import cli
 from nitsum_jax.server.compile_cache import enable
 
 # Tokens of every stream before a switch and after it, from which the usual gap is taken.
 _BEFORE, _AFTER = 8, 8
 _MOST_TOKENS = 1024
-_QUICK_LAYERS = 8
+_QUICK_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Row:
       decode_step_ms: mean gap between a stream's tokens in the new layout.
       transfer_gbps: the copies that the streams waited for.
       memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
-      alternatives: milliseconds by name; `rebuild` leaves the draining out.
+      alternatives: milliseconds by name; `rebuild` leaves the draining out, and takes compiled steps from the cache if
+        there is one.
     """
 
     from_layout: str
@@ -90,6 +92,7 @@ class Measured:
     Attributes:
       row: the JSON row.
       decode_step_before_ms: mean gap between a stream's tokens in the old layout.
+      gap_ms_p99: longest time between two tokens of a stream around the switch, 99th percentile of the streams.
       kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
       host_ms: part of the engine's stall that plans, remaps, wraps and seats.
       transfer_ms: part of it that copies.
@@ -97,9 +100,15 @@ class Measured:
 
     row: Row
     decode_step_before_ms: float
+    gap_ms_p99: float
     kv_bytes_ahead: int
     host_ms: float
     transfer_ms: float
+
+    def with_alternatives(self, **milliseconds: float) -> "Measured":
+        """With these beside those that there are."""
+        alternatives = self.row.alternatives | milliseconds
+        return dataclasses.replace(self, row=dataclasses.replace(self.row, alternatives=alternatives))
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -160,7 +169,7 @@ def run(argv: Sequence[str]) -> None:
     """
     options = read_options(argv)
     logging.basicConfig(level="WARNING")
-    enable(options.cache_dir)
+    cache = enable(options.cache_dir)
     emulate_cpu_devices(options.devices)
     model = open_model(options.model)
     if options.layers is not None:
@@ -178,18 +187,24 @@ def run(argv: Sequence[str]) -> None:
         precopy=options.precopy,
         max_queue=max(options.live),
     )
-    start = time.perf_counter()
-    engine = start_engine(model, config, streams)
-    rebuild_ms = 1000 * (time.perf_counter() - start)
+    kept = _steps_kept(cache)
+    engine, rebuild_ms = _started(model, config, streams)
+    cold = _steps_kept(cache) > kept
     try:
         cli.err("compiling the steps of all layouts")
         engine.wait_for_layouts()
         rows = []
         for live in options.live:
             for context in options.context:
-                rows += _walk(engine, streams, options, live, context, rebuild_ms)
+                rows += _walk(engine, streams, options, live, context)
     finally:
         engine.close()
+    if options.alternatives:
+        if cold:  # it compiled; others that start anew find their executables
+            del engine  # and its memory
+            engine, rebuild_ms = _started(model, config, streams)
+            engine.close()
+        rows = [item.with_alternatives(rebuild=rebuild_ms) for item in rows]
     cli.out(table(rows))
     if options.json is not None:
         lines = [json.dumps(dataclasses.asdict(item.row)) + "\n" for item in rows]
@@ -198,9 +213,18 @@ def run(argv: Sequence[str]) -> None:
         draw(rows, options.plot)
 
 
-def _walk(
-    engine: Engine, streams: Streams, options: Options, live: int, context: int, rebuild_ms: float
-) -> list[Measured]:
+def _started(model: OpenModel, config: EngineConfig, streams: Streams) -> tuple[Engine, float]:
+    start = time.perf_counter()
+    engine = start_engine(model, config, streams)
+    return engine, 1000 * (time.perf_counter() - start)
+
+
+def _steps_kept(cache: pathlib.Path | None) -> int:
+    """Compiled steps in the cache."""
+    return 0 if cache is None else sum(1 for _ in cache.glob("steps/*"))
+
+
+def _walk(engine: Engine, streams: Streams, options: Options, live: int, context: int) -> list[Measured]:
     """All switches of the walk under the same streams."""
     names, first_ms = _prefilled(engine, streams, options.layouts[0], live, context)
     streams.wait(dict.fromkeys(names, _BEFORE))
@@ -219,7 +243,12 @@ def _walk(
             if layout not in recompute:
                 names, recompute[layout] = _prefilled(engine, streams, layout, live, context)
                 streams.stop(engine, names)
-        rows = [_with_alternatives(engine, options, item, rebuild_ms, recompute[item.row.to_layout]) for item in rows]
+        rows = [
+            item.with_alternatives(
+                device_put=_device_put_ms(engine, options, item.row), recompute=recompute[item.row.to_layout]
+            )
+            for item in rows
+        ]
     return rows
 
 
@@ -238,12 +267,13 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     step = float(np.mean(np.concatenate([gaps[name][seen[name] + 1 :] for name in asked])))
     earlier = [gaps[name][max(0, count - _BEFORE) : max(1, count - 1)] for name, count in asked.items()]
     step_before = float(np.mean(np.concatenate(earlier)))
-    waits = []
+    waits, longest = [], []
     for name, gap in gaps.items():
         # The token behind the last one that was seen when the switch was over is the first of the new layout.
         last = seen[name] - 1
-        old, new = gap[max(0, asked[name] - 1) : last], gap[last : last + 2]
-        waits.append(max(float(old.max(initial=0.0)) - step_before, float(new.max()) - step, 0.0))
+        old, new = gap[max(0, asked[name] - 1) : last], gap[last + 1 : last + 2]
+        waits.append(max(old.max(initial=0) - step_before, gap[last] - max(step_before, step), new.max() - step, 0))
+        longest.append(max(old.max(initial=0), gap[last], new.max()))
     stalls = 1000 * np.array(waits)
     moved = report.kv_bytes_moved
     row = Row(
@@ -264,25 +294,18 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     return Measured(
         row,
         decode_step_before_ms=1000 * step_before,
+        gap_ms_p99=1000 * float(np.percentile(longest, 99)),
         kv_bytes_ahead=report.kv_bytes_ahead,
         host_ms=report.host_ms,
         transfer_ms=report.transfer_ms,
     )
 
 
-def _with_alternatives(
-    engine: Engine, options: Options, item: Measured, rebuild_ms: float, recompute_ms: float
-) -> Measured:
-    cell, row = engine.cell, item.row
+def _device_put_ms(engine: Engine, options: Options, row: Row) -> float:
+    cell = engine.cell
     before, after = (parse_layout(text, options.devices) for text in (row.from_layout, row.to_layout))
     pages = -(-(row.context_tokens + _BEFORE) // cell.program.pool.page_size)
-    blocks = row.live_sequences * pages * cell.vmap.num_vshards
-    alternatives = {
-        "device_put": device_put_ms(cell, before, after, blocks),
-        "rebuild": rebuild_ms,
-        "recompute": recompute_ms,
-    }
-    return dataclasses.replace(item, row=dataclasses.replace(row, alternatives=alternatives))
+    return device_put_ms(cell, before, after, row.live_sequences * pages * cell.vmap.num_vshards)
 
 
 def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ _COLUMNS = (
     ),
     *(
         "in steps",
+        "gap p99, ms",
         "old step, ms",
         "new step, ms",
         "host, ms",
@@ -52,6 +53,7 @@ def table(items: Sequence["Measured"]) -> str:
             f"{row.stall_ms_p99:.1f}",
             # Of the slower layout: some streams wait for the last step of the old one.
             f"{row.stall_ms_p99 / max(item.decode_step_before_ms, row.decode_step_ms):.2f}",
+            f"{item.gap_ms_p99:.1f}",
             f"{item.decode_step_before_ms:.1f}",
             f"{row.decode_step_ms:.1f}",
             f"{item.host_ms:.1f}",

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.policy import Policy, takes_decodes, takes_prompts
+from nitsum_jax.engine.policy import Policy, Room, takes_decodes, takes_prompts
 from nitsum_jax.engine.prefix_cache import Prefix
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
@@ -63,6 +63,7 @@ class Admission:
         self._wide = wide
         self._finish = finish
         self._deterministic = deterministic
+        self._room = Room(self._fits, self._held)
         self._admissions = 0
 
     def admit(self, instances: Seq[Instance], now_s: float, *, switching: bool) -> None:
@@ -78,11 +79,12 @@ class Admission:
         if not switching:
             for sequence in arrived:
                 self._refuse_if_hopeless(sequence, instances)
-        while (choice := self._policy.next(instances, self._fits, now_s)) is not None:
+        while (choice := self._policy.next(instances, self._room, now_s)) is not None:
             sequence, instance = choice
             prefix = self._prefix(sequence)
             known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
-            guest = None if switching else self._wide.admit(sequence, self._pages(sequence, instance), instances, known)
+            pages = self._pages(sequence, instance)
+            guest = None if switching else self._wide.admit(sequence, pages, instances, known)
             if guest is not None:
                 self._counters.wide_prefills += 1
             self._seat(sequence, guest or instance, prefix, instances, now_s)
@@ -108,16 +110,6 @@ class Admission:
         if whole > most or pages > prompts:
             self.drop(sequence)
             self._finish(sequence, FinishReason.ERROR, f"needs {whole} KV pages, more than an instance has")
-
-    def _prefix(self, sequence: Sequence) -> Prefix | None:
-        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
-
-    def _pages_in_use(self, sequence: Sequence, instance: Instance) -> int:
-        """Pages of a known beginning that cost the instance no free block."""
-        prefix = self._prefix(sequence)
-        if prefix is None or self._cell.prefixes is None or instance.broken:
-            return 0
-        return self._cell.prefixes.in_use(prefix, instance.device_of)
 
     def make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
@@ -157,8 +149,22 @@ class Admission:
     def _fits(self, sequence: Sequence, instance: Instance) -> bool:
         if not instance.free_rows:
             return False
-        free, pages = instance.free_pages(), self._pages(sequence, instance)
-        return free >= pages or free >= pages - self._pages_in_use(sequence, instance)
+        missing = self._pages(sequence, instance) - instance.free_pages()
+        if missing <= 0:
+            return True
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return False
+        return prefixes.in_use(prefix, instance.device_of) >= missing  # these cost no free block
+
+    def _held(self, sequence: Sequence, instance: Instance) -> int:
+        prefix, prefixes = self._prefix(sequence), self._cell.prefixes
+        if not prefix or prefixes is None or instance.broken:
+            return 0
+        return prefixes.here(prefix, instance.device_of)
+
+    def _prefix(self, sequence: Sequence) -> Prefix | None:
+        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
 
     def _seat(
         self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float

@@ -44,15 +44,15 @@ class EngineStats:
       weight_bytes_moved: copied between devices.
       weight_bytes_freed: given up by devices that need them no more.
       wide_prefills: prompts prefilled at the widest TP in between the steps of others.
-      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
-      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
-      prefix_hit_tokens: of these, tokens that it had.
       hand_overs: sequences that went from a prefill instance to one that decodes.
       paced: whether results are delivered at the pace of other hardware; times are not of this machine then.
       pace_late_share: share of the steps that came later than their pace.
       pace_late_steps: how many.
       pace_worst_late_ms: most that one was late by.
       pace_valid: whether the share is within the limit; if not, nothing that was measured says anything.
+      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
+      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
+      prefix_hit_tokens: of these, tokens that it had.
     """
 
     waiting: int
@@ -69,15 +69,15 @@ class EngineStats:
     weight_bytes_moved: int = 0
     weight_bytes_freed: int = 0
     wide_prefills: int = 0
-    blocks_cached: int = 0
-    prefix_queried_tokens: int = 0
-    prefix_hit_tokens: int = 0
     hand_overs: int = 0
     paced: bool = False
     pace_late_share: float = 0.0
     pace_late_steps: int = 0
     pace_worst_late_ms: float = 0.0
     pace_valid: bool = True
+    blocks_cached: int = 0
+    prefix_queried_tokens: int = 0
+    prefix_hit_tokens: int = 0
 
 
 class Engine:
@@ -249,15 +249,15 @@ class Engine:
             weight_bytes_moved=weights.bytes_moved,
             weight_bytes_freed=weights.bytes_freed,
             wide_prefills=loop.counters.wide_prefills,
-            blocks_cached=self._cell.pool.idle,
-            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
-            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
             hand_overs=loop.handover.count,
             paced=loop.pacer is not None,
             pace_late_share=pace.late_share,
             pace_late_steps=pace.late,
             pace_worst_late_ms=1000 * pace.worst_s,
             pace_valid=pace.valid,
+            blocks_cached=self._cell.pool.idle,
+            prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
+            prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:
@@ -373,5 +373,5 @@ def start_engine(
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    # Not `policy or ...`: a policy without requests is false.
+    # Not `policy or ...`: a policy of nobody waiting is false.
     return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)

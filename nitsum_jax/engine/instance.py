@@ -176,7 +176,7 @@ class Instance:
         self._prefixes = prefixes
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
-        self._history = self._put_history(np.zeros(program.history_shape, np.int32))
+        self._history: jax.Array | None = None
         self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
         self._on_step = on_step
@@ -247,6 +247,8 @@ class Instance:
     @property
     def history(self) -> jax.Array:
         """Token history after all dispatched steps, i32[rows, columns] on each device."""
+        if self._history is None:
+            self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
         return self._history
 
     def follow(self, before: Seq[Step]) -> None:
@@ -269,9 +271,10 @@ class Instance:
                 _, rows = in_flight.setdefault(id(arrival.history), (arrival.history, []))
                 rows.append((arrival.row, sequence.row))
         self.prefills = collections.deque(sorted(self.prefills, key=lambda sequence: sequence.admitted))
-        self._history = self._put_history(history)
+        merged = self._put_history(history)
         for source, rows in in_flight.values():
-            self._history = self._histories.merge(self._history, source, rows)
+            merged = self._histories.merge(merged, source, rows)
+        self._history = merged
 
     def leave(self, sequence: Sequence) -> None:
         """Takes a sequence out and frees its blocks.
@@ -297,7 +300,7 @@ class Instance:
         """
         self._before += tuple(before)
         self._seat(arrival.sequence)
-        self._history = self._histories.merge(self._history, arrival.history, [(arrival.row, arrival.sequence.row)])
+        self._history = self._histories.merge(self.history, arrival.history, [(arrival.row, arrival.sequence.row)])
 
     def note_pages(self, sequence: Sequence) -> None:
         """Pages of a sequence may have become full: lets others find them."""
@@ -310,7 +313,7 @@ class Instance:
             history = np.zeros(self._program.history_shape, np.int32)
             history[sequence.row, : sequence.cached] = sequence.tokens[: sequence.cached]
             rows = [(sequence.row, sequence.row)]
-            self._history = self._histories.merge(self._history, self._put_history(history), rows)
+            self._history = self._histories.merge(self.history, self._put_history(history), rows)
 
     def vacate(self, row: int) -> None:
         """Makes a row free whose sequence went elsewhere."""
@@ -421,7 +424,7 @@ class Instance:
         self.outstanding.append(step)
         self.steps += 1
         try:
-            self._array, self._history, *results = executable(self._leaves, self._array, self._history, packer.done())
+            self._array, self._history, *results = executable(self._leaves, self._array, self.history, packer.done())
             wanted = tuple(results if step.with_logprobs else results[:1])
             for result in wanted:
                 result.copy_to_host_async()
@@ -476,7 +479,7 @@ class Instance:
         for device in self.order:
             self._pool.renew(device)
         self._array = self._pool.lend(self._mesh, self.order)
-        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self._history = None
         self.broken = False
 
     def close(self) -> None:

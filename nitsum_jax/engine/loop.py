@@ -24,6 +24,7 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.handover import HandOver
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
+from nitsum_jax.engine.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.policy import Policy, PrefillChoice
@@ -34,7 +35,6 @@ from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.timing import StepLog
 from nitsum_jax.engine.wide_prefill import WidePrefill
 from nitsum_jax.errors import PreconditionError, UnavailableError
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
 
 _LOG = logging.getLogger(__name__)
@@ -385,7 +385,13 @@ class Loop:
             if self._wide.sequence is not None and not pending.future.done():
                 return  # it takes a few steps more, and meanwhile nobody waits
             ended = pending.future.done()
-            if not ended and not (pending.copied_ahead(self.cell, self.instances) and self._slowed_down(pending)):
+            if not ended and not pending.stopping and not pending.copied_ahead(self.cell, self.instances):
+                if not any(instance.in_flight for instance in self.instances):
+                    self.wake()  # no step will end and bring the next round about
+                return
+            # From here on instances stop one by one: what is written meanwhile is left to the switch.
+            pending.stopping = True
+            if not ended and not self._slowed_down(pending):
                 return
             self._switches.popleft()
             for instance in self.instances:
@@ -453,12 +459,9 @@ class Loop:
         self.cell.lost.discard(device)
         self.cell.pool.reset(device)
         _LOG.warning("device %d is back", device)
-        wanted = self.wanted
-        if self.cell.lost.intersection(wanted.devices):  # not all of it is there: at least the device is of use
-            if self.cell.vmap.min_tp > 1:
-                return
-            wanted = Layout((*self.layout.instances, InstanceSpec((device,))))
-        self._switches.append(PendingSwitch(wanted, listed=False))
+        wanted = layout_with(self.cell, device, self.layout, self.wanted)
+        if wanted is not None:
+            self._switches.append(PendingSwitch(wanted, listed=False))
 
     def _lose(self, device: int) -> None:
         if device in self.cell.lost:
@@ -481,30 +484,14 @@ class Loop:
             self.cell.prefixes.forget([device])
         self.layout = Layout(tuple(instance.spec for instance in self.instances))
         self._relaid()
-        used = self.cell.lost.union(*(instance.order for instance in self.instances))
-        if self.cell.vmap.min_tp == 1:  # the others of its group go on alone
-            rest = [InstanceSpec((other,)) for other in range(len(self.cell.devices)) if other not in used]
-            if rest:
-                self._switches.appendleft(PendingSwitch(Layout((*self.layout.instances, *rest)), listed=False))
+        rest = layout_without(self.cell, self.layout)
+        if rest is not None:
+            self._switches.appendleft(PendingSwitch(rest, listed=False))
         if not self.instances and not self._switches:
             self._end_all(FinishReason.ERROR, "no device is left that can serve: restart the server")
 
     def _write_off(self, instance: Instance) -> None:
-        """Computes anew what is in an instance, or still has a token to come from it."""
-        instance.lost = True
-        victims = list(instance.rows.values())
-        for step in instance.outstanding:
-            step.settled = True
-            steps = zip(step.sequences, step.emits, step.epochs, strict=True)
-            victims += [s for s, emits, epoch in steps if emits and epoch == s.epoch and s.finish is None]
-        for sequence in dict.fromkeys(victims):
-            # Its results may never come; what they would have said is computed again, to the same token.
-            sequence.epoch += 1
-            sequence.pending = 0
-            home = sequence.home
-            if home is not None:
-                home.leave(sequence)
-                self._policy.left(sequence, home)
+        for sequence in write_off(instance, self._policy):
             self.counters.sent_back += 1
             self._admission.await_again(sequence)
 

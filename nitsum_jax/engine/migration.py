@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -41,9 +43,37 @@ class Moves:
     freed: dict[int, list[np.ndarray]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Route:
+    """From one set of devices to another: hundreds of sequences share a few of these.
+
+    Attributes:
+      vshards: those whose device changes, by target and source.
+      targets: (device, which of `vshards` come to it).
+      pairs: (source, target, which of `vshards` go from there to here).
+    """
+
+    vshards: np.ndarray
+    targets: tuple[tuple[int, slice], ...]
+    pairs: tuple[tuple[int, int, slice], ...]
+
+
+@functools.lru_cache(maxsize=4096)
+def _route(old: tuple[int, ...], new: tuple[int, ...]) -> _Route:
+    moved = sorted((b, a, k) for k, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
+    targets, pairs = [], []
+    for target, group in itertools.groupby(enumerate(moved), key=lambda item: item[1][0]):
+        members = list(group)
+        targets.append((target, slice(members[0][0], members[-1][0] + 1)))
+    for (target, source), group in itertools.groupby(enumerate(moved), key=lambda item: item[1][:2]):
+        members = list(group)
+        pairs.append((source, target, slice(members[0][0], members[-1][0] + 1)))
+    return _Route(np.array([vshard for _, _, vshard in moved], np.intp), tuple(targets), tuple(pairs))
+
+
 def moved_shards(old: Seq[int], new: Seq[int]) -> int:
     """Vshards whose device changes: each costs one block per page."""
-    return sum(a != b for a, b in zip(old, new, strict=True))
+    return len(_route(tuple(old), tuple(new)).vshards)
 
 
 @dataclasses.dataclass
@@ -74,7 +104,7 @@ class Ahead:
 
 def choose_hosts(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
     """Which instance each sequence would go to, by the rules of `plan_moves`; takes nothing."""
-    return _assign(sequences, hosts, pool, {}, lambda index, h: None)
+    return _assign(sequences, hosts, pool, {})
 
 
 def plan_moves(
@@ -86,7 +116,8 @@ def plan_moves(
     """Assigns sequences to instances and takes the blocks that they need there.
 
     Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
-    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.
+    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.  If some find no room
+    in that order, the least urgent must go: then those admitted first are seated first.
 
     Args:
       sequences: with the device of every vshard that they lie on now.
@@ -99,32 +130,57 @@ def plan_moves(
       What to copy and to free.  A sequence without room keeps its old table.
     """
     ahead = ahead or {}
-    moves = Moves([None] * len(sequences), {}, {})
-
-    def seat(index: int, h: int) -> None:
-        sequence, old = sequences[index]
-        _remap(sequence, old, hosts[h].device_of, pool, moves, ahead.get(id(sequence)))
-
-    moves.assigned = _assign(sequences, hosts, pool, ahead, seat)
-    for index, (sequence, old) in enumerate(sequences):
-        if moves.assigned[index] is None and id(sequence) in ahead:
-            ahead[id(sequence)].release(old, pool)
+    moves = Moves(_assign(sequences, hosts, pool, ahead), {}, {})
+    for (sequence, old), h in zip(sequences, moves.assigned, strict=True):
+        there = ahead.get(id(sequence))
+        if h is not None:
+            _remap(sequence, old, hosts[h].device_of, pool, moves, there)
+        elif there is not None:
+            there.release(old, pool)
+    if pool.index is not None:
+        _seat_beside_twins(sequences, hosts, pool, moves)
     return moves
 
 
+def _seat_beside_twins(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool, moves: Moves) -> None:
+    """Who found no room for all its pages may find it for those that others have not brought: the oldest first."""
+    homeless = [i for i, host in enumerate(moves.assigned) if host is None]
+    counts = collections.Counter(host for host in moves.assigned if host is not None)
+    for index in sorted(homeless, key=lambda i: sequences[i][0].admitted):
+        sequence, old = sequences[index]
+        for h, host in enumerate(hosts):
+            if counts[h] < host.rows and _room_beside_twins(pool, sequence, old, host.device_of):
+                counts[h] += 1
+                moves.assigned[index] = h
+                _remap(sequence, old, host.device_of, pool, moves, None)
+                break
+
+
 def _assign(
+    sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]
+) -> list[int | None]:
+    # What was copied ahead has its place; the others come behind, the longest first.
+    numbers = range(len(sequences))
+    by_size = sorted(numbers, key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
+    assigned = _seat(by_size, sequences, hosts, pool, ahead)
+    if None in assigned:
+        assigned = _seat(sorted(numbers, key=lambda i: sequences[i][0].admitted), sequences, hosts, pool, ahead)
+    return assigned
+
+
+def _seat(
+    order: Seq[int],
     sequences: Seq[tuple[Sequence, Seq[int]]],
     hosts: Seq[Host],
     pool: KvPool,
     ahead: Mapping[int, Ahead],
-    seat: Callable[[int, int], None],
 ) -> list[int | None]:
+    """Gives each sequence in its turn a host, or None for want of room; takes nothing."""
     assigned: list[int | None] = [None] * len(sequences)
     whole = sum(host.tp for host in hosts)
     share = [-(-len(sequences) * host.tp // whole) for host in hosts] if hosts else []
     counts = [0] * len(hosts)
-    # What was copied ahead has its place; the others come behind, the longest first.
-    order = sorted(range(len(sequences)), key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
+    left = [allocator.free for allocator in pool.allocators]
     for index in order:
         sequence, old = sequences[index]
         there = ahead.get(id(sequence))
@@ -143,13 +199,14 @@ def _assign(
         )
         pages = sequence.pages - (0 if there is None else there.pages)
         for h in candidates:
-            new = hosts[h].device_of
-            if counts[h] < hosts[h].rows and (
-                _room(pool, pages, old, new) or _room_beside_twins(pool, sequence, pages, old, new)
+            needed = _route(tuple(old), tuple(hosts[h].device_of)).targets
+            if counts[h] < hosts[h].rows and all(
+                left[device] >= (part.stop - part.start) * pages for device, part in needed
             ):
+                for device, part in needed:
+                    left[device] -= (part.stop - part.start) * pages
                 counts[h] += 1
                 assigned[index] = h
-                seat(index, h)
                 break
     return assigned
 
@@ -172,22 +229,17 @@ def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
             pool.allocators[device].give(part)
 
 
-def _room(pool: KvPool, pages: int, old: Seq[int], new: Seq[int]) -> bool:
-    needed = collections.Counter(b for a, b in zip(old, new, strict=True) if a != b)
-    return all(pool.allocators[device].free >= count * pages for device, count in needed.items())
-
-
-def _room_beside_twins(pool: KvPool, sequence: Sequence, pages: int, old: Seq[int], new: Seq[int]) -> bool:
-    """As `_room`, not counting blocks that others use there already."""
+def _room_beside_twins(pool: KvPool, sequence: Sequence, old: Seq[int], new: Seq[int]) -> bool:
+    """Whether there is room for its pages, not counting blocks that others use there already."""
     if pool.index is None:
         return False
     needed: collections.Counter[int] = collections.Counter()
     written = written_pages(sequence, pool)
     for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
         if source != target:
-            blocks = sequence.table[vshard, sequence.pages - pages : written]
-            twins = pool.index.twins(vshard, source, blocks, target)
-            needed[target] += pages - int(np.count_nonzero(pool.allocators[target].users(twins[twins >= 0])))
+            twins = pool.index.twins(vshard, source, sequence.table[vshard, :written], target)
+            used = int(np.count_nonzero(pool.allocators[target].users(twins[twins >= 0])))
+            needed[target] += sequence.pages - used
     return all(pool.allocators[device].free >= count for device, count in needed.items())
 
 
@@ -197,10 +249,38 @@ def written_pages(sequence: Sequence, pool: KvPool) -> int:
 
 
 def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None) -> None:
+    if not sequence.pages:
+        return
+    written = written_pages(sequence, pool)
+    done = 0 if ahead is None else ahead.pages
+    if pool.index is not None:
+        _remap_shared(sequence, old, new, pool, moves, ahead)
+        return
+    route = _route(tuple(old), tuple(new))
+    there = sequence.table[route.vshards, : sequence.pages]
+    here = np.empty_like(there)
+    for target, part in route.targets:
+        room = here[part, done:]
+        room[...] = pool.allocators[target].take(room.size).reshape(room.shape)
+    if ahead is not None:
+        here[:, :done] = ahead.table[route.vshards, :done]
+    sequence.table[route.vshards, : sequence.pages] = here
+    for source, target, part in route.pairs:
+        if written > done:
+            sources, targets = moves.blocks.setdefault((source, target), ([], []))
+            sources.append(there[part, done:written].reshape(-1))
+            targets.append(here[part, done:written].reshape(-1))
+        moves.freed.setdefault(source, []).append(there[part].reshape(-1))
+
+
+def _remap_shared(
+    sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None
+) -> None:
+    """As `_remap`, where pages may be there already because others brought or left them."""
     written = written_pages(sequence, pool)
     done = 0 if ahead is None else ahead.pages
     for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
-        if source == target or not sequence.pages:
+        if source == target:
             continue
         there = sequence.table[vshard, : sequence.pages].copy()
         here = np.full(sequence.pages, -1, np.int32)

@@ -15,7 +15,18 @@ from nitsum_jax.engine.instance import Instance, Step
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.meshes.layout import Role
 
-Fits = Callable[[Sequence, Instance], bool]
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Room:
+    """What the engine knows of an instance before it seats a sequence there.
+
+    Attributes:
+      fits: whether a sequence has room in an instance.
+      held: pages of its prompt that lie there already.
+    """
+
+    fits: Callable[[Sequence, Instance], bool]
+    held: Callable[[Sequence, Instance], int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,12 +68,12 @@ class Policy(Protocol):
     def waiting(self) -> Iterable[Sequence]:
         """All that wait, in any order, those that were sent back too."""
 
-    def next(self, instances: Seq[Instance], fits: Fits, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
         """Who is to be seated next, and where; it does not wait any more.
 
         Args:
           instances: of the layout in force.
-          fits: whether a sequence has room in an instance.
+          room: asked whether a sequence has room.
           now_s: the time.
         """
 

@@ -86,6 +86,7 @@ class PendingSwitch:
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
         self.weights_before: int | None = None
         self.precopy: PreCopy | None = None
+        self.stopping = False
         self._prefetch: Prefetch | None = None
 
     def prepare(self, cell: Cell, wake: Callable[[], None]) -> bool:

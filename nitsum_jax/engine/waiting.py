@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.instance import Instance, Step
-from nitsum_jax.engine.policy import Fits, PrefillChoice, takes_prompts
+from nitsum_jax.engine.policy import PrefillChoice, Room, takes_prompts
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError
 
@@ -36,19 +36,26 @@ class FifoPolicy:
     def waiting(self) -> Iterable[Sequence]:
         return [*self._returned, *list(self._new)]
 
-    def next(self, instances: Seq[Instance], fits: Fits, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
         del now_s
         if not self._returned and not self._new:
             return None
         sequence = self._returned[0] if self._returned else self._new[0]
-        fitting = [i for i in instances if takes_prompts(i) and fits(sequence, i)]
+        fitting = [i for i in instances if takes_prompts(i) and room.fits(sequence, i)]
         if not fitting:
             return None
         if self._returned:
             del self._returned[0]
         else:
             self._new.popleft()
-        return sequence, min(fitting, key=_load)
+        load = {i: len(i.rows) / i.spec.tp for i in fitting}
+        least = min(load.values())
+
+        def rank(i: Instance) -> tuple[bool, int, float, int]:
+            # Pages that lie there already are worth a little more load.
+            return load[i] >= least + 2, -room.held(sequence, i), load[i], -i.free_pages()
+
+        return sequence, min(fitting, key=rank)
 
     def again(self, sequence: Sequence) -> None:
         bisect.insort(self._returned, sequence, key=lambda s: s.admitted)

@@ -9,7 +9,6 @@ decode it, behind the last chunk and without waiting for it, and the first token
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables import LIKELY, Group
@@ -38,7 +37,7 @@ class Guest(Instance):
 
     def abandon(self) -> None:
         """After a failed step: the hosts find their pools broken and renew them."""
-        self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
+        self._history = None
         self.broken = False
 
     def _claim_pool(self) -> None:

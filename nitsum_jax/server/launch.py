@@ -301,9 +301,10 @@ def _announce(
             f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
             "no time or rate below is of this machine"
         )
+    base = None
     if http is not None:
         base = f"{'http' if house.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
-        cli.out(f"OpenAI-compatible HTTP: {base}/v1, dashboard {base}/dashboard, metrics {base}/metrics")
+        cli.out(f"OpenAI-compatible HTTP: {base}/v1")
     for line in house.addresses():
         cli.out(line)
     if options.control.mode != "off":
@@ -313,6 +314,8 @@ def _announce(
     chat = "--chat " if model.render_chat is not None else ""
     safe = "" if house.tls is None else f"--tls_ca={shlex.quote(str(house.tls.cert))} "
     cli.out(f'{_client_command()} --server={where} {safe}{chat}--prompt="Why is the sky blue?" --max_tokens=64')
+    if base is not None:
+        cli.out(f"Dashboard: {base}/dashboard")
 
 
 def _address(server: GrpcServer) -> str:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter
 import nitsum_jax
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.server.backend import Phase, ServingEngine
+from nitsum_jax.server.backend import EngineStats, Phase, ServingEngine
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.dashboard.feed import Feed
 from nitsum_jax.server.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
@@ -116,6 +116,7 @@ class Operations:
                 steps=stats.steps,
                 switches=stats.switches,
                 compiles=stats.compiles,
+                prefix_share=_prefix_share(stats),
             ),
         )
 
@@ -149,3 +150,8 @@ class Operations:
                 )
             )
         return tuple(views)
+
+
+def _prefix_share(stats: EngineStats) -> float | None:
+    asked: int = getattr(stats, "prefix_queried_tokens", 0)  # not every engine has such a cache
+    return getattr(stats, "prefix_hit_tokens", 0) / asked if asked else None

@@ -23,7 +23,7 @@ from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.instance import Instance, Step
-from nitsum_jax.engine.policy import Fits, PrefillChoice
+from nitsum_jax.engine.policy import PrefillChoice, Room
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError
@@ -160,13 +160,13 @@ class TieredScheduling:
     def waiting(self) -> Iterable[Sequence]:
         return [*self._new, *(self._sequences[job.id] for job in self.scheduler.backlog.jobs())]
 
-    def next(self, instances: Seq[Instance], fits: Fits, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
         now = self._seen_s = now_s / self._scale
         self._wake(now)
         while self._offered:
             job = self._offered.popleft()
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now)
-            if worker is None or not fits(self._sequences[job.id], self._live(worker).instance):
+            if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
                 self._wake_for(job, now)
                 continue
             self.scheduler.backlog.remove(job)
@@ -174,7 +174,7 @@ class TieredScheduling:
         while self._stale:
             live = next(iter(self._stale))
             found = self.scheduler.pull(live, now) if live.instance in self._workers else None
-            if found is not None and not fits(self._sequences[found.id], live.instance):
+            if found is not None and not room.fits(self._sequences[found.id], live.instance):
                 self.scheduler.backlog.push(found)
                 found = None
             if found is not None:

@@ -3,7 +3,7 @@
 | family | what it is |
 |---|---|
 | `static-tp1`, `static-tp2`, ... | instances of one TP |
-| `static-mixed` | every layout of instances that both prefill and decode, with every placement of the tiers in `layouts` |
+| `static-mixed` | every layout of instances that prefill and decode, with every placement of tiers in `layouts` |
 | `distserve` | prefill instances of one TP beside decode instances of one TP, hand-over between them |
 | `sarathi` | instances of one TP; fixed chunk budget, first come first served |
 | `apart` | the cell parted between the tiers; no request leaves its part |
@@ -81,7 +81,7 @@ def static_tp(setting: Setting, tp: int) -> Iterator[Policy]:
 
 
 def static_mixed(setting: Setting) -> Iterator[Policy]:
-    """Every cut, every placement: those that the planner knows and those it leaves out (large instances for relaxed tiers)."""
+    """Every cut, every placement: those that the planner knows, and large instances for relaxed tiers."""
     tight_first = sorted(setting.tiers, key=lambda tier: (tier.tpot_ms, tier.ttft_ms))
     seen = set()
     known = mixed_plans(setting.node, setting.tps, [tier.name for tier in tight_first])

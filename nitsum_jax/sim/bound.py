@@ -1,15 +1,15 @@
-"""An upper bound for changing layouts: the best one for every window, known beforehand, with switches that cost nothing.
+"""An upper bound for changing layouts: the best one for every window, known beforehand, with free switches.
 
 The workload is cut into windows of `WINDOW_S`.  For each window every candidate layout serves it alone: a cell that has
 had the layout for `LEAD_S` already (the requests of that time come to it empty and are not counted), and that keeps it
-until all requests of the window have ended, with those that come for `TAIL_S` after it.  The window's goodput is that of
-the best candidate; the bound is the sum.  So the choice knows the window's requests before they come, nothing is ever
-moved, a change takes no time, and no backlog is carried from one window to the next for longer than the lead.
+until all requests of the window have ended, with those that come for `TAIL_S` after it.  The window's goodput is that
+of the best candidate; the bound is the sum.  So the choice knows the window's requests before they come, nothing is
+ever moved, a change takes no time, and no backlog is carried from one window to the next for longer than the lead.
 
 It bounds what choosing among these layouts window by window can reach with this scheduler.  A policy that changes more
-often than once a window, or uses a layout that is no candidate, can come to lie above it.  Candidates are all cuts of the
-cell without placement of tiers, and whatever plans the caller adds: the study adds the finalists of the search for the best
-static layout and all plans that adaptive control used.
+often than once a window, or uses a layout that is no candidate, can come to lie above it.  Candidates are all cuts of
+the cell without placement of tiers, and whatever plans the caller adds: the study adds the finalists of the search
+for the best static layout and all plans that adaptive control used.
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """The static layouts that searches go through.
 
 Cells of more than a node repeat the node's layout: an instance does not reach beyond the links of a node.  Enumerations
-are exhaustive in the ways to cut a node into instances.  Of the ways to keep instances for tiers they hold those that are
-monotone in TP (the largest instances for some tiers, the rest for the others or for all): what is left out keeps small
-and large instances for one tier and those in between for another.
+are exhaustive in the ways to cut a node into instances.  Of the ways to keep instances for tiers they hold those that
+are monotone in TP (the largest instances for some tiers, the rest for the others or for all): what is left out keeps
+small and large instances for one tier and those in between for another.
 """
 
 from collections.abc import Iterator, Sequence

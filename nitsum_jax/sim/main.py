@@ -33,7 +33,7 @@ DEFAULT_TIERS = TierSet((Tier("chat", ttft_ms=500, tpot_ms=50), Tier("code", ttf
 """Targets of the stand-in traces' tiers."""
 _GRID = Grid(1.05)
 _LOWEST = -60
-_SAMPLE = 1500
+_SAMPLE_S = 80.0
 _FINALISTS = 3
 
 
@@ -126,7 +126,7 @@ class _Tool:
         found = policies_named(self.setting, name, device_put=self.given.switch == "device_put")
         if len(found) == 1:
             return found[0]
-        look = functools.cache(lambda level: sample(self.scaled(level), _SAMPLE))
+        look = functools.cache(lambda level: sample(self.scaled(level), _SAMPLE_S))
         top = tournament(found, 0, lambda policy, level: self._figures(look(level), policy, 0.3), _FINALISTS)
         best = max(top, key=lambda policy: self._figures(self.workload, policy, None).attainment)
         _note(f"{name}: best of {len(found)} is {best.name}")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -15,6 +16,10 @@ USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
       --policies=adaptive,static,sarathi --rate_scale=3 --seconds=600 --out=run
   nitsum-simulate --profile=qwen2.5-32b-h200 --tiers=tiers.toml --replay=run/decisions.jsonl"""
 
+_PLAIN = (
+    *("profile", "tiers", "devices", "rate_scale", "seconds", "seed", "out", "compile_s", "switch"),
+    *("max_batch", "capacity", "steps", "progress", "replay"),
+)
 DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
 
@@ -55,7 +60,7 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_multi_string,
         "trace",
         None,
-        "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/workloads.md); a stand-in's name may take the file's place."
+        "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/workloads.md); or a stand-in's name instead of a file."
         f" Without any: {' and '.join(DEFAULT_TRACES)}, drawn from the seed.",
     )
     add(flags.DEFINE_string, "tiers", None, "TOML file with the tiers' targets; chat and code have some without it.")
@@ -64,7 +69,7 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_string,
         "policy",
         None,
-        "adaptive (the default), a family of baselines (its best settings are searched), an ablation, or a layout such as"
+        "adaptive (the default), a family of baselines (its best settings are searched), an ablation, or a layout as"
         " tp4+tp2x2/chat; an unknown name lists them.",
     )
     add(flags.DEFINE_list, "policies", None, "Several policies to compare, with `+bound` for the upper bound.")
@@ -127,14 +132,5 @@ def _options(values: flags.FlagValues) -> Options:
     policies = tuple(values.policies or (values.policy or "adaptive",))
     if len(set(policies)) < len(policies):
         raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
-    return Options(
-        trace=tuple(values.trace or DEFAULT_TRACES),
-        policies=policies,
-        **{
-            name: values[name].value
-            for name in (
-                "profile tiers devices rate_scale seconds seed out compile_s switch max_batch capacity steps progress"
-                " replay"
-            ).split()
-        },
-    )
+    plain: dict[str, Any] = {name: values[name].value for name in _PLAIN}
+    return Options(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, **plain)

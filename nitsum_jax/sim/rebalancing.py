@@ -60,8 +60,8 @@ class RoleBalancer(_LoadController):
     """Keeps the TP, and moves instances between prefill and decode by load (after NVIDIA Dynamo's planner).
 
     The load of prefill is the time that the waiting prompts take its instances, as a share of the tightest TTFT target;
-    that of decode is the larger of the share of KV cache in use and of the next step's share of the tightest TPOT target
-    in the batch.
+    that of decode is the larger of the share of KV cache in use and of the next step's share of the tightest TPOT
+    target in the batch.
     """
 
     def __init__(self, cost: CostModel, tiers: TierSet, limits: RoleLimits = RoleLimits()):

@@ -1,7 +1,7 @@
 """Searches: the best of a family of policies for a load, and the highest rate that a policy serves.
 
-A load is a workload at every rate.  Rates lie on a grid (`Grid`), so that all policies are measured at the same ones and
-runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
+A load is a workload at every rate.  Rates lie on a grid (`Grid`), so that all policies are measured at the same ones
+and runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
 """
 
 import dataclasses
@@ -15,6 +15,8 @@ from nitsum_jax.sim.workload import Workload, concatenate, window
 
 TARGET = 0.9
 """Attainment that defines a capacity."""
+
+_MOST_ROUNDS = 12
 
 Evaluate = Callable[[Policy, int], Figures]
 """The figures of a policy at a level of the grid."""
@@ -52,15 +54,16 @@ def run(
     return figures_of(outcome, setting.num_devices)
 
 
-def sample(workload: Workload, requests: int, parts: int = 4) -> Workload:
-    """Evenly spaced windows of a workload, one after the other: about so many requests, for a first look.
+def sample(workload: Workload, seconds: float, parts: int = 4) -> Workload:
+    """Evenly spaced windows of a workload, one after the other, for a first look.
 
     Args:
-      workload: what they are taken of; returned as it is if it has no more requests.
-      requests: how many are wanted.
-      parts: windows; each has its share of the time, not of the requests.
+      workload: what they are taken of; returned as it is if it is no longer.
+      seconds: how long they are together.  Windows must be several times as long as requests take, or layouts that
+        cannot hold the rate look as if they could.
+      parts: windows, each of the same length.
     """
-    share = requests / max(1, len(workload.requests))
+    share = seconds / workload.seconds
     if share >= 1:
         return workload
     piece = workload.seconds / parts
@@ -72,8 +75,8 @@ def sample(workload: Workload, requests: int, parts: int = 4) -> Workload:
 def tournament(policies: Sequence[Policy], level: int, evaluate: Evaluate, keep: int, step: int = 2) -> list[Policy]:
     """The most promising policies, best first.
 
-    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes near
-    it falls.
+    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes
+    near it falls.
 
     Args:
       policies: to compare, at least one.
@@ -85,7 +88,7 @@ def tournament(policies: Sequence[Policy], level: int, evaluate: Evaluate, keep:
     field = list(policies)
     seen: set[int] = set()
     ranked = field
-    while len(field) > keep and level not in seen:
+    while len(field) > keep and level not in seen and len(seen) < _MOST_ROUNDS:
         seen.add(level)
         reached = {id(policy): evaluate(policy, level).attainment for policy in field}
         ranked = sorted(field, key=lambda policy: -reached[id(policy)])
@@ -138,6 +141,8 @@ def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest:
         high = low + step
     else:
         high = guess
+        if guess > lowest and reached(lowest) < TARGET:  # few requests: a cheap way to learn that it is hopeless
+            return Capacity(0.0, lowest - 1)
         while True:
             low = max(lowest, high - step)
             if low >= high:

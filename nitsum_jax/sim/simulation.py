@@ -1,8 +1,8 @@
 """Runs a workload through the model of a cell under a policy.
 
-The policies are those of `control`, called as a live server would call them: they learn of a request when it comes, of its
-output length when it has ended, and decide on plans at the ticks of a controller.  The run is a function of its arguments:
-two of the same agree bit for bit.
+The policies are those of `control`, called as a live server would call them: they learn of a request when it comes,
+of its output length when it has ended, and decide on plans at the ticks of a controller.  The run is a function of
+its arguments: two of the same agree bit for bit.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ class Policy:
       plan: the first one, in force and compiled when the run begins.
       scheduler: settings of the scheduler.
       controller: makes a new controller; None: the plan stays as it is.
-      resident_tp: least TP whose weights all devices keep, so that switches move none (it takes room from the KV cache);
-        None: devices keep only the weights in use, as static plans do.
+      resident_tp: least TP whose weights all devices keep, so that switches move none (it takes room from the KV
+        cache); None: devices keep only the weights in use, as static plans do.
       device_put: switches reshard weights and KV cache by the general path, as without shared shards.
       allowed: layouts that the controller may use (see `CellView`); empty: all.
     """
@@ -148,8 +148,9 @@ def simulate(
     """
     _check(workload, tiers, cost, policy, num_devices)
     driver = _Driver(workload, tiers, cost, policy, num_devices, log, log_steps, max_batch, compile_s)
-    bar = tqdm.tqdm(total=len(workload.requests), unit="req", desc=policy.name, disable=not progress, leave=False)
-    with bar:
+    if not progress:
+        return driver.run(most_missed, lambda _: None)
+    with tqdm.tqdm(total=len(workload.requests), unit="req", desc=policy.name, leave=False) as bar:
         return driver.run(most_missed, bar.update)
 
 
@@ -244,6 +245,8 @@ class _Driver:
                 shown = i
         if not outcome.given_up:
             cell.run_until(math.inf)
+            for job in list(cell.alive.values()):
+                self.failed(job, "no instance ever had room for it")
         advance(i - shown)
         outcome.end_s = cell.now_s
         outcome.preemptions = cell.preemptions

@@ -69,9 +69,9 @@ def test_token_ids_chats_and_parameters(llm: LLM, answers: list[Completion]) -> 
     (answer,) = llm.generate([ids], max_tokens=20, ignore_eos=True)
     assert answer.token_ids == answers[2].token_ids
     assert answer.prompt_tokens == len(ids)
-    first = answer.text[:3]
-    (stopped,) = llm.generate([TEXTS[2]], max_tokens=20, ignore_eos=True, stop=answer.text[3:5])
-    assert (stopped.text, stopped.finish_reason) == (first, FinishReason.STOP)
+    stop = answer.text[6:9]
+    (stopped,) = llm.generate([TEXTS[2]], max_tokens=20, ignore_eos=True, stop=stop)
+    assert (stopped.text, stopped.finish_reason) == (answer.text[: answer.text.index(stop)], FinishReason.STOP)
     drawn = llm.chat(CHAT, SamplingParams(temperature=1.5), max_tokens=8, logprobs=2, ignore_eos=True)
     assert len(drawn.logprobs) == len(drawn.token_ids) == 8
     again = llm.chat(CHAT, SamplingParams(temperature=1.5, seed=drawn.seed), max_tokens=8, ignore_eos=True)

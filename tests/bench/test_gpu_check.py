@@ -24,13 +24,44 @@ def test_it_checks_and_measures(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
         "numerics in bfloat16": True,
     }
     assert found["left_out"] == []
+    assert found["vshard_buffers"]["vshards"] in (1, 2)
     kinds = {(row["what"], row["tp"], row["vshards"], row["batch"]) for row in found["steps"]}
     assert kinds == {
-        *[("decode", 1, 1, 1), ("decode", 1, 1, 4), ("prefill", 1, 1, 1)],
-        *[("decode", 1, 2, 1), ("decode", 1, 2, 4), ("decode", 2, 1, 1), ("decode", 2, 1, 4)],
+        *[("decode", 1, 1, 4), ("prefill", 1, 1, 1), ("decode", 1, 2, 4), ("decode", 2, 1, 4)],
     }
     assert table.read_text() == capsys.readouterr().out
     assert "| zero-copy wrapping | yes |" in table.read_text()
+
+
+def timing(vshards: int, batch: int, step_ms: float) -> gpu_check.Row:
+    return gpu_check.Row("m", "decode", 1, vshards, batch, 1, 64, step_ms, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "vshards", "text"),
+    [
+        ({(2, 1): 10.1, (8, 1): 10.4, (8, 4): 19.0}, 8, "cost little here (K=2 +1.0%, K=8 +4.0%): keep them"),
+        (
+            {(2, 1): 10.1, (8, 1): 10.4, (8, 4): 25.0},
+            2,
+            "start servers with --vshards=2; that fuses the weights to 2 b",
+        ),
+        ({(2, 1): 12.0}, 1, "start servers with --vshards=1; that fuses the weights to 1 buffer per"),
+        ({}, None, "no decision"),
+    ],
+)
+def test_measurement_decides_how_many_buffers(
+    steps: dict[tuple[int, int], float], vshards: int | None, text: str
+) -> None:
+    rows = [timing(1, 1, 10.0), timing(1, 4, 20.0), *(timing(*key, step_ms) for key, step_ms in steps.items())]
+    decision = gpu_check.decide(rows)
+    assert decision.vshards == vshards
+    assert text in decision.text
+    assert decision.text in gpu_check.report([_FakeDevice()], {}, Ceilings(1e12, 1e15), rows, [])
+
+
+class _FakeDevice:
+    device_kind = "a device"
 
 
 def test_without_the_device_it_says_what_to_do() -> None:
@@ -42,8 +73,8 @@ def test_without_time_it_says_what_was_left_out(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "check.json"
     rows: list[gpu_check.Row] = []
     left_out = gpu_check._time_all(gpu_check.QUICK, None, Ceilings(1.0, 1.0), 0.0, rows)
-    assert (rows, len(left_out)) == ([], 7)
-    assert left_out[0] == "decode of tiny, batch 1, TP 1, K=1: no time left"
+    assert (rows, len(left_out)) == ([], 4)
+    assert left_out[0] == "decode of tiny, batch 4, TP 1, K=1: no time left"
     assert not path.exists()
 
 

@@ -69,7 +69,9 @@ def test_unknown_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_table_has_a_line_per_row() -> None:
     row = Row("tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 1.5, 9.0, {"recompute": 70.0})
-    item = Measured(row, decode_step_before_ms=4.0, kv_bytes_ahead=1_000_000, host_ms=1.0, transfer_ms=2.0)
+    item = Measured(
+        row, decode_step_before_ms=4.0, gap_ms_p99=9.5, kv_bytes_ahead=1_000_000, host_ms=1.0, transfer_ms=2.0
+    )
     line = switch_report.table([item]).splitlines()[-1]
-    moved, stall = "3.0 | 1.0 | 1.500", "5.0 | 6.0 | 1.50 | 4.0 | 3.0"
+    moved, stall = "3.0 | 1.0 | 1.500", "5.0 | 6.0 | 1.50 | 9.5 | 4.0 | 3.0"
     assert line == f"| tp1 -> tp2 | 1 | 2 | 0 | {moved} | {stall} | 1.0 | 2.0 | 1.5 | 9.0 | - | 70 | - |"

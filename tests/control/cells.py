@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 
-from nitsum_jax.control.cell import Run, Span
+from nitsum_jax.control.cell import Span
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
@@ -83,13 +83,12 @@ def make_cell(
 def serve(cell: SwitchingCell, jobs: Sequence[Job], switches: Sequence[tuple[float, CellPlan]] = ()) -> None:
     """Lets the jobs come, the plans change, and all of them end."""
     for time_s, plan in switches:
-        cell.at(time_s, cell.switch, plan)
+        cell.at(time_s, _switch, cell, plan)
     for one in jobs:
         cell.run_until(one.arrival_s)
         cell.add(one)
     cell.run_until(math.inf)
 
 
-def rows(run: Run) -> list[tuple[float, float, int]]:
-    """The steps of a run."""
-    return list(run.steps())
+def _switch(cell: SwitchingCell, plan: CellPlan) -> None:
+    cell.switch(plan)

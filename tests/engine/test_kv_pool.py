@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.kv_pool import BlockAllocator, KvPool
-from nitsum_jax.engine.transfer import PIECES, BlockMover, pieces
+from nitsum_jax.engine.transfer import PIECES, BlockMover, HostMover, pieces
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
@@ -141,10 +141,11 @@ def test_pieces_carry_exactly_the_blocks_asked_for(count: int) -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.parametrize("kind", [BlockMover, HostMover])
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 16, 23, 40])
-def test_blocks_arrive_and_nothing_else_changes(count: int) -> None:
+def test_blocks_arrive_and_nothing_else_changes(count: int, kind: type[BlockMover] | type[HostMover]) -> None:
     pool = new_pool(3)
-    mover = BlockMover(pool)
+    mover = kind(pool)
     contents = fill(pool)
     rng = np.random.default_rng(count)
     old, new = (rng.permutation(BLOCKS)[:count].astype(np.int32) for _ in range(2))
@@ -159,10 +160,11 @@ def test_blocks_arrive_and_nothing_else_changes(count: int) -> None:
     assert pool.array(0).devices() == {pool.devices[0]}
 
 
-def test_blocks_can_change_places() -> None:
+@pytest.mark.parametrize("kind", [BlockMover, HostMover])
+def test_blocks_can_change_places(kind: type[BlockMover] | type[HostMover]) -> None:
     # The copies of a switch are dispatched one behind the other: a block may be read for one and written for the next.
     pool = new_pool()
-    mover = BlockMover(pool)
+    mover = kind(pool)
     contents = fill(pool)
     mine, free = np.arange(0, 20, dtype=np.int32), np.arange(20, 40, dtype=np.int32)
     mover.move(0, 1, mine, free)
@@ -170,3 +172,15 @@ def test_blocks_can_change_places() -> None:
     for here, there in ((0, 1), (1, 0)):
         np.testing.assert_array_equal(np.asarray(pool.array(here))[free], contents[there][mine])
         np.testing.assert_array_equal(np.asarray(pool.array(here))[mine], contents[here][mine])
+
+
+def test_the_place_of_a_pool_tells_when_it_moves() -> None:
+    pool = new_pool()
+    mover = HostMover(pool)
+    place = mover.place(0)
+    update = jax.jit(lambda array: array.at[3].add(1), donate_argnums=0)
+    pool.replace(0, update(pool.array(0)))
+    assert mover.place(0) == place  # in place, as the steps do it
+    keep = pool.array(0)
+    pool.replace(0, keep + 1)
+    assert mover.place(0) != place

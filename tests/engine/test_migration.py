@@ -196,8 +196,10 @@ def test_without_rows_a_sequence_keeps_its_table() -> None:
         assert (host is None) == np.array_equal(sequence.table, table)
 
 
-def test_long_sequences_are_placed_first() -> None:
+def test_those_admitted_last_go_when_there_is_no_room() -> None:
     before, after = parse_layout("tp1x4", DEVICES), parse_layout("tp4", DEVICES)
     world = World.of(before, [1, 6, 2, 5], 300)
+    for (sequence, _), admitted in zip(world.sequences, (3, 2, 0, 1), strict=True):
+        sequence.admitted = admitted
     moves, _ = plan(world, hosts_of(after, 2))
-    assert [host is not None for host in moves.assigned] == [False, True, False, True]
+    assert [host is not None for host in moves.assigned] == [False, False, True, True]

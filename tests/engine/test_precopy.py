@@ -27,9 +27,9 @@ def undisturbed(model: OpenModel) -> list[tuple[int, ...]]:
         return [answer.tokens for answer in harness.run(PROMPTS, LENGTH)]
 
 
-@pytest.fixture(scope="module")
-def shared(model: OpenModel) -> Iterator[Harness]:
-    with Harness(model, deterministic=True, precopy=True, drain_before_switch=False) as harness:
+@pytest.fixture(scope="module", params=[False, True], ids=["behind the steps", "by memcpy"])
+def shared(model: OpenModel, request: pytest.FixtureRequest) -> Iterator[Harness]:
+    with Harness(model, deterministic=True, precopy=True, drain_before_switch=request.param) as harness:
         harness.engine.wait_for_layouts()
         yield harness
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.engine.timing import StepTiming
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
 from tests.engine.reference import random_prompts
@@ -65,7 +66,7 @@ def test_roles_change_no_token(harness: Harness, mixed: list[tuple[int, ...]], l
 
 def test_prefill_instances_never_decode(harness: Harness) -> None:
     harness.switch(ROLES[0])
-    timings = []
+    timings: list[StepTiming] = []
     harness.engine.on_step(timings.extend)
     harness.run(PROMPTS, 12)
     eventually(lambda: harness.engine.stats().running == 0)

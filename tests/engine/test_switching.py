@@ -268,10 +268,10 @@ def test_a_fault_of_our_own_ends_streams_but_not_the_engine(
     faults = iter([True])
     real = type(harness.engine._running)._accept
 
-    def accept(loop: Any, step: Step, results: np.ndarray) -> None:
+    def accept(loop: Any, step: Step, results: np.ndarray, now: float) -> None:
         if next(faults, False):
             raise ZeroDivisionError("a bug")
-        real(loop, step, results)
+        real(loop, step, results, now)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(harness.engine._running), "_accept", accept)

@@ -45,9 +45,12 @@ class FakeInstance(Instance):
         self.retired = self.lost = self.broken = False
         self.steps = 0
         self._before = ()
-        self._program = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
-        self._pool = types.SimpleNamespace(allocators=allocators)
-        self._executables = lambda: dict.fromkeys(SHAPES)
+        self._prefixes = None
+        program: Any = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
+        pool: Any = types.SimpleNamespace(allocators=allocators)
+        executables: Any = dict.fromkeys(SHAPES)
+        self._program, self._pool = program, pool
+        self._executables = lambda: executables
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(63, -1, -1))
 
@@ -77,7 +80,8 @@ class FakeCell:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._woken: float | None = None
-        cell: Any = types.SimpleNamespace(program=types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE)))
+        program = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE))
+        cell: Any = types.SimpleNamespace(program=program, prefixes=None)
         wide: Any = types.SimpleNamespace(admit=lambda *_: None)
         lock = threading.Lock()
         self.admission = Admission(cell, self.policy, lock, self.counters, wide, self._finish, deterministic=False)

@@ -95,6 +95,7 @@ class FakeEngine:
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._context = context
+        self._lost: set[int] = set()
         self._vocab_size = vocab_size
         self._blocks_total = blocks_total
         self._admitted = admitted
@@ -178,6 +179,17 @@ class FakeEngine:
 
     def ready_layouts(self) -> tuple[str, ...]:
         return ("tp1x4", "tp2x2")
+
+    def lose_device(self, device: int) -> None:
+        if device not in range(len(self.device_names)):
+            raise InvalidInputError(f"there is no device {device}")
+        self._lost.add(device)
+
+    def restore_device(self, device: int) -> None:
+        self._lost.discard(device)
+
+    def lost_devices(self) -> tuple[int, ...]:
+        return tuple(sorted(self._lost))
 
     def context_limit(self) -> int:
         return min(self._context, self._blocks_total * PAGE)

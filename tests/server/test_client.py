@@ -290,3 +290,21 @@ def test_plans() -> None:
     for wrong in ("", "tp4", "x:tp4", "-1:tp4", "5:", "5:tp4,5:tp2", "9:tp4,5:tp2"):
         with pytest.raises(InvalidInputError, match="plan"):
             parse_plan(wrong)
+
+
+def test_bias_and_log_probabilities_on_the_command_line(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "ab", "logit_bias": {"3": 1}, "logprobs": 0, "min_tokens": 1}')
+
+    async def use(run: Running, generate: Callable[..., Awaitable[int]]) -> None:
+        steered = ("--logprobs=1", "--logit_bias=7:-100,9:2.5", "--min_tokens=2")
+        assert await generate("--prompt=ab", "--json", *steered) == 0
+        assert await generate(f"--prompts_file={tmp_path}/p.jsonl") == 0
+        first, second = run.engine.requests
+        assert (dict(first.sampling.logit_bias), first.min_tokens, first.logprobs) == ({7: -100.0, 9: 2.5}, 2, 1)
+        assert (second.sampling.logit_bias, second.min_tokens, second.logprobs) == (((3, 1.0),), 1, 0)
+        assert await generate("--prompt=ab", "--logit_bias=7") == 2
+
+    _with_server(use)
+    line = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert [one["token_id"] for one in line["logprobs"]] == line["output_ids"]
+    assert [len(one["top"]) for one in line["logprobs"]] == [1, 1]

@@ -8,6 +8,7 @@ from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.server.bridge import Bridge
 from nitsum_jax.server.output import OutputTimes
 from nitsum_jax.server.proto import nitsum_pb2
+from tests.server.fake_engine import fake_logprob
 from tests.server.harness import EOS, TOKENIZER, ask, echo, refusal, running, says, until
 
 STOP, LENGTH = nitsum_pb2.FINISH_REASON_STOP, nitsum_pb2.FINISH_REASON_LENGTH
@@ -365,3 +366,28 @@ def test_tpot_counts_the_tokens_after_the_first() -> None:
 async def _drained(call: grpc.aio.UnaryStreamCall) -> None:
     async for _ in call:
         pass
+
+
+def test_bias_least_tokens_and_log_probabilities_go_through() -> None:
+    async def scenario() -> None:
+        async with running(says("abcd")) as run:
+            sampling = nitsum_pb2.SamplingParams(logit_bias={7: -100.0, 9: 2.5})
+            answer = await ask(run.stub, sampling=sampling, min_tokens=3, logprobs=2)
+            request = run.engine.requests[-1]
+            assert dict(request.sampling.logit_bias) == {7: -100.0, 9: 2.5}
+            assert (request.min_tokens, request.logprobs) == (3, 2)
+            told = [logprob for delta in answer.deltas for logprob in delta.logprobs]
+            assert [one.token_id for one in told] == answer.ids
+            for one in told:
+                expected = fake_logprob(one.token_id, 2)
+                assert one.logprob == expected.logprob
+                assert [(other.token_id, other.logprob) for other in one.top] == list(expected.top)
+            none = await ask(run.stub)
+            unasked = run.engine.requests[-1]
+            assert unasked.logprobs is None
+            assert not [logprob for delta in none.deltas for logprob in delta.logprobs]
+            zero = await ask(run.stub, logprobs=0)
+            assert run.engine.requests[-1].logprobs == 0
+            assert not any(logprob.top for delta in zero.deltas for logprob in delta.logprobs)
+
+    asyncio.run(scenario())

@@ -27,6 +27,8 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "ignore_eos": 8,
         "tier": 9,
         "return_prompt_ids": 10,
+        "min_tokens": 11,
+        "logprobs": 12,
     }
     assert numbers["SamplingParams"] == {
         "temperature": 1,
@@ -37,8 +39,11 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "presence_penalty": 6,
         "frequency_penalty": 7,
         "seed": 8,
+        "logit_bias": 9,
     }
     assert numbers["GenerateResponse"] == {"started": 1, "delta": 2, "finished": 3}
-    assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2}
+    assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2, "logprobs": 3}
+    assert numbers["TokenLogprob"] == {"token_id": 1, "logprob": 2, "top": 3}
+    assert numbers["LikelyToken"] == {"token_id": 1, "logprob": 2}
     assert numbers["Finished"] == {"finish_reason": 1, "usage": 2, "ttft_ms": 3, "tpot_ms": 4, "stop": 5}
     assert numbers["SetLayoutRequest"] == {"layout": 1, "prepare": 2}

@@ -21,6 +21,8 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.server import cli
 
 SCHEMA = "nitsum-gpu-check/1"
+# What separate vshard buffers may cost a decode step, as a part of it.
+_BUFFERS_MAY_COST = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Plan:
 
 
 FULL = Plan((shapes.LLAMA_8B, shapes.QWEN_32B), (1, 3), (1, 8, 32, 64, 128, 256), 1024, 512, (1, 2, 4, 8), (2, 4, 8))
-QUICK = Plan((shapes.TINY,), (1, 2), (1, 4), 64, 32, (1, 2), (2,))
+QUICK = Plan((shapes.TINY,), (1, 2), (4,), 64, 32, (1, 2), (2,))
 
 
 def read_options(argv: Sequence[str]) -> Options:
@@ -140,17 +142,17 @@ def _time_all(plan: Plan, device: jax.Device, limits: ceilings.Ceilings, end: fl
             (name, lambda: rows.append(_row(plan, device, limits, config, tp, vshards, batch, tokens, context)))
         )
 
-    small, large = plan.batches[0], plan.batches[min(2, len(plan.batches) - 1)]
+    two = dict.fromkeys((plan.batches[0], plan.batches[min(2, len(plan.batches) - 1)]))
     for config in plan.models:
         for batch in plan.batches:
             job(config, 1, 1, batch, 1, plan.context)
         job(config, 1, 1, 1, plan.chunk, 0)
     for config in plan.models[:1]:
         for vshards in plan.vshards[1:]:
-            for batch in (small, large):
+            for batch in two:
                 job(config, 1, vshards, batch, 1, plan.context)
         for tp in plan.slices:
-            for batch in (small, large):
+            for batch in two:
                 job(config, tp, 1, batch, 1, plan.context)
     for name, do in jobs:
         if time.monotonic() > end:
@@ -190,6 +192,45 @@ def _row(
     return Row(config.name, what, tp, vshards, batch, tokens, context, whole, bound)
 
 
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Whether separate vshard buffers are worth it here.
+
+    Attributes:
+      cost: K -> what they add to a decode step with K on the device, as a part of the step with one; the worst batch.
+      vshards: the largest K that costs no more than may be; None if K was not measured.
+      text: the decision in a line.
+    """
+
+    cost: dict[int, float]
+    vshards: int | None
+    text: str
+
+
+def decide(rows: Sequence[Row]) -> Decision:
+    """Chooses K by what was measured: how many vshard buffers a device at TP 1 can have at little cost."""
+    fused = {(r.model, r.batch): r.step_ms for r in rows if (r.what, r.tp, r.vshards) == ("decode", 1, 1)}
+    cost: dict[int, float] = {}
+    for row in rows:
+        base = fused.get((row.model, row.batch))
+        if (row.what, row.tp) == ("decode", 1) and row.vshards > 1 and base:
+            cost[row.vshards] = max(cost.get(row.vshards, -1.0), row.step_ms / base - 1)
+    if not cost:
+        return Decision(cost, None, "Vshard buffers were not measured: no decision.")
+    listing = ", ".join(f"K={k} {part:+.1%}" for k, part in sorted(cost.items()))
+    good = [k for k, part in cost.items() if part <= _BUFFERS_MAY_COST]
+    best = max(good, default=1)
+    if best == max(cost):
+        text = f"Separate vshard buffers cost little here ({listing}): keep them, with any K."
+    else:
+        text = (
+            f"Separate vshard buffers cost more than {_BUFFERS_MAY_COST:.0%} here ({listing}): start servers with "
+            f"--vshards={best}; that fuses the weights to {best} buffer{'s' if best > 1 else ''} per parameter at "
+            f"TP 1, and makes TP {best} the largest."
+        )
+    return Decision(cost, best, text)
+
+
 def report(
     devices: Sequence[jax.Device],
     verdicts: dict[str, tuple[bool, str]],
@@ -217,6 +258,7 @@ def report(
             f"| {row.step_ms:.3f} | {row.roofline_ms:.3f} | {row.roofline_ms / row.step_ms:.0%} "
             f"| {f'{row.step_ms / base:.3f}' if base else '-'} |"
         )
+    lines += ["", decide(rows).text]
     if left_out:
         lines += ["", "Left out: " + "; ".join(left_out) + "."]
     return "\n".join(lines)
@@ -238,6 +280,7 @@ def _write_json(
         "ceilings": dataclasses.asdict(limits),
         "checks": {name: {"passed": good, "found": found} for name, (good, found) in verdicts.items()},
         "steps": [dataclasses.asdict(row) for row in rows],
+        "vshard_buffers": dataclasses.asdict(decide(rows)),
         "left_out": list(left_out),
     }
     pathlib.Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

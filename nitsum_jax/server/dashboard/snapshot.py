@@ -38,7 +38,11 @@ class TierView:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Totals:
-    """The whole cell; counters since the start of the server."""
+    """The whole cell; counters since the start of the server.
+
+    Attributes:
+      prefix_share: share of the prompt tokens that the prefix cache had; None where none was asked for.
+    """
 
     waiting: int
     running: int
@@ -48,6 +52,7 @@ class Totals:
     steps: int
     switches: int
     compiles: int
+    prefix_share: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

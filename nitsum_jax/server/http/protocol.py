@@ -26,7 +26,7 @@ STALLED_S = 120.0
 """How long a client may read nothing while there is something to read."""
 
 _OPTIONS: Final = (
-    ("SO_OPTIONS", socket.SOL_SOCKET, 1),
+    ("SO_KEEPALIVE", socket.SOL_SOCKET, 1),
     ("TCP_KEEPIDLE", socket.IPPROTO_TCP, 30),
     ("TCP_KEEPINTVL", socket.IPPROTO_TCP, 10),
     ("TCP_KEEPCNT", socket.IPPROTO_TCP, 3),

@@ -66,6 +66,10 @@ class HttpServer:
         """How many are open."""
         return len(self._server.server_state.connections)
 
+    def open_connections(self) -> list[asyncio.Transport]:
+        """Their transports."""
+        return [connection.transport for connection in self._server.server_state.connections]
+
     async def start(self) -> None:
         """Answers from now on."""
         self._task = asyncio.create_task(self._server.serve(self._sockets))
@@ -85,8 +89,8 @@ class HttpServer:
             return
         self._server.should_exit = True
         await asyncio.wait({self._task}, timeout=_LAST_WORDS_S)
-        for connection in list(self._server.server_state.connections):
-            connection.transport.abort()
+        for transport in self.open_connections():
+            transport.abort()
         await self._task
 
 

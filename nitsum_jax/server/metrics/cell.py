@@ -22,8 +22,8 @@ _FROM_STATS: Final = (
     ("compiles", "compiles", "XLA compilations of this process; after warm-up this must not grow."),
     ("num_preemptions", "sent_back", "Sequences that lost their blocks and were computed anew."),
     ("wide_prefills", "wide_prefills", "Prompts prefilled at the widest TP in between the steps of others."),
-    ("prefix_cache_queries", "prefix_queries", "Prompt tokens that were looked up in the prefix cache."),
-    ("prefix_cache_hits", "prefix_hits", "Prompt tokens that were found there."),
+    ("prefix_cache_queries", "prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache."),
+    ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens that were found there."),
 )
 
 

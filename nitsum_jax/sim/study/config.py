@@ -40,6 +40,7 @@ class Case:
       rate: requests a second at factor 1, a guess at what the cell can serve.
       steady_s: length of a steady load.
       phase_s: length of a phase of a shifting load.
+      sample_s: seconds of the first look of a search.
       mixes: names of the mixes to run; empty: all.
     """
 
@@ -49,6 +50,7 @@ class Case:
     rate: float
     steady_s: float
     phase_s: float
+    sample_s: float
     mixes: tuple[str, ...] = ()
 
 
@@ -60,7 +62,6 @@ class StudyConfig:
       devices: of the cell.
       seed: of what is random.
       ratio: of neighbouring rates (see `search.Grid`).
-      sample: requests of the first look of a search.
       finalists: policies of a family that run the whole workload.
       ablation_capacity: whether capacities of ablations are searched, or only their figures at two rates.
       mixes: loads.
@@ -70,7 +71,6 @@ class StudyConfig:
     devices: int
     seed: int
     ratio: float
-    sample: int
     finalists: int
     ablation_capacity: bool
     mixes: tuple[Mix, ...]

@@ -1,9 +1,9 @@
 """Loads: workloads at every rate, made of phases.
 
 A steady mix is one phase.  In a shifting mix every phase has its own rates and lengths; a rate factor multiplies the
-rates of all.  A part of a phase is the piece of its trace at the same time (a trace that ends is begun again), brought to
-the part's mean rate: bursts within a phase are those of the trace, the rates of phases are those of the config.  Pieces
-with less than a third of their trace's mean rate are passed over.
+rates of all.  A part of a phase is the piece of its trace at the same time (a trace that ends is begun again),
+brought to the part's mean rate: bursts within a phase are those of the trace, the rates of phases are those of the
+config.  Pieces with less than a third of their trace's mean rate are passed over.
 """
 
 import dataclasses

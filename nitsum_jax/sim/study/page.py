@@ -49,10 +49,10 @@ def page(results: Sequence[Result], missing: int = 0) -> str:
     lines = [
         "# What adaptive tensor parallelism is worth",
         "",
-        "Written by `make study`; every figure comes from simulated runs of a cell of 8 devices, with step times from the",
-        "profiles named.  Policies, searches and the bound are described in [simulator.md](../simulator.md).  Settings of",
-        "adaptive control are the same everywhere; every baseline is searched for its best settings on the very workload it",
-        "is measured on, which adaptive control does not know beforehand.",
+        "Written by `make study`; every figure comes from simulated runs of a cell of 8 devices, with step times from",
+        "the profiles named.  Policies, searches and the bound are described in [simulator.md](../simulator.md).",
+        "Settings of adaptive control are the same everywhere; every baseline is searched for its best settings on the",
+        "very workload it is measured on, which adaptive control does not know beforehand.",
         "",
         f"Workloads: {'; '.join(sources)}.",
     ]
@@ -148,12 +148,12 @@ def _cell(result: Result) -> list[str]:
     bound = result["bound"]
     lines += [
         "",
-        f"Upper bound at {bound['rate']:.1f}/s: goodput {bound['goodput']:.2f}, attainment {bound['attainment']:.1%}, over"
-        f" {bound['candidates']} candidate layouts; adaptive control reaches {bound['adaptive']:.2f}"
+        f"Upper bound at {bound['rate']:.1f}/s: goodput {bound['goodput']:.2f}, attainment {bound['attainment']:.1%},"
+        f" over {bound['candidates']} candidate layouts; adaptive control reaches {bound['adaptive']:.2f}"
         f" ({bound['adaptive'] / max(1e-9, bound['goodput']):.1%}).",
         "",
     ]
-    adaptive = [row for row in result["families"]["adaptive"]["at"].values()]
+    adaptive = list(result["families"]["adaptive"]["at"].values())
     if adaptive:
         switches = ", ".join(f"{row['switches']} ({row['stall_s'] * 1000:.0f} ms)" for row in adaptive)
         lines += [f"Switches of adaptive control at these rates, and their stalls together: {switches}.", ""]
@@ -163,7 +163,7 @@ def _cell(result: Result) -> list[str]:
 def _ablations(results: Sequence[Result]) -> list[str]:
     names = list(dict.fromkeys(name for result in results for name in result["ablations"]))
     lines = [
-        "Goodput with something taken away, as a share of that of adaptive control, at the highest rate that it serves.",
+        "Goodput with something taken away, as a share of adaptive control's, at the highest rate that that serves.",
         "",
         "| cell | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
@@ -203,8 +203,8 @@ def _why(result: Result, goal: str) -> str:
     if goal == "capacity":
         static, adaptive = families["static"], families["adaptive"]
         return (
-            f"Best static: {static['capacity']:.2f}/s with `{static['policy']}`, adaptive {adaptive['capacity']:.2f}/s. At"
-            f" {bound['rate']:.2f}/s the best layout of every window would reach an attainment of"
+            f"Best static: {static['capacity']:.2f}/s with `{static['policy']}`, adaptive {adaptive['capacity']:.2f}/s."
+            f" At {bound['rate']:.2f}/s the best layout of every window would reach an attainment of"
             f" {bound['attainment']:.1%}: choosing among layouts can gain no more than that here."
         )
     level = str(families["adaptive"]["level"])

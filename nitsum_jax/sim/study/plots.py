@@ -7,9 +7,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
-_STYLE = {"svg.hashsalt": "nitsum", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {"svg.hashsalt": "nitsum", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _COLOURS = {
     "adaptive": "#d1495b",
     "static": "#222222",
@@ -42,9 +42,8 @@ def attainment_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
                 label=family,
             )
             if grey:
-                axes.annotate(
-                    family.removeprefix("static-"), (rates[-1], 100 * shares[-1]), fontsize=7, color="#777777"
-                )
+                name = family.removeprefix("static-")
+                axes.annotate(name, (rates[-1], 100 * shares[-1]), fontsize=7, color="#777777")
         axes.axhline(90, color="#bbbbbb", linewidth=0.8)
         bound = result["bound"]
         axes.plot([bound["rate"]], [100 * bound["attainment"]], marker="_", markersize=12, color="#d1495b")

@@ -81,7 +81,7 @@ class _Runner:
         self.curves: dict[str, dict[int, Figures]] = {}
 
     def _sampled(self, level: int) -> Workload:
-        return sample(self.workload(level), self.cell.config.sample, max(4, len(self.load.phases)))
+        return sample(self.workload(level), self.cell.case.sample_s, max(4, len(self.load.phases)))
 
     # ---- runs
 
@@ -106,7 +106,7 @@ class _Runner:
 
     def look(self, policy: Policy, level: int) -> Figures:
         """Some of the workload, given up as soon as it is far from the target."""
-        key = self._key("sample", policy, level, sample=self.cell.config.sample)
+        key = self._key("sample", policy, level, sample=self.cell.case.sample_s)
         value = self.cache.get(key, lambda: run(self.setting, self.sampled(level), policy, give_up=_GIVE_UP).to_json())
         return Figures.from_json(value)
 

@@ -3,12 +3,13 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
 
 from nitsum_jax.server.http import body, protocol
-from tests.server.harness import says
+from tests.server.harness import says, until
 from tests.server.http.harness import CHAT, HELLO, Serving, serving
 
 
@@ -157,6 +158,20 @@ def test_requests_in_a_row_on_one_connection_are_answered_in_order() -> None:
                 size = int(head_read.split(b"content-length: ")[1].split(b"\r\n")[0])
                 texts.append(json.loads(await reader.readexactly(size))["choices"][0]["text"])
             assert texts == ["one", "two", "three"]
+
+    asyncio.run(scenario())
+
+
+def test_the_kernel_looks_for_clients_that_vanished_and_keeps_little_for_those_who_do_not_read() -> None:
+    async def scenario() -> None:
+        async with serving(says("x")) as run, _connected(run) as (_, writer):
+            peer = writer.get_extra_info("sockname")
+            await until(lambda: run.http.connections > 0)
+            (one,) = [each for each in run.http.open_connections() if each.get_extra_info("peername") == peer]
+            server_side = one.get_extra_info("socket")
+            assert server_side.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert server_side.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 30
+            assert server_side.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) <= 2**19
 
     asyncio.run(scenario())
 

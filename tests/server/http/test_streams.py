@@ -82,6 +82,20 @@ def test_both_front_ends_and_many_streams_at_once() -> None:
     asyncio.run(scenario())
 
 
+def test_five_hundred_streams_at_once() -> None:
+    async def scenario() -> None:
+        async with serving(says("ab", end=False), max_batch=512, max_queue=600) as run:
+            sockets = [await _post(run, stream=True, max_tokens=20) for _ in range(250)]
+            calls = [asyncio.create_task(ask(run.grpc.stub, max_tokens=20)) for _ in range(250)]
+            raw = await asyncio.gather(*(_read_all(one) for one in sockets))
+            bodies = [_unchunked(each.partition(b"\r\n\r\n")[2]).decode() for each in raw]
+            assert [chat_text(events_of(body)) for body in bodies] == ["ab" * 10] * 250
+            assert [(await call).text for call in calls] == ["ab" * 10] * 250
+            assert run.grpc.bridge.open_streams == 0
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("how", ["close", "reset"])
 def test_a_client_that_leaves_is_cancelled_in_the_engine(stream: bool, how: str) -> None:

@@ -67,6 +67,7 @@ def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
             assert seen["nitsum_switch_stall_seconds_sum",] == pytest.approx(report.stall_ms / 1e3)
             assert seen["nitsum_compiles_total",] > 0
             assert seen["nitsum_num_preemptions_total",] == 0
+            assert seen["nitsum_prefix_cache_queries_total",] >= seen["nitsum_prefix_cache_hits_total",] == 0
             assert [(i.devices, i.tp) for i in operations.snapshot().instances] == [((0, 1), 2)]
         finally:
             await asyncio.to_thread(engine.close)
