@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.planner import PlannerConfig, least_tp
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
@@ -32,9 +33,11 @@ class Scheduled:
     pace: Pace | None
 
     def planned_tps(self) -> tuple[int, ...]:
-        """TPs that a planner may use: those that the cell can have and the cost model knows."""
+        """TPs that a planner may use: of those that it would use by itself, the ones that the cell can have."""
         vmap = self.engine.cell.vmap
-        return tuple(tp for tp in self.cost.tps if vmap.min_tp <= tp <= vmap.num_vshards)
+        here = tuple(tp for tp in self.cost.tps if vmap.min_tp <= tp <= vmap.num_vshards)
+        least = least_tp(self.cost, PlannerConfig())
+        return tuple(tp for tp in here if tp >= least) or here
 
 
 def start_scheduled(

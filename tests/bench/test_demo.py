@@ -1,5 +1,7 @@
 """What the demonstration shows and works out; the cell itself is that of nitsum-serve."""
 
+import dataclasses
+
 from nitsum_jax.bench.demo.load import PHASES, TIERS, demo_load
 from nitsum_jax.bench.demo.prediction import adaptive_policy, best_uneven, predict, static_policy
 from nitsum_jax.bench.demo.report import ADAPTIVE, Entry, gain, tables, to_json
@@ -87,6 +89,11 @@ def test_tables_compare_policies_and_the_simulator() -> None:
     assert "1.25 times the goodput" in text
     assert to_json(entries, "p")["policies"]["tp2x4"]["switches"] == 2
     assert gain(entries[:1]) is None
+    late = dataclasses.replace(entries[0], live=dataclasses.replace(entries[0].live, invalid=("too slow",)))
+    text = tables([late, entries[1]], "p")
+    assert "the comparison says nothing" in text
+    assert "times the goodput" not in text
+    assert "INVALID adaptive: too slow" in text
 
 
 def test_prediction_knows_every_policy() -> None:

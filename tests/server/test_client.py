@@ -140,7 +140,7 @@ def test_status_is_json(capsys: Capture) -> None:
     out = capsys.readouterr().out
     state, end = json.JSONDecoder().raw_decode(out)
     assert (state["model"], state["layout"], len(state["instances"])) == ("fake", "tp1x4", 4)
-    assert state["instances"][0] == {"devices": [0], "tp": 1, "role": "mixed"}
+    assert state["instances"][0] == {"devices": [0], "tp": 1, "role": "mixed", "running": 0, "kv_use": 0.0}
     assert state["stats"]["blocks_free"] == state["stats"]["blocks_total"]
     last = json.loads(out[end:].splitlines()[-1])
     assert last["stats"]["tokens_generated"] == 1

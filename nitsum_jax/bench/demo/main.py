@@ -33,6 +33,7 @@ DEVICES = 8
 _MAX_BATCH = 64
 _READY_S = 900.0
 _LOOK_S = 0.5
+_QUIET_S = 8.0
 USAGE = """nitsum-bench demo runs the whole server, with a tiny model on emulated devices, at the pace of 8 accelerators
 with a large model, under a load that shifts between chat and code. It shows where instances are and how tiers fare, and
 ends with a table: adaptive control against static layouts on the same load, live and as the simulator predicts them.
@@ -156,6 +157,7 @@ class _Demo:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             for layout in (*layouts, self._first):
                 await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
+            await _settled(stub)
             for name in (ADAPTIVE, *layouts):
                 entries.append(await self._play(channel, name))
         pace = f"{setting.cost.profile.name}, time_scale {options.time_scale:g}"
@@ -222,6 +224,16 @@ class _Demo:
             phase = PHASES[min(int(now / self._options.phase_s), self._options.phases - 1)].name
             self._screen.show(f"{name}, {phase}", now, state, attainments(player.played, TIERS, scale, now))
             await asyncio.sleep(_LOOK_S)
+
+
+async def _settled(stub: nitsum_pb2_grpc.GenerationServiceStub) -> None:
+    """Waits until the server compiles no more: compiling takes the processor from the pace."""
+    compiles, since = -1, time.monotonic()
+    while time.monotonic() - since < _QUIET_S:
+        now = (await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).stats.compiles
+        if now != compiles:
+            compiles, since = now, time.monotonic()
+        await asyncio.sleep(_LOOK_S)
 
 
 def _even(tp: int) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 
 from nitsum_jax.control.plan import Shape, parse_shapes
-from nitsum_jax.control.planner import PlannerConfig
 from nitsum_jax.sim.baselines import Setting, adaptive, best_static, static
 from nitsum_jax.sim.logs import request_record
 from nitsum_jax.sim.metrics import Metrics, measure
@@ -30,7 +29,7 @@ def static_policy(setting: Setting, layout: str) -> Policy:
 def adaptive_policy(setting: Setting, first: str) -> Policy:
     """Adaptive control that begins with a layout."""
     shapes: tuple[Shape, ...] = tuple(parse_shapes(first))
-    return adaptive(setting, first=shapes, planner=PlannerConfig(tps=setting.tps))
+    return adaptive(setting, first=shapes)
 
 
 def best_uneven(setting: Setting, workload: Workload, max_batch: int) -> str | None:

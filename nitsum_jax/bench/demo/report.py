@@ -41,7 +41,9 @@ def tables(entries: Sequence[Entry], pace: str) -> str:
         )
     lines = [f"PACED at {pace}: no figure is of this machine", "", *_aligned(rows)]
     found = gain(entries)
-    if found is not None:
+    if any(entry.live.invalid for entry in entries):
+        lines.append("runs are invalid (see below): the comparison says nothing")
+    elif found is not None:
         lines.append(f"adaptive control has {found:.2f} times the goodput of the best static layout")
     reasons = dict.fromkeys(f"INVALID {e.policy}: {reason}" for e in entries for reason in e.live.invalid)
     lines += [*reasons, "", "the running cell against the simulator (live / simulated):", *_aligned(_compared(entries))]
