@@ -65,7 +65,7 @@ class StepTimer:
             start = time.perf_counter()
             before: jax.Array | None = None
             for _ in range(steps):
-                pool, history, tokens = compiled(self._leaves, pool, history, packed)
+                pool, history, tokens, *_ = compiled(self._leaves, pool, history, packed)
                 if before is not None:  # as in an engine, two are in flight; with many, emulated devices deadlock
                     jax.block_until_ready(before)
                 before = tokens
