@@ -19,6 +19,7 @@ from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.callers import current_caller
 from nitsum_jax.server.records import RequestObserver, RequestRecord
 
+_ENDS = (None, FinishReason.STOP, FinishReason.LENGTH)
 _FIRST_RETRY_S = 1.0  # before any request has ended there is nothing to estimate from
 _MIN_RETRY_S = 0.1
 _MAX_RETRY_S = 10.0
@@ -57,9 +58,15 @@ class DeltaStream:
         return self.take()
 
     def take(self) -> list[TokenDelta]:
-        """All deltas that have come since the last call, perhaps none."""
+        """The deltas that have come since the last call, perhaps none.
+
+        An end that is an error comes by itself: it is raised, and must not take the text before it along.
+        """
         deltas = list(self._buffer)
         self._buffer.clear()
+        if len(deltas) > 1 and deltas[-1].finish_reason not in _ENDS:
+            self._buffer.append(deltas.pop())
+            self._wake.set()
         return deltas
 
 
