@@ -75,6 +75,8 @@ _UNKNOWN = {
 }
 PYTHON_RULES = "@rules_python//python:defs.bzl"
 _COMMENT = "Written by tools/generate_build.py from the imports (make build-files); edit that instead."
+_FACE = pathlib.PurePosixPath(PACKAGE, "llm.py")
+_INIT = pathlib.PurePosixPath(PACKAGE, "__init__.py")
 _PUBLIC = ("//visibility:public",)
 # Files beside the code that it reads when it runs.
 _DATA_SUFFIXES = {".proto", ".json", ".html", ".jinja", ".npz", ".txt", ".gguf", ".safetensors", ".typed"}
@@ -119,7 +121,8 @@ class Generator:
           ValueError: an import is neither an own module nor in DISTRIBUTIONS.
         """
         labels = set()
-        for item in source_tree.imports_of(self._texts[path], str(path)):
+        # The package itself loads nothing until it is asked for it.
+        for item in () if path == _INIT else source_tree.imports_of(self._texts[path], str(path)):
             labels |= self._resolve(item, path)
         # Importing a.b.c runs a/__init__.py as well.
         own = source_tree.module_of(path)
@@ -151,6 +154,8 @@ class Generator:
     def _label(self, path: pathlib.PurePosixPath) -> str:
         package = self._package(path)
         name = package.rpartition("/")[2] if package.split("/")[0] == PACKAGE else path.stem
+        if path == _FACE:  # it stands on the rooms, which stand on the rest of its folder
+            name = path.stem
         return f"//{package}:{name}"
 
     def _target(self, package: str, name: str, paths: list[pathlib.PurePosixPath]) -> Target:
