@@ -225,7 +225,7 @@ class BareRunner:
                 emit=len(part) == left,
                 table=table,
             )
-            self._pool, history, _ = self._executables[shape](self._leaves, self._pool, history, packer.done())
+            self._pool, history, *_ = self._executables[shape](self._leaves, self._pool, history, packer.done())
             done += len(part)
         return history
 

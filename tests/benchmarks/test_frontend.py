@@ -14,7 +14,7 @@ def test_both_front_ends_bring_all_tokens(tmp_path: pathlib.Path, capsys: pytest
     rows = json.loads(result.read_text())
     assert [(row["front_end"], row["streams"], row["complete"]) for row in rows] == [("grpc", 3, 3), ("http", 3, 3)]
     for row in rows:
-        assert 0 < row["alone"] <= 3 / 0.005
+        assert 0 < row["alone"] <= 1.1 * 3 / 0.005  # 29 waits for 30 tokens
         assert row["rate"] > 0
         assert row["cpu_us"] > 0
     out = capsys.readouterr().out
