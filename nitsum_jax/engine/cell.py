@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, prefix_granule, resolve_dtype
+from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.executables import FIRST, Executables, Group
 from nitsum_jax.engine.history import HistoryMover
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape

@@ -10,7 +10,8 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
-from nitsum_jax.engine.instance import Arrival, Instance
+from nitsum_jax.engine.dispatched import Arrival
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.migration import Host, free, plan_moves
 from nitsum_jax.engine.pacing import Pacer
 from nitsum_jax.engine.policy import Policy, takes_decodes

@@ -6,7 +6,6 @@ back.
 """
 
 import collections
-import dataclasses
 import queue
 import threading
 import time
@@ -18,12 +17,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.history import HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.likelihood import read
 from nitsum_jax.engine.packing import STEERING, Packer, StepShape
 from nitsum_jax.engine.prefix_cache import PrefixCache
-from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -37,89 +35,6 @@ MAX_IN_FLIGHT = 2
 # Gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
 MakeRoom = Callable[["Instance", Sequence, int], bool]
 Choose = Callable[["Instance"], "PrefillChoice | None"]
-
-
-@dataclasses.dataclass(eq=False)
-class Step:
-    """A dispatched step.
-
-    Attributes:
-      shape: its bucket.
-      sequences: who took part.
-      emits: who gets a token of it.
-      after: steps of other instances whose results must be taken in before its own: their sequences went over.
-      settled: whether its results were taken in, or never will be.
-      epochs: of the sequences, when it was dispatched.
-      chunk: of a prefill step, new tokens and the context before them.
-      joined: whether it shares, for the cost model, a step with the chunk before it.
-      context: of a decode step, tokens of KV cache that its sequences hold together before it.
-      launched_s: when it was dispatched; all times are those of time.monotonic.
-      ready_s: when its results were read.
-      start_s: when it began, as far as can be told: when it was dispatched, or the step before it ended.
-      paced_s: its results are not delivered before; see `pacing`.
-      tokens: i32[B], when they are read.
-      likelihoods: i32[B, columns], when they are read, if somebody asked for log probabilities.
-      error: why it failed.
-    """
-
-    shape: StepShape
-    sequences: list[Sequence]
-    emits: list[bool]
-    after: tuple["Step", ...] = ()
-    settled: bool = False
-    chunk: tuple[int, int] | None = None
-    joined: bool = False
-    context: int = 0
-    launched_s: float = 0.0
-    ready_s: float = 0.0
-    start_s: float = 0.0
-    paced_s: float = 0.0
-    epochs: list[int] = dataclasses.field(default_factory=list)
-    tokens: np.ndarray | None = None
-    likelihoods: np.ndarray | None = None
-
-    def __post_init__(self) -> None:
-        self.epochs = [sequence.epoch for sequence in self.sequences]
-
-    @property
-    def with_logprobs(self) -> bool:
-        """Whether somebody asked for log probabilities of a token of this step."""
-        return any(
-            emits and sequence.request.logprobs is not None
-            for sequence, emits in zip(self.sequences, self.emits, strict=True)
-        )
-
-    def logprob(self, index: int) -> TokenLogprob | None:
-        """How likely the token of a row was, if that was asked for."""
-        top = self.sequences[index].request.logprobs
-        return None if top is None or self.likelihoods is None else read(self.likelihoods[index], top)
-
-    @property
-    def due(self) -> bool:
-        """Whether all steps that it continues have been taken in."""
-        return all(step.settled for step in self.after)
-
-    def settle(self) -> None:
-        """It has been taken in."""
-        self.settled = True
-        self.after = ()
-
-    error: Exception | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrival:
-    """A sequence that comes with its blocks.
-
-    Attributes:
-      sequence: who.
-      history: token history of the instance that it comes from; it knows the tokens in flight.
-      row: its row there.
-    """
-
-    sequence: Sequence
-    history: jax.Array
-    row: int
 
 
 class Instance:
@@ -219,9 +134,20 @@ class Instance:
         return -(-tokens // self._program.pool.page_size)
 
     def settled_tokens(self, sequence: Sequence) -> int:
-        """Tokens of one of its sequences whose keys and values no step in flight still writes; some more may be."""
+        """Tokens of one of its sequences whose keys and values no step or copy in flight still writes.
+
+        There may be some more.
+        """
+        if sequence.landing:
+            return 0
         flying = [*self.outstanding, *(step for step in self._before if not step.settled)]
         return max(0, sequence.cached - sum(step.shape.tokens for step in flying if sequence in step.sequences))
+
+    def touched(self, device: int) -> list[np.ndarray]:
+        """Block ids on one of its devices that steps in flight may read or write, whoever they belong to by now."""
+        here = np.array(self.device_of) == device
+        shape = self._program.cut.num_vshards, self._program.pages
+        return [step.table(*shape)[:, here].reshape(-1) for step in self.outstanding]
 
     def grow(self, sequence: Sequence, tokens: int) -> bool:
         """Gives a sequence pages for its first `tokens` tokens; False, and nothing taken, if there are not enough."""
@@ -241,6 +167,7 @@ class Instance:
     def join(self, sequence: Sequence) -> None:
         """Adds a sequence that has yet to be prefilled."""
         self._seat(sequence)
+        sequence.landing = self.steps + 1
         self.prefills.append(sequence)
         self._note_shared(sequence)
 
@@ -262,6 +189,7 @@ class Instance:
         for arrival in arrivals:
             sequence = arrival.sequence
             self._seat(sequence)
+            sequence.landing = 0
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
             if sequence.steering is not None:
                 history[sequence.row, -STEERING:] = sequence.steering
@@ -300,6 +228,7 @@ class Instance:
         """
         self._before += tuple(before)
         self._seat(arrival.sequence)
+        arrival.sequence.landing = self.steps + 1
         self._history = self._histories.merge(self.history, arrival.history, [(arrival.row, arrival.sequence.row)])
 
     def note_pages(self, sequence: Sequence) -> None:
@@ -361,6 +290,7 @@ class Instance:
             before = sequence.cached
             self._prefixes.catch_up(sequence, self.device_of)
             if sequence.cached > before:
+                sequence.landing = self.steps + 1
                 self._note_shared(sequence)
         left = sequence.target - sequence.cached
         executables = self._executables()
@@ -423,8 +353,10 @@ class Instance:
         step.launched_s = time.monotonic()
         self.outstanding.append(step)
         self.steps += 1
+        step.number = self.steps
         try:
-            self._array, self._history, *results = executable(self._leaves, self._array, self.history, packer.done())
+            step.packed = packer.done()
+            self._array, self._history, *results = executable(self._leaves, self._array, self.history, step.packed)
             wanted = tuple(results if step.with_logprobs else results[:1])
             for result in wanted:
                 result.copy_to_host_async()
@@ -438,6 +370,9 @@ class Instance:
         while (item := self._results.get()) is not None:
             step, results = item
             try:
+                # Each rank writes to its pool after the last exchange with the others: that one has its tokens does not
+                # say that the others are done.
+                jax.block_until_ready(results)
                 if len(results) > 1:
                     step.likelihoods = np.asarray(results[1])
                 step.tokens = np.asarray(results[0]) if results else None

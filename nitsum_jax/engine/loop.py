@@ -21,9 +21,10 @@ import numpy as np
 
 from nitsum_jax.engine.admission import Admission, Counters
 from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.handover import HandOver
-from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance, Step
+from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance
 from nitsum_jax.engine.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
@@ -283,7 +284,7 @@ class Loop:
 
     def _settle(self, instance: Instance, step: Step) -> None:
         instance.outstanding.remove(step)
-        step.settle()
+        step.settle(instance)
         self.counters.steps += 1
         now = time.monotonic()
         if step.tokens is None:
@@ -385,13 +386,17 @@ class Loop:
             if self._wide.sequence is not None and not pending.future.done():
                 return  # it takes a few steps more, and meanwhile nobody waits
             ended = pending.future.done()
-            if not ended and not pending.stopping and not pending.copied_ahead(self.cell, self.instances):
+            if (
+                not ended
+                and not pending.stopping
+                and not pending.copied_ahead(self.cell, self.instances, self._wide.running)
+            ):
                 if not any(instance.in_flight for instance in self.instances):
                     self.wake()  # no step will end and bring the next round about
                 return
             # From here on instances stop one by one: what is written meanwhile is left to the switch.
             pending.stopping = True
-            if not ended and not self._slowed_down(pending):
+            if not ended and not pending.slowed_down(self.cell, self.instances):
                 return
             self._switches.popleft()
             for instance in self.instances:
@@ -427,23 +432,6 @@ class Loop:
             self.pacer.forget(self.instances)
         if not self._switches:
             self._admission.refuse_hopeless(self.instances)
-
-    def _slowed_down(self, pending: PendingSwitch) -> bool:
-        """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
-
-        They do not end at the same moment, and the sequences of the first wait for the last where they come together;
-        with one step in flight instead of two that is half as long.
-        """
-        wanted = set(pending.layout.instances)
-        leaving = [instance for instance in self.instances if instance.spec not in wanted]
-        for instance in leaving:
-            instance.depth = min(instance.depth, 1)
-        if any(instance.in_flight > 1 for instance in leaving):
-            return False
-        if self.cell.drain:
-            for instance in leaving:
-                instance.depth = 0
-        return not self.cell.drain or not any(instance.in_flight for instance in leaving)
 
     def lose_device(self, device: int) -> None:
         """Goes on without a device: whatever is on it is computed anew elsewhere."""

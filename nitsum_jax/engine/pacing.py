@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import InvalidInputError
 

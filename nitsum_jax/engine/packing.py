@@ -84,6 +84,11 @@ def _table_column(shape: StepShape) -> int:
     return _COLUMNS + shape.tokens + (0 if shape.is_decode else STEERING)
 
 
+def tables_of(packed: np.ndarray, shape: StepShape, vshards: int, pages: int) -> np.ndarray:
+    """The block tables in a packed array: i32[B, K, P]."""
+    return packed[:, _table_column(shape) :].reshape(shape.batch, vshards, pages)
+
+
 def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
     """Takes a packed i32[B, columns] apart, inside a jitted step."""
     tokens, table = _COLUMNS + shape.tokens, _table_column(shape)

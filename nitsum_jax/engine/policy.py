@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.meshes.layout import Role
 

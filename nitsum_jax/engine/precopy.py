@@ -15,6 +15,7 @@ import numpy as np
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.migration import Ahead, Host, choose_hosts
 from nitsum_jax.engine.sequence import Sequence as Request
 from nitsum_jax.engine.transfer import PIECES
@@ -32,6 +33,49 @@ class _Plan:
     sequence: Request
     home: Instance
     ahead: Ahead
+
+
+class _Taken:
+    """Takes blocks for copies, none that a step in flight may still write.
+
+    Blocks are free as soon as their sequence has ended, with steps of it in flight: whoever gets them writes to them in
+    a later step.  Copies that go past the steps must not.
+    """
+
+    def __init__(self, pool: KvPool, running: Sequence[Instance]):
+        """Looks at the steps in flight.
+
+        Args:
+          pool: blocks are taken from it.
+          running: instances whose steps the copies go past; none if they queue behind them.
+        """
+        self._pool = pool
+        self._busy: dict[int, np.ndarray] = {}
+        self._barred: dict[int, int] = {}  # how many of the busy blocks are free; only others are taken
+        for instance in running:
+            for device in instance.order:
+                busy = self._busy.setdefault(device, np.zeros(pool.shape.blocks, bool))
+                for blocks in instance.touched(device):
+                    busy[blocks] = True
+
+    def free(self, device: int) -> int:
+        """Blocks that can be taken, at the least."""
+        allocator, busy = self._pool.allocators[device], self._busy.get(device)
+        if busy is not None and device not in self._barred:
+            self._barred[device] = int(np.count_nonzero(allocator.users(np.flatnonzero(busy)) == 0))
+        return allocator.free - self._barred.get(device, 0)
+
+    def take(self, device: int) -> np.ndarray:
+        """One block, i32[1]; there must be one."""
+        allocator, busy = self._pool.allocators[device], self._busy.get(device)
+        aside = []
+        while busy is not None and busy[(block := allocator.take(1))[0]]:
+            aside.append(block)
+        if busy is None:
+            block = allocator.take(1)
+        for other in reversed(aside):
+            allocator.give(other)
+        return block
 
 
 class PreCopy:
@@ -58,19 +102,22 @@ class PreCopy:
         self._places: dict[int, int] = {}
         self.rounds = 0
 
-    def advance(self, instances: Sequence[Instance]) -> bool:
+    def advance(self, instances: Sequence[Instance], guest: Instance | None = None) -> bool:
         """Starts the next round if the last one is over; returns whether the switch may begin.
 
         Args:
           instances: of the layout in force; pools of theirs are borrowed.
+          guest: another one that may have steps in flight on their devices.
         """
         if not all(is_ready(flag) for flag in self._flags):
             return time.monotonic() - self._since > LONGEST_S
         self._release(plan for plan in self._plans if not self._lives(plan))
         self._plans = [plan for plan in self._plans if self._lives(plan)]
         blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        past = self._cell.switch_mover is not self._cell.mover
+        taken = _Taken(self._cell.pool, (*instances, *([] if guest is None else [guest])) if past else ())
         for plan in self._plans:
-            self._collect(plan, blocks)
+            self._collect(plan, blocks, taken)
         if not blocks or time.monotonic() - self._since > LONGEST_S:
             return True
         self.rounds += 1
@@ -113,7 +160,7 @@ class PreCopy:
         sequence = plan.sequence
         return sequence.home is not None and sequence.admitted == plan.ahead.admitted and sequence.finish is None
 
-    def _collect(self, plan: _Plan, blocks: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
+    def _collect(self, plan: _Plan, blocks: dict[tuple[int, int], list[tuple[int, int]]], taken: "_Taken") -> None:
         """Adds full pages of a sequence, as far as this round has room for them."""
         sequence, ahead, pool = plan.sequence, plan.ahead, self._cell.pool
         old = plan.home.device_of
@@ -122,13 +169,13 @@ class PreCopy:
         while moved and ahead.pages < full:
             if any(len(blocks.get((a, b), ())) >= ROUND_BLOCKS for _, a, b in moved):
                 return
-            if any(pool.allocators[b].free < len(moved) for _, _, b in moved):
+            if any(taken.free(b) < len(moved) for _, _, b in moved):
                 return
             for vshard, source, target in moved:
                 block = sequence.table[vshard, ahead.pages : ahead.pages + 1]
                 new = pool.reuse(vshard, source, block, target)
                 if new[0] < 0:
-                    new = pool.allocators[target].take(1)
+                    new = taken.take(target)
                     if self._cell.switch_mover is self._cell.mover:
                         # Copies that go past the steps count only when the switch has found them in their place.
                         pool.copied(vshard, source, block, target, new)

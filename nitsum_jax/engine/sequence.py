@@ -35,6 +35,8 @@ class Sequence:
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
       ready_s: its KV cache is on its way to its instance until then, in a paced cell; it decodes no earlier.
+      landing: pages that it brought or shares may still be on their way, until this step of its home has been taken
+        in; 0: they are there.
       keys: of its full pages, as far as somebody asked (see `prefix_index`).
       entered: pages that are in the prefix index, or were offered to it.
     """
@@ -56,6 +58,7 @@ class Sequence:
     epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
     ready_s: float = 0.0
+    landing: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     entered: int = 0
 

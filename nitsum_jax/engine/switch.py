@@ -22,9 +22,10 @@ import jax
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.history import is_ready
-from nitsum_jax.engine.instance import Arrival, Instance, Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.migration import Ahead, Host, free, least_bytes, moved_shards, plan_moves
 from nitsum_jax.engine.precopy import PreCopy
 from nitsum_jax.engine.residency import Prefetch
@@ -118,7 +119,7 @@ class PendingSwitch:
             self.future.set_exception(PreconditionError(f"the weights of {self.layout}: {self._prefetch.error}"))
         return self._prefetch.done
 
-    def copied_ahead(self, cell: Cell, instances: Seq[Instance]) -> bool:
+    def copied_ahead(self, cell: Cell, instances: Seq[Instance], guest: Instance | None) -> bool:
         """Copies KV blocks ahead, if the cell is to; returns whether enough of it is done for the switch to begin."""
         if not cell.precopy:
             return True
@@ -127,7 +128,24 @@ class PendingSwitch:
             leaving = [instance for instance in instances if instance.spec not in wanted]
             hosts = [_host(cell, spec) for spec in self.layout.instances if spec not in there]
             self.precopy = PreCopy(cell, leaving, hosts)
-        return self.precopy.advance(instances)
+        return self.precopy.advance(instances, guest)
+
+    def slowed_down(self, cell: Cell, instances: Seq[Instance]) -> bool:
+        """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
+
+        They do not end at the same moment, and the sequences of the first wait for the last where they come together;
+        with one step in flight instead of two that is half as long.
+        """
+        wanted = set(self.layout.instances)
+        leaving = [instance for instance in instances if instance.spec not in wanted]
+        for instance in leaving:
+            instance.depth = min(instance.depth, 1)
+        if any(instance.in_flight > 1 for instance in leaving):
+            return False
+        if cell.drain:
+            for instance in leaving:
+                instance.depth = 0
+        return not cell.drain or not any(instance.in_flight for instance in leaving)
 
 
 def _host(cell: Cell, spec: InstanceSpec) -> Host:
@@ -176,6 +194,7 @@ def perform_switch(
     weights_before = pending.weights_before or 0
     for instance in gone:
         instance.lend_pool()
+    cell.switch_mover.settle(device for instance in gone for device in instance.order)
     ahead = {} if pending.precopy is None else pending.precopy.take()
     snapshot = Snapshot(cell, gone)
     fresh: list[Instance] = []

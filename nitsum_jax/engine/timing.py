@@ -5,7 +5,8 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 
 _LOG = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ to where it must be, at once and at the speed of memcpy.
 
 import ctypes
 import dataclasses
+from collections.abc import Iterable
 from typing import Protocol
 
 import jax
@@ -39,6 +40,9 @@ class Mover(Protocol):
 
     def move(self, source: int, target: int, old: np.ndarray, new: np.ndarray) -> Copy:
         """Copies blocks `old`, i32[n], of device `source` to blocks `new` of device `target`."""
+
+    def settle(self, devices: Iterable[int]) -> None:
+        """What was launched on these devices has come so far that `move` may be called; their pools are not lent."""
 
     def place(self, device: int) -> int:
         """A number that changes if the pool of a device moves, and copies into it may have been left behind."""
@@ -84,6 +88,9 @@ class BlockMover:
             self._pool.replace(target, changed)
         return Copy(len(old) * self._pool.shape.block_bytes, flag)
 
+    def settle(self, devices: Iterable[int]) -> None:
+        """Copies queue behind all that was launched before."""
+
     def place(self, device: int) -> int:
         """Copies queue behind the steps and go wherever those put the pool."""
         del device
@@ -107,6 +114,10 @@ class HostMover:
         for a, b in zip(old.tolist(), new.tolist(), strict=True):
             there[b] = here[a]
         return Copy(len(old) * self._pool.shape.block_bytes, None)
+
+    def settle(self, devices: Iterable[int]) -> None:
+        """Waits for the copies of a `BlockMover`, which nobody reads: the steps before a switch have been."""
+        jax.block_until_ready([self._pool.array(device) for device in devices])
 
     def place(self, device: int) -> int:
         """Its address."""

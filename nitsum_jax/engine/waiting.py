@@ -5,7 +5,8 @@ import collections
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.policy import PrefillChoice, Room, takes_prompts
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError

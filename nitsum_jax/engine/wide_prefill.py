@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from nitsum_jax.engine.cell import Cell
+from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.executables import LIKELY, Group
 from nitsum_jax.engine.handover import move_sequence
-from nitsum_jax.engine.instance import Instance, MakeRoom, Step
+from nitsum_jax.engine.instance import Instance, MakeRoom
 from nitsum_jax.engine.packing import Packer
 from nitsum_jax.engine.policy import PrefillChoice, takes_decodes
 from nitsum_jax.engine.sequence import Sequence as Request
@@ -98,6 +99,11 @@ class WidePrefill:
             self._guest = Guest(self._cell, self._group, self._on_step)
         self._guest.hosts = hosts
         return self._guest if self._guest.free_pages() >= pages and not self._guest.broken else None
+
+    @property
+    def running(self) -> Guest | None:
+        """The guest, if there is one; steps of it may be in flight."""
+        return self._guest
 
     def guest(self) -> Guest:
         """The guest, which is there once it was given a sequence."""

@@ -22,7 +22,8 @@ from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.policy import PrefillChoice, Room
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.engine.instance import Step
+from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.kv_pool import BlockAllocator
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape

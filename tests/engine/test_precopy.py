@@ -2,9 +2,18 @@
 
 from collections.abc import Iterator
 
+import jax
+import numpy as np
 import pytest
 
+from nitsum_jax.engine.attention import PoolShape
+from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.kv_pool import KvPool
+from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.precopy import _Taken
+from nitsum_jax.engine.request import Request
+from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
@@ -85,3 +94,35 @@ def test_a_switch_that_fails_frees_what_was_copied_ahead(
         future.result(60)
     monkeypatch.undo()
     assert [answer.tokens for answer in harness.collect(names)] == undisturbed
+
+
+class _Running:
+    """An instance on device 0 with steps in flight that use blocks 3 and 5."""
+
+    order = (0,)
+
+    def touched(self, device: int) -> list[np.ndarray]:
+        assert device == 0
+        return [np.array([3], np.int32), np.array([5, 5, 3], np.int32)]
+
+
+def test_copies_that_go_past_the_steps_leave_alone_what_these_may_still_write() -> None:
+    pool = KvPool(jax.devices()[:2], PoolShape(8, 2, 1, 4, 1, "float32"))
+    pool.allocators[0].take(2)  # blocks 0 and 1
+    taken = _Taken(pool, [_Running()])  # type: ignore[list-item]  # all that is asked of an instance
+    assert taken.free(0) == 4
+    assert sorted(int(taken.take(0)[0]) for _ in range(4)) == [2, 4, 6, 7]
+    assert (taken.free(0), pool.allocators[0].free) == (0, 2)
+    assert sorted(pool.allocators[0].take(2).tolist()) == [3, 5]
+    assert taken.free(1) == 8  # no step runs there
+    assert taken.take(1)[0] == 0
+
+
+def test_pages_are_settled_when_a_step_with_them_was_taken_in() -> None:
+    home, elsewhere = object(), object()
+    sequence = Sequence(Request("a", (1, 2, 3), 5), 0, [1, 2, 3], np.zeros((4, 2), np.int32), 8)
+    sequence.home, sequence.landing = home, 3  # type: ignore[assignment]  # only who it is counts
+    for instance, number, landing in ((home, 2, 3), (elsewhere, 3, 3), (home, 3, 0)):
+        # Not by a step that was launched before they came, nor by one of the instance that it comes from.
+        Step(StepShape(1, 1), [sequence], [True], number=number).settle(instance)  # type: ignore[arg-type]
+        assert sequence.landing == landing

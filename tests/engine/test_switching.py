@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import LAYOUTS, Harness, eventually, tiny_model

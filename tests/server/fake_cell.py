@@ -15,7 +15,8 @@ import numpy as np
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.engine.admission import Admission, Counters
-from nitsum_jax.engine.instance import Instance, Step
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv_pool import BlockAllocator
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
@@ -132,7 +133,7 @@ class FakeCell:
 
     def _settle(self, instance: Instance, step: Step) -> None:
         instance.outstanding.remove(step)
-        step.settle()
+        step.settle(instance)
         step.ready_s = self.now_s
         step.tokens = np.zeros(len(step.sequences), np.int32)
         for sequence, emits in zip(step.sequences, step.emits, strict=True):
