@@ -27,6 +27,7 @@ from nitsum_jax.engine.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.devices import emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.meshes.memory import spare_the_collector
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.server import cli
 from nitsum_jax.server.compile_cache import enable
@@ -193,6 +194,7 @@ def run(argv: Sequence[str]) -> None:
     try:
         cli.err("compiling the steps of all layouts")
         engine.wait_for_layouts()
+        spare_the_collector()
         rows = []
         for live in options.live:
             for context in options.context:

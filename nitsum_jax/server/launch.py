@@ -109,6 +109,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.meshes.devices import emulate_cpu_devices
+    from nitsum_jax.meshes.memory import spare_the_collector
     from nitsum_jax.models.loading import open_model
     from nitsum_jax.server.compile_cache import enable
     from nitsum_jax.server.scheduled import start_scheduled
@@ -129,6 +130,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
         pace=options.pace,
         time_scale=options.time_scale,
     )
+    spare_the_collector()
     return Loaded(started.engine, served_model(model, options.served_model_name), started)
 
 
