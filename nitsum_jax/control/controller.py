@@ -63,7 +63,7 @@ class ControllerConfig:
     """
 
     interval_s: float = 5.0
-    urgent_s: float = 1.0
+    urgent_s: float = 2.0
     urgent_share: float = 0.1
     dwell_s: float = 5.0
     warm_up_s: float = 5.0
@@ -145,6 +145,7 @@ class AdaptiveController:
         recent = tuple(
             Arrival(time_s, tier, prompt, self._outputs.get(name, round(self._estimator.output(tier))))
             for time_s, tier, prompt, name in self._recent
+            if time_s >= now_s - self.planner.replay_s
         )
         loads = self._estimator.loads(now_s)
         return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed)
