@@ -39,6 +39,7 @@ class PlannerConfig:
         the most.
       pressure: requests are replayed so many times as fast as they came.
       satisfied: share of the replayed goodput at which a plan stays without others being looked at.
+      trusted: if the estimate, too, gives it at least this score: a queue that grows slowly takes longer than a replay.
       estimate_weight: weight of the estimate beside the replay.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
       chance: and of the requests for which two plans differ, the gain must be so many standard deviations of chance.
@@ -54,6 +55,7 @@ class PlannerConfig:
     replay_ttfts: float = 2.0
     pressure: float = 1.1
     satisfied: float = 0.985
+    trusted: float = 0.9
     estimate_weight: float = 0.1
     hysteresis: float = 0.02
     chance: float = 1.0
@@ -203,7 +205,7 @@ class Planner:
         first = None
         if inputs.recent:
             first = self._replay(inputs, present[2], math.inf)
-            if first.share >= config.satisfied and not lost:
+            if first.share >= config.satisfied and present[0] >= config.trusted and not lost:
                 reason = f"stays: of the last requests, come faster, {first.share:.1%} would meet their targets"
                 return Decision(
                     inputs.time_s, inputs, (_candidate(present, first),), inputs.plan, False, reason
