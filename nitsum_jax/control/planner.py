@@ -1,7 +1,7 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
-The present plan is asked first: the requests of the last seconds, coming a little faster than they did, run through
-the model of the cell.  If they meet their targets it stays, and nothing else is looked at.
+The present plan is asked first: the requests that wait, and then those of the last seconds once more, coming a little
+faster than they did, run through the model of the cell.  If they meet their targets it stays, and nothing else is looked at.
 
 If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
 The best few, some of every kind, are then replayed with the same requests; who misses more than the best so far
@@ -56,7 +56,7 @@ class PlannerConfig:
     pressure: float = 1.1
     satisfied: float = 0.985
     trusted: float = 0.9
-    estimate_weight: float = 0.1
+    estimate_weight: float = 0.15
     hysteresis: float = 0.02
     chance: float = 1.0
     splits: bool = True
@@ -75,6 +75,7 @@ class PlanInputs:
       loads: of the tiers.
       recent: the last arrivals, for the replay.
       allowed: layouts (texts without tiers, `shapes_text` of shapes without tiers) that may be used; empty: all.
+      waiting: requests whose prompt is still to be computed, in time all the same.
     """
 
     time_s: float
@@ -84,6 +85,7 @@ class PlanInputs:
     loads: tuple[TierLoad, ...]
     recent: tuple[Arrival, ...] = ()
     allowed: tuple[str, ...] = ()
+    waiting: tuple[Arrival, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal object."""
@@ -102,6 +104,7 @@ class PlanInputs:
             loads,
             recent,
             tuple(values["allowed"]),
+            tuple(Arrival(**arrival) for arrival in values.get("waiting", ())),
         )
 
 
@@ -250,6 +253,7 @@ class Planner:
             inputs.recent,
             inputs.loads,
             self.resident_tp,
+            waiting=[dataclasses.replace(job, time_s=job.time_s - inputs.time_s) for job in inputs.waiting],
             pressure=self.config.pressure,
             most_missed=most_missed,
         )

@@ -86,10 +86,11 @@ def rollout(
     loads: Sequence[TierLoad],
     resident_tp: int | None = None,
     *,
+    waiting: Sequence[Arrival] = (),
     pressure: float = 1.0,
     most_missed: float = math.inf,
 ) -> Replay:
-    """Which requests meet both targets when they come to an empty cell with this plan.
+    """Which requests meet both targets when they come to a cell with this plan in which nobody decodes yet.
 
     The first quarter of them only fill the cell and are not counted.
 
@@ -100,6 +101,7 @@ def rollout(
       arrivals: at least one, in order.
       loads: expected outputs of the tiers.
       resident_tp: see `CellModel`.
+      waiting: requests that are there when the first comes; their times say how long before (negative).
       pressure: they come so many times as fast.
       most_missed: given up when a larger weight has missed.
     """
@@ -108,7 +110,7 @@ def rollout(
     for load in loads:
         scheduler.expect_output(load.tier, load.output)
     first = len(arrivals) // 4
-    offered = sum(known[arrival.tier].weight for arrival in arrivals[first:])
+    offered = sum(known[arrival.tier].weight for arrival in (*arrivals[first:], *waiting))
     tally = _Tally(first)
     start_s = arrivals[0].time_s
     cell = CellModel(cost, scheduler, plan, recorder=tally, resident_tp=resident_tp, now_s=start_s)  # type: ignore[arg-type]
@@ -120,6 +122,9 @@ def rollout(
         return tally.missed > most_missed
 
     given_up = False
+    for i, arrival in enumerate(waiting, len(arrivals)):
+        time_s = start_s + arrival.time_s
+        cell.add(Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens)))
     for i, arrival in enumerate(arrivals):
         time_s = start_s + (arrival.time_s - start_s) / pressure
         cell.run_until(time_s)
