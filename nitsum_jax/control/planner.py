@@ -37,6 +37,7 @@ class PlannerConfig:
       replayed: requests that are replayed at the most.
       replay_ttfts: seconds that are replayed, in TTFT targets of the most patient tier, but 10 at the least and 40 at
         the most.
+      replay_patience: no TTFT target is longer in a replay than this share of it, or an overload would not show in time.
       pressure: requests are replayed so many times as fast as they came.
       satisfied: share of the replayed goodput at which a plan stays without others being looked at.
       trusted: if the estimate, too, gives it at least this score: a queue that grows slowly takes longer than a replay.
@@ -53,12 +54,13 @@ class PlannerConfig:
     finalists: int = 6
     replayed: int = 600
     replay_ttfts: float = 2.0
+    replay_patience: float = 0.25
     pressure: float = 1.1
     satisfied: float = 0.985
     trusted: float = 0.9
     estimate_weight: float = 0.15
-    hysteresis: float = 0.02
-    chance: float = 1.0
+    hysteresis: float = 0.03
+    chance: float = 1.5
     splits: bool = True
     tps: tuple[int, ...] = ()
 
@@ -246,14 +248,20 @@ class Planner:
 
     def _replay(self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float) -> Replay:
         plan = place(shapes, inputs.num_devices, inputs.plan, inputs.lost)
+        longest_ms = 1000 * self.config.replay_patience * (inputs.time_s - inputs.recent[0].time_s)
+        tiers = {n: dataclasses.replace(t, ttft_ms=min(t.ttft_ms, longest_ms)) for n, t in self.tiers.items()}
+        waiting = []
+        for job in inputs.waiting:
+            waited_s = (inputs.time_s - job.time_s) * tiers[job.tier].ttft_ms / self.tiers[job.tier].ttft_ms
+            waiting.append(dataclasses.replace(job, time_s=-waited_s))
         return rollout(
             self.cost,
-            self.tiers.values(),
+            tiers.values(),
             plan,
             inputs.recent,
             inputs.loads,
             self.resident_tp,
-            waiting=[dataclasses.replace(job, time_s=job.time_s - inputs.time_s) for job in inputs.waiting],
+            waiting=waiting,
             pressure=self.config.pressure,
             most_missed=most_missed,
         )
