@@ -47,7 +47,7 @@ class SchedulerConfig:
         tightest TPOT there;
       decode_most: or at most this share,
       decode_ahead: while those that decode there are ahead of their time per token by so many tokens on average;
-      late_margin: the share for a late request.
+      late_room: a late one is, if the step takes at most this share of what the fastest step leaves of that time.
       spill_after: an instance of other tiers may be used after this share of the TTFT target.
       spill_margin: and if a decode step there takes at most this share of the tightest TPOT of its own tiers.
       ahead_tokens: an instance takes another prompt when fewer prompt tokens than this are left to it.
@@ -67,7 +67,7 @@ class SchedulerConfig:
     decode_margin: float = 0.95
     decode_most: float = 1.1
     decode_ahead: float = 4.0
-    late_margin: float = 0.7
+    late_room: float = 0.5
     spill_after: float = 0.4
     spill_margin: float = 0.8
     ahead_tokens: int = 512
@@ -307,25 +307,30 @@ class Scheduler:
         waits as long as it can still catch up, is late then, and goes on once that harms nobody.
         """
         found, load, step_s = self._least_loaded(job, workers)
-        if found is None or self.config.order == "fcfs" or self._bears(found, load, job.late, now_s):
+        if found is None or self.config.order == "fcfs" or self._bears(found, load, step_s, job.late, now_s):
             return found
         if not job.late:
             if self._can_wait(job, now_s, step_s):
                 return None
             job.late = True
             found, load, step_s = self._least_loaded(job, workers)
-        if found is None or self._bears(found, load, job.late, now_s) or self._must_go(job, now_s):
+        if found is None or self._bears(found, load, step_s, job.late, now_s) or self._must_go(job, now_s):
             return found
         return None
 
-    def _bears(self, worker: Worker, load: float, late: bool, now_s: float) -> bool:
+    def _bears(self, worker: Worker, load: float, step_s: float, late: bool, now_s: float) -> bool:
         """Whether those who decode in an instance can bear steps that take this share of their time per token.
 
         For a while they can bear more than all of it, if on average they are ahead of it.
         """
-        if load <= (self.config.late_margin if late else self.config.decode_margin):
+        if not worker.decoding:
             return True
-        if late or load > self.config.decode_most:
+        if late:
+            least = load * self.cost.step_s(worker.tp, 1, 0) / step_s
+            return load <= least + self.config.late_room * (1 - least)
+        if load <= self.config.decode_margin:
+            return True
+        if load > self.config.decode_most:
             return False
         ahead = count = 0.0
         for other in worker.decoding.values():
