@@ -1,7 +1,8 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
 The present plan is asked first: the requests that wait, and then those of the last seconds once more, coming a little
-faster than they did, run through the model of the cell.  If they meet their targets it stays, and nothing else is looked at.
+faster than they did, run through the model of the cell.  If they meet their targets (and the estimate says nothing
+else) it stays, and nothing else is looked at.
 
 If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
 The best few, some of every kind, are then replayed with the same requests; who misses more than the best so far
@@ -37,7 +38,7 @@ class PlannerConfig:
       replayed: requests that are replayed at the most.
       replay_ttfts: seconds that are replayed, in TTFT targets of the most patient tier, but 10 at the least and 40 at
         the most.
-      replay_patience: no TTFT target is longer in a replay than this share of it, or an overload would not show in time.
+      replay_patience: no TTFT target is longer in a replay than this share of it: an overload would not show in time.
       pressure: requests are replayed so many times as fast as they came.
       satisfied: share of the replayed goodput at which a plan stays without others being looked at.
       trusted: if the estimate, too, gives it at least this score: a queue that grows slowly takes longer than a replay.
@@ -212,9 +213,7 @@ class Planner:
             first = self._replay(inputs, present[2], math.inf)
             if first.share >= config.satisfied and present[0] >= config.trusted and not lost:
                 reason = f"stays: of the last requests, come faster, {first.share:.1%} would meet their targets"
-                return Decision(
-                    inputs.time_s, inputs, (_candidate(present, first),), inputs.plan, False, reason
-                )
+                return Decision(inputs.time_s, inputs, (_candidate(present, first),), inputs.plan, False, reason)
         now = self._key(present[2])
         scored: dict[tuple[Shape, ...], _Scored] = {}
         for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):

@@ -9,7 +9,7 @@
 | `apart` | the cell parted between the tiers; no request leaves its part |
 | `dynamo` | one TP for prefill and one for decode; instances change their role by load |
 | `flying` | all instances of the least TP, or all of the largest, by load |
-| `static` | the best static layout in hindsight: all layouts of `static-*` and `distserve`, and those with all three roles |
+| `static` | the best static layout in hindsight: those of `static-*` and `distserve`, and all with three roles |
 
 A family is a list of policies; which of them is best is found by `search`.
 """
