@@ -240,7 +240,7 @@ class Planner:
             return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason)
         plan = place(finalists[chosen][2], inputs.num_devices, inputs.plan, inputs.lost)
         reason = (
-            f"{candidates[chosen].plan} would serve {values[chosen]:.1%} of the offered goodput,"
+            f"{candidates[chosen].plan} is predicted to meet {values[chosen]:.1%} of the offered goodput,"
             f" {candidates[0].plan} {values[0]:.1%}"
         )
         return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason)
