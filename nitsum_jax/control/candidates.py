@@ -8,7 +8,7 @@ hundred plans of eight devices out of millions.
 import itertools
 from collections.abc import Iterator, Sequence
 
-from nitsum_jax.control.plan import DECODE, PREFILL, Shape, partitions
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, Shape, partitions
 
 
 def mixed_plans(num_devices: int, tps: Sequence[int], tiers: Sequence[str]) -> Iterator[tuple[Shape, ...]]:
@@ -44,6 +44,20 @@ def split_plans(num_devices: int, tps: Sequence[int]) -> Iterator[tuple[Shape, .
             if rest < 1 or num_devices - used >= min(prefill, decode):
                 continue
             yield (Shape(prefill, PREFILL),) * count + (Shape(decode, DECODE),) * rest
+
+
+def joint_plans(num_devices: int, tps: Sequence[int]) -> Iterator[tuple[Shape, ...]]:
+    """Plans with instances of all three roles, one TP for each: those that do both even out what the split does not."""
+    for prefill, both, decode in itertools.product(sorted(tps, reverse=True), repeat=3):
+        for first in range(1, num_devices // prefill + 1):
+            for second in range(1, (num_devices - first * prefill) // both + 1):
+                rest = num_devices - first * prefill - second * both
+                if rest > 0 and rest % decode == 0:
+                    yield (
+                        *(Shape(prefill, PREFILL),) * first,
+                        *(Shape(both, MIXED),) * second,
+                        *(Shape(decode, DECODE),) * (rest // decode),
+                    )
 
 
 def _runs(instances: int, tiers: int) -> Iterator[tuple[tuple[int, int], ...]]:

@@ -409,11 +409,29 @@ class CellModel:
             self.nudge(target)
 
     def _retry_stranded(self) -> None:
-        stranded, self._stranded = self._stranded, []
-        for job in stranded:
-            worker = job.worker
+        """Who found no instance to decode tries again: first who can wait least, until one finds none.
+
+        Late ones, the last in this order, are tried whatever the others found.
+        """
+        waiting = sorted(self._stranded, key=_patience) if len(self._stranded) > 1 else self._stranded
+        self._stranded = []
+        full: set[bool] = set()  # whether those in time found no room, and the late ones
+        for job in waiting:
+            if job.late in full:
+                self._stranded.append(job)
+                continue
+            worker, late, count = job.worker, job.late, len(self._stranded)
             assert isinstance(worker, ModelWorker)
             self._hand_over(worker, job)
+            if len(self._stranded) > count and job.late is late:
+                full.add(late)
 
     def _drained(self) -> None:
         """An instance that was told to stop has; see `SwitchingCell`."""
+
+
+def _patience(job: Job) -> tuple[bool, float, float, str]:
+    """Orders those that wait for an instance to decode: by when they have to begin about, the late ones last."""
+    tpot_s = job.tier.tpot_ms / 1000
+    begin_s = job.next_token_due_s(job.generated) + 0.5 * tpot_s * max(4.0, job.expected_output - job.generated)
+    return job.late, (job.arrival_s if job.late else begin_s), job.arrival_s, job.id

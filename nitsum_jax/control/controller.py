@@ -1,6 +1,7 @@
 """The control loop without its clock: watches requests, and says at its ticks which plan the cell should have."""
 
 import collections
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -14,6 +15,8 @@ from nitsum_jax.control.planner import Decision, PlanInputs, Planner, PlannerCon
 from nitsum_jax.control.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.worker import Worker
+
+_WAITING = 400  # requests that are told to the planner at the most
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class ControllerConfig:
     """
 
     interval_s: float = 5.0
-    urgent_s: float = 1.0
+    urgent_s: float = 2.0
     urgent_share: float = 0.1
     dwell_s: float = 5.0
     warm_up_s: float = 5.0
@@ -145,9 +148,14 @@ class AdaptiveController:
         recent = tuple(
             Arrival(time_s, tier, prompt, self._outputs.get(name, round(self._estimator.output(tier))))
             for time_s, tier, prompt, name in self._recent
+            if time_s >= now_s - self.planner.replay_s
         )
         loads = self._estimator.loads(now_s)
-        return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed)
+        waiting = tuple(
+            Arrival(job.arrival_s, job.tier.name, job.target - job.cached, max(1, round(job.expected_output)))
+            for job in _waiting(view)
+        )
+        return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed, waiting)
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Decides; None while it knows too little or the last switch is too recent."""
@@ -162,3 +170,14 @@ class AdaptiveController:
         if decision is not None and decision.switch:
             self._last_switch_s = now_s
         return decision
+
+
+def _waiting(view: CellView) -> list[Job]:
+    """Requests in time that have no first token yet, those that came first first."""
+    jobs: list[Job] = []
+    with contextlib.suppress(RuntimeError):  # in a live cell the engine may change the backlog meanwhile
+        jobs += list(view.backlog.jobs())
+    for worker in view.workers:
+        jobs += list(worker.prefills)
+    jobs = [job for job in jobs if not job.late and job.first_token_s is None and job.target > job.cached]
+    return sorted(jobs, key=lambda job: (job.arrival_s, job.id))[:_WAITING]

@@ -1,23 +1,27 @@
 """Which plan a cell should have: search over layouts, roles and tier placement.
 
-Every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one, since load
-that is only just met leaves no room for the next burst.  The best few are then replayed: the requests of the last
-seconds run through the model of the cell under each of them, from the same start, and what the replay says is blended
-in.  The present plan is one of them.  Another is chosen only if it is predicted to gain more than the switch costs
-and more than noise.  Pure: a `PlanInputs` and the same settings always give the same decision, so one can be replayed
-from a log.
+The present plan is asked first: the requests that wait, and then those of the last seconds once more, coming a little
+faster than they did, run through the model of the cell.  If they meet their targets (and the estimate says nothing
+else) it stays, and nothing else is looked at.
+
+If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
+The best few, some of every kind, are then replayed with the same requests; who misses more than the best so far
+is given up at once.  The replay decides, and of those that do alike the estimate.  A plan is left only for one
+that saves more requests than it loses by a margin, and by more than chance.  Pure: a `PlanInputs` and the same
+settings always give the same decision, so one can be replayed from a log.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nitsum_jax.control.candidates import mixed_plans, split_plans
+from nitsum_jax.control.candidates import joint_plans, mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
+from nitsum_jax.control.plan import MIXED, CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
-from nitsum_jax.control.rollout import Arrival, rollout
+from nitsum_jax.control.rollout import Arrival, Replay, rollout
 from nitsum_jax.control.tiers import Tier
 
 
@@ -32,8 +36,15 @@ class PlannerConfig:
       headroom_weight: weight of the prediction at the larger load.
       finalists: candidates, besides the present plan, that are replayed.
       replayed: requests that are replayed at the most.
-      replay_weight: weight of the replay against the estimate.
+      replay_ttfts: seconds that are replayed, in TTFT targets of the most patient tier, but 10 at the least and 40 at
+        the most.
+      replay_patience: no TTFT target is longer in a replay than this share of it: an overload would not show in time.
+      pressure: requests are replayed so many times as fast as they came.
+      satisfied: share of the replayed goodput at which a plan stays without others being looked at.
+      trusted: if the estimate, too, gives it at least this score: a queue that grows slowly takes longer than a replay.
+      estimate_weight: weight of the estimate beside the replay.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
+      chance: and of the requests for which two plans differ, the gain must be so many standard deviations of chance.
       splits: whether plans with prefill and decode apart are candidates.
       tps: TPs that may be used; empty: all that the profile has and that leave room for KV cache.
     """
@@ -41,10 +52,16 @@ class PlannerConfig:
     least_kv_share: float = 0.25
     headroom: float = 1.3
     headroom_weight: float = 0.35
-    finalists: int = 3
-    replayed: int = 96
-    replay_weight: float = 0.6
-    hysteresis: float = 0.02
+    finalists: int = 6
+    replayed: int = 600
+    replay_ttfts: float = 2.0
+    replay_patience: float = 0.25
+    pressure: float = 1.1
+    satisfied: float = 0.985
+    trusted: float = 0.9
+    estimate_weight: float = 0.15
+    hysteresis: float = 0.03
+    chance: float = 1.5
     splits: bool = True
     tps: tuple[int, ...] = ()
 
@@ -61,6 +78,7 @@ class PlanInputs:
       loads: of the tiers.
       recent: the last arrivals, for the replay.
       allowed: layouts (texts without tiers, `shapes_text` of shapes without tiers) that may be used; empty: all.
+      waiting: requests whose prompt is still to be computed, in time all the same.
     """
 
     time_s: float
@@ -70,6 +88,7 @@ class PlanInputs:
     loads: tuple[TierLoad, ...]
     recent: tuple[Arrival, ...] = ()
     allowed: tuple[str, ...] = ()
+    waiting: tuple[Arrival, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal object."""
@@ -88,6 +107,7 @@ class PlanInputs:
             loads,
             recent,
             tuple(values["allowed"]),
+            tuple(Arrival(**arrival) for arrival in values.get("waiting", ())),
         )
 
 
@@ -101,7 +121,8 @@ class Candidate:
       score: the estimate with headroom, as a share of the offered goodput.
       load: of its fullest instances.
       attainment: per tier.
-      replayed: share of the replayed goodput it met, if it was replayed.
+      replayed: share of the replayed goodput it met, if it was replayed; of one that was given up, what it could have
+        met at the most.
     """
 
     plan: str
@@ -172,6 +193,12 @@ class Planner:
         self.resident_tp = self.tps[0]
         self._candidates: dict[tuple, tuple[tuple[Shape, ...], ...]] = {}
 
+    @property
+    def replay_s(self) -> float:
+        """Seconds of arrivals that a replay is made of."""
+        patience_s = max((tier.ttft_ms for tier in self.tiers.values()), default=0.0) / 1000
+        return min(40.0, max(10.0, self.config.replay_ttfts * patience_s))
+
     def decide(self, inputs: PlanInputs) -> Decision:
         """The plan for these inputs."""
         config = self.config
@@ -179,49 +206,71 @@ class Planner:
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
-        now = inputs.plan.shapes
-        scored = {self._key(now): self._scored(model, now, offered)}
+        present = self._scored(model, inputs.plan.shapes, offered)
+        lost = not set(inputs.lost).isdisjoint(d for i in inputs.plan.instances for d in i.devices)
+        first = None
+        if inputs.recent:
+            first = self._replay(inputs, present[2], math.inf)
+            if first.share >= config.satisfied and present[0] >= config.trusted and not lost:
+                reason = f"stays: of the last requests, come faster, {first.share:.1%} would meet their targets"
+                return Decision(inputs.time_s, inputs, (_candidate(present, first),), inputs.plan, False, reason)
+        now = self._key(present[2])
+        scored: dict[tuple[Shape, ...], _Scored] = {}
         for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
             key = self._key(shapes)
-            if key not in scored:
+            if key not in scored and key != now:
                 scored[key] = self._scored(model, shapes, offered)
-        present = scored.pop(self._key(now))
         ranked = sorted(scored.values(), key=lambda item: (-item[0], item[1].load, shapes_text(item[2])))
         finalists = [present, *_diverse(ranked, config.finalists)]
-        best = ranked[0] if ranked else present
-        replays: dict[int, float] = {}
-        if ranked and inputs.recent and self._worth(best[0], present[0]):
-            for i, (_, _, shapes) in enumerate(finalists):
-                plan = place(shapes, inputs.num_devices, inputs.plan, inputs.lost)
-                replays[i] = rollout(
-                    self.cost, self.tiers.values(), plan, inputs.recent, inputs.loads, self.resident_tp
-                )
-        candidates: list[Candidate] = []
-        values: list[float] = []
-        for i, (score, prediction, shapes) in enumerate(finalists):
-            replayed = replays.get(i)
-            value = score if replayed is None else score + config.replay_weight * (replayed - score)
-            values.append(value)
-            candidates.append(
-                Candidate(
-                    shapes_text(shapes), prediction.goodput, score, prediction.load, prediction.attainment, replayed
-                )
-            )
-        chosen = max(range(len(values)), key=lambda i: (values[i], i == 0))
+        replays: list[Replay | None] = [first]
+        least = first.missed if first is not None else math.inf
+        for _, _, shapes in finalists[1:]:
+            replay = self._replay(inputs, shapes, least) if inputs.recent else None
+            replays.append(replay)
+            least = min(least, replay.missed) if replay is not None and not replay.given_up else least
+        values = [
+            item[0] if replay is None else replay.share + config.estimate_weight * (item[0] - replay.share)
+            for item, replay in zip(finalists, replays, strict=True)
+        ]
+        candidates = tuple(map(_candidate, finalists, replays))
+        chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
-        if chosen == 0 or gain < config.hysteresis:
+        if chosen == 0 or gain < config.hysteresis or not self._certain(first, replays[chosen]):
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
-            return Decision(inputs.time_s, inputs, tuple(candidates), inputs.plan, False, reason)
+            return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason)
         plan = place(finalists[chosen][2], inputs.num_devices, inputs.plan, inputs.lost)
         reason = (
             f"{candidates[chosen].plan} is predicted to meet {values[chosen]:.1%} of the offered goodput,"
             f" {candidates[0].plan} {values[0]:.1%}"
         )
-        return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
+        return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason)
 
-    def _worth(self, best: float, present: float) -> bool:
-        """Whether a replay could lead to a switch."""
-        return best - present > 0.5 * self.config.hysteresis
+    def _replay(self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float) -> Replay:
+        plan = place(shapes, inputs.num_devices, inputs.plan, inputs.lost)
+        longest_ms = 1000 * self.config.replay_patience * (inputs.time_s - inputs.recent[0].time_s)
+        tiers = {n: dataclasses.replace(t, ttft_ms=min(t.ttft_ms, longest_ms)) for n, t in self.tiers.items()}
+        waiting = []
+        for job in inputs.waiting:
+            waited_s = (inputs.time_s - job.time_s) * tiers[job.tier].ttft_ms / self.tiers[job.tier].ttft_ms
+            waiting.append(dataclasses.replace(job, time_s=-waited_s))
+        return rollout(
+            self.cost,
+            tiers.values(),
+            plan,
+            inputs.recent,
+            inputs.loads,
+            self.resident_tp,
+            waiting=waiting,
+            pressure=self.config.pressure,
+            most_missed=most_missed,
+        )
+
+    def _certain(self, present: Replay | None, other: Replay | None) -> bool:
+        """Whether the requests that one plan saves are more than those that it loses by more than chance."""
+        if present is None or other is None:
+            return True
+        saved, lost = len(present.late - other.late), len(other.late - present.late)
+        return saved - lost >= self.config.chance * math.sqrt(saved + lost)
 
     def _key(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         return tuple(sorted(shapes, key=str))
@@ -236,6 +285,7 @@ class Planner:
             plans = list(mixed_plans(devices, self.tps, tiers))
             if self.config.splits:
                 plans += split_plans(devices, self.tps)
+                plans += joint_plans(devices, self.tps)
             if lost:
                 plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
@@ -243,9 +293,7 @@ class Planner:
             found = self._candidates[key] = tuple(plans)
         return found
 
-    def _scored(
-        self, model: QueueingModel, shapes: tuple[Shape, ...], offered: float
-    ) -> tuple[float, Prediction, tuple[Shape, ...]]:
+    def _scored(self, model: QueueingModel, shapes: tuple[Shape, ...], offered: float) -> "_Scored":
         config = self.config
         prediction = model.predict(shapes)
         score = prediction.goodput / offered
@@ -254,17 +302,40 @@ class Planner:
         return score + config.headroom_weight * (more - score), prediction, shapes
 
 
-def _diverse(
-    ranked: Sequence[tuple[float, Prediction, tuple[Shape, ...]]], count: int
-) -> list[tuple[float, Prediction, tuple[Shape, ...]]]:
-    """The best of every layout, whatever its tiers; the first `count` of them."""
-    chosen: dict[tuple[tuple[int, str], ...], tuple[float, Prediction, tuple[Shape, ...]]] = {}
+_Scored = tuple[float, Prediction, tuple[Shape, ...]]
+
+
+def _candidate(scored: _Scored, replay: Replay | None) -> Candidate:
+    score, prediction, shapes = scored
+    share = None if replay is None else replay.share
+    return Candidate(shapes_text(shapes), prediction.goodput, score, prediction.load, prediction.attainment, share)
+
+
+def _given_up(replay: Replay | None) -> bool:
+    return replay is not None and replay.given_up
+
+
+def _diverse(ranked: Sequence[_Scored], count: int) -> list[_Scored]:
+    """The best of every layout, whatever its tiers; the first `count` of them, with at least one of every kind.
+
+    The estimate is better at telling plans of a kind apart than plans of different kinds.
+    """
+    layouts: dict[tuple[tuple[int, str], ...], _Scored] = {}
+    kinds: dict[tuple[bool, ...], _Scored] = {}
     for item in ranked:
-        layout = tuple(sorted((shape.tp, shape.role) for shape in item[2]))
-        chosen.setdefault(layout, item)
-        if len(chosen) == count:
-            break
-    return list(chosen.values())
+        layouts.setdefault(tuple(sorted((shape.tp, shape.role) for shape in item[2])), item)
+        kinds.setdefault(_kind(item[2]), item)
+    best = list(layouts.values())
+    chosen = best[: max(1, count - len(kinds))]
+    chosen += [item for item in kinds.values() if not any(item is other for other in chosen)]
+    chosen += [item for item in best if not any(item is other for other in chosen)]
+    return sorted(chosen[:count], key=lambda item: -item[0])
+
+
+def _kind(shapes: Sequence[Shape]) -> tuple[bool, ...]:
+    """Whether it has instances that do one thing, some that do both, and several TPs among the latter."""
+    both = {shape.tp for shape in shapes if shape.role == MIXED}
+    return any(shape.role != MIXED for shape in shapes), bool(both), len(both) > 1
 
 
 def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:

@@ -27,6 +27,7 @@ from nitsum_jax.control.tiers import Tier
 
 _BATCH = 32  # sequences at which the marginal decode time is taken
 _LEAST_ROOM = 0.04
+_BURSTS = 6.0  # dispersion beyond which arrivals come in bursts longer than this estimate's queues; replays see these
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,28 +112,32 @@ class QueueingModel:
             groups.setdefault(shape, _Group(shape, 0)).count += 1
         prefills = [group for group in groups.values() if group.shape.role != DECODE]
         decodes = [group for group in groups.values() if group.shape.role == DECODE]
-        attainment: dict[str, float] = {}
         for name in self._order:
             self._spread(name, prefills, scale)
-        if decodes:
+        apart = [group for group in prefills if group.shape.role == PREFILL]
+        decode_share = dict.fromkeys(self._order, 1.0)
+        if apart:
+            handed = {name: sum(group.rates.get(name, 0.0) for group in apart) for name in self._order}
             for name in self._order:
-                self._spread(name, decodes, scale)
-        parts: dict[str, list[tuple[float, float]]] = {name: [] for name in self._order}
+                if decodes and handed[name] > 0:
+                    self._spread(name, decodes, scale, handed[name])
+            for name in self._order:
+                found = sum(group.rates.get(name, 0.0) for group in decodes)
+                decode_share[name] = min(1.0, found / handed[name]) if handed[name] > 0 else 1.0
+            for group in decodes:
+                fit = self._held(group)
+                for name, rate in group.rates.items():
+                    decode_share[name] -= (1 - fit) * rate / max(1e-12, handed[name])
+        goodput = 0.0
+        got = dict.fromkeys(self._order, 0.0)
         for group in prefills:
             for name, share in self._attained(group).items():
-                parts[name].append((group.rates[name], share))
-        decode_share = {name: float(any(name in group.rates for group in decodes)) for name in self._order}
-        for group in decodes:
-            fit = self._held(group)
-            for name, rate in group.rates.items():
-                total = sum(other.rates.get(name, 0.0) for other in decodes)
-                decode_share[name] -= (1 - fit) * rate / total if total else 0.0
-        goodput = 0.0
+                held = decode_share[name] if group.shape.role == PREFILL else 1.0
+                got[name] += group.rates[name] * share * max(0.0, held)
+        attainment: dict[str, float] = {}
         for name in self._order:
             rate = self._loads[name].rate * scale
-            got = sum(part * share for part, share in parts[name]) / rate if rate else 0.0
-            split = any(group.shape.role == PREFILL for group in prefills)
-            attainment[name] = min(1.0, got * (decode_share[name] if split else 1.0))
+            attainment[name] = min(1.0, got[name] / rate) if rate else 0.0
             goodput += self._tiers[name].weight * rate * attainment[name]
         return Prediction(goodput, attainment, max((group.load for group in groups.values()), default=0.0))
 
@@ -187,9 +192,9 @@ class QueueingModel:
             found = self._rooms[key] = one, max((one - many) * tpot_s / (_BATCH - 1), work.decode_s / 4)
         return found
 
-    def _spread(self, name: str, groups: Sequence[_Group], scale: float) -> None:
-        """Gives a tier's requests to the groups so that these are loaded evenly."""
-        rate = self._loads[name].rate * scale
+    def _spread(self, name: str, groups: Sequence[_Group], scale: float, rate: float | None = None) -> None:
+        """Gives a tier's requests, or this rate of them, to the groups so that these are loaded evenly."""
+        rate = self._loads[name].rate * scale if rate is None else rate
         own = [group for group in groups if not group.shape.tiers or name in group.shape.tiers]
         fit = [group for group in own if group.shape.role == PREFILL or self.can(group.shape.tp, name)]
         if not fit:  # nobody can hold its time per token: it is late from the start, and costs the others nothing
@@ -268,7 +273,7 @@ class QueueingModel:
             busy += rate * work.mean_s / speed
             moment += rate * work.square_s / speed**2
             free = max(0.02, 1 - before)  # of the time, when those with less patience have been served
-            scale_s = moment / (2 * busy) * (1 + self._loads[name].dispersion) / 2 / count / free
+            scale_s = moment / (2 * busy) * (1 + min(_BURSTS, self._loads[name].dispersion)) / 2 / count / free
             met = 0.0
             for seconds in work.prefill_s:
                 left_s = self._tiers[name].ttft_ms / 1000 * 0.97 - seconds / speed

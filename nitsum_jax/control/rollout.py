@@ -11,7 +11,9 @@ from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier
-from nitsum_jax.control.worker import Worker
+
+_LOOK = 16  # arrivals between two looks at who is late
+_LOOK_S = 0.5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,23 +33,49 @@ class Arrival:
     output_tokens: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Replay:
+    """What a replay came to.
+
+    Attributes:
+      share: of the weighted requests that counted, what met both targets; where it was given up, at the most so much.
+      missed: weight of those that did not.
+      late: numbers of the arrivals that missed.
+      given_up: it was ended early.
+    """
+
+    share: float
+    missed: float
+    late: frozenset[int]
+    given_up: bool
+
+
 class _Tally:
-    """Weight of the requests that met their targets, from the one numbered `first` on."""
+    """Requests that missed their targets, from the one numbered `first` on."""
 
     def __init__(self, first: int) -> None:
-        self.met = 0.0
+        self.missed = 0.0
+        self.late: set[int] = set()
         self._first = first
 
-    def step(self, worker: Worker, *_: object) -> None:
+    def ran(self, *_: object) -> None:
         """Not counted."""
 
     def finished(self, job: Job) -> None:
-        """Counts it if it met its targets."""
-        if int(job.id) >= self._first and job.met():
-            self.met += job.tier.weight
+        """Counts it if it missed a target."""
+        if not job.met():
+            self.miss(job)
 
     def failed(self, job: Job, reason: str) -> None:
-        """Counts for nothing."""
+        """It missed both."""
+        self.miss(job)
+
+    def miss(self, job: Job) -> None:
+        """Counts a request that will not meet its targets, once."""
+        number = int(job.id)
+        if number >= self._first and number not in self.late:
+            self.late.add(number)
+            self.missed += job.tier.weight
 
 
 def rollout(
@@ -57,21 +85,56 @@ def rollout(
     arrivals: Sequence[Arrival],
     loads: Sequence[TierLoad],
     resident_tp: int | None = None,
-) -> float:
-    """Share of the weighted requests that meet both targets when they come to an empty cell with this plan.
+    *,
+    waiting: Sequence[Arrival] = (),
+    pressure: float = 1.0,
+    most_missed: float = math.inf,
+) -> Replay:
+    """Which requests meet both targets when they come to a cell with this plan in which nobody decodes yet.
 
-    The first third of them only fill the cell and are not counted.
+    The first quarter of them only fill the cell and are not counted.
+
+    Args:
+      cost: what steps take.
+      tiers: targets.
+      plan: in force from the first request to the last.
+      arrivals: at least one, in order.
+      loads: expected outputs of the tiers.
+      resident_tp: see `CellModel`.
+      waiting: requests that are there when the first comes; their times say how long before (negative).
+      pressure: they come so many times as fast.
+      most_missed: given up when a larger weight has missed.
     """
     known = {tier.name: tier for tier in tiers}
     scheduler = Scheduler(cost, tuple(known.values()))
     for load in loads:
         scheduler.expect_output(load.tier, load.output)
-    first = len(arrivals) // 3
+    first = len(arrivals) // 4
+    offered = sum(known[arrival.tier].weight for arrival in (*arrivals[first:], *waiting))
     tally = _Tally(first)
-    cell = CellModel(cost, scheduler, plan, recorder=tally, resident_tp=resident_tp, now_s=arrivals[0].time_s)
+    start_s = arrivals[0].time_s
+    cell = CellModel(cost, scheduler, plan, recorder=tally, resident_tp=resident_tp, now_s=start_s)  # type: ignore[arg-type]
+
+    def lost() -> bool:
+        for job in cell.alive.values():
+            if job.late or (job.first_token_s is None and job.ttft_deadline_s < cell.now_s):
+                tally.miss(job)
+        return tally.missed > most_missed
+
+    given_up = False
+    for i, arrival in enumerate(waiting, len(arrivals)):
+        time_s = start_s + arrival.time_s
+        cell.add(Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens)))
     for i, arrival in enumerate(arrivals):
-        cell.run_until(arrival.time_s)
-        job = Job(str(i), known[arrival.tier], arrival.time_s, arrival.prompt_tokens, max(1, arrival.output_tokens))
+        time_s = start_s + (arrival.time_s - start_s) / pressure
+        cell.run_until(time_s)
+        job = Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens))
         cell.add(job)
-    cell.run_until(math.inf)
-    return tally.met / sum(known[arrival.tier].weight for arrival in arrivals[first:])
+        if i % _LOOK == 0 and lost():
+            given_up = True
+            break
+    # What is late already misses whatever comes: nobody waits for it.
+    while not given_up and cell.next_event_s() < math.inf and any(not job.late for job in cell.alive.values()):
+        cell.run_until(cell.next_event_s() + _LOOK_S)
+        given_up = lost()
+    return Replay(1 - tally.missed / offered, tally.missed, frozenset(tally.late), given_up)

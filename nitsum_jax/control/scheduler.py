@@ -43,6 +43,11 @@ class SchedulerConfig:
         not wait long.
       tpot_margin: an instance takes a request if a decode step with it takes at most this share of the tightest TPOT.
       ttft_margin: share of a TTFT target that predictions may use.
+      decode_margin: a request is handed over to an instance if a decode step with it takes at most this share of the
+        tightest TPOT there;
+      decode_most: or at most this share,
+      decode_ahead: while those that decode there are ahead of their time per token by so many tokens on average;
+      late_room: a late one is, if the step takes at most this share of what the fastest step leaves of that time.
       spill_after: an instance of other tiers may be used after this share of the TTFT target.
       spill_margin: and if a decode step there takes at most this share of the tightest TPOT of its own tiers.
       ahead_tokens: an instance takes another prompt when fewer prompt tokens than this are left to it.
@@ -59,6 +64,10 @@ class SchedulerConfig:
     step_share: float = 0.25
     tpot_margin: float = 0.92
     ttft_margin: float = 0.95
+    decode_margin: float = 0.95
+    decode_most: float = 1.1
+    decode_ahead: float = 4.0
+    late_room: float = 0.5
     spill_after: float = 0.4
     spill_margin: float = 0.8
     ahead_tokens: int = 512
@@ -292,8 +301,49 @@ class Scheduler:
     # ---- hand-over and switches
 
     def decode_worker(self, job: Job, workers: Sequence[Worker], now_s: float) -> Worker | None:
-        """Where a request whose prompt is computed should decode; None if there is no room anywhere now."""
+        """Where a request whose prompt is computed should decode; None if it should stay where it is for now.
+
+        That is so where there is no room, and where a step with it would take longer than those in time allow: it
+        waits as long as it can still catch up, is late then, and goes on once that harms nobody.
+        """
+        found, load, step_s = self._least_loaded(job, workers)
+        if found is None or self.config.order == "fcfs" or self._bears(found, load, step_s, job.late, now_s):
+            return found
+        if not job.late:
+            if self._can_wait(job, now_s, step_s):
+                return None
+            job.late = True
+            found, load, step_s = self._least_loaded(job, workers)
+        if found is None or self._bears(found, load, step_s, job.late, now_s) or self._must_go(job, now_s):
+            return found
+        return None
+
+    def _bears(self, worker: Worker, load: float, step_s: float, late: bool, now_s: float) -> bool:
+        """Whether those who decode in an instance can bear steps that take this share of their time per token.
+
+        For a while they can bear more than all of it, if on average they are ahead of it.
+        """
+        if not worker.decoding:
+            return True
+        if late:
+            least = load * self.cost.step_s(worker.tp, 1, 0) / step_s
+            return load <= least + self.config.late_room * (1 - least)
+        if load <= self.config.decode_margin:
+            return True
+        if load > self.config.decode_most:
+            return False
+        ahead = count = 0.0
+        for other in worker.decoding.values():
+            if not other.late and other.first_token_s is not None:
+                tpot_s = other.tier.tpot_ms / 1000
+                ahead += (other.first_token_s - now_s) / tpot_s + worker.generated(other)
+                count += 1
+        return ahead >= self.config.decode_ahead * count
+
+    def _least_loaded(self, job: Job, workers: Sequence[Worker]) -> tuple[Worker | None, float, float]:
+        """The instance that suits best for decoding, how full a step with the request is there, and its seconds."""
         best, best_score = None, (math.inf, math.inf, math.inf)
+        best_s = 0.0
         for worker in workers:
             if not worker.takes_decodes or len(worker.decoding) >= worker.max_batch:
                 continue
@@ -306,13 +356,30 @@ class Scheduler:
             if not own and self.config.tiers_apart:
                 continue
             tightest = min(math.inf if job.late else job.tier.tpot_ms / 1000, worker.tightest_tpot_s())
-            load = self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.cached) / tightest
+            step_s = self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.cached)
+            load = step_s / tightest
             if worker.plan.role != DECODE:
                 load += 0.25  # its prompts come in between
-            score = (0.0 if load <= self.config.tpot_margin else 1.0), (0.0 if own else 1.0), load
+            score = (0.0 if load <= self.config.decode_margin else 1.0), (0.0 if own else 1.0), load
             if score < best_score:
-                best, best_score = worker, score
-        return best
+                best, best_score, best_s = worker, score, step_s
+        return best, best_score[2], best_s
+
+    def _can_wait(self, job: Job, now_s: float, step_s: float) -> bool:
+        """Whether a request could still catch up if it decoded a moment from now."""
+        if job.first_token_s is None:  # it comes any moment
+            return True
+        remaining = max(4.0, job.expected_output - job.generated)
+        tpot_s = job.tier.tpot_ms / 1000
+        behind_s = now_s + step_s - job.next_token_due_s(job.generated)
+        return behind_s <= remaining * (tpot_s - step_s) if step_s < tpot_s else False
+
+    def _must_go(self, job: Job, now_s: float) -> bool:
+        """Whether a late request has waited its time, or keeps others from the room that it takes."""
+        if now_s - job.arrival_s >= self.config.patience_s + job.tier.ttft_ms / 1000:
+            return True
+        source = job.worker
+        return source is not None and source.free_blocks < 0.25 * source.capacity_blocks
 
 
 def _urgency(job: Job) -> tuple[float, float, str]:

@@ -9,7 +9,7 @@
 | `apart` | the cell parted between the tiers; no request leaves its part |
 | `dynamo` | one TP for prefill and one for decode; instances change their role by load |
 | `flying` | all instances of the least TP, or all of the largest, by load |
-| `static` | the best static layout in hindsight: `static-*` and `distserve` together, all with our scheduler |
+| `static` | the best static layout in hindsight: those of `static-*` and `distserve`, and all with three roles |
 
 A family is a list of policies; which of them is best is found by `search`.
 """
@@ -19,7 +19,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 
-from nitsum_jax.control.candidates import mixed_plans
+from nitsum_jax.control.candidates import joint_plans, mixed_plans
 from nitsum_jax.control.controller import AdaptiveController, Controller
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.plan import PREFILL, CellPlan, Shape, shapes_text
@@ -216,7 +216,9 @@ def ablations(setting: Setting) -> Mapping[str, list[Policy]]:
 def best_static(setting: Setting) -> Iterator[Policy]:
     """All static layouts, all with our scheduler."""
     yield from static_mixed(setting)
-    for shapes in layouts.role_splits(setting.node, setting.tps):
+    for shapes in itertools.chain(
+        layouts.role_splits(setting.node, setting.tps), joint_plans(setting.node, setting.tps)
+    ):
         yield static(setting, "static", shapes)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from nitsum_jax.control.candidates import mixed_plans, split_plans
-from nitsum_jax.control.plan import DECODE, PREFILL
+from nitsum_jax.control.candidates import joint_plans, mixed_plans, split_plans
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL
 
 TPS = (1, 2, 4, 8)
 
@@ -37,6 +37,15 @@ def test_split_plans_have_both_roles_and_leave_no_instance_worth_of_devices_idle
     for plan in plans:
         assert {shape.role for shape in plan} == {PREFILL, DECODE}
         assert 8 - sum(shape.tp for shape in plan) < min(shape.tp for shape in plan)
+
+
+def test_joint_plans_have_all_three_roles_use_all_devices_and_differ() -> None:
+    plans = list(joint_plans(8, TPS))
+    assert len({tuple(sorted(map(str, plan))) for plan in plans}) == len(plans)
+    for plan in plans:
+        assert {shape.role for shape in plan} == {PREFILL, MIXED, DECODE}
+        assert sum(shape.tp for shape in plan) == 8
+    assert not list(joint_plans(2, TPS))
 
 
 def test_a_model_with_a_least_tp_is_cut_no_finer() -> None:

@@ -50,6 +50,24 @@ def test_a_plan_that_serves_all_stays(planner: Planner) -> None:
     assert decision.reason.startswith("stays")
 
 
+def test_only_a_plan_that_does_not_serve_all_is_compared(planner: Planner) -> None:
+    assert len(planner.decide(inputs(0.5, 0.5, homogeneous(8, 4))).candidates) == 1
+    compared = planner.decide(inputs(20, 5, homogeneous(8, 1)))
+    assert len(compared.candidates) == 1 + planner.config.finalists
+    kinds = {("prefill" in c.plan, "tp1x8" in c.plan) for c in compared.candidates}
+    assert len(kinds) > 1
+
+
+def test_requests_that_wait_count(planner: Planner) -> None:
+    calm = inputs(4, 1, homogeneous(8, 8))
+    assert planner.decide(calm).candidates[0].replayed == 1.0
+    queue = tuple(Arrival(9.9, "chat", 2500, 60) for _ in range(200))
+    crowded = planner.decide(dataclasses.replace(calm, waiting=queue))
+    assert crowded.candidates[0].replayed is not None
+    assert crowded.candidates[0].replayed < 0.7
+    assert PlanInputs.from_json(json.loads(json.dumps(crowded.inputs.to_json()))) == crowded.inputs
+
+
 def test_a_plan_that_is_too_slow_for_the_tight_tier_is_left(planner: Planner) -> None:
     decision = planner.decide(inputs(20, 5, homogeneous(8, 1)))
     assert decision.switch

@@ -4,8 +4,10 @@ import math
 
 import pytest
 
+from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, place
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.worker import Worker
 from tests.control.cells import CHAT, CODE, COST, TIERS, job, make_cell, serve, some_jobs
 
@@ -155,3 +157,65 @@ def test_decodes_go_where_there_is_room_and_time() -> None:
     assert scheduler.decode_worker(one, [full, free], 0.0) is free
     free.stopping = True
     assert scheduler.decode_worker(one, [full, free], 0.0) is full
+
+
+QUICK = Tier("chat", ttft_ms=500, tpot_ms=9)
+
+
+def _decoder(count: int, first_s: float, generated: int) -> Worker:
+    """A decode instance of TP 1 with so many of QUICK, all of whom have made so many tokens."""
+    plan = InstancePlan((0,), "decode")
+    worker = Worker(0, plan, COST.kv_capacity_tokens(1), COST.page_size, 256)
+    _decoding(worker, count, first_s, QUICK)
+    worker.advance(generated - 1)
+    return worker
+
+
+def _full(share: float) -> int:
+    """How many of QUICK, of 600 tokens each, fill this share of their time per token."""
+    return next(n for n in range(1, 256) if COST.step_s(1, n, 600 * n) > share * QUICK.tpot_ms / 1000)
+
+
+def _prefilled(first_s: float) -> Job:
+    one = job(0, QUICK, first_s - 0.1, prompt=500, output=200)
+    one.cached, one.generated, one.first_token_s, one.expected_output = 500, 1, first_s, 200.0
+    return one
+
+
+def test_a_request_waits_where_its_decoding_would_cost_others_their_targets_and_is_late_in_the_end() -> None:
+    scheduler, count = _scheduler(), _full(0.96)
+    tpot_s = QUICK.tpot_ms / 1000
+    behind = _decoder(count, -100 * tpot_s, 100)  # on time to the token: they bear nothing
+    waiting = _prefilled(-0.001)
+    assert scheduler.decode_worker(waiting, [behind], 0.0) is None
+    lateness = [waiting.late]
+    assert scheduler.decode_worker(waiting, [behind], 100 * tpot_s) is None  # too late to catch up
+    assert [*lateness, waiting.late] == [False, True]
+    # By order of arrival nobody waits.
+    assert _scheduler(SchedulerConfig(order="fcfs")).decode_worker(_prefilled(0.0), [behind], 0.0) is behind
+
+
+def test_those_who_are_ahead_bear_a_crowd_for_a_while() -> None:
+    ahead = _decoder(_full(1.0), -100 * 0.5 * QUICK.tpot_ms / 1000, 100)
+    assert _scheduler().decode_worker(_prefilled(0.0), [ahead], 0.0) is ahead
+    crowded = _decoder(_full(1.2), -100 * 0.5 * QUICK.tpot_ms / 1000, 100)
+    assert _scheduler().decode_worker(_prefilled(0.0), [crowded], 0.0) is None
+
+
+def test_a_late_request_decodes_where_there_is_room_to_spare_and_after_its_patience_anywhere() -> None:
+    scheduler = _scheduler()
+    late = _prefilled(0.0)
+    late.late = True
+    full = _decoder(_full(0.93), 0.0, 1)
+    assert scheduler.decode_worker(late, [full], 0.0) is None
+    assert scheduler.decode_worker(late, [_decoder(2, 0.0, 1)], 0.0) is not None
+    assert scheduler.decode_worker(late, [full], scheduler.config.patience_s + 1) is full
+
+
+@pytest.mark.parametrize("rate", [4.0, 40.0])
+def test_everybody_ends_in_a_split_however_crowded_it_is(rate: float) -> None:
+    cell, steps = make_cell(place([Shape(1, "prefill"), Shape(1, "decode")], 2))
+    jobs = some_jobs(150, rate, seed=3)
+    serve(cell, jobs)
+    assert len(steps.done) == len(jobs)
+    assert not cell.alive
