@@ -15,6 +15,8 @@ from typing import Any
 from nitsum_jax.control.candidates import mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
+from nitsum_jax.control.fleet import FleetCell, search
+from nitsum_jax.control.fleet_program import Scenario
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, rollout
@@ -179,6 +181,8 @@ class Planner:
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
+        if inputs.num_devices > self.cost.profile.devices:
+            return self._decide_fleet(inputs, model)
         now = inputs.plan.shapes
         scored = {self._key(now): self._scored(model, now, offered)}
         for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
@@ -218,6 +222,27 @@ class Planner:
             f" {candidates[0].plan} {values[0]:.1%}"
         )
         return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
+
+    def _decide_fleet(self, inputs: PlanInputs, model: QueueingModel) -> Decision:
+        """The plan of a cell of several nodes, whose candidates cannot be listed."""
+        config, more = self.config, self.config.headroom_weight
+        found = search(
+            FleetCell(inputs.plan, inputs.num_devices, self.cost.profile.devices, inputs.lost, inputs.allowed),
+            self.cost,
+            self.tiers,
+            inputs.loads,
+            model.tiers,
+            self.tps,
+            lambda shapes: self._scored(model, tuple(shapes), model.offered)[:2],
+            hysteresis=config.hysteresis,
+            scenarios=(Scenario(1.0, 1 - more), Scenario(config.headroom, more)),
+            splits=config.splits,
+        )
+        candidates = tuple(
+            Candidate(str(o), o.prediction.goodput, o.score, o.prediction.load, o.prediction.attainment)
+            for o in found.options
+        )
+        return Decision(inputs.time_s, inputs, candidates, found.plan, found.plan != inputs.plan, found.reason)
 
     def _worth(self, best: float, present: float) -> bool:
         """Whether a replay could lead to a switch."""
