@@ -197,8 +197,7 @@ class _Search:
         ranked = [option for option in sorted(self.seen.values(), key=_rank) if option is not present]
         options = (present, *ranked[:4])
         gain = ranked[0].value - present.value if ranked else 0.0
-        lost = set(cell.lost).intersection(d for i in cell.plan.instances for d in i.devices)
-        if not ranked or (gain < self.config.noise * self.hysteresis and not lost):
+        if not ranked or (gain < self.config.noise * self.hysteresis and not self._broken()):
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
             return FleetChoice(options, cell.plan, reason)
         plan = place_fleet(ranked[0].shapes, cell.num_devices, cell.node, cell.plan, cell.lost)
@@ -208,6 +207,12 @@ class _Search:
             f" {present} {present.score:.1%}; {changed} of {cell.num_devices} devices change"
         )
         return FleetChoice(options, plan, reason)
+
+    def _broken(self) -> bool:
+        """Whether the present plan has lost devices in use, or leaves usable ones idle."""
+        used = {device for instance in self.cell.plan.instances for device in instance.devices}
+        lost = not used.isdisjoint(self.cell.lost)
+        return lost or (not self.allowed and room_for(self.tps[0], self.present, self.runs) > 0)
 
     # ---- plans
 
@@ -229,17 +234,22 @@ class _Search:
         return fits(kinds, self.runs) and (not self.allowed or kinds in self.allowed)
 
     def _filled(self, shapes: Iterable[Shape]) -> Counts | None:
-        """The shapes, with devices that they leave idle put to use as more of the same."""
+        """The shapes, with devices that they leave idle put to use: as more of the same, else for all tiers."""
         counts = collections.Counter(shapes)
         if not self.allowed:
-            for shape in sorted(counts, key=lambda shape: (-shape.tp, -counts[shape], shape.tiers)):
-                counts[shape] += max(0, room_for(shape.tp, kinds_of(counts), self.runs))
+            same = sorted(counts, key=lambda shape: (-shape.tp, -counts[shape], shape.tiers))
+            for shape in (*same, *(Shape(tp) for tp in reversed(self.tps))):
+                room = room_for(shape.tp, kinds_of(counts), self.runs)
+                if room > 0:
+                    counts[shape] += room
         return counts if self._possible(kinds_of(counts)) else None
 
     # ---- starts
 
     def _starts(self) -> Iterator[Counts]:
-        for shapes in (*self._solved(), *self._repeated(), *(self._split() if self.splits else ())):
+        alive = set(range(self.cell.num_devices)).difference(self.cell.lost)
+        there = tuple(i.shape for i in self.cell.plan.instances if alive.issuperset(i.devices))
+        for shapes in (there, *self._solved(), *self._repeated(), *(self._split() if self.splits else ())):
             counts = self._filled(shapes)
             if counts is not None:
                 yield counts

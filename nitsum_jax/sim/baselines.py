@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from nitsum_jax.control.candidates import mixed_plans
 from nitsum_jax.control.controller import AdaptiveController, Controller
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.plan import PREFILL, CellPlan, Shape, shapes_text
+from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, Shape, shapes_text
 from nitsum_jax.control.planner import Planner, PlannerConfig
 from nitsum_jax.control.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet

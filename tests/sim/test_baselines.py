@@ -135,7 +135,7 @@ def test_samples_are_windows_of_the_whole() -> None:
 
 
 def test_the_bound_is_the_union_of_what_candidates_meet() -> None:
-    work = workload(rate=30.0, seconds=20.0)
+    work = workload(rate=30.0, seconds=20.0, prompt=3000, output=150)
     chosen = candidates(SETTING, [MIXED])
     assert len(chosen) == len({str(policy.plan) for policy in chosen})
     # One window: the runs of the bound are runs of the whole workload.
@@ -150,7 +150,7 @@ def test_the_bound_is_the_union_of_what_candidates_meet() -> None:
 
 @pytest.mark.parametrize(("lead_s", "tail_s"), [(0.0, 0.0), (3.0, 2.0)])
 def test_no_choice_of_layouts_by_window_lies_above_the_bound(lead_s: float, tail_s: float) -> None:
-    work = workload(rate=40.0, seconds=20.0)
+    work = workload(rate=30.0, seconds=20.0, prompt=3000, output=150)
     chosen = candidates(SETTING, [SPLIT])
     found = upper_bound(SETTING, work, chosen, window_s=5.0, lead_s=lead_s, tail_s=tail_s)
     assert len(found.choices) == 4
@@ -181,21 +181,27 @@ def test_dynamo_has_a_tp_for_each_role() -> None:
     assert pairs == set(itertools.product((1, 2, 4), repeat=2))  # with TP 8 a node has one role only
 
 
-@pytest.mark.parametrize(("tps", "prompt", "output"), [((1, 2), 3000, 10), ((2, 1), 100, 500), ((1, 1), 3000, 10)])
-def test_devices_change_their_role_and_take_its_tp(tps: tuple[int, int], prompt: float, output: float) -> None:
-    work = workload(rate=25.0 if output < 100 else 60.0, seconds=30.0, prompt=prompt, output=output)
+@pytest.mark.parametrize(
+    ("tps", "rate", "prompt", "output"),
+    [((1, 2), 60.0, 3000, 10), ((2, 1), 150.0, 100, 500), ((1, 1), 60.0, 3000, 10), ((2, 2), 150.0, 100, 500)],
+)
+def test_devices_change_their_role_and_take_its_tp(
+    tps: tuple[int, int], rate: float, prompt: float, output: float
+) -> None:
+    setting = Setting(COST8, TIERS, 8)
+    work = workload(rate=rate, seconds=20.0, prompt=prompt, output=output)
     moved = 0
-    for policy in baselines.dynamo(SETTING):
+    for policy in baselines.dynamo(setting):
         roles = {i.role: i.tp for i in policy.plan.instances}
         if (roles["prefill"], roles["decode"]) != tps:
             continue
-        outcome = simulate(work, TIERS, COST, policy, num_devices=DEVICES)
+        outcome = simulate(work, TIERS, COST8, policy, num_devices=8)
         assert len(outcome.finished) + len(outcome.failed) == len(work.requests)
         for report in outcome.switches:
             moved += 1
             assert {(i.role, i.tp) for i in report.after.instances} == {("prefill", tps[0]), ("decode", tps[1])}
-            assert sorted(d for i in report.after.instances for d in i.devices) == list(range(DEVICES))
-    assert moved or max(tps) == 2  # two units of two: one of each role, and neither can be spared
+            assert sorted(d for i in report.after.instances for d in i.devices) == list(range(8))
+    assert moved
 
 
 def test_adaptive_control_keeps_to_what_is_allowed() -> None:
