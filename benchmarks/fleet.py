@@ -32,9 +32,9 @@ _PROFILE = flags.DEFINE_string("profile", "qwen2.5-32b-h200", "Name of a profile
 _PARTS = flags.DEFINE_list("part", ["planning", "quality"], "What to run.")
 _NODES = flags.DEFINE_integer("nodes", 8, "Nodes of the cell of the quality part.", lower_bound=2)
 _PHASE_SECONDS = flags.DEFINE_float("phase_seconds", 40.0, "Length of a phase of the quality part.")
-_RATE = flags.DEFINE_list("rate", ["14", "20", "26"], "Requests a second for each node, of the quality part.")
+_RATE = flags.DEFINE_list("rate", ["24", "32", "40"], "Requests a second for each node, of the quality part.")
 
-TIGHT, RELAXED = Tier("chat", ttft_ms=500, tpot_ms=15), Tier("code", ttft_ms=10_000, tpot_ms=200)
+TIGHT, RELAXED = Tier("chat", ttft_ms=500, tpot_ms=12), Tier("code", ttft_ms=10_000, tpot_ms=200)
 BATCH = Tier("batch", ttft_ms=60_000, tpot_ms=500)
 _PROMPTS = (120, 300, 520, 820, 1100, 1500, 2300, 4000)
 _CODE_PROMPTS = (300, 700, 1100, 1600, 2100, 2800, 3900, 6500)
@@ -83,7 +83,9 @@ def quality(cost: CostModel) -> None:
     nodes, node = _NODES.value, cost.profile.devices
     tiers = TierSet((TIGHT, RELAXED))
     _line(f"\n{nodes} nodes of {node} devices, {source}; attainment.\n")
-    _line("| requests/s | one cell, adaptive | switches | CPU, s | each node by itself, adaptive | CPU, s | static TP |")
+    _line(
+        "| requests/s | one cell, adaptive | switches | CPU, s | each node by itself, adaptive | CPU, s | static TP |"
+    )
     _line("|---|---|---|---|---|---|---|")
     phases = [("chat", 0.9), ("code", 0.15), ("both", 0.5)]
     for rate in map(float, _RATE.value):
@@ -102,9 +104,7 @@ def quality(cost: CostModel) -> None:
             met += share * len(dealt.requests)
             count += len(dealt.requests)
             apart_took += seconds
-        static = {
-            tp: _run(workload, large, next(baselines.static_tp(large, tp)))[0] for tp in large.tps if tp >= 2
-        }
+        static = {tp: _run(workload, large, next(baselines.static_tp(large, tp)))[0] for tp in large.tps if tp >= 2}
         best = max(static, key=lambda tp: static[tp])
         _line(
             f"| {workload.rate:.0f} | {whole:.1%} | {switches} | {took:.0f} | {met / count:.1%} | {apart_took:.0f} |"

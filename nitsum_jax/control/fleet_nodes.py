@@ -222,9 +222,7 @@ def _pair(
     for i, number in enumerate(changed):
         alike[nodes[number].size, nodes[number].lost].append(i)
     for (size, lost), indices in alike.items():
-        options = [
-            [local(nodes[changed[i]].instances, size, lost, packed[j]) for j in indices] for i in indices
-        ]
+        options = [[local(nodes[changed[i]].instances, size, lost, packed[j]) for j in indices] for i in indices]
         rows, columns = optimize.linear_sum_assignment([[cost for cost, _ in row] for row in options])
         for row, column in zip(rows, columns, strict=True):
             placed[changed[indices[row]]] = options[row][column][1]

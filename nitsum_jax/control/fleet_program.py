@@ -180,7 +180,9 @@ def solve(
             mine = [(base + j, 1.0) for j, point in enumerate(points) if point.shape == shape]
             program.add([*mine, (i, -1.0)], -np.inf, 0.0)
         for t, rate in enumerate(rates):
-            program.add([(base + j, p.rates[t]) for j, p in enumerate(points) if p.rates[t]], 0.0, rate * scenario.scale)
+            program.add(
+                [(base + j, p.rates[t]) for j, p in enumerate(points) if p.rates[t]], 0.0, rate * scenario.scale
+            )
     for f, tp in enumerate(tps):
         mine = [(i, 1.0) for i, shape in enumerate(shapes) if shape.tp == tp]
         kept = [(kept_at + g, -float(dict(group[0].kinds).get((tp, MIXED), 0))) for g, group in enumerate(groups)]

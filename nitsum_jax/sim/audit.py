@@ -99,7 +99,9 @@ def checks(
             steps, switches, devices if isinstance(devices, int) else None
         ),
         "every step takes the profile's time": check_step_times(steps, cost),
-        "every token was paid for": check_tokens(requests, steps, preemptions if isinstance(preemptions, int) else None),
+        "every token was paid for": check_tokens(
+            requests, steps, preemptions if isinstance(preemptions, int) else None
+        ),
         "tokens come out where and when steps end": check_moments(requests, steps),
     }
     if workload is not None:
@@ -127,7 +129,11 @@ def check_requests(requests: RequestTable, tiers: TierSet) -> list[Finding]:
             if r.prompt_tokens < 1 or r.output_tokens < 1:
                 yield Finding(f"request {r.id}: it has no prompt or no output", REQUESTS, row)
             if r.first_token_s is not None and r.first_token_s < r.arrival_s:
-                yield Finding(f"request {r.id}: first token at {r.first_token_s} s, before its arrival at {r.arrival_s} s", REQUESTS, row)
+                yield Finding(
+                    f"request {r.id}: first token at {r.first_token_s} s, before its arrival at {r.arrival_s} s",
+                    REQUESTS,
+                    row,
+                )
             if r.finish_s is not None and (r.first_token_s is None or r.finish_s < r.first_token_s):
                 yield Finding(f"request {r.id}: finished at {r.finish_s} s, before its first token", REQUESTS, row)
             if r.met != expected:
@@ -223,9 +229,15 @@ def check_step_times(steps: StepTable, cost: CostModel) -> list[Finding]:
             if any(new < 1 for new, _ in chunks):
                 yield Finding(f"step {i + 1}: it has an empty prefill chunk", STEPS, i)
             if abs(end_s - start_s - expected) > _SLACK_S * max(1.0, expected):
-                yield Finding(f"step {i + 1}: it takes {end_s - start_s:.9f} s, but the profile says {expected:.9f} s", STEPS, i)
+                yield Finding(
+                    f"step {i + 1}: it takes {end_s - start_s:.9f} s, but the profile says {expected:.9f} s", STEPS, i
+                )
             if context > room or context < sequences:
-                yield Finding(f"step {i + 1}: {sequences} sequences hold {context} tokens of KV cache, of {room} at TP {tp}", STEPS, i)
+                yield Finding(
+                    f"step {i + 1}: {sequences} sequences hold {context} tokens of KV cache, of {room} at TP {tp}",
+                    STEPS,
+                    i,
+                )
 
     return _some(lines())
 
@@ -241,7 +253,11 @@ def check_tokens(requests: RequestTable, steps: StepTable, preemptions: int | No
     begun = ~np.isnan(requests.first_token_s)
     prefilled, prompts = int(steps.chunk_tokens.sum()), int(requests.prompt_tokens[begun].sum())
     if prefilled < prompts:
-        found.append(Finding(f"tokens: {prefilled} prompt tokens were computed, but prompts that were answered have {prompts}", STEPS))
+        found.append(
+            Finding(
+                f"tokens: {prefilled} prompt tokens were computed, but prompts that were answered have {prompts}", STEPS
+            )
+        )
     decoded = int(steps.decode_sequences.sum())
     owed = int((requests.output_tokens[done] - 1).sum())
     most = int((requests.output_tokens[begun] - 1).sum())
@@ -249,7 +265,9 @@ def check_tokens(requests: RequestTable, steps: StepTable, preemptions: int | No
     if decoded < owed - by_prefill:
         found.append(Finding(f"tokens: {decoded} were decoded, but outputs have {owed} after their first ones", STEPS))
     if decoded > most:
-        found.append(Finding(f"tokens: {decoded} were decoded, but outputs have only {most} after their first ones", STEPS))
+        found.append(
+            Finding(f"tokens: {decoded} were decoded, but outputs have only {most} after their first ones", STEPS)
+        )
     # At every moment: what has been answered must have been prefilled by then, what has ended decoded.
     order = np.argsort(steps.end_s, kind="stable")
     ends = steps.end_s[order]
@@ -286,17 +304,27 @@ def check_moments(requests: RequestTable, steps: StepTable) -> list[Finding]:
     def lines() -> Iterator[Finding]:
         for row, r in enumerate(requests.records):
             if r.first_token_s is not None and not _falls_on(prefill_ends, r.instances, r.first_token_s):
-                yield Finding(f"request {r.id}: no instance of it ends a prefill at {r.first_token_s} s, its first token", REQUESTS, row)
+                yield Finding(
+                    f"request {r.id}: no instance of it ends a prefill at {r.first_token_s} s, its first token",
+                    REQUESTS,
+                    row,
+                )
             if r.finish_s is None or r.first_token_s is None:
                 continue
             if not _falls_on(ends, r.instances, r.finish_s):
-                yield Finding(f"request {r.id}: no instance of it ends a step at {r.finish_s} s, its last token", REQUESTS, row)
+                yield Finding(
+                    f"request {r.id}: no instance of it ends a step at {r.finish_s} s, its last token", REQUESTS, row
+                )
             made = 0
             for instance in set(r.instances) & set(ends):
                 low = ends[instance].searchsorted(r.first_token_s + _SLACK_S, "right")
                 made += int(ends[instance].searchsorted(r.finish_s + _SLACK_S, "right") - low)
             if made < r.output_tokens - 1:
-                yield Finding(f"request {r.id}: {r.output_tokens} tokens, but its instances made {made} steps after the first", REQUESTS, row)
+                yield Finding(
+                    f"request {r.id}: {r.output_tokens} tokens, but its instances made {made} steps after the first",
+                    REQUESTS,
+                    row,
+                )
 
     return _some(lines()) + _crowds(requests, steps, mine_by_instance)
 
@@ -313,7 +341,9 @@ def check_workload(requests: RequestTable, workload: Workload) -> list[Finding]:
             for t, p, o, of in missing
         ),
         *_some(
-            Finding(f"workload: a request of {t} s ({p} + {o} tokens, {of}) was never given", REQUESTS, rows[t, p, o, of])
+            Finding(
+                f"workload: a request of {t} s ({p} + {o} tokens, {of}) was never given", REQUESTS, rows[t, p, o, of]
+            )
             for t, p, o, of in extra
         ),
     ]

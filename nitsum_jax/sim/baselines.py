@@ -118,21 +118,20 @@ def apart(setting: Setting) -> Iterator[Policy]:
 
 def dynamo(setting: Setting) -> Iterator[Policy]:
     """Every pair of TPs, one for prefill and one for decode, begun with half of the devices each; sets of limits."""
-    for tps in itertools.product(setting.tps, repeat=2):
-        unit = max(tps)
+    for prefill, decode in itertools.product(setting.tps, repeat=2):
+        unit = max(prefill, decode)
         units = setting.node // unit
         if units < 2:
             continue
-        prefill, decode = tps
         shapes = (
             *(Shape(prefill, PREFILL),) * (units // 2 * unit // prefill),
             *(Shape(decode, DECODE),) * ((units - units // 2) * unit // decode),
         )
         for limits in (RoleLimits(10, 0.8, 0.8), RoleLimits(5, 0.6, 0.9), RoleLimits(30, 0.9, 0.7)):
             name = f"dynamo-{limits.interval_s:g}s-{limits.high:g}-{limits.low:g}"
-            make = functools.partial(RoleBalancer, setting.cost, setting.tiers, limits, tps)
+            make = functools.partial(RoleBalancer, setting.cost, setting.tiers, limits, (prefill, decode))
             # Large instances are placed first, so that the small ones fill whole units.
-            resident = None if prefill == decode else min(tps)
+            resident = None if prefill == decode else min(prefill, decode)
             yield dataclasses.replace(static(setting, name, shapes), controller=make, resident_tp=resident)
 
 

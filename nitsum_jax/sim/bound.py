@@ -1,8 +1,8 @@
 """An upper bound for changing layouts: what any of the candidate layouts could have met, request by request.
 
 The workload is cut into windows of `WINDOW_S`.  For every window every candidate layout serves a piece of the workload
-on a cell of its own: the window's requests, those that come for `LEAD_S` before it (to an empty cell that has the layout
-already) and those that come for `TAIL_S` after it; the cell keeps the layout until all of them have ended.
+on a cell of its own: the requests of the window, those that come for `LEAD_S` before it (to an empty cell that has the
+layout already) and those that come for `TAIL_S` after it; the cell keeps the layout until all of them have ended.
 
 **The bound.**  A request counts if it met both targets in at least one of these runs, whichever layout and whichever
 window's piece that was; each request is counted once, by its arrival.  A policy that picks one candidate for every

@@ -128,7 +128,9 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _options(values: flags.FlagValues) -> Options:
-    if values.audit is not None and (values.policies or values.policy or values.replay or values.capacity or values.out):
+    if values.audit is not None and (
+        values.policies or values.policy or values.replay or values.capacity or values.out
+    ):
         raise InvalidInputError("--audit runs nothing: leave out all flags but --profile and --tiers")
     if values.profile is None and values.audit is None:
         raise InvalidInputError("--profile is missing: name a profile, such as --profile=llama-3.1-8b-h100")

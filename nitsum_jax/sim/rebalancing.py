@@ -99,7 +99,10 @@ class RoleBalancer(_LoadController):
         if prefill_load > high and _spared(decode_load, len(decodes)) < low:
             moved, role = min(decodes.items(), key=lambda unit: (sum(w.context for w in unit[1]), unit[0])), PREFILL
         elif decode_load > high and _spared(prefill_load, len(prefills)) < low:
-            moved, role = min(prefills.items(), key=lambda unit: (sum(w.prefill_left for w in unit[1]), unit[0])), DECODE
+            moved, role = (
+                min(prefills.items(), key=lambda unit: (sum(w.prefill_left for w in unit[1]), unit[0])),
+                DECODE,
+            )
         plan = view.plan if moved is None else self._moved(view.plan, [worker.plan for worker in moved[1]], role)
         loads = (
             f"load of {len(prefill)} prefill instances {prefill_load:.2f}, of {len(decode)} decode {decode_load:.2f}"

@@ -137,9 +137,7 @@ def test_other_targets_and_profiles_can_be_given(
         ("policy", "--audit runs nothing"),
     ],
 )
-def test_errors_are_one_line(
-    damage: str, message: str, run: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_errors_are_one_line(damage: str, message: str, run: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads((run / "summary.json").read_text())
     flags = [f"--audit={run}"]
     if damage == "line":

@@ -10,7 +10,7 @@ from nitsum_jax.sim.baselines import Setting
 from nitsum_jax.sim.bound import candidates, upper_bound
 from nitsum_jax.sim.layouts import placements, role_splits, splits, tier_splits
 from nitsum_jax.sim.named import parse_shapes, policies_named
-from nitsum_jax.sim.search import Grid, best_by_capacity, capacity, run, sample, tournament
+from nitsum_jax.sim.search import Grid, best_by_capacity, capacity, sample, tournament
 from nitsum_jax.sim.simulation import Policy, simulate
 from nitsum_jax.sim.summary import Figures
 from nitsum_jax.sim.workload import window
