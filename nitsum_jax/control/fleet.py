@@ -8,11 +8,12 @@ The candidates of one node cannot be listed for many.  So a plan is a count of i
 2. Descent: from the best starts, devices go from one kind to another, in large portions first and then in small ones,
    as long as that gains.  Plans are judged by the queueing estimate of the whole cell, as those of one node are: the
    program pools no queues, this does.
-3. Nodes: the winner's instances are laid on the devices so that as many nodes as possible keep all they have.
+3. Replay: the best few and the present plan serve the last requests once more, in a miniature: a cell of
+   `MINIATURE` nodes with instances in the plan's proportions, and as many of the requests as such a cell would get.
+4. Nodes: the winner's instances are laid on the devices so that as many nodes as possible keep all they have.
 
 A plan is worth its predicted share of the offered goodput less `hysteresis` for the share of the devices that change,
-so that a few nodes are changed for a small gain and all only for a large one.  There are no what-if replays: the last
-requests of a large cell are a moment of its time, and to replay enough of them takes longer than a decision may.
+so that a few nodes are changed for a small gain and all only for a large one.
 """
 
 import collections
@@ -37,9 +38,15 @@ from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, CellPlan, Shape, par
 from nitsum_jax.control.queueing import Prediction
 from nitsum_jax.control.tiers import Tier
 
+MINIATURE = 2
+"""Nodes of the cell in which plans are replayed."""
 Counts = collections.Counter[Shape]
 Score = Callable[[Sequence[Shape]], tuple[float, Prediction]]
 """Predicted share of the offered goodput (with headroom) of a plan, and the prediction that it is made from."""
+
+
+Replay = Callable[[Sequence[Shape], int], float]
+"""Share of the last requests that these instances meet, on a cell of so many devices."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +57,7 @@ class FleetConfig:
       node_plans: plans of one node that are tried in all nodes; of more only those that keep no instances for tiers.
       descents: starts that are improved.
       evaluations: plans that are judged at the most while improving one.
+      finalists: plans that are replayed, besides the present one.
       noise: least gain for which anything changes, as a share of the hysteresis.
       allowed: allowed layouts that are looked at, if there is such a list.
     """
@@ -57,6 +65,7 @@ class FleetConfig:
     node_plans: int = 256
     descents: int = 2
     evaluations: int = 240
+    finalists: int = 3
     noise: float = 0.25
     allowed: int = 16
 
@@ -68,14 +77,16 @@ class FleetOption:
     Attributes:
       counts: its instances: shapes and how many of each, largest TP first.
       score: predicted share of the offered goodput.
-      value: less what the change costs.
+      value: less what the change costs, and with what a replay said.
       prediction: of the load as it is.
+      replayed: share of the replayed requests that it met, if it was replayed.
     """
 
     counts: tuple[tuple[Shape, int], ...]
     score: float
     value: float
     prediction: Prediction
+    replayed: float | None = None
 
     @property
     def shapes(self) -> tuple[Shape, ...]:
@@ -132,6 +143,8 @@ def search(
     hysteresis: float,
     scenarios: Sequence[Scenario],
     splits: bool = True,
+    replay: Replay | None = None,
+    replay_weight: float = 0.0,
     config: FleetConfig = FleetConfig(),
 ) -> FleetChoice:
     """The plan for a cell of many nodes.
@@ -147,9 +160,12 @@ def search(
       hysteresis: what changing all devices costs, as a share of the offered goodput.
       scenarios: loads that the integer program weighs, alike to what `score` does.
       splits: whether plans with prefill and decode apart are considered.
+      replay: runs the last requests once more; None: there are none.
+      replay_weight: of the replay against the prediction.
       config: how far to go.
     """
-    return _Search(cell, cost, tiers, loads, order, tps, score, hysteresis, scenarios, splits, config).run()
+    found = _Search(cell, cost, tiers, loads, order, tps, score, hysteresis, scenarios, splits, config)
+    return found.run(replay, replay_weight)
 
 
 class _Search:
@@ -184,29 +200,42 @@ class _Search:
         self.seen: dict[tuple[tuple[Shape, int], ...], FleetOption] = {}
         self.allowed = [kinds_of(parse_shapes(text)) for text in cell.allowed[: config.allowed]]
 
-    def run(self) -> FleetChoice:
-        cell = self.cell
+    def run(self, replay: Replay | None, replay_weight: float) -> FleetChoice:
+        cell, least = self.cell, self.config.noise * self.hysteresis
         present = self._judge(collections.Counter(cell.plan.shapes))
-        here = [option for option in (self._judge(start) for start in self._starts()) if option is not present]
-        # Different layouts, not the same one with tiers placed otherwise.
-        best: dict[frozenset[tuple[Kind, int]], FleetOption] = {}
-        for option in sorted([present, *here], key=_rank):
-            best.setdefault(frozenset(kinds_of(dict(option.counts)).items()), option)
-        for option in list(best.values())[: self.config.descents]:
+        for start in list(self._starts()):
+            self._judge(start)
+        for option in self._different(self.config.descents):
             self._improve(option)
-        ranked = [option for option in sorted(self.seen.values(), key=_rank) if option is not present]
-        options = (present, *ranked[:4])
-        gain = ranked[0].value - present.value if ranked else 0.0
-        if not ranked or (gain < self.config.noise * self.hysteresis and not self._broken()):
+        best = [option for option in self._different(self.config.finalists + 1) if option is not present]
+        if replay is not None and best and (best[0].value - present.value > least / 2):
+            options = [self._replayed(o, replay, replay_weight) for o in (present, *best[: self.config.finalists])]
+            present, best = options[0], sorted(options[1:], key=_rank)
+        gain = best[0].value - present.value if best else 0.0
+        options = [present, *best]
+        if not best or (gain < least and not self._broken()):
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
-            return FleetChoice(options, cell.plan, reason)
-        plan = place_fleet(ranked[0].shapes, cell.num_devices, cell.node, cell.plan, cell.lost)
-        changed = changed_devices(cell.plan, plan)
+            return FleetChoice(tuple(options), cell.plan, reason)
+        plan = place_fleet(best[0].shapes, cell.num_devices, cell.node, cell.plan, cell.lost)
         reason = (
-            f"{ranked[0]} is predicted to meet {ranked[0].score:.1%} of the offered goodput,"
-            f" {present} {present.score:.1%}; {changed} of {cell.num_devices} devices change"
+            f"{best[0]} is predicted to meet {best[0].value:.1%} of the offered goodput (less the cost of the change),"
+            f" {present} {present.value:.1%}; {changed_devices(cell.plan, plan)} of {cell.num_devices} devices change"
         )
-        return FleetChoice(options, plan, reason)
+        return FleetChoice(tuple(options), plan, reason)
+
+    def _different(self, count: int) -> list[FleetOption]:
+        """The best plans so far, one of every layout, whatever its tiers."""
+        found: dict[frozenset[tuple[Kind, int]], FleetOption] = {}
+        for option in sorted(self.seen.values(), key=_rank):
+            found.setdefault(frozenset(kinds_of(dict(option.counts)).items()), option)
+            if len(found) == count:
+                break
+        return list(found.values())
+
+    def _replayed(self, option: FleetOption, replay: Replay, weight: float) -> FleetOption:
+        devices = min(MINIATURE * self.cell.node, self.cell.num_devices)
+        met = replay(miniature(option.counts, devices), devices)
+        return dataclasses.replace(option, value=option.value + weight * (met - option.score), replayed=met)
 
     def _broken(self) -> bool:
         """Whether the present plan has lost devices in use, or leaves usable ones idle."""
@@ -341,6 +370,23 @@ class _Search:
                     continue
                 if self._possible(kinds_of(moved)):
                     yield moved
+
+
+def miniature(counts: Sequence[tuple[Shape, int]], devices: int) -> tuple[Shape, ...]:
+    """A cell of so many devices with instances in these proportions, as nearly as that goes.
+
+    Every role that occurs has an instance, if there is room.
+    """
+    scale = devices / sum(shape.tp * count for shape, count in counts)
+    wanted = {shape: count * scale for shape, count in counts}
+    given = {shape: int(count) for shape, count in wanted.items()}
+    left = devices - sum(shape.tp * count for shape, count in given.items())
+    while fitting := [shape for shape in wanted if shape.tp <= left]:
+        roles = {shape.role for shape, count in given.items() if count}
+        chosen = max(fitting, key=lambda s: (s.role not in roles, (wanted[s] - given[s]) * s.tp, s.tp))
+        given[chosen] += 1
+        left -= chosen.tp
+    return tuple(shape for shape, count in given.items() for _ in range(count))
 
 
 def _rank(option: FleetOption) -> tuple[float, float, list[tuple[int, str, int]]]:

@@ -226,6 +226,12 @@ class Planner:
     def _decide_fleet(self, inputs: PlanInputs, model: QueueingModel) -> Decision:
         """The plan of a cell of several nodes, whose candidates cannot be listed."""
         config, more = self.config, self.config.headroom_weight
+
+        def replay(shapes: Sequence[Shape], devices: int) -> float:
+            recent = _thinned(inputs.recent, sum(load.rate for load in inputs.loads) * devices / inputs.num_devices)
+            plan = place(shapes, devices)
+            return rollout(self.cost, self.tiers.values(), plan, recent, inputs.loads, self.resident_tp)
+
         found = search(
             FleetCell(inputs.plan, inputs.num_devices, self.cost.profile.devices, inputs.lost, inputs.allowed),
             self.cost,
@@ -237,9 +243,11 @@ class Planner:
             hysteresis=config.hysteresis,
             scenarios=(Scenario(1.0, 1 - more), Scenario(config.headroom, more)),
             splits=config.splits,
+            replay=replay if len(inputs.recent) > 2 else None,
+            replay_weight=config.replay_weight,
         )
         candidates = tuple(
-            Candidate(str(o), o.prediction.goodput, o.score, o.prediction.load, o.prediction.attainment)
+            Candidate(str(o), o.prediction.goodput, o.score, o.prediction.load, o.prediction.attainment, o.replayed)
             for o in found.options
         )
         return Decision(inputs.time_s, inputs, candidates, found.plan, found.plan != inputs.plan, found.reason)
@@ -290,6 +298,12 @@ def _diverse(
         if len(chosen) == count:
             break
     return list(chosen.values())
+
+
+def _thinned(recent: Sequence[Arrival], rate: float) -> Sequence[Arrival]:
+    """Every so many of the arrivals, so that they come at about this rate."""
+    seconds = recent[-1].time_s - recent[0].time_s
+    return recent[:: max(1, round(len(recent) / max(seconds, 1e-3) / max(rate, 1e-9)))]
 
 
 def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:
