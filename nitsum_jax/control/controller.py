@@ -103,7 +103,7 @@ class AdaptiveController:
             maxlen=MINIATURE * planner.replayed
         )
         self._replayed = planner.replayed
-        self._stride = 1  # of the arrivals of a cell of many nodes every so many are kept: see `control.fleet`
+        self._stride = 1  # every so many arrivals are kept: all for one node, fewer for many
         self._watched: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._outputs: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._start_s = now_s
