@@ -1,5 +1,6 @@
 """Plans of many nodes: as good as trying all of them, quick, repeatable, and careful about change."""
 
+import collections
 import dataclasses
 import functools
 import itertools
@@ -11,10 +12,12 @@ import pytest
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
+from nitsum_jax.control.fleet import miniature
 from nitsum_jax.control.fleet_nodes import changed_devices
 from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, shapes_text
 from nitsum_jax.control.planner import PlanInputs, Planner, PlannerConfig
 from nitsum_jax.control.queueing import QueueingModel
+from nitsum_jax.control.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
 from tests.control.profiles import roofline_profile
 
@@ -136,3 +139,30 @@ def test_only_allowed_layouts_are_chosen() -> None:
 
 def test_without_requests_nothing_changes() -> None:
     assert not Planner(LARGE, (CHAT, CODE)).decide(inputs(64, chat=0.0, code=0.0)).switch
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"),
+    [
+        ({Shape(4): 8, Shape(1): 32}, {Shape(4): 2, Shape(1): 8}),
+        ({Shape(8): 63, Shape(2): 4}, {Shape(8): 2}),
+        ({Shape(4, "decode"): 2, Shape(1, "prefill"): 120}, {Shape(4, "decode"): 1, Shape(1, "prefill"): 12}),
+    ],
+)
+def test_a_miniature_has_the_proportions_of_the_cell(counts: dict[Shape, int], expected: dict[Shape, int]) -> None:
+    found = miniature(list(counts.items()), 16)
+    assert collections.Counter(found) == collections.Counter(expected)
+
+
+def test_the_last_requests_have_a_say() -> None:
+    """Where the estimate sees no difference, what the miniature says decides."""
+    given = inputs(64, homogeneous(64, 1), chat=2.0, code=1.0)
+    recent = tuple(Arrival(i / 48, "chat" if i % 3 else "code", PROMPTS[i % 8], 100) for i in range(96))
+    decision = Planner(LARGE, (CHAT, CODE)).decide(dataclasses.replace(given, recent=recent))
+    assert decision.switch
+    present, best, *_ = decision.candidates
+    assert present.replayed is not None
+    assert best.replayed is not None
+    assert best.replayed > present.replayed
+    again = Planner(LARGE, (CHAT, CODE)).decide(PlanInputs.from_json(json.loads(json.dumps(decision.inputs.to_json()))))
+    assert again == decision
