@@ -99,10 +99,7 @@ class AdaptiveController:
         self.planner = Planner(cost, tiers, planner)
         self._decide = decide or self.planner.decide
         self._estimator = WorkloadEstimator(self.planner.tiers, estimator, now_s)
-        self._recent: collections.deque[tuple[float, str, int, str]] = collections.deque(
-            maxlen=MINIATURE * planner.replayed
-        )
-        self._replayed = planner.replayed
+        self._recent: collections.deque[tuple[float, str, int, str]] = collections.deque(maxlen=planner.replayed)
         self._stride = 1  # every so many arrivals are kept: all for one node, fewer for many
         self._watched: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._outputs: collections.OrderedDict[str, int] = collections.OrderedDict()
@@ -155,11 +152,9 @@ class AdaptiveController:
 
     def inputs(self, now_s: float, view: CellView) -> PlanInputs:
         """What a decision would be made from now."""
-        nodes = -(-view.num_devices // self.planner.cost.profile.devices)
-        self._stride = max(1, nodes // MINIATURE)
         recent = tuple(
             Arrival(time_s, tier, prompt, self._outputs.get(name, round(self._estimator.output(tier))))
-            for time_s, tier, prompt, name in list(self._recent)[-min(nodes, MINIATURE) * self._replayed :]
+            for time_s, tier, prompt, name in self._recent
         )
         loads = self._estimator.loads(now_s)
         return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed)
@@ -167,6 +162,7 @@ class AdaptiveController:
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Decides; None while it knows too little or the last switch is too recent."""
         self._last_tick_s = now_s
+        self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
         self._misses = self._seen = 0
         lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
         if not lost and now_s - self._start_s < self.config.warm_up_s:

@@ -57,6 +57,7 @@ class FleetConfig:
       node_plans: plans of one node that are tried in all nodes; of more only those that keep no instances for tiers.
       descents: starts that are improved.
       evaluations: plans that are judged at the most while improving one.
+      replay_weight: of a replay against the prediction.
       finalists: plans that are replayed, besides the present one.
       noise: least gain for which anything changes, as a share of the hysteresis.
       allowed: allowed layouts that are looked at, if there is such a list.
@@ -65,6 +66,7 @@ class FleetConfig:
     node_plans: int = 256
     descents: int = 2
     evaluations: int = 240
+    replay_weight: float = 0.6
     finalists: int = 3
     noise: float = 0.25
     allowed: int = 16
@@ -144,7 +146,6 @@ def search(
     scenarios: Sequence[Scenario],
     splits: bool = True,
     replay: Replay | None = None,
-    replay_weight: float = 0.0,
     config: FleetConfig = FleetConfig(),
 ) -> FleetChoice:
     """The plan for a cell of many nodes.
@@ -161,11 +162,10 @@ def search(
       scenarios: loads that the integer program weighs, alike to what `score` does.
       splits: whether plans with prefill and decode apart are considered.
       replay: runs the last requests once more; None: there are none.
-      replay_weight: of the replay against the prediction.
       config: how far to go.
     """
     found = _Search(cell, cost, tiers, loads, order, tps, score, hysteresis, scenarios, splits, config)
-    return found.run(replay, replay_weight)
+    return found.run(replay)
 
 
 class _Search:
@@ -200,7 +200,7 @@ class _Search:
         self.seen: dict[tuple[tuple[Shape, int], ...], FleetOption] = {}
         self.allowed = [kinds_of(parse_shapes(text)) for text in cell.allowed[: config.allowed]]
 
-    def run(self, replay: Replay | None, replay_weight: float) -> FleetChoice:
+    def run(self, replay: Replay | None) -> FleetChoice:
         cell, least = self.cell, self.config.noise * self.hysteresis
         present = self._judge(collections.Counter(cell.plan.shapes))
         for start in list(self._starts()):
@@ -209,7 +209,7 @@ class _Search:
             self._improve(option)
         best = [option for option in self._different(self.config.finalists + 1) if option is not present]
         if replay is not None and best and (best[0].value - present.value > least / 2):
-            options = [self._replayed(o, replay, replay_weight) for o in (present, *best[: self.config.finalists])]
+            options = [self._replayed(o, replay) for o in (present, *best[: self.config.finalists])]
             present, best = options[0], sorted(options[1:], key=_rank)
         gain = best[0].value - present.value if best else 0.0
         options = [present, *best]
@@ -232,10 +232,12 @@ class _Search:
                 break
         return list(found.values())
 
-    def _replayed(self, option: FleetOption, replay: Replay, weight: float) -> FleetOption:
+    def _replayed(self, option: FleetOption, replay: Replay) -> FleetOption:
         devices = min(MINIATURE * self.cell.node, self.cell.num_devices)
         met = replay(miniature(option.counts, devices), devices)
-        return dataclasses.replace(option, value=option.value + weight * (met - option.score), replayed=met)
+        return dataclasses.replace(
+            option, value=option.value + self.config.replay_weight * (met - option.score), replayed=met
+        )
 
     def _broken(self) -> bool:
         """Whether the present plan has lost devices in use, or leaves usable ones idle."""

@@ -15,8 +15,6 @@ from typing import Any
 from nitsum_jax.control.candidates import mixed_plans, split_plans
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
-from nitsum_jax.control.fleet import FleetCell, search
-from nitsum_jax.control.fleet_program import Scenario
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, fits, place, shapes_text
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, rollout
@@ -176,13 +174,15 @@ class Planner:
 
     def decide(self, inputs: PlanInputs) -> Decision:
         """The plan for these inputs."""
+        if inputs.num_devices > self.cost.profile.devices:
+            from nitsum_jax.control.fleet_decision import decide  # it needs this module
+
+            return decide(self, inputs)
         config = self.config
         model = QueueingModel(self.cost, self.tiers, inputs.loads, resident_tp=self.resident_tp)
         if not model.tiers:
             return Decision(inputs.time_s, inputs, (), inputs.plan, False, "no request has come yet")
         offered = model.offered
-        if inputs.num_devices > self.cost.profile.devices:
-            return self._decide_fleet(inputs, model)
         now = inputs.plan.shapes
         scored = {self._key(now): self._scored(model, now, offered)}
         for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
@@ -222,35 +222,6 @@ class Planner:
             f" {candidates[0].plan} {values[0]:.1%}"
         )
         return Decision(inputs.time_s, inputs, tuple(candidates), plan, plan != inputs.plan, reason)
-
-    def _decide_fleet(self, inputs: PlanInputs, model: QueueingModel) -> Decision:
-        """The plan of a cell of several nodes, whose candidates cannot be listed."""
-        config, more = self.config, self.config.headroom_weight
-
-        def replay(shapes: Sequence[Shape], devices: int) -> float:
-            recent = _thinned(inputs.recent, sum(load.rate for load in inputs.loads) * devices / inputs.num_devices)
-            plan = place(shapes, devices)
-            return rollout(self.cost, self.tiers.values(), plan, recent, inputs.loads, self.resident_tp)
-
-        found = search(
-            FleetCell(inputs.plan, inputs.num_devices, self.cost.profile.devices, inputs.lost, inputs.allowed),
-            self.cost,
-            self.tiers,
-            inputs.loads,
-            model.tiers,
-            self.tps,
-            lambda shapes: self._scored(model, tuple(shapes), model.offered)[:2],
-            hysteresis=config.hysteresis,
-            scenarios=(Scenario(1.0, 1 - more), Scenario(config.headroom, more)),
-            splits=config.splits,
-            replay=replay if len(inputs.recent) > 2 else None,
-            replay_weight=config.replay_weight,
-        )
-        candidates = tuple(
-            Candidate(str(o), o.prediction.goodput, o.score, o.prediction.load, o.prediction.attainment, o.replayed)
-            for o in found.options
-        )
-        return Decision(inputs.time_s, inputs, candidates, found.plan, found.plan != inputs.plan, found.reason)
 
     def _worth(self, best: float, present: float) -> bool:
         """Whether a replay could lead to a switch."""
@@ -298,12 +269,6 @@ def _diverse(
         if len(chosen) == count:
             break
     return list(chosen.values())
-
-
-def _thinned(recent: Sequence[Arrival], rate: float) -> Sequence[Arrival]:
-    """Every so many of the arrivals, so that they come at about this rate."""
-    seconds = recent[-1].time_s - recent[0].time_s
-    return recent[:: max(1, round(len(recent) / max(seconds, 1e-3) / max(rate, 1e-9)))]
 
 
 def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:
