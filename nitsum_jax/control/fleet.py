@@ -377,15 +377,18 @@ class _Search:
 def miniature(counts: Sequence[tuple[Shape, int]], devices: int) -> tuple[Shape, ...]:
     """A cell of so many devices with instances in these proportions, as nearly as that goes.
 
-    Every role that occurs has an instance, if there is room.
+    Every role that occurs has an instance.
     """
     scale = devices / sum(shape.tp * count for shape, count in counts)
     wanted = {shape: count * scale for shape, count in counts}
-    given = {shape: int(count) for shape, count in wanted.items()}
-    left = devices - sum(shape.tp * count for shape, count in given.items())
+    given = dict.fromkeys(wanted, 0)
+    left = devices
+    for role in sorted({shape.role for shape in wanted}):
+        first = max((s for s in wanted if s.role == role), key=lambda s: (wanted[s] * s.tp, s.tp, s.tiers))
+        given[first] = 1
+        left -= first.tp
     while fitting := [shape for shape in wanted if shape.tp <= left]:
-        roles = {shape.role for shape, count in given.items() if count}
-        chosen = max(fitting, key=lambda s: (s.role not in roles, (wanted[s] - given[s]) * s.tp, s.tp))
+        chosen = max(fitting, key=lambda s: ((wanted[s] - given[s]) * s.tp, s.tp, s.tiers))
         given[chosen] += 1
         left -= chosen.tp
     return tuple(shape for shape, count in given.items() for _ in range(count))
