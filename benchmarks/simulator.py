@@ -59,12 +59,15 @@ def rows(traces: dict[str, Workload]) -> list[Row]:
         Row(8, baselines.adaptive(small), hour),
         Row(8, baselines.adaptive(small), load(short, 3.0)),
         Row(8, static(small), load(short, 10.0)),
+        Row(8, baselines.adaptive(small), load(short, 10.0)),
     ]
     for devices in (64, 512):
         large = Setting(cost, TIERS, devices)
         found += [
             Row(devices, static(large), load(short, devices / 8)),
             Row(devices, static(large), load(short, 3.0 * devices / 8)),
+            Row(devices, baselines.adaptive(large), load(short, devices / 8)),
+            Row(devices, baselines.adaptive(large), load(short, 3.0 * devices / 8)),
         ]
     return found
 

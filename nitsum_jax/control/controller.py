@@ -9,6 +9,7 @@ from typing import Protocol
 from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import EstimatorConfig, WorkloadEstimator
+from nitsum_jax.control.fleet import MINIATURE
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planner import Decision, PlanInputs, Planner, PlannerConfig
@@ -102,12 +103,15 @@ class AdaptiveController:
         self._decide = decide or self.planner.decide
         self._estimator = WorkloadEstimator(self.planner.tiers, estimator, now_s)
         self._recent: collections.deque[tuple[float, str, int, str]] = collections.deque(maxlen=planner.replayed)
+        self._stride = 1  # every so many arrivals are kept: all for one node, fewer for many
+        self._watched: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._outputs: collections.OrderedDict[str, int] = collections.OrderedDict()
         self._start_s = now_s
         self._last_tick_s = now_s
         self._last_switch_s = -1e9
         self._misses = 0
         self._seen = 0
+        self._arrivals = 0
 
     @property
     def interval_s(self) -> float:
@@ -122,13 +126,19 @@ class AdaptiveController:
     def arrived(self, now_s: float, job: Job) -> None:
         """A request came."""
         self._estimator.arrived(now_s, job.tier.name, job.prompt_tokens)
-        self._recent.append((now_s, job.tier.name, job.prompt_tokens, job.id))
         self._seen += 1
+        self._arrivals += 1
+        if self._arrivals % self._stride == 0:
+            self._recent.append((now_s, job.tier.name, job.prompt_tokens, job.id))
+            self._watched[job.id] = None
+            if len(self._watched) > 4 * (self._recent.maxlen or 1):
+                self._watched.popitem(last=False)
 
     def finished(self, now_s: float, job: Job) -> None:
         """A request ended."""
         self._estimator.finished(now_s, job.tier.name, job.generated)
-        self._outputs[job.id] = job.generated
+        if job.id in self._watched:
+            self._outputs[job.id] = job.generated
         if len(self._outputs) > 4 * (self._recent.maxlen or 1):
             self._outputs.popitem(last=False)
         self._misses += job.late or not job.met()
@@ -160,6 +170,7 @@ class AdaptiveController:
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Decides; None while it knows too little or the last switch is too recent."""
         self._last_tick_s = now_s
+        self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
         self._misses = self._seen = 0
         lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
         if not lost and now_s - self._start_s < self.config.warm_up_s:

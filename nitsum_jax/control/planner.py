@@ -201,6 +201,10 @@ class Planner:
 
     def decide(self, inputs: PlanInputs) -> Decision:
         """The plan for these inputs."""
+        if inputs.num_devices > self.cost.profile.devices:
+            from nitsum_jax.control.fleet_decision import decide  # it needs this module
+
+            return decide(self, inputs)
         config = self.config
         model = QueueingModel(self.cost, self.tiers, inputs.loads, resident_tp=self.resident_tp)
         if not model.tiers:

@@ -7,7 +7,7 @@
 | `distserve` | prefill instances of one TP beside decode instances of one TP, hand-over between them |
 | `sarathi` | instances of one TP; fixed chunk budget, first come first served |
 | `apart` | the cell parted between the tiers; no request leaves its part |
-| `dynamo` | one TP for prefill and one for decode; instances change their role by load |
+| `dynamo` | one TP for prefill and one for decode; devices change their role by load |
 | `flying` | all instances of the least TP, or all of the largest, by load |
 | `static` | the best static layout in hindsight: those of `static-*` and `distserve`, and all with three roles |
 
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from nitsum_jax.control.candidates import joint_plans, mixed_plans
 from nitsum_jax.control.controller import AdaptiveController, Controller
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.plan import PREFILL, CellPlan, Shape, shapes_text
+from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, Shape, shapes_text
 from nitsum_jax.control.planner import Planner, PlannerConfig
 from nitsum_jax.control.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
@@ -117,21 +117,22 @@ def apart(setting: Setting) -> Iterator[Policy]:
 
 
 def dynamo(setting: Setting) -> Iterator[Policy]:
-    """Every pair of TPs, begun at the split closest to halves, with three sets of limits."""
-    middle: dict[tuple[int, int], tuple[int, tuple[Shape, ...]]] = {}
-    for shapes in layouts.role_splits(setting.node, setting.tps):
-        prefill = [shape for shape in shapes if shape.role == "prefill"]
-        decode = [shape for shape in shapes if shape.role == "decode"]
-        key = prefill[0].tp, decode[0].tp
-        off = abs(sum(shape.tp for shape in prefill) * 2 - setting.node)
-        # Instances change their role as they are: with two TPs a move takes its TP along.
-        if key[0] == key[1] and (key not in middle or off < middle[key][0]):
-            middle[key] = off, shapes
-    for _, shapes in middle.values():
+    """Every pair of TPs, one for prefill and one for decode, begun with half of the devices each; sets of limits."""
+    for prefill, decode in itertools.product(setting.tps, repeat=2):
+        unit = max(prefill, decode)
+        units = setting.node // unit
+        if units < 2:
+            continue
+        shapes = (
+            *(Shape(prefill, PREFILL),) * (units // 2 * unit // prefill),
+            *(Shape(decode, DECODE),) * ((units - units // 2) * unit // decode),
+        )
         for limits in (RoleLimits(10, 0.8, 0.8), RoleLimits(5, 0.6, 0.9), RoleLimits(30, 0.9, 0.7)):
             name = f"dynamo-{limits.interval_s:g}s-{limits.high:g}-{limits.low:g}"
-            make = functools.partial(RoleBalancer, setting.cost, setting.tiers, limits)
-            yield dataclasses.replace(static(setting, name, shapes), controller=make)
+            make = functools.partial(RoleBalancer, setting.cost, setting.tiers, limits, (prefill, decode))
+            # Large instances are placed first, so that the small ones fill whole units.
+            resident = None if prefill == decode else min(prefill, decode)
+            yield dataclasses.replace(static(setting, name, shapes), controller=make, resident_tp=resident)
 
 
 def flying(setting: Setting) -> Iterator[Policy]:

@@ -14,11 +14,12 @@ USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
   nitsum-simulate --profile=llama-3.1-8b-h100 --out=run
   nitsum-simulate --profile=qwen2.5-32b-h200 --trace=chat:conv.csv:azure --trace=code:code.csv --tiers=tiers.toml \\
       --policies=adaptive,static,sarathi --rate_scale=3 --seconds=600 --out=run
-  nitsum-simulate --profile=qwen2.5-32b-h200 --tiers=tiers.toml --replay=run/decisions.jsonl"""
+  nitsum-simulate --profile=qwen2.5-32b-h200 --tiers=tiers.toml --replay=run/decisions.jsonl
+  nitsum-simulate --audit=run"""
 
 _PLAIN = (
     *("profile", "tiers", "devices", "rate_scale", "seconds", "seed", "out", "compile_s", "switch"),
-    *("max_batch", "capacity", "steps", "progress", "replay"),
+    *("max_batch", "capacity", "steps", "progress", "replay", "audit"),
 )
 DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
@@ -27,7 +28,7 @@ DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 class Options:
     """What the flags say; see `_define`."""
 
-    profile: str
+    profile: str | None
     trace: tuple[str, ...]
     tiers: str | None
     devices: int
@@ -43,6 +44,7 @@ class Options:
     steps: bool
     progress: bool
     replay: str | None
+    audit: str | None
 
 
 class HelpRequested(Exception):  # noqa: N818  not an error
@@ -96,6 +98,13 @@ def _define() -> flags.FlagValues:
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
     add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")
     add(flags.DEFINE_string, "replay", None, "Make the decisions of this decisions.jsonl again and compare.")
+    add(
+        flags.DEFINE_string,
+        "audit",
+        None,
+        "Check the logs in this folder of a finished run (docs/logs.md); profile and targets are those that its"
+        " summary names unless --profile and --tiers are given. Exit status 1 if something is wrong.",
+    )
     return values
 
 
@@ -119,7 +128,11 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _options(values: flags.FlagValues) -> Options:
-    if values.profile is None:
+    if values.audit is not None and (
+        values.policies or values.policy or values.replay or values.capacity or values.out
+    ):
+        raise InvalidInputError("--audit runs nothing: leave out all flags but --profile and --tiers")
+    if values.profile is None and values.audit is None:
         raise InvalidInputError("--profile is missing: name a profile, such as --profile=llama-3.1-8b-h100")
     for name in ("rate_scale", "seconds"):
         value = values[name].value

@@ -57,22 +57,35 @@ def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Deci
 
 
 class RoleBalancer(_LoadController):
-    """Keeps the TP, and moves instances between prefill and decode by load (after NVIDIA Dynamo's planner).
+    """Keeps one TP for prefill and one for decode, and moves devices between the roles by load (after NVIDIA Dynamo's
+    planner).
+
+    Devices move in units: an aligned group of as many devices as the larger of the two TPs, which holds one instance of
+    one role and several of the other.  With one TP for both a unit is an instance.
 
     The load of prefill is the time that the waiting prompts take its instances, as a share of the tightest TTFT target;
     that of decode is the larger of the share of KV cache in use and of the next step's share of the tightest TPOT
     target in the batch.
     """
 
-    def __init__(self, cost: CostModel, tiers: TierSet, limits: RoleLimits = RoleLimits()):
-        """Makes one for a cell that has at least one instance of either role."""
+    def __init__(
+        self,
+        cost: CostModel,
+        tiers: TierSet,
+        limits: RoleLimits = RoleLimits(),
+        tps: tuple[int, int] | None = None,
+    ):
+        """Makes one for a cell that has at least one unit of either role; `tps` are those of prefill and decode, None:
+        instances change their role as they are.
+        """
         self.interval_s = limits.interval_s
         self._cost = cost
         self._limits = limits
+        self._tps = tps
         self._ttft_s = min(tier.ttft_ms for tier in tiers) / 1000
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
-        """Moves one instance if one role is short and the other can spare one."""
+        """Moves one unit if one role is short and the other can spare one."""
         prefill = [worker for worker in view.workers if worker.plan.role == PREFILL]
         decode = [worker for worker in view.workers if worker.plan.role == DECODE]
         if not prefill or not decode:
@@ -82,15 +95,35 @@ class RoleBalancer(_LoadController):
         decode_load = max(map(self._decode_load, decode))
         low, high = self._limits.low, self._limits.high
         moved, role = None, ""
-        if prefill_load > high and len(decode) > 1 and decode_load * len(decode) / (len(decode) - 1) < low:
-            moved, role = min(decode, key=lambda worker: (worker.context, worker.index)), PREFILL
-        elif decode_load > high and len(prefill) > 1 and prefill_load * len(prefill) / (len(prefill) - 1) < low:
-            moved, role = min(prefill, key=lambda worker: (worker.prefill_left, worker.index)), DECODE
-        plan = view.plan if moved is None else _with_role(view.plan, moved.plan, role)
+        prefills, decodes = self._units(prefill), self._units(decode)
+        if prefill_load > high and _spared(decode_load, len(decodes)) < low:
+            moved, role = min(decodes.items(), key=lambda unit: (sum(w.context for w in unit[1]), unit[0])), PREFILL
+        elif decode_load > high and _spared(prefill_load, len(prefills)) < low:
+            moved, role = (
+                min(prefills.items(), key=lambda unit: (sum(w.prefill_left for w in unit[1]), unit[0])),
+                DECODE,
+            )
+        plan = view.plan if moved is None else self._moved(view.plan, [worker.plan for worker in moved[1]], role)
         loads = (
             f"load of {len(prefill)} prefill instances {prefill_load:.2f}, of {len(decode)} decode {decode_load:.2f}"
         )
         return _decision(now_s, view, plan, loads)
+
+    def _units(self, workers: Sequence[Worker]) -> dict[int, list[Worker]]:
+        """The instances of a role by unit."""
+        size = max(self._tps) if self._tps else workers[0].tp
+        found: dict[int, list[Worker]] = {}
+        for worker in workers:
+            found.setdefault(worker.plan.devices[0] // size, []).append(worker)
+        return found
+
+    def _moved(self, plan: CellPlan, instances: Sequence[InstancePlan], role: str) -> CellPlan:
+        """The plan with the devices of these instances in another role, cut to its TP."""
+        devices = sorted(device for instance in instances for device in instance.devices)
+        tp = instances[0].tp if self._tps is None else self._tps[0] if role == PREFILL else self._tps[1]
+        new = [InstancePlan(tuple(devices[i : i + tp]), role) for i in range(0, len(devices), tp)]
+        kept = [instance for instance in plan.instances if instance not in instances]
+        return CellPlan(tuple(sorted((*kept, *new), key=lambda i: (i.devices[0], i.devices))))
 
     def _prefill_load(self, workers: Sequence[Worker], waiting: int) -> float:
         tokens = (waiting + sum(worker.prefill_left for worker in workers)) // len(workers)
@@ -105,8 +138,9 @@ class RoleBalancer(_LoadController):
         return max(step, worker.used_blocks / worker.capacity_blocks)
 
 
-def _with_role(plan: CellPlan, instance: InstancePlan, role: str) -> CellPlan:
-    return CellPlan(tuple(dataclasses.replace(i, role=role) if i == instance else i for i in plan.instances))
+def _spared(load: float, units: int) -> float:
+    """The load of a role with one unit fewer."""
+    return load * units / (units - 1) if units > 1 else math.inf
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -10,11 +10,12 @@ from nitsum_jax.sim.baselines import Setting
 from nitsum_jax.sim.bound import candidates, upper_bound
 from nitsum_jax.sim.layouts import placements, role_splits, splits, tier_splits
 from nitsum_jax.sim.named import parse_shapes, policies_named
-from nitsum_jax.sim.search import Grid, best_by_capacity, capacity, run, sample, tournament
+from nitsum_jax.sim.search import Grid, best_by_capacity, capacity, sample, tournament
 from nitsum_jax.sim.simulation import Policy, simulate
 from nitsum_jax.sim.summary import Figures
+from nitsum_jax.sim.workload import window
 from tests.control.cells import COST as COST8
-from tests.sim.small_run import DEVICES, MIXED, TIERS, cost_model, workload
+from tests.sim.small_run import DEVICES, MIXED, SPLIT, TIERS, cost_model, workload
 
 COST = cost_model()
 SETTING = Setting(COST, TIERS, DEVICES)
@@ -133,15 +134,74 @@ def test_samples_are_windows_of_the_whole() -> None:
     assert sample(work, 100.0) is work
 
 
-def test_the_bound_is_at_least_what_its_candidates_reach_when_windows_are_apart() -> None:
-    work = workload(rate=30.0, seconds=20.0)
+def test_the_bound_is_the_union_of_what_candidates_meet() -> None:
+    work = workload(rate=30.0, seconds=20.0, prompt=3000, output=150)
     chosen = candidates(SETTING, [MIXED])
     assert len(chosen) == len({str(policy.plan) for policy in chosen})
-    found = upper_bound(SETTING, work, chosen, window_s=5.0, lead_s=0.0, tail_s=0.0)
-    best = max(run(SETTING, work, policy).met for policy in chosen)
-    assert found.met >= best
+    # One window: the runs of the bound are runs of the whole workload.
+    found = upper_bound(SETTING, work, chosen, window_s=20.0)
+    runs = [simulate(work, TIERS, COST, policy, num_devices=DEVICES) for policy in chosen]
+    met = [{job.id for job in outcome.finished if job.met()} for outcome in runs]
+    assert max(map(len, met)) < len(work.requests)  # else the union says nothing
+    assert found.met == len(set.union(*met))
+    assert found.best_met == max(map(len, met))
     assert found.offered == len(work.requests)
+
+
+@pytest.mark.parametrize(("lead_s", "tail_s"), [(0.0, 0.0), (3.0, 2.0)])
+def test_no_choice_of_layouts_by_window_lies_above_the_bound(lead_s: float, tail_s: float) -> None:
+    work = workload(rate=30.0, seconds=20.0, prompt=3000, output=150)
+    chosen = candidates(SETTING, [SPLIT])
+    found = upper_bound(SETTING, work, chosen, window_s=5.0, lead_s=lead_s, tail_s=tail_s)
     assert len(found.choices) == 4
+    assert found.best_met <= found.met <= found.offered == len(work.requests)
+    # The best choice of one candidate a window, counted once more.
+    best = 0
+    for i in range(4):
+        start = max(0.0, 5.0 * i - lead_s)
+        piece = window(work, start, 5.0 * i + 5.0 + tail_s - start)
+        counts = []
+        for policy in chosen:
+            outcome = simulate(piece, TIERS, COST, policy, num_devices=DEVICES)
+            inside = [job for job in outcome.finished if 5.0 * i <= job.arrival_s + start < 5.0 * i + 5.0]
+            counts.append(sum(job.met() for job in inside))
+        best += max(counts)
+    assert best == found.best_met
+
+
+def test_dynamo_has_a_tp_for_each_role() -> None:
+    setting = Setting(COST8, TIERS, 8)
+    pairs = set()
+    for policy in baselines.dynamo(setting):
+        prefill = {i.tp for i in policy.plan.instances if i.role == "prefill"}
+        decode = {i.tp for i in policy.plan.instances if i.role == "decode"}
+        assert len(prefill) == len(decode) == 1
+        assert sum(i.tp for i in policy.plan.instances) == 8
+        pairs.add((*prefill, *decode))
+    assert pairs == set(itertools.product((1, 2, 4), repeat=2))  # with TP 8 a node has one role only
+
+
+@pytest.mark.parametrize(
+    ("tps", "rate", "prompt", "output"),
+    [((1, 2), 60.0, 3000, 10), ((2, 1), 150.0, 100, 500), ((1, 1), 60.0, 3000, 10), ((2, 2), 150.0, 100, 500)],
+)
+def test_devices_change_their_role_and_take_its_tp(
+    tps: tuple[int, int], rate: float, prompt: float, output: float
+) -> None:
+    setting = Setting(COST8, TIERS, 8)
+    work = workload(rate=rate, seconds=20.0, prompt=prompt, output=output)
+    moved = 0
+    for policy in baselines.dynamo(setting):
+        roles = {i.role: i.tp for i in policy.plan.instances}
+        if (roles["prefill"], roles["decode"]) != tps:
+            continue
+        outcome = simulate(work, TIERS, COST8, policy, num_devices=8)
+        assert len(outcome.finished) + len(outcome.failed) == len(work.requests)
+        for report in outcome.switches:
+            moved += 1
+            assert {(i.role, i.tp) for i in report.after.instances} == {("prefill", tps[0]), ("decode", tps[1])}
+            assert sorted(d for i in report.after.instances for d in i.devices) == list(range(8))
+    assert moved
 
 
 def test_adaptive_control_keeps_to_what_is_allowed() -> None:

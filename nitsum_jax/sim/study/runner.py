@@ -194,7 +194,12 @@ class _Runner:
 
         def compute() -> dict[str, Any]:
             found = upper_bound(self.setting, self.workload(level), chosen)
-            return {"offered": found.offered, "met": found.met, "choices": list(found.choices)}
+            return {
+                "offered": found.offered,
+                "met": found.met,
+                "best_met": found.best_met,
+                "choices": list(found.choices),
+            }
 
         value = self.cache.get(key, compute)
         seconds = self.load.seconds
@@ -202,6 +207,8 @@ class _Runner:
             "rate": value["offered"] / seconds,
             "goodput": value["met"] / seconds,
             "attainment": value["met"] / max(1, value["offered"]),
+            "best_goodput": value["best_met"] / seconds,
+            "best_attainment": value["best_met"] / max(1, value["offered"]),
             "adaptive": adaptive.goodput,
             "choices": value["choices"],
             "candidates": len(chosen),
