@@ -14,6 +14,8 @@ from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
 from tests.golden import tiny_models
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TEXTS = ["the quick fox", "a b c d e", "hello there", "x"]
 CHAT = [{"role": "user", "content": "hello"}]
 

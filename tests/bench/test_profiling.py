@@ -16,6 +16,8 @@ from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 from tests.golden import tiny_models
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 class FakeTimer:
     """Buckets whose times are formulas; the largest bucket does not fit behind much context."""

@@ -12,6 +12,8 @@ from nitsum_jax.bench.switch import Measured, Row, read_options
 from nitsum_jax.errors import InvalidInputError
 from tests.golden import tiny_models
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 FIELDS = (
     *("from_layout", "to_layout", "live_sequences", "context_tokens", "weight_bytes_moved", "kv_bytes_moved"),
     *("kv_bytes_minimum", "stall_ms_p50", "stall_ms_p99", "decode_step_ms", "transfer_gbps", "memcpy_gbps"),

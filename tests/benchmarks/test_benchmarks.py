@@ -9,6 +9,8 @@ from benchmarks.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from tests.golden.tiny_models import write_hf_folder
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _SAMPLES = [
     Sample(0, 8, ENGINE, 100.0, 80.0),
     Sample(0, 8, BARE, 110.0),

@@ -10,6 +10,8 @@ from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
 from tests.engine.reference import random_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 VOCAB, PAGE = 93, 16
 BEGINNING = random_prompts(1, (100, 100), VOCAB, 0)[0]
 ENDS = random_prompts(6, (5, 30), VOCAB, 1)

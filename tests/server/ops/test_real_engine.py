@@ -16,6 +16,8 @@ from tests.engine.harness import tiny_model
 from tests.server.harness import until
 from tests.server.ops.test_metrics import of
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
     async def scenario() -> None:
