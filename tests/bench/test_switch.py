@@ -10,6 +10,7 @@ import pytest
 from nitsum_jax.bench import main, switch_report
 from nitsum_jax.bench.switch import Measured, Row, read_options
 from nitsum_jax.errors import InvalidInputError
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

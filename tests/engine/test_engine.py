@@ -14,6 +14,7 @@ from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import generate, random_prompts
 from tests.golden import tiny_models
 

@@ -13,6 +13,7 @@ from nitsum_jax.server.callers import Caller, calling
 from nitsum_jax.server.operations import Operations
 from nitsum_jax.server.scheduled import start_scheduled
 from tests.engine.harness import tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.server.harness import until
 from tests.server.ops.test_metrics import of
 
