@@ -1,5 +1,5 @@
 # make serve            the demo model, gRPC on localhost:50051 and HTTP on :8000; flags: ARGS="--port=8600 --layout=tp2x2"
-# make test             the whole suite; a part with ARGS="tests/meshes -k layout"
+# make test             the whole suite by two processes (WORKERS=0: in one); a part with ARGS="tests/meshes -k layout"
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator.md)
@@ -13,6 +13,8 @@ EXTRA ?=
 ARGS ?=
 # Where JAX finds no accelerator the CPU acts as this many devices.
 DEVICES ?= 4
+# Processes that run the tests; each needs about 2 GB, and one of them 11 GB for a while.
+WORKERS ?= 2
 BUILDIFIER ?= $(shell command -v buildifier 2>/dev/null)
 BUILDIFIER_NPM := @bazel/buildifier@8.2.1
 BUILDIFIER_ARGS = -mode=check -lint=warn MODULE.bazel $(shell find BUILD nitsum_jax tests tools benchmarks -name BUILD)
@@ -33,8 +35,10 @@ help:
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
 
+# A file is tested by one process, so that what its tests share is made once.  Without the last flag the files with the
+# fewest tests would come last, and those are the longest.
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 study: $(DEV)
 	$(BIN)/python -m nitsum_jax.sim.study.main $(ARGS)

@@ -12,7 +12,10 @@ import nitsum_jax
 from nitsum_jax.engine.request import FinishReason, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 TEXTS = ["the quick fox", "a b c d e", "hello there", "x"]
 CHAT = [{"role": "user", "content": "hello"}]

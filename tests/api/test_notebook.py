@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "quickstart.ipynb"
 # In a process of its own: the kernel's libraries give warnings, which are errors here.

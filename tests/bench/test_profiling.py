@@ -14,7 +14,10 @@ from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.profile import read_profile
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 class FakeTimer:

@@ -10,7 +10,10 @@ import pytest
 from nitsum_jax.bench import main, switch_report
 from nitsum_jax.bench.switch import Measured, Row, read_options
 from nitsum_jax.errors import InvalidInputError
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 FIELDS = (
     *("from_layout", "to_layout", "live_sequences", "context_tokens", "weight_bytes_moved", "kv_bytes_moved"),

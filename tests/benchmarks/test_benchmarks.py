@@ -7,7 +7,10 @@ import pytest
 from benchmarks import decode, decode_table, matmul_forms, reference_worker, startup
 from benchmarks.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden.tiny_models import write_hf_folder
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 _SAMPLES = [
     Sample(0, 8, ENGINE, 100.0, 80.0),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nitsum_jax.engine import executables
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta
@@ -170,6 +171,15 @@ class Harness:
         finally:
             go_on.set()
 
+    def compiles(self) -> int:
+        """Compilations of this process, when those that closed engines left behind are over.
+
+        Closing an engine does not wait for what is being compiled, the counter is the process's, and on a busy machine
+        such a compilation, at a low priority, may go on for long.
+        """
+        wait_for_closed_engines()
+        return self.engine.stats().compiles
+
     def assert_balanced(self) -> None:
         """Nothing is alive, and every block is free."""
         stats = self.engine.stats()
@@ -192,6 +202,13 @@ def _pass_on(
         outer.set_result(inner.result())
     else:
         outer.set_exception(error)
+
+
+def wait_for_closed_engines() -> None:
+    """Waits until no engine that was closed compiles any more."""
+    for one in list(executables._OPEN):
+        if one._closed:
+            one.close(wait_s=None)
 
 
 def tiny_model(variant: str, folder: Path) -> OpenModel:

@@ -54,7 +54,7 @@ def harness(shared: Harness) -> Iterator[Harness]:
 def test_a_walk_changes_no_token_and_leaves_little_to_the_switch(
     harness: Harness, undisturbed: list[tuple[int, ...]]
 ) -> None:
-    compiles = harness.engine.stats().compiles
+    compiles = harness.compiles()
     with harness.paused():
         names = [harness.submit(prompt, LENGTH) for prompt in PROMPTS]
         futures = [harness.switch_when(names[0], 12 * number, layout) for number, layout in enumerate(WALK, 1)]
@@ -65,7 +65,7 @@ def test_a_walk_changes_no_token_and_leaves_little_to_the_switch(
         assert report.kv_bytes_ahead > 0
         # A page in the making and one that was filled meanwhile, of each of four vshards.
         assert report.kv_bytes_moved - report.kv_bytes_ahead <= report.sequences * 4 * 2 * block
-    assert harness.engine.stats().compiles == compiles
+    assert harness.compiles() == compiles
 
 
 def test_sequences_that_end_or_are_cancelled_meanwhile_free_their_copies(

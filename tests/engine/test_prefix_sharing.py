@@ -8,7 +8,10 @@ import pytest
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VOCAB, PAGE = 93, 16
 BEGINNING = random_prompts(1, (100, 100), VOCAB, 0)[0]

@@ -13,8 +13,11 @@ from nitsum_jax.server.callers import Caller, calling
 from nitsum_jax.server.operations import Operations
 from nitsum_jax.server.scheduled import start_scheduled
 from tests.engine.harness import tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.server.harness import until
 from tests.server.ops.test_metrics import of
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
