@@ -104,6 +104,7 @@ def _attributes(record: RequestRecord, model: str) -> dict[str, str | int | floa
         "gen_ai.operation.name": "text_completion",
         "gen_ai.request.model": model,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "gen_ai.usage.output_tokens": record.tokens,
         "gen_ai.response.finish_reasons": None if record.finish is None else (str(record.finish),),
         "nitsum.request_id": record.id,

@@ -38,6 +38,7 @@ class Plan:
       tier: name of the latency tier.
       told_tier: what the response calls it.
       calls: one per output: all of the first prompt, then all of the second.
+      outputs: of each prompt.
       prompt_tokens: of all prompts, each counted once.
     """
 
@@ -47,7 +48,18 @@ class Plan:
     tier: str
     told_tier: str
     calls: Sequence[Call]
+    outputs: int
     prompt_tokens: int
+
+    def cached_tokens(self, of_outputs: Sequence[int]) -> int:
+        """Tokens of all prompts that were not computed, each counted once.
+
+        Several outputs of a prompt share what the first of them has computed; that was no gain of the cache.
+
+        Args:
+          of_outputs: tokens that the cache had for each call.
+        """
+        return sum(min(of_outputs[first : first + self.outputs]) for first in range(0, len(of_outputs), self.outputs))
 
 
 async def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
@@ -108,7 +120,8 @@ async def _plan(
         one = wanted if limit else _up_to_the_context(wanted, context - len(ids))
         for index in range(outputs):
             calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
-    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, sum(map(len, encoded)))
+    prompt_tokens = sum(map(len, encoded))
+    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
 
 
 def _up_to_the_context(wanted: Wanted, room: int) -> Wanted:

@@ -42,7 +42,7 @@ def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> Non
     logs.configure("info", "json")
 
     async def scenario() -> None:
-        async with opened(OpsOptions(), says("confidential answer")) as open_:
+        async with opened(OpsOptions(), says("confidential answer"), cached=lambda request: 16) as open_:
             await ask(open_.run.stub, "confidential question", tier="batch")
             await ask(open_.run.stub, "confidential question", max_tokens=1)
 
@@ -53,7 +53,7 @@ def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> Non
     assert len(mine) == 2
     first = mine[0]
     assert (first["level"], first["tier"], first["finish"]) == ("info", "batch", "stop")
-    assert (first["prompt_tokens"], first["output_tokens"]) == (21, 19)
+    assert (first["prompt_tokens"], first["cached_tokens"], first["output_tokens"]) == (21, 16, 19)
     assert 0 <= first["queue_ms"] <= first["ttft_ms"]
     assert first["tpot_ms"] > 0
     assert first["time"].endswith("Z")
@@ -63,9 +63,11 @@ def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> Non
 
 def test_text_lines_and_levels(log: Log) -> None:
     logs.configure("info", "text")
-    logs.log_request(record(finish=FinishReason.ERROR, error="it broke"))
+    logs.log_request(record(finish=FinishReason.ERROR, error="it broke", cached_tokens=4))
     (line,) = log.lines()
-    assert "INFO nitsum_jax.requests: request=r tier=interactive prompt_tokens=7 output_tokens=10" in line
+    assert (
+        "INFO nitsum_jax.requests: request=r tier=interactive prompt_tokens=7 cached_tokens=4 output_tokens=10" in line
+    )
     assert "ttft_ms=200.0 tpot_ms=10.0 finish=error error='it broke'" in line
     logs.configure("warning", "text")
     logs.log_request(record())
@@ -88,7 +90,7 @@ def test_a_request_is_a_span_with_its_moments() -> None:
     exporter = InMemorySpanExporter()
     tracer = RequestTracer(exporter, "model-x", "1", batch=False)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    tracer.ended(record(client="alice", traceparent=parent))
+    tracer.ended(record(client="alice", traceparent=parent, cached_tokens=4))
     tracer.ended(record(admitted_s=None, first_s=None, last_s=None, tokens=0, finish=FinishReason.ERROR, error="broke"))
     tracer.close()
     good, bad = exporter.get_finished_spans()
@@ -109,6 +111,7 @@ def test_a_request_is_a_span_with_its_moments() -> None:
     assert good.attributes["nitsum.tier"] == "interactive"
     assert good.attributes["nitsum.client"] == "alice"
     assert good.attributes["gen_ai.usage.output_tokens"] == 10
+    assert good.attributes["gen_ai.usage.cache_read.input_tokens"] == 4
     assert good.attributes["gen_ai.request.model"] == "model-x"
     assert bad.parent is None
     assert bad.status.description == "broke"
