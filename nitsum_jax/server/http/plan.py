@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.backend import Backend
 from nitsum_jax.server.calls import (
     MAX_OUTPUTS,
@@ -13,6 +14,7 @@ from nitsum_jax.server.calls import (
     Prompt,
     Wanted,
     check,
+    check_outputs,
     derived_seed,
     encode,
     make_call,
@@ -101,6 +103,11 @@ async def _plan(
     if len(prompts) * outputs > MAX_OUTPUTS:
         message = f"{len(prompts)} prompts with n={outputs} are too many outputs: ask for at most {MAX_OUTPUTS}"
         raise ApiError(400, message, param="n")
+    try:
+        several = f"n={outputs}" if len(prompts) == 1 else f"n={outputs} for each of {len(prompts)} prompts"
+        check_outputs(len(prompts) * outputs, backend, several)
+    except InvalidInputError as error:
+        raise ApiError(400, str(error), param="n") from None
     tier, told_tier = choose_tier(request.service_tier, tiers)
     wanted = Wanted(
         sampling=request.sampling(model.vocab_size),
