@@ -20,8 +20,13 @@ _NEEDS = {
     "/jetstream_proto.Orchestrator/Decode": Need.GENERATE,
     "/nitsum.v1.GenerationService/Generate": Need.GENERATE,
     "/nitsum.v1.GenerationService/SetLayout": Need.ADMIN,
-    "/nitsum.v1.AdminService/Profile": Need.ADMIN,
 }
+_ADMIN = "/nitsum.v1.AdminService/"
+
+
+def need_of(method: str) -> Need:
+    """What a gRPC method is, as far as its rights are concerned. What is not known needs a key."""
+    return Need.ADMIN if method.startswith(_ADMIN) else _NEEDS.get(method, Need.IDENTITY)
 
 
 class GrpcGuard(grpc.aio.ServerInterceptor):
@@ -35,7 +40,7 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wraps the method that is called; see grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        need = _NEEDS.get(handler_call_details.method, Need.IDENTITY)
+        need = need_of(handler_call_details.method)
         if handler is None or need is Need.NOTHING:
             return handler
         behaviour, make = _parts(handler)
