@@ -49,6 +49,7 @@ def log_request(record: RequestRecord) -> None:
         return
     fields = {
         "request": record.id,
+        "x_request_id": record.call_id or None,
         "client": record.client or None,
         "tier": record.tier,
         "prompt_tokens": record.prompt_tokens,

@@ -53,8 +53,8 @@ def define(values: flags.FlagValues) -> None:
     )
     port(
         "admin_port",
-        "gRPC port for administration (SetLayout, Profile), on --admin_host; then no other port offers it; none if not "
-        "given",
+        "gRPC port for administration (SetLayout, nitsum-admin), on --admin_host; then no other port offers it; none "
+        "if not given",
     )
     text("admin_host", DEFAULT_HOST, "address for --admin_port")
     text(

@@ -19,6 +19,7 @@ class RequestRecord:
       arrival_s: when its handler was called.
       client: name of its API key; empty without keys.
       traceparent: W3C trace context that came with it; empty if none came.
+      call_id: x-request-id of the call that it belongs to; empty if it has none.
       admitted_s: when an instance took it; None while it waits.
       first_s: when the engine had its first token.
       last_s: when the engine had its last token so far.
@@ -35,6 +36,7 @@ class RequestRecord:
     arrival_s: float
     client: str = ""
     traceparent: str = ""
+    call_id: str = ""
     admitted_s: float | None = None
     first_s: float | None = None
     last_s: float | None = None

@@ -108,6 +108,7 @@ def _attributes(record: RequestRecord, model: str) -> dict[str, str | int | floa
         "gen_ai.usage.output_tokens": record.tokens,
         "gen_ai.response.finish_reasons": None if record.finish is None else (str(record.finish),),
         "nitsum.request_id": record.id,
+        "nitsum.x_request_id": record.call_id or None,
         "nitsum.tier": record.tier,
         "nitsum.client": record.client or None,
         "nitsum.ttft_s": record.ttft_s,

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from nitsum_jax.errors import NitsumError
+from nitsum_jax.server.callers import sane_id
 from nitsum_jax.server.security.errors import RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.guard import Guard, Need
 from nitsum_jax.server.status import one_line, status_of
@@ -74,7 +75,11 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         """The admission, entered; ends the call if there is none."""
         metadata = {str(key).lower(): value for key, value in context.invocation_metadata() or ()}
         admission = self._guard.admit(
-            need, _text(metadata.get("authorization")), _host(context.peer()), _text(metadata.get("traceparent")) or ""
+            need,
+            _text(metadata.get("authorization")),
+            _host(context.peer()),
+            _text(metadata.get("traceparent")) or "",
+            sane_id(_text(metadata.get("x-request-id"))),
         )
         try:
             admission.__enter__()
