@@ -1,6 +1,5 @@
 import asyncio
 import base64
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from nitsum_jax.server import admin_cli
 from nitsum_jax.server.callers import current_caller
 from nitsum_jax.server.guarded import guarded
 from nitsum_jax.server.journal import Journal
@@ -248,62 +246,6 @@ def test_all_of_the_administration_is_for_administrators(options: Callable[..., 
             assert set((await admin_refusals(open_.run.channel)).values()) == {grpc.StatusCode.PERMISSION_DENIED}
 
     asyncio.run(scenario())
-
-
-def test_keys_are_read_again_while_the_server_runs(
-    options: Callable[..., OpsOptions], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path, secret = tmp_path / "keys.toml", tmp_path / "admin"
-    secret.write_text(SECRETS["admin"])
-
-    async def scenario() -> None:
-        async with opened(options()) as open_:
-
-            async def reload(*more: str) -> int:
-                flags = [f"--server={open_.run.address}", f"--api_key_file={secret}", *more]
-                return await admin_cli.main_async(["nitsum-admin", "reload_keys", *flags])
-
-            stub = open_.run.stub
-            open_.run.engine.hold()
-            alive = asyncio.create_task(generate(stub, bearer("user")))
-            await until(lambda: open_.run.engine.stats().waiting == 1)
-            fewer = [key for key in key_list() if key.name in ("fast", "admin")]
-            path.write_text("\n".join(map(entry, [dataclasses.replace(fewer[0], tiers=("batch",)), *fewer[1:]])))
-            assert await reload() == 0
-            error = await refusal(generate(stub, bearer("user")))
-            assert error.code() is grpc.StatusCode.UNAUTHENTICATED
-            for base in (open_.api, open_.http):
-                assert (await fetch(f"{base}/metrics", headers=dict(bearer("monitor")))).status == 401
-            open_.run.engine.release()
-            assert (await alive)[-1].finished.usage.output_tokens == 5  # it was let in before
-            error = await refusal(generate(stub, bearer("fast"), tier="interactive"))
-            assert "ask for batch" in (error.details() or "")
-            assert await generate(stub, bearer("fast"), tier="batch")
-
-            for text in ("[keys.x]\nhash = 1\n", ""):
-                path.write_text(text)
-                assert await reload() == 2
-                assert await generate(stub, bearer("fast"), tier="batch")
-            path.unlink()
-            assert await reload() == 2
-            path.write_text("\n".join(map(entry, key_list())))
-            assert await reload("--json") == 0
-            assert await generate(stub, bearer("user"))
-        async with opened(OpsOptions()) as open_:
-            assert await reload() == 2
-
-    asyncio.run(scenario())
-    out, err = capsys.readouterr()
-    told, as_json = out.splitlines()
-    assert told == "API keys read again, 2 in force: removed user, slow, few, monitor; changed fast"
-    assert json.loads(as_json) == {
-        "keys": 6, "added": ["user", "slow", "few", "monitor"], "removed": [], "changed": ["fast"]
-    }  # fmt: skip
-    wrong, empty, missing, none = err.splitlines()
-    assert f"FAILED_PRECONDITION: the API keys in force stay: {path}:1: key 'x': hash must be" in wrong
-    assert "no keys" in empty
-    assert "cannot read the keys file" in missing
-    assert "this server has no API keys" in none
 
 
 def test_http_for_operators_wants_the_right_key(options: Callable[..., OpsOptions]) -> None:
