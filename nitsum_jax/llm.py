@@ -52,6 +52,7 @@ class Completion:
       token_ids: of it; with those that spelled a stop string, without a stop token.
       finish_reason: STOP or LENGTH.
       prompt_tokens: tokens of the prompt.
+      cached_tokens: of them, those that the prefix cache had, so that they were not computed again.
       seed: gives the same output again.
       logprobs: one for each token whose text is in the output, if they were asked for.
       ttft_ms: from the request to its first token; None if there is none.
@@ -66,6 +67,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] = ()
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    cached_tokens: int = 0
 
 
 class LLM:
@@ -371,6 +373,7 @@ class _Job:
             logprobs=tuple(told.logprob for piece in self._pieces for told in piece.told),
             ttft_ms=self.output.times.ttft_ms,
             tpot_ms=self.output.times.tpot_ms,
+            cached_tokens=self.output.cached_tokens,
         )
 
 

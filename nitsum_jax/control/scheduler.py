@@ -17,7 +17,7 @@ Pure: times come in, decisions go out.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.cost_model import CostModel
@@ -51,6 +51,7 @@ class SchedulerConfig:
       spill_after: an instance of other tiers may be used after this share of the TTFT target.
       spill_margin: and if a decode step there takes at most this share of the tightest TPOT of its own tiers.
       ahead_tokens: an instance takes another prompt when fewer prompt tokens than this are left to it.
+      copy_share: what an instance must copy from another is taken to cost this share of computing it.
       look: requests of each tier that are considered, besides the first.
       patience_s: see the module.
       aging_every: see the module.
@@ -71,6 +72,7 @@ class SchedulerConfig:
     spill_after: float = 0.4
     spill_margin: float = 0.8
     ahead_tokens: int = 512
+    copy_share: float = 0.1
     look: int = 4
     patience_s: float = 30.0
     aging_every: int = 8
@@ -126,13 +128,24 @@ class Scheduler:
             job.latest_start_s = now_s + self.prefill_s(self.cost.tps[-1], job.target)
         self.backlog.push(job)
 
-    def first_worker(self, job: Job, workers: Sequence[Worker], now_s: float) -> Worker | None:
-        """The instance that should take a request that has just come, if one should take it now."""
+    def first_worker(
+        self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
+    ) -> Worker | None:
+        """The instance that should take a request that has just come, if one should take it now.
+
+        Args:
+          job: the request.
+          workers: the instances.
+          now_s: the time.
+          held: tokens of its beginning whose KV cache lies in an instance already; none where it is not named.
+        """
+        held = held or {}
+        most = max(held.values(), default=0)
         best, best_score = None, (math.inf, math.inf, math.inf)
         for worker in workers:
             if not self._has_turn(worker, job):
                 continue
-            score = self._score(worker, job, now_s)
+            score = self._score(worker, job, now_s, held.get(worker, 0), most)
             if score is not None and score < best_score:
                 best, best_score = worker, score
         return best
@@ -183,8 +196,18 @@ class Scheduler:
     def _decode_s(self, worker: Worker, job: Job) -> float:
         return self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.target)
 
-    def _score(self, worker: Worker, job: Job, now_s: float) -> tuple[float, float, float] | None:
-        """How well the instance suits (less is better); None if it should not take the request now."""
+    def _score(
+        self, worker: Worker, job: Job, now_s: float, held: int = 0, most: int = 0
+    ) -> tuple[float, float, float] | None:
+        """How well the instance suits (less is better); None if it should not take the request now.
+
+        Args:
+          worker: the instance.
+          job: the request.
+          now_s: the time.
+          held: tokens of its beginning that the instance has.
+          most: that some instance has, from which the others can copy them.
+        """
         config = self.config
         own = not worker.plan.tiers or job.tier.name in worker.plan.tiers
         if not own and config.tiers_apart:
@@ -211,6 +234,9 @@ class Scheduler:
             other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
         )
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
+        spared_s = self._spared_s(worker.tp, job.target, held) if held else 0.0
+        copied_s = (self._spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
+        work_s -= spared_s  # a promise counts on what is there
         if job.first_token_s is None and config.order == "deadline":
             left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000
             if work_s > left_s:
@@ -221,7 +247,15 @@ class Scheduler:
                 return None
             if any(self.backlog.waiting(tier) for tier in worker.plan.tiers):
                 return None
+        work_s -= (1 - config.copy_share) * copied_s
         return (0.0 if own else 1.0), work_s / max(0.05, 1 - decode_share), load
+
+    def _spared_s(self, tp: int, tokens: int, known: int) -> float:
+        """Time of a prefill that its first `known` tokens do not take; what follows attends to them all the same."""
+        known = min(known, tokens - 1)
+        whole_s = self.prefill_s(tp, tokens)
+        rest_s = max(whole_s - self.prefill_s(tp, known), self.prefill_s(tp, tokens - known))
+        return max(0.0, whole_s - rest_s)
 
     def _kept_tpot_s(self, worker: Worker) -> float:
         return min((t.tpot_ms for t in self.tiers if t.name in worker.plan.tiers), default=math.inf) / 1000

@@ -170,6 +170,7 @@ class Admission:
         self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float
     ) -> None:
         sequence.start_prefill(again=self._deterministic)
+        sequence.readmitted = sequence.admitted >= 0
         if self._cell.prefixes is not None and prefix is not None:
             self._cell.prefixes.begin(sequence, prefix, instance, instances)
         if not instance.grow(sequence, self._pages(sequence, instance) * self._cell.program.pool.page_size):

@@ -319,7 +319,9 @@ class Loop:
             elif sequence.home is None and not sequence.pending:
                 self._admission.await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
-                self._deltas.append(TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs))
+                self._deltas.append(
+                    TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
+                )
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
@@ -364,7 +366,8 @@ class Loop:
         sequence.finish = reason
         self._admission.drop(sequence)
         self._retire(sequence)
-        self._deltas.append(TokenDelta(sequence.request.id, (), time.monotonic(), reason, error))
+        delta = TokenDelta(sequence.request.id, (), time.monotonic(), reason, error, cached_tokens=sequence.shared)
+        self._deltas.append(delta)
 
     def _retire(self, sequence: Sequence) -> None:
         home = sequence.home

@@ -91,7 +91,7 @@ class PrefixCache:
           home: the instance.
           instances: those that hold pools of the cell.
         """
-        if sequence.admitted < 0:
+        if not sequence.readmitted:
             self.queried_tokens += len(sequence.tokens)
         self._pool.tick()
         if home.broken or not len(prefix):
@@ -130,7 +130,7 @@ class PrefixCache:
             self._pool.allocators[device].give(sequence.table[vshard, done : done + own])
         self._share(sequence, blocks, where, done)
         count = done + blocks.shape[1]
-        self.hit_tokens += (count - done) * size
+        self._hit(sequence, (count - done) * size)
         sequence.cached = count * size
         sequence.entered = count
         sequence.pages = max(sequence.pages, count)
@@ -182,8 +182,13 @@ class PrefixCache:
         tokens = pages * self._pool.shape.page_size
         sequence.pages = sequence.entered = pages
         sequence.cached = tokens
-        if sequence.admitted < 0:
+        self._hit(sequence, tokens)
+
+    def _hit(self, sequence: Sequence, tokens: int) -> None:
+        """Counts what need not be computed; what a sequence finds of its own, when it is computed again, is no hit."""
+        if not sequence.readmitted:
             self.hit_tokens += tokens
+            sequence.shared += tokens
 
     def _room_to_fetch(self, pages: np.ndarray, blocks: np.ndarray, devices: np.ndarray, sources: np.ndarray) -> bool:
         """Whether there are free blocks for what must be copied while all that is read is kept."""

@@ -125,6 +125,8 @@ class TokenDelta:
       finish_reason: None while more is to come.
       error: one line for the user when finish_reason is ERROR.
       logprobs: one for each of token_ids if the request asked for them, else empty.
+      cached_tokens: tokens of the prompt that the prefix cache had; known from the first token on, the same in all
+        deltas that follow.
     """
 
     request_id: str
@@ -133,6 +135,7 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -30,6 +30,8 @@ class Sequence:
       row: row in its instance's token history, or -1.
       delivered: output tokens that went out; they are not sent again when they are made a second time.
       admitted: order of admission, for choosing whom to send back.
+      readmitted: whether it lost its blocks once and is computed again.
+      shared: tokens of its prompt that the prefix cache had when it was computed for the first time.
       finish: why it ended; None while it lives.
       home: the instance it is in, or None.
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
@@ -53,6 +55,8 @@ class Sequence:
     row: int = -1
     delivered: int = 0
     admitted: int = -1
+    readmitted: bool = False
+    shared: int = 0
     finish: FinishReason | None = None
     home: "Instance | None" = None
     epoch: int = 0

@@ -1,4 +1,4 @@
-"""nitsum-admin: explains the controller's last decision, pauses it, forces a layout, takes devices out of use."""
+"""nitsum-admin: explains and pauses the controller, forces a layout, takes devices out of use, has keys read again."""
 
 import asyncio
 import json
@@ -28,10 +28,11 @@ USAGE = """nitsum-admin COMMAND [VALUE] [flags]: looks after a running server.
   lose DEVICE       takes a device out of use: its requests are computed anew elsewhere, their streams go on
   restore DEVICE    takes it back into use
   profile SECONDS   records a trace of JAX's profiler
+  reload_keys       reads the file of --api_keys again; keys that are not in it any more are refused at once
 
 Exit status: 0 done; 2 wrong command, or refused by the server; 3 the server cannot be reached."""
 _WITH_VALUE = ("force", "lose", "restore", "profile")
-_COMMANDS = ("explain", "pause", "resume", *_WITH_VALUE)
+_COMMANDS = ("explain", "pause", "resume", "reload_keys", *_WITH_VALUE)
 
 
 def run() -> None:
@@ -88,6 +89,8 @@ async def _call(stub: Any, command: str, value: str) -> Any:
         return await stub.GetControl(admin_pb2.GetControlRequest())
     if command in ("pause", "resume"):
         return await stub.SetControl(admin_pb2.SetControlRequest(paused=command == "pause"))
+    if command == "reload_keys":
+        return await stub.ReloadKeys(admin_pb2.ReloadKeysRequest())
     if command == "force":
         return await stub.ForceLayout(admin_pb2.ForceLayoutRequest(layout=value))
     try:
@@ -120,6 +123,9 @@ def _told(answer: Any) -> str:
         )
     if isinstance(answer, admin_pb2.SetDeviceResponse):
         return "out of use: " + (", ".join(map(str, answer.lost)) or "none")
+    if isinstance(answer, admin_pb2.ReloadKeysResponse):
+        changes = [f"{word} {', '.join(values[word])}" for word in ("added", "removed", "changed") if values[word]]
+        return f"API keys read again, {answer.keys} in force: " + ("; ".join(changes) or "nothing changed")
     return f"trace in {answer.folder} on the server's machine"
 
 

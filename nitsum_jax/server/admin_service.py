@@ -5,11 +5,12 @@ import json
 
 from grpc.aio import ServicerContext
 
-from nitsum_jax.errors import PreconditionError
+from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.server.backend import Backend, ServerState
 from nitsum_jax.server.control_loop import ControlLoop
 from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc
+from nitsum_jax.server.security.key_file import KeyFile
 from nitsum_jax.server.status import reported
 
 SERVICE_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
@@ -18,9 +19,10 @@ SERVICE_NAME = admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
     """nitsum.v1.AdminService; the guard has seen to it that an administrator calls."""
 
-    def __init__(self, profiler: Profiler, state: ServerState) -> None:
+    def __init__(self, profiler: Profiler, state: ServerState, keys: KeyFile | None = None) -> None:
         self._profiler = profiler
         self._state = state
+        self._keys = keys
 
     async def Profile(self, message: admin_pb2.ProfileRequest, context: ServicerContext) -> admin_pb2.ProfileResponse:
         """Records a trace of the profiler; see admin.proto."""
@@ -80,6 +82,23 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
                     break
                 await asyncio.sleep(0.01)
             return admin_pb2.SetDeviceResponse(lost=engine.lost_devices())
+        raise AssertionError("unreachable: reported() ends the call")
+
+    async def ReloadKeys(
+        self, message: admin_pb2.ReloadKeysRequest, context: ServicerContext
+    ) -> admin_pb2.ReloadKeysResponse:
+        """Reads the file of API keys again; see admin.proto."""
+        del message
+        async with reported(context, "ReloadKeys", lambda: 1.0):
+            if self._keys is None:
+                raise PreconditionError("this server has no API keys: start it with --api_keys")
+            try:
+                change = self._keys.reload()
+            except InvalidInputError as error:  # the call was right
+                raise PreconditionError(f"the API keys in force stay: {error}") from None
+            return admin_pb2.ReloadKeysResponse(
+                keys=change.keys, added=change.added, removed=change.removed, changed=change.changed
+            )
         raise AssertionError("unreachable: reported() ends the call")
 
     def _backend(self) -> Backend:

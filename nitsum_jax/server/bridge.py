@@ -125,6 +125,7 @@ class Bridge:
             self._clock() if arrival_s is None else arrival_s,
             client=caller.client,
             traceparent=caller.traceparent,
+            call_id=caller.call_id,
         )
         stream = DeltaStream(record, wake)
         # Registered first: the engine may have tokens before submit returns.

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import dataclasses
+import re
 from collections.abc import Iterator
 
 
@@ -15,12 +16,22 @@ class Caller:
       tiers: latency tiers that it may use; None: all.
       admin: whether it may change the cell.
       traceparent: W3C trace context of the client; empty if it sent none.
+      call_id: of the call, by which clients and proxies know it (x-request-id); empty without one.
     """
 
     client: str = ""
     tiers: tuple[str, ...] | None = None
     admin: bool = False
     traceparent: str = ""
+    call_id: str = ""
+
+
+_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+def sane_id(text: str | None) -> str:
+    """An id that a client gave its call, if it may stand in headers and logs; otherwise nothing."""
+    return text if text is not None and _SANE_ID.fullmatch(text) else ""
 
 
 NOBODY = Caller()

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
-from nitsum_jax.server.backend import ServedModel
+from nitsum_jax.server.backend import Backend, ServedModel
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_TIER = "standard"
@@ -114,6 +114,23 @@ def check(wanted: Wanted, vocab_size: int) -> None:
     if not 0 <= wanted.min_tokens <= wanted.max_tokens:
         raise InvalidInputError(f"min_tokens={wanted.min_tokens} is out of range: give 0 to max_tokens")
     wanted.sampling.validate()
+
+
+def check_outputs(count: int, backend: Backend, field: str) -> None:
+    """Refuses a call for more outputs than the queue ever takes, for which trying again would never help.
+
+    Args:
+      count: outputs of the call, each a request of its own.
+      backend: whose queue it is.
+      field: what the client gave, such as "n=200".
+
+    Raises:
+      InvalidInputError: there are more than may wait.
+    """
+    if count > 1 and count > (most := backend.engine.stats().queue_capacity):
+        raise InvalidInputError(
+            f"{field} is too large: at most {most} requests may wait here (--max_queue); ask for fewer at once"
+        )
 
 
 def prompt_size(prompt: Prompt) -> int:

@@ -85,6 +85,7 @@ class Outcome:
             "finish_reason": _reason(finished) if finished else None,
             "usage": {
                 "prompt_tokens": started.prompt_tokens if started else None,
+                "cached_tokens": finished.usage.cached_tokens if finished else None,
                 "output_tokens": finished.usage.output_tokens if finished else len(self.output_ids),
             },
             "ttft_ms": _rounded(self.ttft_ms),
@@ -104,7 +105,8 @@ class Outcome:
         if self.finished is None:
             return self.failure.message if self.failure else "no answer"
         usage = self.finished.usage
-        line = f"{usage.prompt_tokens} + {usage.output_tokens} tokens, {_reason(self.finished)}"
+        cached = f" ({usage.cached_tokens} of them cached)" if usage.cached_tokens else ""
+        line = f"{usage.prompt_tokens}{cached} + {usage.output_tokens} tokens, {_reason(self.finished)}"
         if self.ttft_ms is not None:
             line += f", first token after {self.ttft_ms:.0f} ms"
         if self.tpot_ms is not None:

@@ -65,6 +65,25 @@ class _GuardedEngine:
         _administrator()
         return self._engine.prepare_layout(layout)
 
+    def lose_device(self, device: int) -> None:
+        """As the engine's, for administrators.
+
+        Raises:
+          DeniedError: the caller is none.
+          NitsumError: what the engine raises.
+        """
+        _administrator()
+        self._engine.lose_device(device)
+
+    def restore_device(self, device: int) -> None:
+        """As the engine's, for administrators.
+
+        Raises:
+          DeniedError, NitsumError: as `lose_device`.
+        """
+        _administrator()
+        self._engine.restore_device(device)
+
 
 def guarded(engine: ServingEngine, journal: Journal, stopped: Callable[[str], None]) -> ServingEngine:
     """The engine for front ends. The controller, which decides for itself, uses the engine as it is.
@@ -80,5 +99,5 @@ def guarded(engine: ServingEngine, journal: Journal, stopped: Callable[[str], No
 def _administrator() -> str:
     caller = current_caller()
     if not caller.admin:
-        raise DeniedError("only an administrator may change the layout: use an admin key, or the admin port")
+        raise DeniedError("only an administrator may change the cell: use an admin key, or the admin port")
     return f"the key {caller.client!r}" if caller.client else "an administrator"

@@ -23,7 +23,7 @@ from nitsum_jax.server.ops_routes import Desk, ops_routes
 from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.security.guard import Guard, Policy
 from nitsum_jax.server.security.http_guard import HttpGuard
-from nitsum_jax.server.security.keys import read_keys
+from nitsum_jax.server.security.key_file import KeyFile
 from nitsum_jax.server.security.limits import Limits
 from nitsum_jax.server.server import GrpcServer, in_thread
 from nitsum_jax.server.tracing import RequestTracer, otlp_tracer
@@ -38,6 +38,7 @@ class House:
       state: shared by all front ends.
       desk: what the routes for operators look at; an HTTP application mounts `ops_routes(house.desk)`.
       tls: for every port.
+      keys: of the callers; None: they are not asked.
     """
 
     def __init__(self, options: OpsOptions, tiers: TierSet, host: str) -> None:
@@ -58,7 +59,7 @@ class House:
         self._options = options
         self._tiers = tiers
         self._host = host
-        self._keys = None if options.api_keys is None else read_keys(options.api_keys, tiers.names)
+        self.keys = None if options.api_keys is None else KeyFile(options.api_keys, tiers.names)
         self._limits = Limits(time.monotonic)
         self._admin: GrpcServer | None = None
         self._http: HttpServer | None = None
@@ -69,7 +70,7 @@ class House:
 
     def guard(self) -> Guard:
         """For a main port."""
-        safe = self._keys is not None or self._host in LOOPBACK
+        safe = self.keys is not None or self._host in LOOPBACK
         return self._guard(admin=safe and self._options.admin_port is None)
 
     def protected(self, app: ASGIApp) -> ASGIApp:
@@ -96,6 +97,7 @@ class House:
                 tls=self.tls,
                 state=self.state,
                 profiler=self.desk.profiler,
+                keys=self.keys,
             )
             await self._admin.start()
         if options.metrics_port is not None:
@@ -166,7 +168,7 @@ class House:
         return lines
 
     def _guard(self, *, admin: bool) -> Guard:
-        policy = Policy(self._keys, admin, self._options.streams_per_client)
+        policy = Policy(None if self.keys is None else self.keys.ring, admin, self._options.streams_per_client)
         return Guard(policy, limits=self._limits, on_refused=self._refused)
 
     def _refused(self, reason: str) -> None:

@@ -23,6 +23,7 @@ from nitsum_jax.server.calls import (
     TokenPrompt,
     Wanted,
     check,
+    check_outputs,
     derived_seed,
     encode,
     make_call,
@@ -84,6 +85,7 @@ async def _calls(message: jetstream_pb2.DecodeRequest, backend: Backend, deadlin
     samples = message.num_samples or 1
     if not 1 <= samples <= MAX_OUTPUTS:
         raise InvalidInputError(f"num_samples={samples} is out of range: give 1 to {MAX_OUTPUTS}")
+    check_outputs(samples, backend, f"num_samples={samples}")
     wanted = Wanted(
         sampling=SamplingParams(temperature=0.0 if samples == 1 else 1.0),
         max_tokens=message.max_tokens or DEFAULT_MAX_TOKENS,

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from nitsum_jax.server.control_loop import ControlLoop
     from nitsum_jax.server.http.server import HttpServer
     from nitsum_jax.server.scheduled import Scheduled
+    from nitsum_jax.server.security.key_file import KeyFile
 
 _NAME = "nitsum-serve"
 _LOG = logging.getLogger(__name__)
@@ -164,7 +165,10 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         tls=house.tls,
         state=house.state,
         profiler=house.desk.profiler,
+        keys=house.keys,
     )
+    if house.keys is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, house.keys)
     http = _http(options, house)
     await server.start()
     if http is not None:
@@ -278,6 +282,12 @@ class _Signals:
         waiting = next((future for future in (self.first, self.second) if not future.done()), None)
         if waiting is not None:
             waiting.set_result(number)
+
+
+def _reload(keys: "KeyFile") -> None:
+    """At SIGHUP."""
+    with contextlib.suppress(NitsumError):  # it has been logged, and nobody waits for an answer
+        keys.reload()
 
 
 async def _first(task: asyncio.Future[Any], stop: asyncio.Future[Any]) -> None:

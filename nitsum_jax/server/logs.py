@@ -49,9 +49,11 @@ def log_request(record: RequestRecord) -> None:
         return
     fields = {
         "request": record.id,
+        "x_request_id": record.call_id or None,
         "client": record.client or None,
         "tier": record.tier,
         "prompt_tokens": record.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
         "output_tokens": record.tokens,
         "queue_ms": _ms(record.queue_s),
         "ttft_ms": _ms(record.ttft_s),

@@ -53,11 +53,15 @@ def define(values: flags.FlagValues) -> None:
     )
     port(
         "admin_port",
-        "gRPC port for administration (SetLayout, Profile), on --admin_host; then no other port offers it; none if not "
-        "given",
+        "gRPC port for administration (SetLayout, nitsum-admin), on --admin_host; then no other port offers it; none "
+        "if not given",
     )
     text("admin_host", DEFAULT_HOST, "address for --admin_port")
-    text("api_keys", None, "TOML file of API keys, made by nitsum-keys: every call but health checks then needs one")
+    text(
+        "api_keys",
+        None,
+        "TOML file of API keys, made by nitsum-keys: every call but health checks then needs one; read again at SIGHUP",
+    )
     text("tls_cert", None, "certificate of the server, PEM, with its chain: all ports then speak TLS")
     text("tls_key", None, "private key of --tls_cert, PEM")
     text("tls_client_ca", None, "certificates that sign those of clients, PEM: a client without one is turned away")

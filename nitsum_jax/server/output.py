@@ -69,6 +69,8 @@ class Output:
         self._cancel = cancel
         self._waiting: deque[ToldToken] | None = None if call.request.logprobs is None else deque()
         self.times = OutputTimes(arrival_s)
+        self.cached_tokens = 0
+        """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
 
     def take(self, deltas: Sequence[TokenDelta]) -> Piece:
         """The next piece; none may be asked for after one with an end.
@@ -81,6 +83,7 @@ class Output:
         ids: list[int] = []
         text = ""
         for delta in deltas:
+            self.cached_tokens = delta.cached_tokens
             taken, piece = self._push(delta)
             self.times.add(len(taken), delta.time_s)
             ids += taken

@@ -68,6 +68,11 @@ class Outputs:
         """Output tokens so far."""
         return sum(output.times.tokens for output in self._outputs)
 
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Of each output: tokens of its prompt that the prefix cache had, as far as it has begun."""
+        return [output.cached_tokens for output in self._outputs]
+
     def leave(self) -> None:
         """The client has left: the next call of `next` says so."""
         self._left = True

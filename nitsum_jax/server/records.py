@@ -19,10 +19,12 @@ class RequestRecord:
       arrival_s: when its handler was called.
       client: name of its API key; empty without keys.
       traceparent: W3C trace context that came with it; empty if none came.
+      call_id: x-request-id of the call that it belongs to; empty if it has none.
       admitted_s: when an instance took it; None while it waits.
       first_s: when the engine had its first token.
       last_s: when the engine had its last token so far.
       tokens: output tokens so far.
+      cached_tokens: of the prompt, that the prefix cache had.
       ended_s: when it ended; None while it lives.
       finish: why it ended. The engine says it; a front end that ends an output itself (at a stop string) says so here.
       error: the engine's line if finish is ERROR.
@@ -34,10 +36,12 @@ class RequestRecord:
     arrival_s: float
     client: str = ""
     traceparent: str = ""
+    call_id: str = ""
     admitted_s: float | None = None
     first_s: float | None = None
     last_s: float | None = None
     tokens: int = 0
+    cached_tokens: int = 0
     ended_s: float | None = None
     finish: FinishReason | None = None
     error: str | None = None
@@ -47,10 +51,12 @@ class RequestRecord:
         if delta.token_ids:
             if self.first_s is None:
                 self.first_s = delta.time_s
+                self.cached_tokens = delta.cached_tokens
             self.last_s = delta.time_s
             self.tokens += len(delta.token_ids)
         if delta.finish_reason is not None:
             self.ended_s = delta.time_s
+            self.cached_tokens = self.cached_tokens or delta.cached_tokens  # the first token may have ended it
             if self.finish is None:
                 self.finish = delta.finish_reason
                 self.error = delta.error

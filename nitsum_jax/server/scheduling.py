@@ -22,6 +22,7 @@ from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.control.worker import Worker
 from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.policy import PrefillChoice, Room
@@ -166,7 +167,8 @@ class TieredScheduling:
         self._wake(now)
         while self._offered:
             job = self._offered.popleft()
-            worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now)
+            held = self._held(self._sequences[job.id], room)
+            worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
             if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
                 self._wake_for(job, now)
                 continue
@@ -182,6 +184,14 @@ class TieredScheduling:
                 return self._sequences[found.id], live.instance
             del self._stale[live]
         return None
+
+    def _held(self, sequence: Sequence, room: Room) -> dict[Worker, int]:
+        """Tokens of a sequence's beginning that lie at instances which could take it."""
+        workers = [worker for worker in self._workers.values() if worker.takes_prompts]
+        if len(workers) < 2:
+            return {}  # nothing is to be chosen
+        pages = {worker: room.held(sequence, worker.instance) for worker in workers}
+        return {worker: count * worker.page_size for worker, count in pages.items() if count}
 
     def again(self, sequence: Sequence) -> None:
         job = self._jobs.get(sequence)

@@ -24,6 +24,7 @@ from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.proto import admin_pb2_grpc, jetstream_pb2_grpc, nitsum_pb2_grpc
 from nitsum_jax.server.security.grpc_guard import GrpcGuard
 from nitsum_jax.server.security.guard import Guard, Policy
+from nitsum_jax.server.security.key_file import KeyFile
 from nitsum_jax.server.security.tls import TlsFiles
 from nitsum_jax.server.service import SERVICE_NAME, GenerationService
 
@@ -57,6 +58,7 @@ class GrpcServer:
         tls: TlsFiles | None = None,
         state: ServerState | None = None,
         profiler: Profiler | None = None,
+        keys: KeyFile | None = None,
     ) -> None:
         """Binds the port; call it on the event loop that will serve.
 
@@ -67,6 +69,7 @@ class GrpcServer:
           tls: None: no encryption.
           state: shared with other ports of the same server; one of its own if None.
           profiler: for AdminService; None: there are no traces.
+          keys: for AdminService, to read them again; None: there are none.
 
         Raises:
           InvalidInputError: `host` is not an address of this machine.
@@ -82,7 +85,7 @@ class GrpcServer:
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
         jetstream_pb2_grpc.add_OrchestratorServicer_to_server(JetStreamService(self.state), self._server)
         admin_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(profiler or Profiler(None), self.state), self._server
+            AdminService(profiler or Profiler(None), self.state, keys), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (

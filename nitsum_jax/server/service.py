@@ -123,7 +123,11 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
             await context.write(nitsum_pb2.GenerateResponse(delta=delta))
     finished = nitsum_pb2.Finished(
         finish_reason=_REASONS[end.reason],
-        usage=nitsum_pb2.Usage(prompt_tokens=len(call.request.prompt_ids), output_tokens=output.times.tokens),
+        usage=nitsum_pb2.Usage(
+            prompt_tokens=len(call.request.prompt_ids),
+            output_tokens=output.times.tokens,
+            cached_tokens=output.cached_tokens,
+        ),
         ttft_ms=output.times.ttft_ms,
         tpot_ms=output.times.tpot_ms,
         stop=end.stop,

@@ -78,6 +78,35 @@ def test_own_instances_come_before_those_of_other_tiers() -> None:
     assert apart.first_worker(one, [other], later) is None
 
 
+def test_of_instances_that_suit_the_one_goes_first_that_knows_the_beginning() -> None:
+    scheduler = _scheduler()
+    bare, knows = _worker(1, index=0), _worker(1, index=1)
+    one = job(0, CHAT, prompt=2000)
+    scheduler.admit(one, 0.0)
+    assert scheduler.first_worker(one, [bare, knows], 0.0) is bare
+    assert scheduler.first_worker(one, [bare, knows], 0.0, {knows: 1984}) is knows
+    assert scheduler.first_worker(one, [bare, knows], 0.0, {knows: 1984, bare: 1984}) is bare
+    # Copies are cheap: for a beginning nobody piles up where others would be nearly as fast.
+    _decoding(knows, 30, 0.0, CHAT, prompt=4000)
+    assert COST.step_s(1, 31, knows.context + 2000) < 0.6 * CHAT.tpot_ms / 1000
+    assert scheduler.first_worker(one, [bare, knows], 0.0, {knows: 1984}) is bare
+    assert _scheduler(SchedulerConfig(copy_share=1.0)).first_worker(one, [bare, knows], 0.0, {knows: 1984}) is knows
+
+
+def test_what_an_instance_knows_counts_for_the_first_token() -> None:
+    scheduler, worker, other = _scheduler(), _worker(1, index=0), _worker(1, index=1)
+    long = job(0, CHAT, prompt=30_000)
+    scheduler.admit(long, 0.0)
+    assert COST.prefill_s(1, 30_000) > CHAT.ttft_ms / 1000
+    assert scheduler.first_worker(long, [worker, other], 0.0) is None
+    assert scheduler.first_worker(long, [worker, other], 0.0, {other: 29_952}) is other
+    # To the others it would have to be copied, which is not promised.
+    assert scheduler.first_worker(long, [worker], 0.0, {other: 29_952}) is None
+    # Attention to what is known takes its time all the same.
+    spared_s = scheduler._spared_s(1, 30_000, 15_000)
+    assert 0 < spared_s <= scheduler.prefill_s(1, 15_000) < scheduler.prefill_s(1, 30_000) / 2
+
+
 def test_a_step_ends_before_the_next_token_is_due() -> None:
     scheduler, worker = _scheduler(), _worker()
     _decoding(worker, 8, first_s=0.0)

@@ -82,6 +82,11 @@ class Recorder:
         """Tokens that have come for a request."""
         return sum(len(delta.token_ids) for delta in list(self._deltas[name]))
 
+    def cached_tokens(self, name: str) -> int:
+        """Tokens of the prompt that the prefix cache had, which all deltas of a request agree on."""
+        (cached,) = {delta.cached_tokens for delta in list(self._deltas[name])}
+        return cached
+
     def finished(self, name: str) -> bool:
         """Whether the last delta of a request has come."""
         deltas = self._deltas[name]

@@ -87,6 +87,9 @@ def test_a_burst_computes_its_beginning_once(harness: Harness, cold: list[tuple[
     assert {answer.tokens for answer in answers} == {cold[0][0]}
     # Two on each device: the second finds what the first has computed.
     assert hits(harness) - before >= 4 * 96
+    cached = [harness.recorder.cached_tokens(name) for name in names]
+    assert sum(cached) == hits(harness) - before
+    assert max(cached) < len(PROMPTS[0])  # the last token is always computed
     eventually(lambda: harness.engine.stats().running == 0)
     harness.assert_balanced()
 
@@ -134,6 +137,24 @@ def test_a_cancelled_request_leaves_its_pages_to_others(
     before = hits(harness)
     assert harness.run([PROMPTS[3]], 12)[0].tokens == cold[3][0]
     assert hits(harness) - before >= 96
+
+
+def test_what_a_request_finds_of_itself_when_it_is_computed_again_is_no_hit(
+    harness: Harness, cold: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> None:
+    forget(harness)
+    harness.run([PROMPTS[0]], 1)
+    before = harness.engine.stats()
+    running = harness.engine._running
+    name = harness.submit(PROMPTS[4], 12)
+    send_back = lambda: running.post(lambda: running._admission._send_back(running.alive[name]))  # noqa: E731
+    harness.recorder.when(name, 2, send_back)
+    assert harness.collect([name])[0].tokens == cold[4][0]
+    after = harness.engine.stats()
+    assert after.sent_back == before.sent_back + 1
+    assert after.prefix_hit_tokens - before.prefix_hit_tokens == harness.recorder.cached_tokens(name) == 96
+    eventually(lambda: harness.engine.stats().running == 0)
+    harness.assert_balanced()
 
 
 # ---- what else a request can ask for

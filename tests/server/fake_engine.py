@@ -87,6 +87,7 @@ class FakeEngine:
         vocab_size: int = 257,
         blocks_total: int = 100_000,
         admitted: Callable[[str, float], None] | None = None,
+        cached: Callable[[Request], int] = lambda request: 0,
     ) -> None:
         self._sink = sink
         self._script = script
@@ -99,6 +100,7 @@ class FakeEngine:
         self._vocab_size = vocab_size
         self._blocks_total = blocks_total
         self._admitted = admitted
+        self._cached = cached
         self._lock = threading.Condition()
         self._waiting: list[_Live] = []
         self._running: list[_Live] = []
@@ -302,7 +304,10 @@ class FakeEngine:
                 break
         self._counts["tokens_generated"] += len(ids)
         logprobs = () if live.request.logprobs is None else tuple(fake_logprob(i, live.request.logprobs) for i in ids)
-        return TokenDelta(live.request.id, tuple(ids), time.monotonic(), reason, logprobs=logprobs)
+        cached = self._cached(live.request)
+        return TokenDelta(
+            live.request.id, tuple(ids), time.monotonic(), reason, logprobs=logprobs, cached_tokens=cached
+        )
 
     def _end(self, live: _Live, reason: FinishReason) -> TokenDelta:
         return TokenDelta(live.request.id, (), time.monotonic(), reason)

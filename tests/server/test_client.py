@@ -50,13 +50,16 @@ def test_json_has_the_promised_keys(capsys: Capture) -> None:
     async def use(run: Running, generate: Callable[..., Awaitable[int]]) -> None:
         assert await generate("--prompt=hello", "--json", "--stop=lo") == 0
         assert await generate("--prompt_ids=72,73", "--json", "--max_tokens=1") == 0
+        assert await generate("--prompt=hello") == 0
 
-    _with_server(use)
-    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    _with_server(use, cached=lambda request: len(request.prompt_ids) // 3 * 3)
+    out, err = capsys.readouterr()
+    first, second = (json.loads(line) for line in out.splitlines()[:2])
+    assert "5 (3 of them cached) + 5 tokens" in err
     ids = TOKENIZER.encode("hello")
     assert (first["prompt_ids"], first["output_ids"], first["text"]) == (ids, ids, "hel")
     assert first["finish_reason"] == "stop"
-    assert first["usage"] == {"prompt_tokens": 5, "output_tokens": 5}
+    assert first["usage"] == {"prompt_tokens": 5, "cached_tokens": 3, "output_tokens": 5}
     assert first["ttft_ms"] >= first["server_ttft_ms"] > 0
     assert first["tpot_ms"] > 0
     assert "error" not in first

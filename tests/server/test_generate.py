@@ -33,6 +33,16 @@ def test_streams_text_and_tokens_and_says_how_it_ended() -> None:
     asyncio.run(scenario())
 
 
+def test_usage_tells_what_the_prefix_cache_had() -> None:
+    async def scenario() -> None:
+        async with running(cached=lambda request: len(request.prompt_ids) // 4 * 4) as run:
+            for fields in ({}, {"stop": ["c"]}, {"stop_token_ids": TOKENIZER.encode("a")}):  # the last: not one token
+                answer = await ask(run.stub, "abcdefgh!", **fields)
+                assert (answer.finished.usage.prompt_tokens, answer.finished.usage.cached_tokens) == (9, 8)
+
+    asyncio.run(scenario())
+
+
 def test_every_piece_of_streamed_text_is_whole_characters() -> None:
     async def scenario() -> None:
         async with running(says("añ🙂b", end=False)) as run:

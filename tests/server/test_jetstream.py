@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from nitsum_jax.server.calls import derived_seed
 from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc
-from tests.server.harness import EOS, TOKENIZER, Running, refusal, running, says, until
+from tests.server.harness import EOS, TOKENIZER, Running, ask, refusal, running, says, until
 
 _TOKENS = jetstream_pb2.DecodeRequest.TokenContent
 _TEXT = jetstream_pb2.DecodeRequest.TextContent
@@ -185,12 +185,19 @@ def test_health_cancel_and_a_full_queue() -> None:
             call.cancel()
             await until(lambda: run.engine.stats().running == 0)
             run.engine.hold()
-            request.num_samples = 5  # more than the queue holds: none of them stays in it
+            request.num_samples = 5  # more than the queue ever holds: trying again would not help
+            error = await refusal(stub.Decode(request).read())
+            assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert (error.details() or "").startswith("num_samples=5 is too large: at most 4 requests may wait")
+            others = [asyncio.create_task(ask(run.stub, max_tokens=1)) for _ in range(2)]
+            await until(lambda: run.engine.stats().waiting == 2)
+            request.num_samples = 3  # more than it has room for now: none of them stays in it
             error = await refusal(stub.Decode(request).read())
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "retry-after-ms" in dict(error.trailing_metadata())
-            await until(lambda: run.engine.stats().waiting == 0)
+            await until(lambda: run.engine.stats().waiting == 2)
             run.engine.release()
+            await asyncio.gather(*others)
             await run.server.drain(1.0)
             assert not (await stub.HealthCheck(jetstream_pb2.HealthCheckRequest())).is_live
             assert (await refusal(stub.Decode(request).read())).code() is grpc.StatusCode.UNAVAILABLE

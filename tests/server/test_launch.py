@@ -16,6 +16,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server import compile_cache
 from nitsum_jax.server.launch import main
 from nitsum_jax.server.launch_flags import read_options
+from nitsum_jax.server.security.keys import ApiKey, digest_of, entry
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,6 +84,30 @@ def test_serve_generate_and_drain() -> None:
         assert status == 0
         assert "finishing what is alive" in log
         assert "Traceback" not in log
+
+
+def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:
+    path, secret = tmp_path / "keys.toml", tmp_path / "secret"
+    secret.write_text("nk_b")
+    path.write_text(entry(ApiKey("a", digest_of("nk_a"))))
+    with _server("--model=fake", f"--api_keys={path}") as server:
+        command = [*server.client(), f"--api_key_file={secret}"]
+        _, err = _start_client(command, "--max_tokens=1").communicate(timeout=20)
+        assert "UNAUTHENTICATED" in err
+        assert server.process.stderr is not None
+        path.write_text("nonsense")
+        server.process.send_signal(signal.SIGHUP)
+        line = server.process.stderr.readline()
+        assert "ERROR" in line
+        assert f"the API keys in force stay: {path}: not valid TOML" in line
+        path.write_text(entry(ApiKey("b", digest_of("nk_b"))))
+        server.process.send_signal(signal.SIGHUP)
+        assert "API keys read again, 1 in force: added b; removed a" in server.process.stderr.readline()
+        client = _start_client(command, "--max_tokens=1")
+        client.communicate(timeout=20)
+        assert client.returncode == 0
+        server.process.send_signal(signal.SIGTERM)
+        assert server.finish()[0] == 0
 
 
 def test_a_second_signal_stops_at_once() -> None:

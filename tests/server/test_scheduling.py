@@ -1,6 +1,7 @@
 """Scheduling by tiers over real instances and sequences, under a virtual clock and a profile's step times."""
 
 import collections
+import functools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from nitsum_jax.control.job import Job, met
 from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
-from nitsum_jax.engine.policy import Policy
+from nitsum_jax.engine.policy import Policy, Room
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.sequence import Sequence as Live
 from nitsum_jax.engine.waiting import FifoPolicy
@@ -141,6 +142,26 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
     assert isinstance(outcome.cell.policy, TieredScheduling)
     assert [plan.tiers for plan in outcome.cell.policy.plan().instances] == [("tight",), ("relaxed",)]
     assert seen == {"tight": {0}, "relaxed": {1}}
+
+
+def _held(there: object, sequence: Live, instance: object) -> int:
+    del sequence
+    return 60 if instance is there else 0
+
+
+@pytest.mark.parametrize("policy_of", [tiered, lambda clock: FifoPolicy(100)], ids=["tiered", "fifo"])
+def test_a_request_goes_where_its_beginning_lies(policy_of: Callable[[Callable[[], float]], Policy]) -> None:
+    for there in range(4):
+        cell = FakeCell(policy_of, COST, "tp2x4", 40_000)
+        room = Room(
+            fits=lambda sequence, instance: True,
+            held=functools.partial(_held, cell.instances[there]),
+        )
+        cell._arrive(Request("a", (1,) * 1000, 5, tier="tight"))
+        cell.policy.arrivals(0.0)
+        choice = cell.policy.next(cell.instances, room, 0.0)
+        assert choice is not None
+        assert choice[1] is cell.instances[there]
 
 
 def test_the_queue_is_bounded_and_counts_who_waits() -> None:

@@ -1,6 +1,5 @@
 """The HTTP application: its routes, and around them request ids and errors in OpenAI's shape."""
 
-import re
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,13 +11,13 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum_jax.server.backend import Phase, ServerState
+from nitsum_jax.server.callers import sane_id
 from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openapi import openapi
 from nitsum_jax.server.outputs import ClientLeftError
 
 REQUEST_ID = b"x-request-id"
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _STARTING_RETRY_S = 5.0
 
 
@@ -87,10 +86,9 @@ class Frame:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request; see ASGI."""
-        request_id = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
-        if not _SANE_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex.encode()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        given = next((value.decode("latin-1") for name, value in scope["headers"] if name == REQUEST_ID), None)
+        request_id = sane_id(given) or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
         scope["app"] = self  # makes Starlette's router raise instead of answering in its own way
         begun = False
 
@@ -98,7 +96,7 @@ class Frame:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                message = {**message, "headers": [*message["headers"], (REQUEST_ID, request_id)]}
+                message = {**message, "headers": [*message["headers"], (REQUEST_ID, request_id.encode())]}
             await send(message)
 
         try:

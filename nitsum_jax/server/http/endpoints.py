@@ -102,7 +102,7 @@ async def _whole(outputs: Outputs, shape: Shape, count: int, send: Send) -> None
     while outputs.alive:
         for index, piece in await outputs.next():
             wholes[index].add(piece)
-    body = json.dumps(shape.whole(wholes, outputs.tokens)).encode()
+    body = json.dumps(shape.whole(wholes, outputs)).encode()
     headers = [_JSON, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
@@ -119,7 +119,7 @@ async def _stream(outputs: Outputs, shape: Shape, include_usage: bool, send: Sen
             events = "".join([shape.events(index, piece) for index, piece in await outputs.next()])
             if events:
                 await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
-        last = shape.usage_event(outputs.tokens).encode() if include_usage else b""
+        last = shape.usage_event(outputs).encode() if include_usage else b""
     except ClientLeftError:
         raise
     except Exception as error:  # the status is long gone; OpenAI's client raises on such an event

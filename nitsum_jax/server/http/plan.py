@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Sequence
 
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.backend import Backend
 from nitsum_jax.server.calls import (
     MAX_OUTPUTS,
@@ -13,6 +14,7 @@ from nitsum_jax.server.calls import (
     Prompt,
     Wanted,
     check,
+    check_outputs,
     derived_seed,
     encode,
     make_call,
@@ -38,6 +40,7 @@ class Plan:
       tier: name of the latency tier.
       told_tier: what the response calls it.
       calls: one per output: all of the first prompt, then all of the second.
+      outputs: of each prompt.
       prompt_tokens: of all prompts, each counted once.
     """
 
@@ -47,7 +50,18 @@ class Plan:
     tier: str
     told_tier: str
     calls: Sequence[Call]
+    outputs: int
     prompt_tokens: int
+
+    def cached_tokens(self, of_outputs: Sequence[int]) -> int:
+        """Tokens of all prompts that were not computed, each counted once.
+
+        Several outputs of a prompt share what the first of them has computed; that was no gain of the cache.
+
+        Args:
+          of_outputs: tokens that the cache had for each call.
+        """
+        return sum(min(of_outputs[first : first + self.outputs]) for first in range(0, len(of_outputs), self.outputs))
 
 
 async def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
@@ -89,6 +103,11 @@ async def _plan(
     if len(prompts) * outputs > MAX_OUTPUTS:
         message = f"{len(prompts)} prompts with n={outputs} are too many outputs: ask for at most {MAX_OUTPUTS}"
         raise ApiError(400, message, param="n")
+    try:
+        several = f"n={outputs}" if len(prompts) == 1 else f"n={outputs} for each of {len(prompts)} prompts"
+        check_outputs(len(prompts) * outputs, backend, several)
+    except InvalidInputError as error:
+        raise ApiError(400, str(error), param="n") from None
     tier, told_tier = choose_tier(request.service_tier, tiers)
     wanted = Wanted(
         sampling=request.sampling(model.vocab_size),
@@ -108,7 +127,8 @@ async def _plan(
         one = wanted if limit else _up_to_the_context(wanted, context - len(ids))
         for index in range(outputs):
             calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
-    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, sum(map(len, encoded)))
+    prompt_tokens = sum(map(len, encoded))
+    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
 
 
 def _up_to_the_context(wanted: Wanted, room: int) -> Wanted:

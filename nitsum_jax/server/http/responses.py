@@ -9,12 +9,19 @@ class _Exact(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class PromptTokensDetails(_Exact):
+    """What is to be known of the tokens of prompts."""
+
+    cached_tokens: int
+
+
 class Usage(_Exact):
     """Tokens of prompts and outputs."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class TopLogprob(_Exact):

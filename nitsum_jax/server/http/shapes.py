@@ -13,6 +13,7 @@ from typing import Any
 from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from nitsum_jax.server.http.plan import Plan
 from nitsum_jax.server.output import End, Piece, ToldToken
+from nitsum_jax.server.outputs import Outputs
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"
@@ -77,12 +78,12 @@ class Shape:
         """The events before the first piece."""
         return ""
 
-    def usage_event(self, output_tokens: int) -> str:
+    def usage_event(self, outputs: Outputs) -> str:
         """The event that tells the usage."""
-        usage = json.dumps(self._usage(output_tokens), separators=(",", ":"))
+        usage = json.dumps(self._usage(outputs), separators=(",", ":"))
         return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n'
 
-    def whole(self, outputs: Sequence[Whole], output_tokens: int) -> dict[str, Any]:
+    def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
         """The response that is no stream."""
         choices = [
             {
@@ -92,9 +93,9 @@ class Shape:
                 "finish_reason": None if output.end is None else output.end.reason,
                 "stop_reason": None if output.end is None else output.end.stop,
             }
-            for index, output in enumerate(outputs)
+            for index, output in enumerate(wholes)
         ]
-        return {**self._shared(self.whole_object), "choices": choices, "usage": self._usage(output_tokens)}
+        return {**self._shared(self.whole_object), "choices": choices, "usage": self._usage(outputs)}
 
     def _shared(self, kind: str) -> dict[str, Any]:
         return {
@@ -106,12 +107,13 @@ class Shape:
             "system_fingerprint": FINGERPRINT,
         }
 
-    def _usage(self, output_tokens: int) -> dict[str, int]:
+    def _usage(self, outputs: Outputs) -> dict[str, Any]:
         prompt = self._plan.prompt_tokens
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": output_tokens,
-            "total_tokens": prompt + output_tokens,
+            "completion_tokens": outputs.tokens,
+            "total_tokens": prompt + outputs.tokens,
+            "prompt_tokens_details": {"cached_tokens": self._plan.cached_tokens(outputs.cached_tokens)},
         }
 
     def _said(self, text: str) -> str:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#nitsum_jax/server/proto/admin.proto\x12\tnitsum.v1\"\x13\n\x11GetControlRequest\"#\n\x11SetControlRequest\x12\x0e\n\x06paused\x18\x01 \x01(\x08\"w\n\x0c\x43ontrolState\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x0e\n\x06paused\x18\x02 \x01(\x08\x12\x15\n\rdecision_json\x18\x03 \x01(\t\x12\x0f\n\x07\x61pplied\x18\x04 \x01(\x08\x12\x0f\n\x07plan_ms\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x05\"$\n\x12\x46orceLayoutRequest\x12\x0e\n\x06layout\x18\x01 \x01(\t\"b\n\x13\x46orceLayoutResponse\x12\x13\n\x0b\x66rom_layout\x18\x01 \x01(\t\x12\x11\n\tto_layout\x18\x02 \x01(\t\x12\x10\n\x08stall_ms\x18\x03 \x01(\x01\x12\x11\n\tsequences\x18\x04 \x01(\x05\"0\n\x10SetDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x05\x12\x0c\n\x04lost\x18\x02 \x01(\x08\"!\n\x11SetDeviceResponse\x12\x0c\n\x04lost\x18\x01 \x03(\x05\"!\n\x0eProfileRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"!\n\x0fProfileResponse\x12\x0e\n\x06\x66older\x18\x01 \x01(\t2\xf0\x02\n\x0c\x41\x64minService\x12@\n\x07Profile\x12\x19.nitsum.v1.ProfileRequest\x1a\x1a.nitsum.v1.ProfileResponse\x12\x43\n\nGetControl\x12\x1c.nitsum.v1.GetControlRequest\x1a\x17.nitsum.v1.ControlState\x12\x43\n\nSetControl\x12\x1c.nitsum.v1.SetControlRequest\x1a\x17.nitsum.v1.ControlState\x12L\n\x0b\x46orceLayout\x12\x1d.nitsum.v1.ForceLayoutRequest\x1a\x1e.nitsum.v1.ForceLayoutResponse\x12\x46\n\tSetDevice\x12\x1b.nitsum.v1.SetDeviceRequest\x1a\x1c.nitsum.v1.SetDeviceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#nitsum_jax/server/proto/admin.proto\x12\tnitsum.v1\"\x13\n\x11GetControlRequest\"#\n\x11SetControlRequest\x12\x0e\n\x06paused\x18\x01 \x01(\x08\"w\n\x0c\x43ontrolState\x12\x0c\n\x04mode\x18\x01 \x01(\t\x12\x0e\n\x06paused\x18\x02 \x01(\x08\x12\x15\n\rdecision_json\x18\x03 \x01(\t\x12\x0f\n\x07\x61pplied\x18\x04 \x01(\x08\x12\x0f\n\x07plan_ms\x18\x05 \x01(\x01\x12\x10\n\x08\x66\x61ilures\x18\x06 \x01(\x05\"$\n\x12\x46orceLayoutRequest\x12\x0e\n\x06layout\x18\x01 \x01(\t\"b\n\x13\x46orceLayoutResponse\x12\x13\n\x0b\x66rom_layout\x18\x01 \x01(\t\x12\x11\n\tto_layout\x18\x02 \x01(\t\x12\x10\n\x08stall_ms\x18\x03 \x01(\x01\x12\x11\n\tsequences\x18\x04 \x01(\x05\"0\n\x10SetDeviceRequest\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\x05\x12\x0c\n\x04lost\x18\x02 \x01(\x08\"!\n\x11SetDeviceResponse\x12\x0c\n\x04lost\x18\x01 \x03(\x05\"\x13\n\x11ReloadKeysRequest\"S\n\x12ReloadKeysResponse\x12\x0c\n\x04keys\x18\x01 \x01(\x05\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x03(\t\x12\x0f\n\x07removed\x18\x03 \x03(\t\x12\x0f\n\x07\x63hanged\x18\x04 \x03(\t\"!\n\x0eProfileRequest\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\"!\n\x0fProfileResponse\x12\x0e\n\x06\x66older\x18\x01 \x01(\t2\xbb\x03\n\x0c\x41\x64minService\x12@\n\x07Profile\x12\x19.nitsum.v1.ProfileRequest\x1a\x1a.nitsum.v1.ProfileResponse\x12\x43\n\nGetControl\x12\x1c.nitsum.v1.GetControlRequest\x1a\x17.nitsum.v1.ControlState\x12\x43\n\nSetControl\x12\x1c.nitsum.v1.SetControlRequest\x1a\x17.nitsum.v1.ControlState\x12L\n\x0b\x46orceLayout\x12\x1d.nitsum.v1.ForceLayoutRequest\x1a\x1e.nitsum.v1.ForceLayoutResponse\x12\x46\n\tSetDevice\x12\x1b.nitsum.v1.SetDeviceRequest\x1a\x1c.nitsum.v1.SetDeviceResponse\x12I\n\nReloadKeys\x12\x1c.nitsum.v1.ReloadKeysRequest\x1a\x1d.nitsum.v1.ReloadKeysResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,10 +45,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SETDEVICEREQUEST']._serialized_end=415
   _globals['_SETDEVICERESPONSE']._serialized_start=417
   _globals['_SETDEVICERESPONSE']._serialized_end=450
-  _globals['_PROFILEREQUEST']._serialized_start=452
-  _globals['_PROFILEREQUEST']._serialized_end=485
-  _globals['_PROFILERESPONSE']._serialized_start=487
-  _globals['_PROFILERESPONSE']._serialized_end=520
-  _globals['_ADMINSERVICE']._serialized_start=523
-  _globals['_ADMINSERVICE']._serialized_end=891
+  _globals['_RELOADKEYSREQUEST']._serialized_start=452
+  _globals['_RELOADKEYSREQUEST']._serialized_end=471
+  _globals['_RELOADKEYSRESPONSE']._serialized_start=473
+  _globals['_RELOADKEYSRESPONSE']._serialized_end=556
+  _globals['_PROFILEREQUEST']._serialized_start=558
+  _globals['_PROFILEREQUEST']._serialized_end=591
+  _globals['_PROFILERESPONSE']._serialized_start=593
+  _globals['_PROFILERESPONSE']._serialized_end=626
+  _globals['_ADMINSERVICE']._serialized_start=629
+  _globals['_ADMINSERVICE']._serialized_end=1072
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,11 @@ class AdminServiceStub:
                 request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.SerializeToString,
                 response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.FromString,
                 _registered_method=True)
+        self.ReloadKeys = channel.unary_unary(
+                '/nitsum.v1.AdminService/ReloadKeys',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer:
@@ -99,6 +104,14 @@ class AdminServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReloadKeys(self, request, context):
+        """Reads the file of --api_keys again. A key that is not in it any more is refused from the next call on. If the file is
+        wrong, the keys in force stay: FAILED_PRECONDITION says what is wrong with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +139,11 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.SetDevice,
                     request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.FromString,
                     response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.SerializeToString,
+            ),
+            'ReloadKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadKeys,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +281,33 @@ class AdminService:
             '/nitsum.v1.AdminService/SetDevice',
             nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceRequest.SerializeToString,
             nitsum__jax_dot_server_dot_proto_dot_admin__pb2.SetDeviceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.AdminService/ReloadKeys',
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_admin__pb2.ReloadKeysResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,7 @@ import grpc
 import grpc.aio
 
 from nitsum_jax.errors import NitsumError
+from nitsum_jax.server.callers import sane_id
 from nitsum_jax.server.security.errors import RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.guard import Guard, Need
 from nitsum_jax.server.status import one_line, status_of
@@ -20,8 +21,13 @@ _NEEDS = {
     "/jetstream_proto.Orchestrator/Decode": Need.GENERATE,
     "/nitsum.v1.GenerationService/Generate": Need.GENERATE,
     "/nitsum.v1.GenerationService/SetLayout": Need.ADMIN,
-    "/nitsum.v1.AdminService/Profile": Need.ADMIN,
 }
+_ADMIN = "/nitsum.v1.AdminService/"
+
+
+def need_of(method: str) -> Need:
+    """What a gRPC method is, as far as its rights are concerned. What is not known needs a key."""
+    return Need.ADMIN if method.startswith(_ADMIN) else _NEEDS.get(method, Need.IDENTITY)
 
 
 class GrpcGuard(grpc.aio.ServerInterceptor):
@@ -35,7 +41,7 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
     ) -> Any:
         """Wraps the method that is called; see grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        need = _NEEDS.get(handler_call_details.method, Need.IDENTITY)
+        need = need_of(handler_call_details.method)
         if handler is None or need is Need.NOTHING:
             return handler
         behaviour, make = _parts(handler)
@@ -69,7 +75,11 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
         """The admission, entered; ends the call if there is none."""
         metadata = {str(key).lower(): value for key, value in context.invocation_metadata() or ()}
         admission = self._guard.admit(
-            need, _text(metadata.get("authorization")), _host(context.peer()), _text(metadata.get("traceparent")) or ""
+            need,
+            _text(metadata.get("authorization")),
+            _host(context.peer()),
+            _text(metadata.get("traceparent")) or "",
+            sane_id(_text(metadata.get("x-request-id"))),
         )
         try:
             admission.__enter__()

@@ -81,7 +81,9 @@ class Guard:
         self._on_refused = on_refused
 
     @contextlib.contextmanager
-    def admit(self, need: Need, authorization: str | None, address: str, traceparent: str = "") -> Iterator[Caller]:
+    def admit(
+        self, need: Need, authorization: str | None, address: str, traceparent: str = "", call_id: str = ""
+    ) -> Iterator[Caller]:
         """Lets a call in for the body, as the current caller's, or refuses it.
 
         Args:
@@ -89,6 +91,7 @@ class Guard:
           authorization: the value of the header, such as "Bearer nk_...".
           address: of the client, for limits and log.
           traceparent: W3C trace context that came along.
+          call_id: what the client, or a proxy, calls the call.
 
         Raises:
           UnauthenticatedError: no valid key.
@@ -109,7 +112,7 @@ class Guard:
         name, tiers = ("", None) if key is None else (key.name, key.tiers)
         with contextlib.ExitStack() as stack:
             stack.push(held)
-            caller = Caller(name, tiers, admin, traceparent if len(traceparent) <= _LONGEST_HEADER else "")
+            caller = Caller(name, tiers, admin, traceparent if len(traceparent) <= _LONGEST_HEADER else "", call_id)
             stack.enter_context(calling(caller))
             yield caller
 

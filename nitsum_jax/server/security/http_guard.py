@@ -46,6 +46,7 @@ class HttpGuard:
             _header(scope, b"authorization"),
             "an unknown client" if client is None else str(client[0]),
             _header(scope, b"traceparent") or "",
+            scope.get("state", {}).get("request_id", ""),
         )
         try:
             admission.__enter__()

@@ -129,6 +129,13 @@ def test_completion_fields() -> None:
             ):
                 assert the_error(await run.complete(**fields), 400)["param"] == param
             assert the_error(await run.complete(["a"] * 65, n=2), 400)["param"] == "n"
+            run.engine.hold()  # whatever waits or not: more than the queue ever takes is no matter of trying again
+            for prompt, n, what in (("a", 65, "n=65"), (["a"] * 33, 2, "n=2 for each of 33 prompts")):
+                error = the_error(await run.complete(prompt, n=n), 400)
+                assert error["message"].startswith(f"{what} is too large: at most 64 requests may wait")
+                assert (error["param"], error["code"]) == ("n", None)
+            run.engine.release()
+            assert (await run.complete(n=64, max_tokens=1)).status_code == 200
             fine = await run.complete(suffix=None, echo=False, best_of=1, user="u", metadata={"a": "b"})
             assert fine.status_code == 200
             response = await run.client.post(COMPLETIONS, json={"model": "fake"})

@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from nitsum_jax.engine.request import Request
 from nitsum_jax.server.calls import derived_seed
 from tests.server.harness import EOS, TOKENIZER, says, until
 from tests.server.http.harness import HELLO, serving
@@ -110,6 +111,30 @@ def test_completions_of_every_form_of_prompt() -> None:
                 assert answer.object == "text_completion"
             answer = await client.completions.create(model="fake", prompt="x" * 40)
             assert answer.choices[0].text == "x" * 16  # OpenAI's default of max_tokens
+
+    asyncio.run(scenario())
+
+
+def test_usage_tells_what_the_prefix_cache_had() -> None:
+    had = {"one": [0, 2], "three": [4, 3], "<user>hello<assistant>": [16, 16]}  # of the first output, of the second
+
+    def cached(request: Request) -> int:
+        return had[TOKENIZER.decode(request.prompt_ids)][int(request.id.rpartition("-")[2]) % 2]
+
+    async def scenario() -> None:
+        async with serving(cached=cached) as run, run.openai() as client:
+            # What the second output found was computed for the first: the prompt is counted once.
+            whole = await client.completions.create(model="fake", prompt=["one", "three"], n=2)
+            stream = await client.completions.create(
+                model="fake", prompt=["one", "three"], n=2, stream=True, stream_options={"include_usage": True}
+            )
+            last = [chunk async for chunk in stream][-1]
+            chat = await client.chat.completions.create(model="fake", messages=HELLO, stop="hello")
+            for usage, prompt_tokens, cached_tokens in ((whole.usage, 8, 3), (last.usage, 8, 3), (chat.usage, 22, 16)):
+                assert usage is not None
+                assert usage.prompt_tokens_details is not None
+                assert usage.prompt_tokens_details.cached_tokens == cached_tokens
+                assert usage.prompt_tokens == prompt_tokens
 
     asyncio.run(scenario())
 

@@ -63,7 +63,7 @@ async def opened(
     """As nitsum-serve does it, around a fake engine."""
     house = House(options, DEFAULT_TIERS, host)
     server = GrpcServer(
-        host, 0, guard=house.guard(), tls=house.tls, state=house.state, profiler=house.desk.profiler
+        host, 0, guard=house.guard(), tls=house.tls, state=house.state, profiler=house.desk.profiler, keys=house.keys
     )  # fmt: skip
     web = HttpServer(build_app(house.state, ops_routes(house.desk), house.protected), host, 0, house.tls_context())
     await server.start()

@@ -33,6 +33,11 @@ def test_every_flag_of_the_page_is_one() -> None:
     assert set(named_flags(PAGE)) >= {"metrics_port", "admin_port", "api_keys", "tls_client_ca", "otlp_endpoint"}
 
 
+def test_every_flag_of_the_server_and_the_client_is_on_the_serving_page() -> None:
+    page = named_flags((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+    assert SERVE | set(client_flags._define()) <= page
+
+
 def test_every_metric_of_the_page_is_one_and_none_is_left_out() -> None:
     async def samples() -> set[str]:
         async with opened(OpsOptions()) as open_:

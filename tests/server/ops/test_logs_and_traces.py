@@ -16,6 +16,7 @@ from nitsum_jax.server.proto import nitsum_pb2
 from nitsum_jax.server.tracing import RequestTracer, otlp_tracer
 from tests.server.harness import ask, says
 from tests.server.ops.house import opened, record
+from tests.server.ops.http import fetch
 
 
 class Log:
@@ -42,18 +43,29 @@ def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> Non
     logs.configure("info", "json")
 
     async def scenario() -> None:
-        async with opened(OpsOptions(), says("confidential answer")) as open_:
+        async with opened(OpsOptions(), says("confidential answer"), cached=lambda request: 16) as open_:
             await ask(open_.run.stub, "confidential question", tier="batch")
             await ask(open_.run.stub, "confidential question", max_tokens=1)
+            message = nitsum_pb2.GenerateRequest(text="x")
+            for value in ("proxy/7", "not sane"):
+                call = open_.run.stub.Generate(message, metadata=(("x-request-id", value),))
+                assert [event async for event in call]
+            body = json.dumps({"model": "fake", "prompt": "confidential", "n": 2}).encode()
+            headers = {"content-type": "application/json", "x-request-id": "web-17"}
+            reply = await fetch(f"{open_.api}/v1/completions", "POST", headers, body)
+            assert reply.headers["x-request-id"] == "web-17"
+            ids.append(reply.json["id"])
 
+    ids: list[str] = []
     asyncio.run(scenario())
     lines = log.lines()
     assert "confidential" not in "".join(lines)
     mine = [entry for entry in map(json.loads, lines) if entry["logger"] == "nitsum_jax.requests"]
-    assert len(mine) == 2
+    assert [entry.get("x_request_id") for entry in mine] == [None, None, "proxy/7", None, "web-17", "web-17"]
+    assert sorted(entry["request"] for entry in mine[4:]) == [f"{ids[0]}-0", f"{ids[0]}-1"]
     first = mine[0]
     assert (first["level"], first["tier"], first["finish"]) == ("info", "batch", "stop")
-    assert (first["prompt_tokens"], first["output_tokens"]) == (21, 19)
+    assert (first["prompt_tokens"], first["cached_tokens"], first["output_tokens"]) == (21, 16, 19)
     assert 0 <= first["queue_ms"] <= first["ttft_ms"]
     assert first["tpot_ms"] > 0
     assert first["time"].endswith("Z")
@@ -63,9 +75,11 @@ def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> Non
 
 def test_text_lines_and_levels(log: Log) -> None:
     logs.configure("info", "text")
-    logs.log_request(record(finish=FinishReason.ERROR, error="it broke"))
+    logs.log_request(record(finish=FinishReason.ERROR, error="it broke", cached_tokens=4))
     (line,) = log.lines()
-    assert "INFO nitsum_jax.requests: request=r tier=interactive prompt_tokens=7 output_tokens=10" in line
+    assert (
+        "INFO nitsum_jax.requests: request=r tier=interactive prompt_tokens=7 cached_tokens=4 output_tokens=10" in line
+    )
     assert "ttft_ms=200.0 tpot_ms=10.0 finish=error error='it broke'" in line
     logs.configure("warning", "text")
     logs.log_request(record())
@@ -88,7 +102,7 @@ def test_a_request_is_a_span_with_its_moments() -> None:
     exporter = InMemorySpanExporter()
     tracer = RequestTracer(exporter, "model-x", "1", batch=False)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    tracer.ended(record(client="alice", traceparent=parent))
+    tracer.ended(record(client="alice", traceparent=parent, call_id="web-17", cached_tokens=4))
     tracer.ended(record(admitted_s=None, first_s=None, last_s=None, tokens=0, finish=FinishReason.ERROR, error="broke"))
     tracer.close()
     good, bad = exporter.get_finished_spans()
@@ -108,7 +122,9 @@ def test_a_request_is_a_span_with_its_moments() -> None:
     assert good.attributes is not None
     assert good.attributes["nitsum.tier"] == "interactive"
     assert good.attributes["nitsum.client"] == "alice"
+    assert good.attributes["nitsum.x_request_id"] == "web-17"
     assert good.attributes["gen_ai.usage.output_tokens"] == 10
+    assert good.attributes["gen_ai.usage.cache_read.input_tokens"] == 4
     assert good.attributes["gen_ai.request.model"] == "model-x"
     assert bad.parent is None
     assert bad.status.description == "broke"

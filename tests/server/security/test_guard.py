@@ -217,6 +217,37 @@ def test_with_keys_and_an_admin_port_both_are_needed(options: Callable[..., OpsO
     asyncio.run(scenario())
 
 
+async def admin_refusals(channel: Any, metadata: Any = None) -> dict[str, grpc.StatusCode]:
+    """How every method of the administration is refused, with an empty message."""
+    stub = admin_pb2_grpc.AdminServiceStub(channel)
+    return {
+        method.name: (
+            await refusal(getattr(stub, method.name)(getattr(admin_pb2, method.input_type.name)(), metadata=metadata))
+        ).code()
+        for method in admin_pb2.DESCRIPTOR.services_by_name["AdminService"].methods
+    }
+
+
+def test_all_of_the_administration_is_for_administrators(options: Callable[..., OpsOptions]) -> None:
+    async def scenario() -> None:
+        async with opened(options()) as open_:
+            for metadata, code in (
+                (None, grpc.StatusCode.UNAUTHENTICATED),
+                (bearer("user"), grpc.StatusCode.PERMISSION_DENIED),
+                (bearer("monitor"), grpc.StatusCode.PERMISSION_DENIED),
+            ):
+                refused = await admin_refusals(open_.run.channel, metadata)
+                assert len(refused) >= 5
+                assert set(refused.values()) == {code}, refused
+            admin = admin_pb2_grpc.AdminServiceStub(open_.run.channel)
+            lost = await admin.SetDevice(admin_pb2.SetDeviceRequest(device=3, lost=True), metadata=bearer("admin"))
+            assert list(lost.lost) == [3]
+        async with opened(OpsOptions(admin_port=0)) as open_:  # without keys, but not on this port
+            assert set((await admin_refusals(open_.run.channel)).values()) == {grpc.StatusCode.PERMISSION_DENIED}
+
+    asyncio.run(scenario())
+
+
 def test_http_for_operators_wants_the_right_key(options: Callable[..., OpsOptions]) -> None:
     async def scenario() -> None:
         async with opened(options()) as open_:
@@ -306,7 +337,7 @@ def test_jetstream_wants_a_key_but_for_its_health(options: Callable[..., OpsOpti
 
 
 def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
-    """A front end that forgot its guard cannot change the layout."""
+    """A front end that forgot its guard cannot change the cell."""
     engine = FakeEngine(lambda deltas: None, echo)
     try:
         front = guarded(engine, Journal(), lambda request_id: None)
@@ -314,6 +345,10 @@ def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
             front.set_layout("tp4")
         with pytest.raises(DeniedError):
             front.prepare_layout("tp4")
+        with pytest.raises(DeniedError):
+            front.lose_device(1)
+        with pytest.raises(DeniedError):
+            front.restore_device(1)
         assert front.tier_names == engine.tier_names
     finally:
         engine.close()
