@@ -67,7 +67,7 @@ class ControllerConfig:
     """
 
     interval_s: float = 5.0
-    urgent_s: float = 2.0
+    urgent_s: float = 4.0
     urgent_share: float = 0.1
     dwell_s: float = 5.0
     warm_up_s: float = 5.0

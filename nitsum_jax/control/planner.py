@@ -52,7 +52,7 @@ class PlannerConfig:
     least_kv_share: float = 0.25
     headroom: float = 1.3
     headroom_weight: float = 0.35
-    finalists: int = 6
+    finalists: int = 4
     replayed: int = 600
     replay_ttfts: float = 2.0
     replay_patience: float = 0.25
