@@ -25,7 +25,7 @@ def test_places_grow_and_are_given_back() -> None:
             with limits.use("a", None, 4) as second:
                 with pytest.raises(RateLimitedError, match="a has 4 open at once and may have 4"):
                     second.more(1)
-                with pytest.raises(InvalidInputError, match="5 outputs are more than a may have at once: .* at most 4"):
+                with pytest.raises(InvalidInputError, match=r"5 outputs are more than a may .* at most 4"):
                     second.more(4)
             with limits.use("a", None, None) as unlimited:
                 unlimited.more(100)
@@ -52,20 +52,19 @@ def test_outputs_count_for_the_limit_of_their_client() -> None:
             assert (reply.status, reply.json["error"]["code"]) == (400, None)
             assert "127.0.0.1 may have at once: ask for at most 4" in reply.json["error"]["message"]
             assert engine.stats().waiting == 3
-            stub = jetstream_pb2_grpc.OrchestratorStub(open_.run.channel)  # gRPC: another name of the address
+            stub = jetstream_pb2_grpc.OrchestratorStub(open_.run.channel)
             message = jetstream_pb2.DecodeRequest(
                 text_content=jetstream_pb2.DecodeRequest.TextContent(text="p"), num_samples=3, max_tokens=1
             )
-            call = stub.Decode(message)
-            await until(lambda: engine.stats().waiting == 6)
-            error = await refusal(stub.Decode(message).read())
+            error = await refusal(stub.Decode(message).read())  # by whichever protocol, it is the same client
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert dict(error.trailing_metadata())["retry-after-ms"] == "1000"
             message.num_samples = 5
             assert (await refusal(stub.Decode(message).read())).code() is grpc.StatusCode.INVALID_ARGUMENT
             engine.release()
             assert (await alive).status == 200
-            assert [one async for one in call]
+            message.num_samples = 4
+            assert [one async for one in stub.Decode(message)]
             assert (await complete(open_, n=4)).status == 200
             registry = open_.house.desk.present().registry
             labels = {"model_name": "fake", "reason": "rate_limit"}
