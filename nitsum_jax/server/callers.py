@@ -4,7 +4,11 @@ import contextlib
 import contextvars
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+
+def _any_number(outputs: int) -> None:
+    """There is no limit."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -17,6 +21,7 @@ class Caller:
       admin: whether it may change the cell.
       traceparent: W3C trace context of the client; empty if it sent none.
       call_id: of the call, by which clients and proxies know it (x-request-id); empty without one.
+      more: told how many outputs the call asks for beside the first; raises if the caller may not have so many.
     """
 
     client: str = ""
@@ -24,6 +29,7 @@ class Caller:
     admin: bool = False
     traceparent: str = ""
     call_id: str = ""
+    more: Callable[[int], None] = dataclasses.field(default=_any_number, compare=False)
 
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.server.backend import Backend, ServedModel
+from nitsum_jax.server.callers import current_caller
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_TIER = "standard"
@@ -117,7 +118,7 @@ def check(wanted: Wanted, vocab_size: int) -> None:
 
 
 def check_outputs(count: int, backend: Backend, field: str) -> None:
-    """Refuses a call for more outputs than the queue ever takes, for which trying again would never help.
+    """Refuses a call for more outputs than the queue ever takes, or than its caller may have.
 
     Args:
       count: outputs of the call, each a request of its own.
@@ -125,12 +126,16 @@ def check_outputs(count: int, backend: Backend, field: str) -> None:
       field: what the client gave, such as "n=200".
 
     Raises:
-      InvalidInputError: there are more than may wait.
+      InvalidInputError: there are more than may wait, so that trying again would never help.
+      NitsumError: the caller may not have so many, or not now.
     """
-    if count > 1 and count > (most := backend.engine.stats().queue_capacity):
+    if count < 2:
+        return
+    if count > (most := backend.engine.stats().queue_capacity):
         raise InvalidInputError(
             f"{field} is too large: at most {most} requests may wait here (--max_queue); ask for fewer at once"
         )
+    current_caller().more(count - 1)
 
 
 def prompt_size(prompt: Prompt) -> int:

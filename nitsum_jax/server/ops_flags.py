@@ -21,7 +21,7 @@ class OpsOptions:
       admin_host: where that listens.
       api_keys: file of keys; None: callers are not asked.
       tls: None: no encryption.
-      streams_per_client: most generating calls of one client at a time; None: no limit.
+      streams_per_client: most outputs of one client at a time; None: no limit.
       log_format: "text" or "json".
       otlp_endpoint: of a collector of traces; None: no traces.
       profile_dir: gets the traces of the profiler; None: none can be recorded.
@@ -68,7 +68,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "max_streams_per_client",
         None,
-        "most requests at a time of one API key, or of one address where there are no keys; no limit if not given",
+        "most outputs at a time of one API key, or of one address where there are no keys; no limit if not given",
         lower_bound=1,
         flag_values=values,
     )

@@ -9,7 +9,7 @@ import grpc
 from grpc.aio import AbortError, ServicerContext
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
-from nitsum_jax.server.security.errors import DeniedError, UnauthenticatedError
+from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 
 _LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ async def reported(context: ServicerContext, call: str, retry_after_s: Callable[
         yield
     except OverloadedError as error:
         # The first key is what gRPC's own retry policy reads; the second is for people and other clients.
-        pause_ms = str(round(retry_after_s() * 1e3))
+        pause_s = error.retry_after_s if isinstance(error, RateLimitedError) else retry_after_s()
+        pause_ms = str(round(pause_s * 1e3))
         trailing = (("grpc-retry-pushback-ms", pause_ms), ("retry-after-ms", pause_ms))
         await context.abort(status_of(error), one_line(str(error)), trailing)
     except NitsumError as error:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.server.http.fields import UNKNOWN, UNSUPPORTED
-from nitsum_jax.server.security.errors import DeniedError, UnauthenticatedError
+from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.status import DeadlineError, GenerationError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ def of_exception(error: Exception, what: str, retry_after_s: float) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RateLimitedError():
+            headers = _retry(error.retry_after_s)
+            return ApiError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
         case OverloadedError():
             return ApiError(429, str(error), "rate_limit_error", code="queue_full", headers=_retry(retry_after_s))
         case UnavailableError():

@@ -124,5 +124,6 @@ def _text(value: object) -> str | None:
 
 
 def _host(peer: str) -> str:
-    """The host of gRPC's peer text, such as "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000"."""
-    return peer.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]") or peer
+    """The host of gRPC's peer text, such as "ipv4:127.0.0.1:5000" or "ipv6:%5B::1%5D:5000", as HTTP calls it."""
+    host = peer.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]")
+    return host.removeprefix("ipv4:").removeprefix("ipv6:").strip("[]") or peer

@@ -14,7 +14,7 @@ from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.callers import Caller, calling
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role
-from nitsum_jax.server.security.limits import Limits
+from nitsum_jax.server.security.limits import Limits, Place
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_HEADER = 512
@@ -50,7 +50,7 @@ class Policy:
     Attributes:
       keys: None: callers are not asked who they are.
       admin: whether administration is to be had on this port at all.
-      streams_per_client: most generating calls at a time from one address, where there are no keys, or of one key that
+      streams_per_client: most outputs at a time for one address, where there are no keys, or of one key that
         has no limit of its own; None: no limit.
     """
 
@@ -102,19 +102,33 @@ class Guard:
             key = self._authenticate(need, authorization)
             self._authorize(need, key)
             held = self._hold(need, key, address)
-            held.__enter__()
+            place = held.__enter__()
         except NitsumError as error:
-            _LOG.info("refused a call of %s: %s", address, error)
-            if self._on_refused is not None and type(error) in REASONS:
-                self._on_refused(REASONS[type(error)])
+            self._refused(address, error)
             raise
+
+        def more(outputs: int) -> None:
+            try:
+                if place is not None:
+                    place.more(outputs)
+            except NitsumError as error:
+                self._refused(address, error)
+                raise
+
         admin = self.policy.admin and (key is None or key.role is Role.ADMIN)
         name, tiers = ("", None) if key is None else (key.name, key.tiers)
         with contextlib.ExitStack() as stack:
             stack.push(held)
-            caller = Caller(name, tiers, admin, traceparent if len(traceparent) <= _LONGEST_HEADER else "", call_id)
+            caller = Caller(
+                name, tiers, admin, traceparent if len(traceparent) <= _LONGEST_HEADER else "", call_id, more
+            )
             stack.enter_context(calling(caller))
             yield caller
+
+    def _refused(self, address: str, error: NitsumError) -> None:
+        _LOG.info("refused a call of %s: %s", address, error)
+        if self._on_refused is not None and type(error) in REASONS:
+            self._on_refused(REASONS[type(error)])
 
     def _authenticate(self, need: Need, authorization: str | None) -> ApiKey | None:
         if self.policy.keys is None or need is Need.NOTHING:
@@ -136,7 +150,7 @@ class Guard:
         if key is not None and need not in _MAY[key.role]:
             raise DeniedError(f"the API key {key.name!r} has the role {key.role}, which may not do this")
 
-    def _hold(self, need: Need, key: ApiKey | None, address: str) -> contextlib.AbstractContextManager[None]:
+    def _hold(self, need: Need, key: ApiKey | None, address: str) -> contextlib.AbstractContextManager[Place | None]:
         if need is not Need.GENERATE:
             return contextlib.nullcontext()
         if key is None:

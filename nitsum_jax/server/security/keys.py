@@ -49,7 +49,7 @@ class ApiKey:
       role: what it may do.
       tiers: that its requests may name; None: all.
       requests_per_minute: None: no limit.
-      concurrent: calls at the same time; None: no limit.
+      concurrent: outputs at the same time; None: no limit.
 
     Raises:
       InvalidInputError: a value out of its range (on construction).

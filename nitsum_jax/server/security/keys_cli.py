@@ -57,7 +57,7 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_list("tiers", None, "tiers that its requests may name; all if not given", flag_values=values)
     flags.DEFINE_integer("requests_per_minute", None, "limit; none if not given", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
-        "concurrent", None, "calls at the same time; any if not given", lower_bound=1, flag_values=values
+        "concurrent", None, "outputs at the same time; any number if not given", lower_bound=1, flag_values=values
     )
     flags.DEFINE_string("file", None, "the keys file: the entry is added to it", flag_values=values)
     return values

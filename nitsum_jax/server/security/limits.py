@@ -6,6 +6,7 @@ import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.security.errors import RateLimitedError
 
 _CONCURRENT_RETRY_S = 1.0  # nobody knows when one of its calls will end
@@ -18,6 +19,48 @@ class _Bucket:
 
     left: float
     time_s: float
+
+
+class Place:
+    """What a client holds while its call is answered: one output, and more if the call asks for more."""
+
+    def __init__(self, open_: Counter[str], client: str, concurrent: int | None) -> None:
+        """Takes one."""
+        self._open = open_
+        self._client = client
+        self._concurrent = concurrent
+        self._held = 0
+        self._take(1)
+
+    def more(self, outputs: int) -> None:
+        """Holds so many outputs more.
+
+        Raises:
+          InvalidInputError: the call alone has more than the client may have.
+          RateLimitedError: with its other calls it has.
+        """
+        most = self._concurrent
+        if most is not None and self._held + outputs > most:
+            raise InvalidInputError(
+                f"{self._held + outputs} outputs are more than {self._client} may have at once: ask for at most {most}"
+            )
+        self._take(outputs)
+
+    def leave(self) -> None:
+        """Gives all of it back."""
+        self._open[self._client] -= self._held
+        if not self._open[self._client]:
+            del self._open[self._client]
+
+    def _take(self, outputs: int) -> None:
+        held = self._open[self._client]
+        if self._concurrent is not None and held + outputs > self._concurrent:
+            raise RateLimitedError(
+                f"{self._client} has {held} open at once and may have {self._concurrent}: wait for one to end",
+                _CONCURRENT_RETRY_S,
+            )
+        self._open[self._client] += outputs
+        self._held += outputs
 
 
 class Limits:
@@ -34,7 +77,7 @@ class Limits:
         self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def use(self, client: str, per_minute: int | None, concurrent: int | None) -> Iterator[None]:
+    def use(self, client: str, per_minute: int | None, concurrent: int | None) -> Iterator[Place]:
         """Holds one of the client's places for the body.
 
         A client may use a minute's worth of calls at once, and gets the allowance back evenly.
@@ -42,25 +85,21 @@ class Limits:
         Args:
           client: its name.
           per_minute: calls; None: no limit.
-          concurrent: calls at the same time; None: no limit.
+          concurrent: outputs at the same time; None: no limit.
+
+        Yields:
+          Its place, which grows with a call for several outputs.
 
         Raises:
           RateLimitedError: a limit is reached; it says when to try again.
         """
-        if concurrent is not None and self._open[client] >= concurrent:
-            raise RateLimitedError(
-                f"{client} has {self._open[client]} open at once, the most it may: wait for one to end",
-                _CONCURRENT_RETRY_S,
-            )
-        if per_minute is not None:
-            self._spend(client, per_minute)
-        self._open[client] += 1
+        place = Place(self._open, client, concurrent)
         try:
-            yield
+            if per_minute is not None:
+                self._spend(client, per_minute)
+            yield place
         finally:
-            self._open[client] -= 1
-            if not self._open[client]:
-                del self._open[client]
+            place.leave()
 
     def _spend(self, client: str, per_minute: int) -> None:
         now = self._clock()
