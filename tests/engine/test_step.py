@@ -128,20 +128,22 @@ def test_padding_rows_leave_history_and_pool_alone(rig: StepRig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tp", "shape"),
+    ("dtype", "tp", "shape", "layers"),
     [
-        ("float32", 1, StepShape(2, 1)),
-        ("float32", 2, StepShape(1, 16)),
-        ("bfloat16", 1, StepShape(1, 16)),
-        ("bfloat16", 2, StepShape(2, 1)),
+        ("float32", 1, StepShape(2, 1), None),
+        ("float32", 2, StepShape(1, 16), None),
+        ("bfloat16", 1, StepShape(1, 16), None),
+        ("bfloat16", 2, StepShape(2, 1), None),
+        ("float32", 1, StepShape(2, 1), 1),
     ],
 )
-def test_the_pool_is_updated_in_place(dtype: str, tp: int, shape: StepShape) -> None:
+def test_the_pool_is_updated_in_place(dtype: str, tp: int, shape: StepShape, layers: int | None) -> None:
     small = StepRig("llama_gqa_tied", dtype, vshards=2, batch=2, max_model_len=128)
-    pool = dataclasses.replace(small.program.pool, blocks=50_000)
+    config = dataclasses.replace(small.program.config, num_layers=layers or small.program.config.num_layers)
+    pool = dataclasses.replace(small.program.pool, blocks=50_000, layers=config.num_layers)
     pool_bytes = pool.blocks * pool.block_bytes
     assert pool_bytes > 20e6
-    program = dataclasses.replace(small.program, pool=pool)
+    program = dataclasses.replace(small.program, config=config, pool=pool)
     memory = compile_step(program, shape, small.mesh(tp)).memory_analysis()
     assert memory is not None
     assert memory.alias_size_in_bytes >= pool_bytes  # donated, and the result lies where the argument did
