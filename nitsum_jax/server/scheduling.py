@@ -66,8 +66,8 @@ class TieredScheduling:
           capacity: most requests that may wait.
           admitted: told id and time of every request that an instance takes, on the engine's thread.
           time_scale: seconds of the engine's clock for one of the tiers and the cost model (see `engine.pacing`).
-          fused: whether decoding goes first where it shares a step of the cost model with chunks, so that the first token
-            of a prompt comes at the end of both, as it does from a step that does both at once.
+          fused: whether decoding goes first where it shares a step of the cost model with chunks, so that first tokens
+            come at the end of both, as they do from a step that does both at once.
           config: of the scheduler.
           clock: that of the engine.
         """
