@@ -171,7 +171,7 @@ def test_fused_a_step_that_does_both_decodes_first() -> None:
         order.append("decode" if step.chunk is None else f"chunk {step.chunk[0]}")
         launched(at, step, now_s)
 
-    scheduling.launched = note  # type: ignore[method-assign]
+    scheduling.launched = note  # type: ignore[method-assign, assignment]
     cell.add(0.0, 300, 6, "tight")
     cell.add(0.02, 700, 2, "tight")
     cell.run()
