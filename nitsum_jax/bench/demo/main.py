@@ -138,7 +138,7 @@ class _Demo:
 
     async def run(self) -> None:
         options, setting, workload = self._options, self._setting, self._workload
-        layouts = options.layouts or await asyncio.to_thread(self._best)
+        layouts = options.layouts if options.layouts is not None else await asyncio.to_thread(self._best)
         minutes = (1 + len(layouts)) * workload.seconds * options.time_scale / 60
         cli.out(
             f"{len(workload.requests)} requests in {workload.seconds:g} s of the target, at time_scale "
@@ -168,7 +168,7 @@ class _Demo:
         setting, workload = self._setting, self._workload
         even = tuple(_even(tp) for tp in setting.tps)
         uneven = best_uneven(setting, workload, _MAX_BATCH)
-        others = () if uneven is None else (uneven,)
+        others: tuple[str, ...] = () if uneven is None else (uneven,)
         policies = {name: static_policy(setting, name) for name in (*even, *others)}
         policies[ADAPTIVE] = adaptive_policy(setting, self._first)
         goodput = {n: predict(setting, workload, p, _MAX_BATCH).total.goodput for n, p in policies.items()}
