@@ -154,7 +154,10 @@ def paged_attention(
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
-    flat = pool.reshape(shape.blocks * shape.layers * 2, shape.page_size, groups, width)
+    # A row is a page of keys or values of one layer.  No axis is split further: an axis of length 1 (one KV head in a
+    # virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it in its
+    # place.
+    flat = pool.reshape(shape.blocks * shape.layers * 2, shape.page_size * groups * width)
     reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
     reach = jnp.concatenate([reach] * copies)[:, None, None]
 

@@ -229,7 +229,8 @@ class Loop:
 
     def _dispatch(self, instance: Instance) -> bool:
         before = instance.steps
-        changed = instance.dispatch(self._admission.make_room, self._choose)
+        alone = self.pacer is None or not instance.in_flight
+        changed = alone and instance.dispatch(self._admission.make_room, self._choose)
         if instance.steps != before:
             self._launched(instance, instance.outstanding[-1])
         return changed
@@ -285,8 +286,7 @@ class Loop:
     def _settle(self, instance: Instance, step: Step) -> None:
         instance.outstanding.remove(step)
         step.settle(instance)
-        self.counters.steps += 1
-        now = time.monotonic()
+        self.counters.steps, now = self.counters.steps + 1, time.monotonic()
         if step.tokens is None:
             self._fail(instance, step)
         else:

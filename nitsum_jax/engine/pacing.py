@@ -5,6 +5,10 @@ says of the target.  A step starts when it is dispatched, or when the step befor
 results are delivered at its paced end.  Prefill and decode are two steps here; where the profile fuses them, a chunk
 beside decoding sequences takes what it adds to their step, so that both together take as long as the fused one.
 
+An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle who takes
+part in it a whole step of the target too early.  What a host does between two steps is part of the profile's times; so
+a step that follows another begins when that one is due, not when this machine comes round to launching it.
+
 Where this machine is slower than the pace, results come late.  That is counted: a run with too many late steps says
 nothing about the target.
 """
@@ -12,6 +16,7 @@ nothing about the target.
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -104,11 +109,14 @@ class Pacer:
         self._held: list[tuple[float, int, Instance, Step]] = []
         self._arriving: list[float] = []
         self._numbers = itertools.count()
+        self._before_s = self._turn_s = math.inf  # when results were asked for the last two times
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         """A step was dispatched: settles when it begins and ends."""
         seconds = self._decode_s(instance, step) if step.chunk is None else self._chunk_s(instance, step, step.chunk)
-        step.start_s = max(now_s, *(self._free_s.get(device, 0.0) for device in instance.order))
+        free_s = max(self._free_s.get(device, 0.0) for device in instance.order)
+        # It became free since somebody last looked: a host without delay would have launched it then.
+        step.start_s = free_s if free_s > self._before_s else max(now_s, free_s)
         step.paced_s = step.start_s + self.pace.time_scale * seconds
         self._occupy(instance.order, step.paced_s)
 
@@ -120,7 +128,8 @@ class Pacer:
         return True
 
     def due(self, now_s: float) -> list[tuple[Instance, Step]]:
-        """Results that are due now."""
+        """Results that are due now; called once in every turn."""
+        self._before_s, self._turn_s = self._turn_s, now_s
         out = []
         while self._held and self._held[0][0] <= now_s:
             _, _, instance, step = heapq.heappop(self._held)

@@ -143,7 +143,9 @@ class ControlLoop:
         self._last: Decision | None = None
         self._applied = False
         self._plan_s: float | None = None
+        self._ratios: dict[int, tuple[float, float]] | None = None
         self._failures = 0
+        self._thread_s = 0.0
         self._prepared: set[str] = set()
         self._switching: concurrent.futures.Future[Any] | None = None
         self._thread = threading.Thread(target=self._run, name="nitsum-control", daemon=True)
@@ -152,6 +154,11 @@ class ControlLoop:
     def mode(self) -> Mode:
         """What it may do."""
         return self._mode
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of the control thread, and of its planner's answers; on any thread."""
+        return self._thread_s + self._process.cpu_s
 
     def start(self) -> None:
         """Begins to watch and, unless it is off, to decide."""
@@ -212,6 +219,7 @@ class ControlLoop:
         except OSError as error:
             _LOG.error("the planner's process does not start: %s", error)
         while not self._stop.wait(min(_LOOK_S, controller.interval_s / 4) * min(scale, 4.0)):
+            self._thread_s = time.thread_time()
             try:
                 now = self._scheduling.now_s()
                 self._take_in()
@@ -243,7 +251,7 @@ class ControlLoop:
         apply = decision.switch and self._mode is Mode.ON
         self._last, self._applied = decision, apply
         if self._log is not None:
-            self._log.write(decision)
+            self._log.write(decision, self._ratios)
         if decision.switch:
             advice = "" if apply else " (advice only)"
             self._journal.decide(str(decision.choice), decision.reason + advice, self._plan_s)
@@ -252,12 +260,11 @@ class ControlLoop:
         self._prepare(decision)
 
     def _ask(self, inputs: PlanInputs) -> Decision | None:
-        ratios = None
         if isinstance(self._cost, CorrectedCost):
-            ratios = {tp: self._cost.ratios(tp) for tp in self._cost.tps}
+            self._ratios = {tp: self._cost.ratios(tp) for tp in self._cost.tps}
         start = time.monotonic()
         try:
-            decision = self._process.decide(inputs, ratios)
+            decision = self._process.decide(inputs, self._ratios)
         except PlannerError as error:
             self._failures += 1
             _LOG.error("%s; the layout stays", error)

@@ -12,9 +12,9 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import cut_bytes
 from nitsum_jax.profiles.library import load_profile
 
-# A paced cell has the KV cache of its target up to this size: a step of a very small model copies the pool on XLA:CPU,
-# and must not take longer than the pace.  32,000 tokens of tiny-random per device; --kv_cache_gib gives more.
-_MOST_KV_GIB = 1 / 64
+# A paced cell has the KV cache of its target, up to this size per device: memory is all it costs, but there may be
+# little.  500,000 tokens of tiny-random; --kv_cache_gib gives more.
+_MOST_KV_GIB = 1 / 8
 
 
 def paced(config: EngineConfig, model: ModelConfig, profile: str, time_scale: float) -> tuple[EngineConfig, CostModel]:

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import threading
+from collections.abc import Mapping
 
 from nitsum_jax.control.planner import Decision
 from nitsum_jax.errors import InvalidInputError
@@ -11,8 +12,8 @@ from nitsum_jax.errors import InvalidInputError
 class DecisionLog:
     """Appends to a file; thread-safe.
 
-    Each line has what a replay needs (`time_s, inputs, candidates, choice, reason`); the simulator's logs have the
-    same.
+    Each line has what a replay needs (`time_s, inputs, candidates, choice, reason`), as the simulator's logs have, and
+    among the inputs `ratios` where measured step times corrected the profile: by TP, of decoding and of prompts.
     """
 
     def __init__(self, path: str | pathlib.Path):
@@ -27,11 +28,13 @@ class DecisionLog:
         except OSError as error:
             raise InvalidInputError(f"--decision_log={path} cannot be written: {error.strerror or error}") from error
 
-    def write(self, decision: Decision) -> None:
-        """Adds a decision."""
+    def write(self, decision: Decision, ratios: Mapping[int, tuple[float, float]] | None = None) -> None:
+        """Adds a decision, and the corrections of the cost model that it was made with."""
         values = decision.to_json()
         entry = {name: values[name] for name in ("time_s", "inputs", "candidates", "reason")}
         entry["choice"] = str(decision.choice)
+        if ratios is not None:
+            entry["inputs"] = values["inputs"] | {"ratios": {str(tp): list(pair) for tp, pair in ratios.items()}}
         with self._lock:
             if not self._file.closed:
                 self._file.write(json.dumps(entry) + "\n")

@@ -22,6 +22,7 @@ class LiveWorker(Worker):
       round: prompts and tokens that are still to be done before the next decode step.
       begun: whether a step of the round was launched.
       owed: whether decoding jobs have their turn next.
+      leads: whether they have it before the round begins.
     """
 
     def __init__(self, index: int, plan: InstancePlan, instance: Instance, page_size: int, max_batch: int):
@@ -33,6 +34,7 @@ class LiveWorker(Worker):
         self.round: collections.deque[tuple[Job, int]] = collections.deque()
         self.begun = False
         self.owed = False
+        self.leads = False
 
     @property
     def free_blocks(self) -> int:

@@ -49,6 +49,7 @@ class PlannerProcess:
         }
         self._timeout_s = timeout_s
         self._process: subprocess.Popen[bytes] | None = None
+        self.cpu_s = 0.0  # that its answers took, processor time
 
     def start(self) -> None:
         """Starts the process, so that the first decision does not wait for it."""
@@ -81,6 +82,7 @@ class PlannerProcess:
         except (OSError, ValueError) as error:
             self.close()
             raise PlannerError(f"the planner's process failed: {' '.join(str(error).split())}") from error
+        self.cpu_s += answer["cpu_s"]
         if "error" in answer:
             raise PlannerError(f"the planner failed: {answer['error']}")
         return Decision.from_json(answer["decision"])
@@ -133,12 +135,14 @@ def serve(source: IO[str], sink: IO[str]) -> None:
     config = hello["config"] | {"tps": tuple(hello["config"]["tps"])}
     planner = Planner(cost, [Tier(**tier) for tier in hello["tiers"]], PlannerConfig(**config))
     for line in source:
+        start = time.process_time()
         message = json.loads(line)
         try:
             cost.adopt({int(tp): (ratio[0], ratio[1]) for tp, ratio in message["ratios"].items()})
             answer: dict[str, Any] = {"decision": planner.decide(PlanInputs.from_json(message["inputs"])).to_json()}
         except Exception as error:  # one bad decision must not cost the next ones
             answer = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        answer["cpu_s"] = time.process_time() - start
         sink.write(json.dumps(answer) + "\n")
         sink.flush()
 

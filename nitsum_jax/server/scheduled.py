@@ -72,6 +72,8 @@ def start_scheduled(
         cost = costs.predicted(config, model.config, profile, len(discover(config.devices)))
         config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
     scale = time_scale if pace is not None else 1.0
-    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=admitted, time_scale=scale)
+    scheduling = TieredScheduling(
+        tiers, cost, config.max_queue, admitted=admitted, time_scale=scale, fused=pace is not None
+    )
     engine = start_engine(model, config, sink, scheduling)
     return Scheduled(engine, scheduling, cost, config.pace)

@@ -56,6 +56,7 @@ class TieredScheduling:
         *,
         admitted: Callable[[str, float], None] | None = None,
         time_scale: float = 1.0,
+        fused: bool = False,
         config: SchedulerConfig = SchedulerConfig(),
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -67,6 +68,8 @@ class TieredScheduling:
           capacity: most requests that may wait.
           admitted: told id and time of every request that an instance takes, on the engine's thread.
           time_scale: seconds of the engine's clock for one of the tiers and the cost model (see `engine.pacing`).
+          fused: whether decoding goes first where it shares a step of the cost model with chunks, so that first tokens
+            come at the end of both, as they do from a step that does both at once.
           config: of the scheduler.
           clock: that of the engine.
         """
@@ -79,6 +82,7 @@ class TieredScheduling:
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
+        self._fused = fused
         self._clock = clock
         self._new: collections.deque[Sequence] = collections.deque()
         self._unseated: set[Sequence] = set()
@@ -250,8 +254,9 @@ class TieredScheduling:
             worker.round.popleft()  # it has gone
         if not worker.round:
             self._compose(worker, instance)
-        if not worker.round:
+        if not worker.round or (worker.leads and instance.decodable()):
             return None
+        worker.leads = False
         job, tokens = worker.round[0]
         return PrefillChoice(self._sequences[job.id], tokens, joined=worker.begun)
 
@@ -264,6 +269,7 @@ class TieredScheduling:
         worker.round.extend(chunks)
         if not chunks and not instance.decodable():  # whoever decodes is about to end; somebody must go on
             worker.round.append((self._jobs[instance.prefills[0]], 256))
+        worker.leads = self._fused
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         worker = self._workers.get(instance)
@@ -273,7 +279,7 @@ class TieredScheduling:
         self._stale[worker] = None
         if step.chunk is None:
             worker.launched(self.cost.step_s(worker.tp, len(step.sequences), step.context), now)
-            worker.owed = False
+            worker.owed = worker.leads = False
             worker.advance(1)
             return
         new, before = step.chunk
@@ -288,7 +294,7 @@ class TieredScheduling:
             if left > 0 and not step.emits[0]:
                 worker.round.appendleft((job, left))
         worker.begun = True
-        worker.owed = not worker.round
+        worker.owed = not worker.round and not self._fused
         if step.emits[0]:
             job.generated += 1
             if job.first_token_s is None:

@@ -75,6 +75,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 tiers=backend.engine.tier_names,
                 vocab_size=backend.model.vocab_size,
                 pace=_pace(backend.pace, stats),
+                control_cpu_seconds=0.0 if backend.control is None else backend.control.cpu_s,
             )
         raise AssertionError("unreachable: reported() ends the call")
 

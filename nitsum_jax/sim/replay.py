@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.planner import PlanInputs, Planner
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.baselines import Setting
@@ -32,11 +33,13 @@ def replay(path: str | pathlib.Path, setting: Setting) -> Replay:
     Raises:
       InvalidInputError: the log cannot be read; `path:line: what is wrong`.
     """
-    planner = Planner(setting.cost, setting.tiers)
+    cost = CorrectedCost(setting.cost.profile)  # a running cell corrects its profile, and says with what
+    planner = Planner(cost, setting.tiers)
     differences = []
     count = 0
     for line, record in enumerate(read_decisions(path), 1):
         try:
+            cost.adopt({int(tp): (pair[0], pair[1]) for tp, pair in record.inputs.get("ratios", {}).items()})
             decision = planner.decide(PlanInputs.from_json(record.inputs))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InvalidInputError(f"{path}:{line}: not the inputs of a decision: {' '.join(repr(e).split())}") from e

@@ -16,7 +16,7 @@ from nitsum_jax.sim.workload import TraceRequest, Workload
 
 
 def _setting() -> Setting:
-    return Setting(CostModel(load_profile("llama-3.1-70b-h200")), TIERS, 8)
+    return Setting(CostModel(load_profile("qwen2.5-32b-h100")), TIERS, 8)
 
 
 def test_load_shifts_from_phase_to_phase() -> None:

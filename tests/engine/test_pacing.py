@@ -108,3 +108,20 @@ def test_hand_overs_and_switches_take_what_the_target_takes(instance: FakeInstan
 def test_a_scale_must_be_above_0(scale: Any) -> None:
     with pytest.raises(InvalidInputError, match="time_scale"):
         Pace(COST, "test", 1, scale)
+
+
+def test_a_step_begins_when_its_devices_became_free_unless_somebody_could_have_launched_it_before(
+    instance: FakeInstance,
+) -> None:
+    paced = pacer()
+    first, second, third = decode(instance), decode(instance), decode(instance)
+    paced.due(0.0)
+    paced.launched(instance, first, 0.0)
+    paced.due(first.paced_s - 0.01)
+    paced.due(first.paced_s + 0.004)  # the machine is a little late
+    paced.launched(instance, second, first.paced_s + 0.005)
+    assert second.start_s == first.paced_s
+    paced.due(second.paced_s + 0.004)
+    paced.due(second.paced_s + 0.010)  # there was nothing to do
+    paced.launched(instance, third, second.paced_s + 0.011)
+    assert third.start_s == second.paced_s + 0.011

@@ -1,13 +1,22 @@
 """One step: the right numbers, the same bits at every degree of tensor parallelism, the pool updated in place."""
 
 import dataclasses
+import pathlib
 
+import jax
 import numpy as np
 import pytest
 
+from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import compile_step
+from nitsum_jax.engine.step import Program, compile_step
+from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.models import tiny_random
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.loading import open_model
 from tests.engine.reference import decoder_logits, tiny_params
 from tests.engine.rig import Outcome, Row, StepRig
 from tests.golden import tiny_models
@@ -146,3 +155,15 @@ def test_the_pool_is_updated_in_place(dtype: str, tp: int, shape: StepShape) -> 
     assert memory is not None
     assert memory.alias_size_in_bytes >= pool_bytes  # donated, and the result lies where the argument did
     assert memory.temp_size_in_bytes < pool_bytes // 10  # and no copy in between
+
+
+def test_the_pool_is_not_copied_where_a_virtual_shard_has_one_narrow_head(tmp_path: pathlib.Path) -> None:
+    tiny_random.write(tmp_path)
+    config = open_model(str(tmp_path)).config
+    cut = ModelCut.of(config, 8)
+    pool = PoolShape(20_000, config.num_layers, 16, cut.kv_heads, config.head_dim, "float32")
+    program = Program(config, cut, "float32", pool, 8, 512)
+    mesh = instance_mesh(jax.local_devices(), Instance((0,)), VshardMap(8))
+    memory = compile_step(program, StepShape(8, 1), mesh).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < pool.blocks * pool.block_bytes // 10

@@ -14,6 +14,8 @@ from nitsum_jax.control.job import Job, met
 from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.policy import Policy, Room
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.sequence import Sequence as Live
@@ -176,3 +178,26 @@ def test_the_queue_is_bounded_and_counts_who_waits() -> None:
 
 def _request(name: str) -> Request:
     return Request(name, (1,) * 10, 5, tier="tight")
+
+
+def test_fused_a_step_that_does_both_decodes_first() -> None:
+    """The model of the cell ends both at once; the running cell does one after the other, and ends the prompt last."""
+    scheduling = TieredScheduling(TIERS, COST, 100, fused=True)
+    cell = FakeCell(lambda clock: scheduling, COST, "tp8", 4000)
+    (instance,) = cell.instances
+    instance.depth = 1
+    order: list[str] = []
+    launched = scheduling.launched
+
+    def note(at: Instance, step: Step, now_s: float) -> None:
+        order.append("decode" if step.chunk is None else f"chunk {step.chunk[0]}")
+        launched(at, step, now_s)
+
+    scheduling.launched = note  # type: ignore[method-assign, assignment]
+    cell.add(0.0, 300, 6, "tight")
+    cell.add(0.02, 700, 2, "tight")
+    cell.run()
+    begun = next(i for i, what in enumerate(order) if i and what.startswith("chunk"))
+    assert order[0] == "chunk 300"
+    assert order[begun - 1 : begun + 3] == ["decode", "chunk 512", "chunk 188", "decode"]
+    assert order.count("decode") == 5  # the second request got its other token along with one of the first

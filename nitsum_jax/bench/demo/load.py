@@ -8,7 +8,7 @@ from nitsum_jax.sim.stand_ins import stand_in_stream
 from nitsum_jax.sim.synthetic import PoissonArrivals, generate
 from nitsum_jax.sim.workload import Workload, concatenate
 
-TIERS = TierSet((Tier("chat", 1000, 20), Tier("code", 20000, 300)))
+TIERS = TierSet((Tier("chat", 500, 12), Tier("code", 10000, 200)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,11 +28,12 @@ class DemoPhase:
     output: float = 1.0
 
 
+# About four fifths of what the best layout of each can serve at the pace of qwen2.5-32b-h100; no layout serves both.
 PHASES = (
-    DemoPhase("chat-heavy", 9.6, 0.4),
-    DemoPhase("code-heavy", 0.4, 7.2, prompt=1.5),
-    DemoPhase("both", 4.8, 3.2),
-    DemoPhase("long outputs", 0.25, 4.8, prompt=0.5, output=15.0),
+    DemoPhase("chat-heavy", 19.0, 0.6),
+    DemoPhase("code-heavy", 0.9, 27.0, prompt=1.5),
+    DemoPhase("chat-heavy again", 19.0, 0.6),
+    DemoPhase("code-heavy again", 0.9, 27.0, prompt=1.5),
 )
 
 

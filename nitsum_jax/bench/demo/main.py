@@ -46,12 +46,13 @@ marked invalid: raise --time_scale."""
 
 @dataclasses.dataclass(frozen=True)
 class DemoOptions:
-    """What the flags say; None of `layouts`: all homogeneous ones and the best other one by the simulator."""
+    """What the flags say; None of `layouts`: the best homogeneous one and the best other one by the simulator."""
 
     profile: str
     time_scale: float
     phase_s: float
     phases: int
+    quick: bool
     rate_scale: float
     seed: int
     layouts: tuple[str, ...] | None
@@ -67,15 +68,15 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
       InvalidInputError: the command line is wrong.
     """
     values = flags.FlagValues()
-    flags.DEFINE_bool("quick", False, "two short phases", flag_values=values)
-    flags.DEFINE_string("profile", "llama-3.1-70b-h200", "at whose pace: name or .json file", flag_values=values)
+    flags.DEFINE_bool("quick", False, "two phases, and the best static layout alone", flag_values=values)
+    flags.DEFINE_string("profile", "qwen2.5-32b-h100", "at whose pace: name or .json file", flag_values=values)
     flags.DEFINE_float(
-        "time_scale", 8.0, "seconds here for a second of the target", lower_bound=0.1, flag_values=values
+        "time_scale", 6.0, "seconds here for a second of the target", lower_bound=0.1, flag_values=values
     )
     flags.DEFINE_float(
         "phase_seconds",
-        None,
-        "length of a phase, of the target's seconds; 30, quick 12",
+        20.0,
+        "length of a phase, of the target's seconds",
         lower_bound=1,
         flag_values=values,
     )
@@ -84,7 +85,8 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
     flags.DEFINE_string(
         "layouts",
         None,
-        "static layouts to compare with, semicolons between them; all of one TP and the best other one if not given",
+        "static layouts to compare with, semicolons between them; if not given, the best one of one TP and the "
+        "best other one, by the simulator",
         flag_values=values,
     )
     flags.DEFINE_string("json", None, "file that gets all figures", flag_values=values)
@@ -96,8 +98,9 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
     return DemoOptions(
         profile=values.profile,
         time_scale=values.time_scale,
-        phase_s=values.phase_seconds or (12.0 if values.quick else 30.0),
+        phase_s=values.phase_seconds,
         phases=2 if values.quick else len(PHASES),
+        quick=values.quick,
         rate_scale=values.rate_scale,
         seed=values.seed,
         layouts=None if layouts is None else tuple(part.strip() for part in layouts.split(";") if part.strip()),
@@ -135,12 +138,7 @@ class _Demo:
 
     async def run(self) -> None:
         options, setting, workload = self._options, self._setting, self._workload
-        layouts = options.layouts
-        if layouts is None:
-            layouts = tuple(_even(tp) for tp in setting.tps)
-            cli.out("looking for the best layout of several TPs or roles, in hindsight, with the simulator")
-            uneven = await asyncio.to_thread(best_uneven, setting, workload, _MAX_BATCH)
-            layouts += () if uneven is None else (uneven,)
+        layouts = options.layouts if options.layouts is not None else await asyncio.to_thread(self._best)
         minutes = (1 + len(layouts)) * workload.seconds * options.time_scale / 60
         cli.out(
             f"{len(workload.requests)} requests in {workload.seconds:g} s of the target, at time_scale "
@@ -165,6 +163,22 @@ class _Demo:
         if options.json is not None:
             pathlib.Path(options.json).write_text(json.dumps(to_json(entries, pace), indent=1) + "\n", encoding="utf-8")
 
+    def _best(self) -> tuple[str, ...]:
+        """Tells what the simulator expects of everybody; returns the static layouts that are worth a live run."""
+        setting, workload = self._setting, self._workload
+        even = tuple(_even(tp) for tp in setting.tps)
+        uneven = best_uneven(setting, workload, _MAX_BATCH)
+        others: tuple[str, ...] = () if uneven is None else (uneven,)
+        policies = {name: static_policy(setting, name) for name in (*even, *others)}
+        policies[ADAPTIVE] = adaptive_policy(setting, self._first)
+        goodput = {n: predict(setting, workload, p, _MAX_BATCH).total.goodput for n, p in policies.items()}
+        cli.out("the simulator expects a goodput, requests/s, of")
+        for name in sorted(goodput, key=lambda n: -goodput[n]):
+            cli.out(f"  {name:28} {goodput[name]:.2f}")
+        worth = [max(even, key=lambda n: goodput[n]), *others]
+        worth.sort(key=lambda n: -goodput[n])
+        return tuple(worth[: 1 if self._options.quick else None])
+
     def _flags(self, tiers: pathlib.Path) -> list[str]:
         options = self._options
         return [
@@ -178,10 +192,18 @@ class _Demo:
             f"--decision_log={options.folder / 'decisions.jsonl'}",
             f"--max_batch={_MAX_BATCH}",
             "--max_queue=100000",
-            "--prefill_chunk=2048",
-            "--max_model_len=16384",
+            # Small pieces, for which nobody on this machine waits long; the pace takes them for one chunk.
+            "--prefill_chunk=256",
+            # Small block tables: they travel with every step.
+            "--page_size=128",
+            f"--max_model_len={self._longest()}",
             "--noprefix_cache",  # the simulator has none, and random prompts have nothing in common
         ]
+
+    def _longest(self) -> int:
+        """Tokens of the longest request, to the next 1024."""
+        most = max(request.prompt_tokens + request.output_tokens for request in self._workload.requests)
+        return -(-most // 1024) * 1024
 
     async def _play(self, channel: grpc.aio.Channel, name: str) -> Entry:
         """One policy on the load, live and simulated."""

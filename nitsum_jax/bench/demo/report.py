@@ -30,14 +30,15 @@ def gain(entries: Sequence[Entry]) -> float | None:
 def tables(entries: Sequence[Entry], pace: str) -> str:
     """For people."""
     tiers = [name for name, tier in entries[0].live.metrics.tiers.items() if tier.requests]
-    rows = [["policy", "goodput/s", "attainment", *tiers, "switches", "valid"]]
+    rows = [["policy", "goodput/s", "attainment", *tiers, "switches", "late steps", "valid"]]
     for entry in sorted(entries, key=lambda e: -e.live.metrics.total.goodput):
         metrics = entry.live.metrics
         shares = [f"{metrics.tiers[name].attainment:.1%}" for name in tiers]
         total = metrics.total
         valid = "yes" if not entry.live.invalid else "NO"
+        late = "-" if entry.live.late_steps is None else f"{entry.live.late_steps:.1%}"
         rows.append(
-            [entry.policy, f"{total.goodput:.2f}", f"{total.attainment:.1%}", *shares, str(entry.switches), valid]
+            [entry.policy, f"{total.goodput:.2f}", f"{total.attainment:.1%}", *shares, str(entry.switches), late, valid]
         )
     lines = [f"PACED at {pace}: no figure is of this machine", "", *_aligned(rows)]
     found = gain(entries)
@@ -45,6 +46,11 @@ def tables(entries: Sequence[Entry], pace: str) -> str:
         lines.append("runs are invalid (see below): the comparison says nothing")
     elif found is not None:
         lines.append(f"adaptive control has {found:.2f} times the goodput of the best static layout")
+    lines += [
+        f"the control loop and its planner used {e.live.control_share:.2%} of a core ({e.policy})"
+        for e in entries
+        if e.policy == ADAPTIVE
+    ]
     reasons = dict.fromkeys(f"INVALID {e.policy}: {reason}" for e in entries for reason in e.live.invalid)
     lines += [*reasons, "", "the running cell against the simulator (live / simulated):", *_aligned(_compared(entries))]
     return "\n".join(lines)

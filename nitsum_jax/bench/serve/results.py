@@ -59,6 +59,8 @@ class Results:
       cpu_share: of the client.
       invalid: why the figures do not hold; empty if they do.
       paced: profile at whose pace the server ran; None: at its own.
+      control_share: processor seconds of the server's control loop and planner per second of the run.
+      late_steps: share of the steps of a paced server that came later than their pace.
     """
 
     metrics: Metrics
@@ -68,6 +70,8 @@ class Results:
     cpu_share: float
     invalid: tuple[str, ...]
     paced: str | None
+    control_share: float = 0.0
+    late_steps: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For --json."""
@@ -77,6 +81,8 @@ class Results:
             "invalid": list(self.invalid),
             "errors": self.errors,
             "client": {"lag_p99_ms": self.lag_p99_ms, "cpu_share": self.cpu_share},
+            "control_cpu_share": self.control_share,
+            "late_steps": self.late_steps,
             "metrics": dataclasses.asdict(self.metrics),
         }
 
@@ -89,6 +95,10 @@ class Results:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.paced:
             lines.insert(0, f"PACED at {self.paced}: no figure below is of this machine")
+        if self.late_steps is not None:
+            lines.append(f"{self.late_steps:.1%} of the server's steps came later than their pace")
+        if self.control_share:
+            lines.append(f"the server's control loop and planner used {self.control_share:.2%} of a core")
         if self.errors:
             lines.append("ended otherwise: " + ", ".join(f"{count} {code}" for code, count in self.errors.items()))
         lines += [f"INVALID: {reason}" for reason in self.invalid]
@@ -105,6 +115,7 @@ def results_of(
     paced: str | None = None,
     late_steps: float | None = None,
     late_limit: float = 0.05,
+    control_share: float = 0.0,
 ) -> Results:
     """Works out the figures, and whether client and server kept up.
 
@@ -117,6 +128,7 @@ def results_of(
       paced: profile at whose pace the server ran.
       late_steps: share of the steps for which a paced server was too slow.
       late_limit: above it the run does not count.
+      control_share: processor seconds of the server's control per second of the run.
 
     Raises:
       PreconditionError: no request is left after the warm-up.
@@ -134,7 +146,8 @@ def results_of(
         invalid.append(f"the client used {run.cpu_share:.0%} of a core: it may have been the bottleneck")
     if late_steps is not None and late_steps > late_limit:
         invalid.append(f"the server was too slow for the pace in {late_steps:.1%} of its steps: raise --time_scale")
-    return Results(metrics, records, _errors(run.played), lag_ms, run.cpu_share, tuple(invalid), paced)
+    errors = _errors(run.played)
+    return Results(metrics, records, errors, lag_ms, run.cpu_share, tuple(invalid), paced, control_share, late_steps)
 
 
 def write_json(results: Results, path: str | pathlib.Path) -> None:

@@ -92,6 +92,7 @@ async def drive(
         paced=f"{before.pace.profile}, time_scale {scale:g}" if paced else None,
         late_steps=late,
         late_limit=before.pace.late_limit if paced else 1.0,
+        control_share=(after.control_cpu_seconds - before.control_cpu_seconds) / run.wall_s,
     )
 
 

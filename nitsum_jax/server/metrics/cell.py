@@ -23,6 +23,7 @@ _FROM_STATS: Final = (
     ("num_preemptions", "sent_back", "Sequences that lost their blocks and were computed anew."),
     ("wide_prefills", "wide_prefills", "Prompts prefilled at the widest TP in between the steps of others."),
     ("prefix_cache_queries", "prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache."),
+    ("pace_late_steps", "pace_late_steps", "Steps of a paced cell that came later than their pace; see engine_steps."),
     ("prefix_cache_hits", "prefix_hit_tokens", "Prompt tokens that were found there."),
 )
 

@@ -176,7 +176,7 @@ class GetLayoutRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLayoutResponse(_message.Message):
-    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers", "vocab_size", "pace")
+    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers", "vocab_size", "pace", "control_cpu_seconds")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +187,7 @@ class GetLayoutResponse(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     PACE_FIELD_NUMBER: _ClassVar[int]
+    CONTROL_CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
     model: str
     layout: str
     instances: _containers.RepeatedCompositeFieldContainer[Instance]
@@ -197,7 +198,8 @@ class GetLayoutResponse(_message.Message):
     tiers: _containers.RepeatedScalarFieldContainer[str]
     vocab_size: int
     pace: Pace
-    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ...) -> None: ...
+    control_cpu_seconds: float
+    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., control_cpu_seconds: _Optional[float] = ...) -> None: ...
 
 class Pace(_message.Message):
     __slots__ = ("profile", "time_scale", "late_steps", "late_limit")
