@@ -105,6 +105,13 @@ def _short(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"| {words} | {target} | **{value:.3f}** ({kind}) | {worst[1]:.3f} {worst[0]} | {best[1]:.3f} {best[0]} |"
         )
+    mixes = {result["name"]: result["mix"] for result in results}
+    means = []
+    for mix in dict.fromkeys(mixes[name] for name, _ in found.get("capacity", [])):
+        logs = [math.log(max(1e-9, value)) for name, value in found["capacity"] if mixes[name] == mix]
+        means.append(f"{mix} {math.exp(sum(logs) / len(logs)):.3f} ({len(logs)} cells)")
+    if len(means) > 1:
+        lines += ["", f"Capacity of adaptive / best static by mix, geometric means: {', '.join(means)}."]
     return lines
 
 
