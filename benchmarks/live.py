@@ -2,7 +2,7 @@
 
     python benchmarks/live.py [--profile=qwen2.5-32b-h100] [--time_scale=6] [--layout=tp4x2] [--seconds=15]
 
-One paced server of 8 emulated devices with the layout held, three loads of chat (tight targets) and code (relaxed ones):
+One paced server of 8 emulated devices with the layout held, three loads of chat (tight targets) and code (relaxed):
 chat alone at twice the rate, which is what it could attain; chat and code at twice the rate; and both at the plain rate
 while the device of an instance is lost for a third of the time.  For each it prints attainment and goodput, and whether
 every stream came to its end with all its tokens and no more.
