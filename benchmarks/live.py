@@ -1,6 +1,6 @@
 """Overload, and the loss of a device, in a running server at the pace of an accelerator.
 
-    python benchmarks/live.py [--profile=qwen2.5-32b-h100] [--time_scale=6] [--layout=tp4x2] [--seconds=15]
+    python benchmarks/live.py [--profile=qwen2.5-32b-h100] [--time_scale=8] [--layout=tp4x2] [--seconds=12]
 
 One paced server of 8 emulated devices with the layout held, three loads of chat (tight targets) and code (relaxed):
 chat alone at twice the rate, which is what it could attain; chat and code at twice the rate; and both at the plain rate
@@ -20,7 +20,7 @@ from collections.abc import Callable
 import grpc.aio
 
 from nitsum_jax.bench.demo.load import TIERS, DemoPhase, demo_load
-from nitsum_jax.bench.demo.server import child
+from nitsum_jax.bench.demo.server import child, settled
 from nitsum_jax.bench.serve.player import Player
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, drive
@@ -35,9 +35,9 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="qwen2.5-32b-h100")
-    parser.add_argument("--time_scale", type=float, default=6.0)
+    parser.add_argument("--time_scale", type=float, default=8.0)
     parser.add_argument("--layout", default="tp4x2")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each load, on the target's clock")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each load, on the target's clock")
     parser.add_argument("--chat", type=float, default=8.0, help="requests per second at the plain rate")
     parser.add_argument("--code", type=float, default=9.0, help="likewise")
     parser.add_argument("--json", help="file that gets all figures")
@@ -83,6 +83,7 @@ async def run(args: argparse.Namespace) -> dict[str, Results]:
     ):
         stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
         await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=args.layout, prepare=True))
+        await settled(stub)
         admin = admin_pb2_grpc.AdminServiceStub(channel)
 
         async def lose(scale: float) -> None:

@@ -16,7 +16,7 @@ from nitsum_jax.bench.demo.load import PHASES, TIERS, demo_load
 from nitsum_jax.bench.demo.prediction import adaptive_policy, best_uneven, predict, static_policy
 from nitsum_jax.bench.demo.report import ADAPTIVE, Entry, tables, to_json
 from nitsum_jax.bench.demo.screen import Screen, attainments
-from nitsum_jax.bench.demo.server import child
+from nitsum_jax.bench.demo.server import child, settled
 from nitsum_jax.bench.serve.player import Player
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, drive
@@ -33,7 +33,6 @@ DEVICES = 8
 _MAX_BATCH = 64
 _READY_S = 900.0
 _LOOK_S = 0.5
-_QUIET_S = 8.0
 USAGE = """nitsum-bench demo runs the whole server, with a tiny model on emulated devices, at the pace of 8 accelerators
 with a large model, under a load that shifts between chat and code. It shows where instances are and how tiers fare, and
 ends with a table: adaptive control against static layouts on the same load, live and as the simulator predicts them.
@@ -155,7 +154,7 @@ class _Demo:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             for layout in (*layouts, self._first):
                 await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
-            await _settled(stub)
+            await settled(stub)
             for name in (ADAPTIVE, *layouts):
                 entries.append(await self._play(channel, name))
         pace = f"{setting.cost.profile.name}, time_scale {options.time_scale:g}"
@@ -246,16 +245,6 @@ class _Demo:
             phase = PHASES[min(int(now / self._options.phase_s), self._options.phases - 1)].name
             self._screen.show(f"{name}, {phase}", now, state, attainments(player.played, TIERS, scale, now))
             await asyncio.sleep(_LOOK_S)
-
-
-async def _settled(stub: nitsum_pb2_grpc.GenerationServiceStub) -> None:
-    """Waits until the server compiles no more: compiling takes the processor from the pace."""
-    compiles, since = -1, time.monotonic()
-    while time.monotonic() - since < _QUIET_S:
-        now = (await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).stats.compiles
-        if now != compiles:
-            compiles, since = now, time.monotonic()
-        await asyncio.sleep(_LOOK_S)
 
 
 def _even(tp: int) -> str:

@@ -7,11 +7,14 @@ import pathlib
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from nitsum_jax.errors import UnavailableError
+from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 
 _LEAVE_S = 20.0
+_QUIET_S, _LOOK_S = 8.0, 0.5
 
 
 def free_port() -> int:
@@ -65,3 +68,13 @@ async def _ready(process: asyncio.subprocess.Process, log: pathlib.Path, ready_s
             raise UnavailableError(f"the server ended: {last[0]}")
         await asyncio.sleep(0.25)
     raise UnavailableError(f"the server was not ready within {ready_s:g} s; see {log}")
+
+
+async def settled(stub: nitsum_pb2_grpc.GenerationServiceStub) -> None:
+    """Waits until the server compiles no more: compiling takes the processor from the pace."""
+    compiles, since = -1, time.monotonic()
+    while time.monotonic() - since < _QUIET_S:
+        now = (await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).stats.compiles
+        if now != compiles:
+            compiles, since = now, time.monotonic()
+        await asyncio.sleep(_LOOK_S)
