@@ -15,7 +15,7 @@ import dataclasses
 import json
 import pathlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import grpc.aio
 
@@ -92,12 +92,12 @@ async def run(args: argparse.Namespace) -> dict[str, Results]:
             await asyncio.sleep(args.seconds * scale / 3)
             await admin.SetDevice(admin_pb2.SetDeviceRequest(device=0, lost=False))
 
-        async def play(name: str, workload: Workload, beside: Callable[[float], object] | None = None) -> None:
-            tasks: list[asyncio.Task[object]] = []
+        async def play(name: str, workload: Workload, beside: Callable[[float], Coroutine[None, None, None]] | None = None) -> None:
+            tasks: list[asyncio.Task[None]] = []
 
             def begun(player: Player, scale: float) -> None:
                 if beside is not None:
-                    tasks.append(asyncio.ensure_future(beside(scale)))  # type: ignore[arg-type]
+                    tasks.append(asyncio.create_task(beside(scale)))
 
             results[name] = await drive(channel, Session(workload, TIERS), begun=begun)
             for task in tasks:
