@@ -28,6 +28,7 @@ from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2, nitsu
 from nitsum_jax.sim.workload import Workload
 
 READY_S = 900.0
+Beside = Callable[[float], Coroutine[None, None, None]]
 TIGHT, RELAXED = "chat", "code"
 
 
@@ -92,7 +93,7 @@ async def run(args: argparse.Namespace) -> dict[str, Results]:
             await asyncio.sleep(args.seconds * scale / 3)
             await admin.SetDevice(admin_pb2.SetDeviceRequest(device=0, lost=False))
 
-        async def play(name: str, workload: Workload, beside: Callable[[float], Coroutine[None, None, None]] | None = None) -> None:
+        async def play(name: str, workload: Workload, beside: Beside | None = None) -> None:
             tasks: list[asyncio.Task[None]] = []
 
             def begun(player: Player, scale: float) -> None:
