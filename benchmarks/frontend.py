@@ -72,7 +72,7 @@ def read_options(argv: Sequence[str]) -> Options:
     """
     values = flags.FlagValues()
     flags.DEFINE_list("streams", ["64", "500"], "numbers of streams", flag_values=values)
-    flags.DEFINE_integer("tokens", 200, "tokens per stream", lower_bound=2, flag_values=values)
+    flags.DEFINE_integer("tokens", 600, "tokens per stream", lower_bound=2, flag_values=values)
     flags.DEFINE_float("step_ms", 20.0, "time of a step, in which each stream gets a token", 0.0, flag_values=values)
     flags.DEFINE_integer("rounds", 3, "rounds, of which the median is told", lower_bound=1, flag_values=values)
     flags.DEFINE_string("json", None, "file to write the rows to", flag_values=values)
