@@ -11,8 +11,10 @@ from nitsum_jax.bench.gpu_check.ceilings import Ceilings, roofline_ms
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import cut_bytes
+from tests.engine.quick import quick_compiles  # noqa: F401
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_it_checks_and_measures(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, table = tmp_path / "check.json", tmp_path / "check.md"
     gpu_check.run(["gpu-check", "--platform=cpu", "--quick", f"--json={path}", f"--markdown={table}"])
