@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 
 import pytest
 from hypothesis import given, settings
@@ -177,9 +176,7 @@ def test_a_decision_can_be_made_again_from_the_log(tmp_path: pathlib.Path) -> No
     assert len(record.candidates) == len(decision.candidates) > 1
 
 
-def test_steps_are_written_and_read_quickly(tmp_path: pathlib.Path) -> None:
+def test_many_steps_are_written_and_read(tmp_path: pathlib.Path) -> None:
     steps = [StepRecord(0, (0, 1), 2, i * 0.01, i * 0.01 + 0.00987, 40, 40_000 + i, (), ()) for i in range(20_000)]
-    begin = time.process_time()
     write_records(tmp_path / "steps.jsonl", steps)
     assert list(read_steps(tmp_path / "steps.jsonl")) == steps
-    assert time.process_time() - begin < 2.0  # 0.15 s on a quiet machine
