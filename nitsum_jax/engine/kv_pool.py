@@ -82,17 +82,24 @@ class BlockAllocator:
         self.idle -= int(np.count_nonzero(self._users[blocks] == 0))
         self._users[blocks] += 1
 
-    def give(self, blocks: np.ndarray) -> None:
-        """One user less for each of these blocks, which are in the order of their pages; the last are evicted first."""
+    def give(self, *parts: np.ndarray) -> None:
+        """One user less for each of these blocks; of a part, whose blocks are in the order of their pages, the last are
+        evicted first."""
+        if not parts:
+            return
+        blocks = parts[0] if len(parts) == 1 else np.concatenate(parts)
         np.subtract.at(self._users, blocks, 1)
-        if len(blocks) and self._users[blocks].min() < 0:
+        left = self._users[blocks]
+        if len(blocks) and left.min() < 0:
             np.add.at(self._users, blocks, 1)
             raise ValueError("more blocks given back than there are: one was given twice")
-        order = np.arange(len(blocks))[self._users[blocks] == 0]
-        done = blocks[order]
-        if self._index is not None:
+        done = blocks[left == 0]
+        if self._index is not None:  # else nobody shares a block, and each is in one part
+            page = np.concatenate([np.arange(len(part)) for part in parts])[left == 0]
+            done, first = np.unique(done, return_index=True)
+            page = page[first]
             kept = self._index.holds(self._device, done)
-            self._idle_since[done[kept]] = (self.clock << 20) - order[kept]
+            self._idle_since[done[kept]] = (self.clock << 20) - page[kept]
             self.idle += int(np.count_nonzero(kept))
             done = done[~kept]
         self._push(done)

@@ -131,12 +131,15 @@ def plan_moves(
     """
     ahead = ahead or {}
     moves = Moves(_assign(sequences, hosts, pool, ahead), {}, {})
+    ways: dict[tuple[tuple[int, ...], int], list[Sequence]] = {}
     for (sequence, old), h in zip(sequences, moves.assigned, strict=True):
         there = ahead.get(id(sequence))
-        if h is not None:
-            _remap(sequence, old, hosts[h].device_of, pool, moves, there)
-        elif there is not None:
+        if h is not None and sequence.pages:
+            ways.setdefault((tuple(old), h), []).append(sequence)
+        elif h is None and there is not None:
             there.release(old, pool)
+    for (old, h), members in ways.items():
+        _remap(members, old, hosts[h].device_of, pool, moves, ahead)
     if pool.index is not None:
         _seat_beside_twins(sequences, hosts, pool, moves)
     return moves
@@ -152,7 +155,7 @@ def _seat_beside_twins(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Hos
             if counts[h] < host.rows and _room_beside_twins(pool, sequence, old, host.device_of):
                 counts[h] += 1
                 moves.assigned[index] = h
-                _remap(sequence, old, host.device_of, pool, moves, None)
+                _remap_shared(sequence, old, host.device_of, pool, moves, None)
                 break
 
 
@@ -181,25 +184,24 @@ def _seat(
     share = [-(-len(sequences) * host.tp // whole) for host in hosts] if hosts else []
     counts = [0] * len(hosts)
     left = [allocator.free for allocator in pool.allocators]
+    routes: dict[tuple[int, ...], list[_Route]] = {}  # many sequences come from few instances
     for index in order:
         sequence, old = sequences[index]
         there = ahead.get(id(sequence))
-        candidates = (
-            [there.host]
-            if there is not None
-            else sorted(
-                range(len(hosts)),
-                key=lambda h: (
-                    counts[h] >= share[h],
-                    moved_shards(old, hosts[h].device_of),
-                    counts[h] / hosts[h].tp,
-                    h,
-                ),
-            )
-        )
+        from_here = routes.get(tuple(old))
+        if from_here is None:
+            from_here = routes[tuple(old)] = [_route(tuple(old), tuple(host.device_of)) for host in hosts]
+        if there is not None:
+            candidates = [there.host]
+        else:
+            keys = [
+                (count >= most, len(route.vshards), count / host.tp, h)
+                for h, (count, most, route, host) in enumerate(zip(counts, share, from_here, hosts, strict=True))
+            ]
+            candidates = [key[-1] for key in sorted(keys)]
         pages = sequence.pages - (0 if there is None else there.pages)
         for h in candidates:
-            needed = _route(tuple(old), tuple(hosts[h].device_of)).targets
+            needed = from_here[h].targets
             if counts[h] < hosts[h].rows and all(
                 left[device] >= (part.stop - part.start) * pages for device, part in needed
             ):
@@ -213,20 +215,18 @@ def _seat(
 
 def least_bytes(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> int:
     """Bytes that must move at least, whatever the assignment: a bound that knows neither balance nor room."""
-    block_bytes = pool.shape.block_bytes
-    return sum(
-        written_pages(sequence, pool)
-        * block_bytes
-        * min((moved_shards(old, host.device_of) for host in hosts), default=0)
-        for sequence, old in sequences
+    pages: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for sequence, old in sequences:
+        pages[tuple(old)] += written_pages(sequence, pool)
+    return pool.shape.block_bytes * sum(
+        count * min((moved_shards(old, host.device_of) for host in hosts), default=0) for old, count in pages.items()
     )
 
 
 def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
     """Gives blocks back: device -> arrays of ids."""
     for device, parts in blocks.items():
-        for part in parts:
-            pool.allocators[device].give(part)
+        pool.allocators[device].give(*parts)
 
 
 def _room_beside_twins(pool: KvPool, sequence: Sequence, old: Seq[int], new: Seq[int]) -> bool:
@@ -248,28 +248,36 @@ def written_pages(sequence: Sequence, pool: KvPool) -> int:
     return min(sequence.pages, -(-sequence.cached // pool.shape.page_size))
 
 
-def _remap(sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None) -> None:
-    if not sequence.pages:
-        return
-    written = written_pages(sequence, pool)
-    done = 0 if ahead is None else ahead.pages
+def _remap(
+    sequences: Seq[Sequence], old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Mapping[int, Ahead]
+) -> None:
+    """Gives sequences that go the same way the blocks that they need; all pages in one row, to handle few arrays."""
     if pool.index is not None:
-        _remap_shared(sequence, old, new, pool, moves, ahead)
+        for sequence in sequences:
+            _remap_shared(sequence, old, new, pool, moves, ahead.get(id(sequence)))
         return
     route = _route(tuple(old), tuple(new))
-    there = sequence.table[route.vshards, : sequence.pages]
+    ends = list(itertools.accumulate(sequence.pages for sequence in sequences))
+    there = np.concatenate([sequence.table[:, : sequence.pages] for sequence in sequences], axis=1)[route.vshards]
+    taken, copied = np.ones(ends[-1], np.bool_), np.zeros(ends[-1], np.bool_)
     here = np.empty_like(there)
+    for sequence, end in zip(sequences, ends, strict=True):
+        start, done = end - sequence.pages, 0
+        if (copies := ahead.get(id(sequence))) is not None:
+            done = copies.pages
+            here[:, start : start + done] = copies.table[route.vshards, :done]
+            taken[start : start + done] = False
+        copied[start + done : start + written_pages(sequence, pool)] = True
     for target, part in route.targets:
-        room = here[part, done:]
-        room[...] = pool.allocators[target].take(room.size).reshape(room.shape)
-    if ahead is not None:
-        here[:, :done] = ahead.table[route.vshards, :done]
-    sequence.table[route.vshards, : sequence.pages] = here
+        shape = (part.stop - part.start, int(np.count_nonzero(taken)))
+        here[part, taken] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)
+    for sequence, end in zip(sequences, ends, strict=True):
+        sequence.table[route.vshards, : sequence.pages] = here[:, end - sequence.pages : end]
     for source, target, part in route.pairs:
-        if written > done:
+        if copied.any():
             sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[part, done:written].reshape(-1))
-            targets.append(here[part, done:written].reshape(-1))
+            sources.append(there[part, copied].reshape(-1))
+            targets.append(here[part, copied].reshape(-1))
         moves.freed.setdefault(source, []).append(there[part].reshape(-1))
 
 
