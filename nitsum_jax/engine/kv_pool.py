@@ -77,14 +77,15 @@ class BlockAllocator:
         self._users[blocks] = 1
         return blocks
 
-    def share(self, blocks: np.ndarray) -> None:
-        """One user more for each of these blocks, which differ and are in use or idle."""
+    def share(self, blocks: np.ndarray, more: np.ndarray | int = 1) -> None:
+        """So many users more for each of these blocks, which differ and are in use or idle."""
         self.idle -= int(np.count_nonzero(self._users[blocks] == 0))
-        self._users[blocks] += 1
+        self._users[blocks] += more
 
     def give(self, *parts: np.ndarray) -> None:
         """One user less for each of these blocks; of a part, whose blocks are in the order of their pages, the last are
-        evicted first."""
+        evicted first.
+        """
         if not parts:
             return
         blocks = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -225,8 +226,8 @@ class KvPool:
         self.allocators[target].share(twins[twins >= 0])
         return twins
 
-    def copied(self, vshard: int, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
-        """Notes that blocks i32[n] of `source` are copied to the blocks `new` of `target`."""
+    def copied(self, vshard: int | np.ndarray, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
+        """Notes that blocks i32[n] of `source`, all of one virtual shard or each of its own, are copied to `new`."""
         if self.index is not None:
             self.index.copied(vshard, source, blocks, target, new)
 

@@ -155,7 +155,7 @@ def _seat_beside_twins(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Hos
             if counts[h] < host.rows and _room_beside_twins(pool, sequence, old, host.device_of):
                 counts[h] += 1
                 moves.assigned[index] = h
-                _remap_shared(sequence, old, host.device_of, pool, moves, None)
+                _remap([sequence], old, host.device_of, pool, moves, {})
                 break
 
 
@@ -252,58 +252,56 @@ def _remap(
     sequences: Seq[Sequence], old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Mapping[int, Ahead]
 ) -> None:
     """Gives sequences that go the same way the blocks that they need; all pages in one row, to handle few arrays."""
-    if pool.index is not None:
-        for sequence in sequences:
-            _remap_shared(sequence, old, new, pool, moves, ahead.get(id(sequence)))
-        return
     route = _route(tuple(old), tuple(new))
     ends = list(itertools.accumulate(sequence.pages for sequence in sequences))
+    starts = [0, *ends[:-1]]
     there = np.concatenate([sequence.table[:, : sequence.pages] for sequence in sequences], axis=1)[route.vshards]
-    taken, copied = np.ones(ends[-1], np.bool_), np.zeros(ends[-1], np.bool_)
     here = np.empty_like(there)
-    for sequence, end in zip(sequences, ends, strict=True):
-        start, done = end - sequence.pages, 0
+    brought, copied = np.zeros((2, ends[-1]), np.bool_)
+    for sequence, start in zip(sequences, starts, strict=True):
+        done = 0
         if (copies := ahead.get(id(sequence))) is not None:
             done = copies.pages
             here[:, start : start + done] = copies.table[route.vshards, :done]
-            taken[start : start + done] = False
+            brought[start : start + done] = True
         copied[start + done : start + written_pages(sequence, pool)] = True
-    for target, part in route.targets:
-        shape = (part.stop - part.start, int(np.count_nonzero(taken)))
-        here[part, taken] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)
-    for sequence, end in zip(sequences, ends, strict=True):
-        sequence.table[route.vshards, : sequence.pages] = here[:, end - sequence.pages : end]
+    unwritten = ~(brought | copied)
+    # Pages in their order, whosesoever: the last are evicted first.
+    by_page = np.argsort(np.arange(ends[-1]) - np.repeat(starts, np.diff([0, *ends])), kind="stable")
     for source, target, part in route.pairs:
-        if copied.any():
-            sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[part, copied].reshape(-1))
-            targets.append(here[part, copied].reshape(-1))
-        moves.freed.setdefault(source, []).append(there[part].reshape(-1))
+        shards, was, comes = route.vshards[part], there[part], here[part]
+        pool.copied(_each(shards, brought), source, was[:, brought].reshape(-1), target, comes[:, brought].reshape(-1))
+        sources, comes[:, copied], targets = _bring(pool, shards, source, target, was[:, copied])
+        shape = comes[:, unwritten].shape
+        comes[:, unwritten] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)
+        if len(sources):
+            lists = moves.blocks.setdefault((source, target), ([], []))
+            lists[0].append(sources)
+            lists[1].append(targets)
+        moves.freed.setdefault(source, []).append(was[:, by_page].T.reshape(-1))
+    for sequence, start in zip(sequences, starts, strict=True):
+        sequence.table[route.vshards, : sequence.pages] = here[:, start : start + sequence.pages]
 
 
-def _remap_shared(
-    sequence: Sequence, old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Ahead | None
-) -> None:
-    """As `_remap`, where pages may be there already because others brought or left them."""
-    written = written_pages(sequence, pool)
-    done = 0 if ahead is None else ahead.pages
-    for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
-        if source == target:
-            continue
-        there = sequence.table[vshard, : sequence.pages].copy()
-        here = np.full(sequence.pages, -1, np.int32)
-        if ahead is not None:
-            here[:done] = ahead.table[vshard, :done]
-            pool.copied(vshard, source, there[:done], target, here[:done])
-        if written > done:  # others may have brought the same pages there
-            here[done:written] = pool.reuse(vshard, source, there[done:written], target)
-        missing = np.flatnonzero(here < 0)
-        here[missing] = pool.allocators[target].take(len(missing))
-        sequence.table[vshard, : sequence.pages] = here
-        copied = missing[missing < written]
-        if len(copied):
-            sources, targets = moves.blocks.setdefault((source, target), ([], []))
-            sources.append(there[copied])
-            targets.append(here[copied])
-            pool.copied(vshard, source, there[copied], target, here[copied])
-        moves.freed.setdefault(source, []).append(there)
+def _each(shards: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return np.repeat(shards, np.count_nonzero(mask))
+
+
+def _bring(
+    pool: KvPool, shards: np.ndarray, source: int, target: int, blocks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Blocks of `target` for i32[V, n] of `source`: (those to copy, i32[V, n] blocks here, where the copies go)."""
+    flat, allocator = blocks.reshape(-1), pool.allocators[target]
+    if pool.index is None:
+        targets = allocator.take(len(flat))
+        return flat, targets.reshape(blocks.shape), targets
+    # Others may have brought or left the same pages there, or bring them now.
+    sources, first, inverse, users = np.unique(flat, return_index=True, return_inverse=True, return_counts=True)
+    shards = np.repeat(shards, blocks.shape[1])[first]
+    here = pool.index.twins(shards, source, sources, target)
+    new = here < 0
+    allocator.share(here[~new], users[~new])
+    here[new] = allocator.take(int(np.count_nonzero(new)))
+    allocator.share(here[new], users[new] - 1)
+    pool.copied(shards[new], source, sources[new], target, here[new])
+    return sources[new], here[inverse].reshape(blocks.shape), here[new]

@@ -84,17 +84,22 @@ class PrefixIndex:
         self._enter(owners[new], shards[new], everywhere, blocks[new])
         self._forget_empty(numbers)
 
-    def twins(self, vshard: int, source: int, blocks: np.ndarray, target: int) -> np.ndarray:
-        """i32[n]: blocks on device `target` that hold the same as blocks i32[n] of `source`, or -1."""
+    def twins(self, vshard: int | np.ndarray, source: int, blocks: np.ndarray, target: int) -> np.ndarray:
+        """i32[n]: blocks on device `target` that hold the same as blocks i32[n] of `source`, or -1; `vshard` of all or
+        of each.
+        """
         pages = self._page[source, blocks]
         return np.where(pages >= 0, self._where[target, vshard, pages], -1)
 
-    def copied(self, vshard: int, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
+    def copied(self, vshard: int | np.ndarray, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:
         """Blocks i32[n] of `source` are copied to the blocks `new` of `target`; where it has twins, those stay."""
         pages = self._page[source, blocks]
         known = (pages >= 0) & (self._page[target, new] < 0) & (self._where[target, vshard, pages] < 0)
-        count = int(known.sum())
-        self._enter(np.full(count, target), np.full(count, vshard), pages[known], new[known])
+        if not known.any():
+            return
+        where, first = np.unique(blocks[known], return_index=True)  # the first copy of each counts
+        shards = np.broadcast_to(vshard, blocks.shape)[known][first]
+        self._enter(np.full(len(where), target), shards, pages[known][first], new[known][first])
 
     def holds(self, device: int, blocks: np.ndarray) -> np.ndarray:
         """bool[n]: which blocks have an entry."""
