@@ -104,6 +104,11 @@ class _Runner:
         self.curves.setdefault(policy.name, {})[level] = found
         return found
 
+    def whole(self, policy: Policy, level: int) -> Figures:
+        """The whole workload to its end, for rows that others are compared with however hopeless they are."""
+        key = self._key("whole", policy, level)
+        return Figures.from_json(self.cache.get(key, lambda: run(self.setting, self.workload(level), policy).to_json()))
+
     def look(self, policy: Policy, level: int) -> Figures:
         """Some of the workload, given up as soon as it is far from the target."""
         key = self._key("sample", policy, level, sample=self.cell.case.sample_s)
@@ -148,7 +153,11 @@ class _Runner:
         cell = self.cell
         rows = {}
         for family, (policy, found) in results.items():
-            curve = self.curves.get(policy.name, {})
+            curve = dict(self.curves.get(policy.name, {}))
+            if family.startswith("static-tp"):
+                for level in levels:
+                    if level in curve and curve[level].given_up:
+                        curve[level] = self.whole(policy, level)
             rows[family] = {
                 "policy": policy.name,
                 "capacity": found.factor * self.load.rate,
