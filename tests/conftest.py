@@ -1,6 +1,6 @@
 """One setting for every test: 8 emulated CPU devices and a JAX that forgives nothing.
 
-All of it goes through environment variables, which JAX reads when it is imported.  So this file needs no JAX itself
+All of it goes through environment variables, which JAX and gRPC read when they are imported.  So this file needs no JAX itself
 (tests of the pure rooms stay fast), and servers and tools that tests start as processes run under the same rules.
 """
 
@@ -16,7 +16,7 @@ import pytest
 NUM_DEVICES = 8
 _CACHE_OWNER = pytest.StashKey[pathlib.Path]()
 
-_JAX_ENVIRONMENT = {
+_ENVIRONMENT = {
     # An accelerator that happens to be there must not change what is tested.
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES),
@@ -26,6 +26,8 @@ _JAX_ENVIRONMENT = {
     # Many tests compile the same tiny models; the cache below is shared by tests, workers and child processes.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Its library writes notes on connections to the standard error of whoever runs, at any time.
+    "GRPC_VERBOSITY": "ERROR",
 }
 
 hypothesis.settings.register_profile(
@@ -47,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Flags left in a shell could ask for another number of devices.
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    os.environ.update(_JAX_ENVIRONMENT)
+    os.environ.update(_ENVIRONMENT)
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder of the process that started them
         folder = pathlib.Path(tempfile.mkdtemp(prefix="nitsum-test-cache-"))
         config.stash[_CACHE_OWNER] = folder
