@@ -66,7 +66,8 @@ async def live(args: argparse.Namespace, folder: pathlib.Path, workload: Workloa
     file = folder / "tiers.toml"
     file.write_text("".join(f"[tiers.{t.name}]\nttft_ms = {t.ttft_ms}\ntpot_ms = {t.tpot_ms}\n" for t in tiers))
     flags = [f"--model={args.model}", f"--devices={args.devices}", f"--layout={args.layout}", f"--tiers={file}"]
-    flags += ["--planner=off", "--max_queue=100000", "--noprefix_cache", *SHAPE]
+    # Only this layout: what compiles meanwhile would take the cores.
+    flags += [f"--layouts={args.layout}", "--planner=off", "--max_queue=100000", "--noprefix_cache", *SHAPE]
     async with child(flags, folder / "server.log", READY_S) as address, grpc.aio.insecure_channel(address) as channel:
         stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
         await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=args.layout, prepare=True))
