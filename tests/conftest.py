@@ -1,7 +1,7 @@
 """One setting for every test: 8 emulated CPU devices and a JAX that forgives nothing.
 
-All of it goes through environment variables, which JAX and gRPC read when they are imported.  So this file needs no JAX itself
-(tests of the pure rooms stay fast), and servers and tools that tests start as processes run under the same rules.
+All of it goes through environment variables, which JAX and gRPC read when they are imported.  So this file needs no JAX
+itself (tests of the pure rooms stay fast), and servers and tools that tests start run under the same rules.
 """
 
 import os
