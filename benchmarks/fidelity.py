@@ -24,7 +24,8 @@ from nitsum_jax.bench.demo.server import child, settled
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, capped, drive
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.control.tiers import Tier, TierSet, tiers_toml
+from nitsum_jax.errors import NitsumError, UnavailableError
 from nitsum_jax.profiles import load_profile
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.sim.baselines import Setting
@@ -32,7 +33,8 @@ from nitsum_jax.sim.metrics import Metrics
 from nitsum_jax.sim.workload import Workload
 
 READY_S = 900.0
-SHAPE = ("--max_batch=32", "--prefill_chunk=128", "--page_size=16", "--max_model_len=1024")
+MAX_BATCH = 32
+SHAPE = (f"--max_batch={MAX_BATCH}", "--prefill_chunk=128", "--page_size=16", "--max_model_len=1024")
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -57,14 +59,15 @@ def measured(args: argparse.Namespace, folder: pathlib.Path) -> pathlib.Path:
     path = folder / "profile.json"
     command = [sys.executable, "-m", "nitsum_jax.bench.profiling.main", f"--model={args.model}", f"--out={path}"]
     command += [f"--devices={args.devices}", f"--layout={args.layout}", "--quick", *SHAPE]
-    subprocess.run(command, check=True)
+    if subprocess.run(command, check=False).returncode:
+        raise UnavailableError("nitsum-profile measured nothing; what it said stands above")
     return path
 
 
 async def live(args: argparse.Namespace, folder: pathlib.Path, workload: Workload, tiers: TierSet) -> Results:
     """Plays the load to a server."""
     file = folder / "tiers.toml"
-    file.write_text("".join(f"[tiers.{t.name}]\nttft_ms = {t.ttft_ms}\ntpot_ms = {t.tpot_ms}\n" for t in tiers))
+    file.write_text(tiers_toml(tiers), encoding="utf-8")
     flags = [f"--model={args.model}", f"--devices={args.devices}", f"--layout={args.layout}", f"--tiers={file}"]
     # Only this layout: what compiles meanwhile would take the cores.
     flags += [f"--layouts={args.layout}", "--planner=off", "--max_queue=100000", "--noprefix_cache", *SHAPE]
@@ -96,13 +99,13 @@ def main(argv: list[str] | None = None) -> None:
     """Runs and tells."""
     args = options(argv)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="nitsum-fidelity-"))
-    path = measured(args, folder)
     tiers = TierSet((Tier("chat", args.ttft_ms, args.tpot_ms),))
     workload = capped(demo_load(args.seconds, 1.0, 1, (DemoPhase("chat", args.rate, 1e-6),)), 256, 64)
     workload = dataclasses.replace(workload, requests=tuple(r for r in workload.requests if r.tier == "chat"))
-    results = asyncio.run(live(args, folder, workload, tiers))
+    path = measured(args, folder)
     setting = Setting(CostModel(load_profile(str(path))), tiers, args.devices)
-    said = predict(setting, workload, static_policy(setting, args.layout), 32)
+    said = predict(setting, workload, static_policy(setting, args.layout), MAX_BATCH)
+    results = asyncio.run(live(args, folder, workload, tiers))
     print(f"{args.model}, {args.layout}, {len(workload.requests)} chats in {args.seconds:g} s; profile: {path}")
     print(table(results, said))
     if args.json:
@@ -111,4 +114,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NitsumError as error:
+        sys.exit(f"fidelity: {error}")

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Coroutine
 
@@ -24,6 +25,8 @@ from nitsum_jax.bench.demo.server import child, settled
 from nitsum_jax.bench.serve.player import Player
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, drive
+from nitsum_jax.control.tiers import tiers_toml
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.sim.workload import Workload
 
@@ -59,7 +62,7 @@ async def run(args: argparse.Namespace) -> dict[str, Results]:
     """All loads on one server."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="nitsum-live-"))
     tiers = folder / "tiers.toml"
-    tiers.write_text("".join(f"[tiers.{t.name}]\nttft_ms = {t.ttft_ms}\ntpot_ms = {t.tpot_ms}\n" for t in TIERS))
+    tiers.write_text(tiers_toml(TIERS), encoding="utf-8")
     double, plain = load(args, 2.0), load(args, 1.0)
     longest = max(r.prompt_tokens + r.output_tokens for r in (*double.requests, *plain.requests))
     flags = [
@@ -130,4 +133,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except NitsumError as error:
+        sys.exit(f"live: {error}")

@@ -145,6 +145,14 @@ def read_tiers(path: str | pathlib.Path) -> TierSet:
     return parse_tiers(text, str(path))
 
 
+def tiers_toml(tiers: TierSet) -> str:
+    """TOML text that parse_tiers reads as these tiers."""
+    return "\n".join(
+        f"[tiers.{tier.name}]\nttft_ms = {tier.ttft_ms!r}\ntpot_ms = {tier.tpot_ms!r}\nweight = {tier.weight!r}\n"
+        for tier in tiers
+    )
+
+
 def _tier(name: str, table: object, text: str, source: str) -> Tier:
     if not isinstance(table, Mapping):
         raise InvalidInputError(f"{_place(source, text, name)}: tier {name!r} must be a table: write [tiers.{name}]")

@@ -218,12 +218,15 @@ class KvPool:
         """Puts a new array in the place of one that an update donated."""
         self._arrays[index] = array
 
-    def reuse(self, vshard: int, source: int, blocks: np.ndarray, target: int) -> np.ndarray:
-        """i32[n]: blocks of `target` that hold what blocks i32[n] of `source` do, with one user more, or -1."""
+    def reuse(
+        self, vshard: int | np.ndarray, source: int, blocks: np.ndarray, target: int, more: np.ndarray | int = 1
+    ) -> np.ndarray:
+        """i32[n]: blocks of `target` that hold what blocks i32[n] of `source` do, with so many users more, or -1."""
         if self.index is None:
             return np.full(len(blocks), -1, np.int32)
         twins = self.index.twins(vshard, source, blocks, target)
-        self.allocators[target].share(twins[twins >= 0])
+        found = twins >= 0
+        self.allocators[target].share(twins[found], np.broadcast_to(more, found.shape)[found])
         return twins
 
     def copied(self, vshard: int | np.ndarray, source: int, blocks: np.ndarray, target: int, new: np.ndarray) -> None:

@@ -270,7 +270,8 @@ def _remap(
     by_page = np.argsort(np.arange(ends[-1]) - np.repeat(starts, np.diff([0, *ends])), kind="stable")
     for source, target, part in route.pairs:
         shards, was, comes = route.vshards[part], there[part], here[part]
-        pool.copied(_each(shards, brought), source, was[:, brought].reshape(-1), target, comes[:, brought].reshape(-1))
+        each = np.repeat(shards, np.count_nonzero(brought))
+        pool.copied(each, source, was[:, brought].reshape(-1), target, comes[:, brought].reshape(-1))
         sources, comes[:, copied], targets = _bring(pool, shards, source, target, was[:, copied])
         shape = comes[:, unwritten].shape
         comes[:, unwritten] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)
@@ -281,10 +282,6 @@ def _remap(
         moves.freed.setdefault(source, []).append(was[:, by_page].T.reshape(-1))
     for sequence, start in zip(sequences, starts, strict=True):
         sequence.table[route.vshards, : sequence.pages] = here[:, start : start + sequence.pages]
-
-
-def _each(shards: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.repeat(shards, np.count_nonzero(mask))
 
 
 def _bring(
@@ -298,9 +295,8 @@ def _bring(
     # Others may have brought or left the same pages there, or bring them now.
     sources, first, inverse, users = np.unique(flat, return_index=True, return_inverse=True, return_counts=True)
     shards = np.repeat(shards, blocks.shape[1])[first]
-    here = pool.index.twins(shards, source, sources, target)
+    here = pool.reuse(shards, source, sources, target, users)
     new = here < 0
-    allocator.share(here[~new], users[~new])
     here[new] = allocator.take(int(np.count_nonzero(new)))
     allocator.share(here[new], users[new] - 1)
     pool.copied(shards[new], source, sources[new], target, here[new])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet, parse_tiers, read_tiers
+from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet, parse_tiers, read_tiers, tiers_toml
 from nitsum_jax.errors import InvalidInputError
 
 GOOD = """
@@ -63,6 +63,11 @@ def test_a_tier_out_of_range_is_refused_in_one_line(change: dict[str, Any]) -> N
 def test_tiers_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DEFAULT_TIERS.get("batch").ttft_ms = 1  # type: ignore[misc]
+
+
+def test_tiers_are_read_as_they_were_written() -> None:
+    tiers = TierSet((Tier("chat", 300, 6.25), Tier("batch", 1e4, 1e-3, weight=0.5)))
+    assert parse_tiers(tiers_toml(tiers), "t") == tiers
 
 
 def test_lookup() -> None:

@@ -18,7 +18,7 @@ WALK = ("tp2x2", "tp4", "tp1x4")
 def test_the_host_part_of_a_switch_of_256_sequences_is_no_matter_of_seconds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In time of the engine's thread.  It takes 7 to 10 ms; the bound is for busy machines."""
+    """In time of the engine's thread.  It takes 5 to 9 ms; the bound is for busy machines."""
     spent: list[float] = []
     real = loop.perform_switch
 

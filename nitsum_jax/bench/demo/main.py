@@ -21,6 +21,7 @@ from nitsum_jax.bench.serve.player import Player
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, drive
 from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.tiers import tiers_toml
 from nitsum_jax.errors import InvalidInputError, UnavailableError
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.server import cli
@@ -145,7 +146,7 @@ class _Demo:
             f"log and decisions in {options.folder}"
         )
         tiers = options.folder / "tiers.toml"
-        tiers.write_text("".join(_toml(t.name, t.ttft_ms, t.tpot_ms) for t in TIERS), encoding="utf-8")
+        tiers.write_text(tiers_toml(TIERS), encoding="utf-8")
         entries = []
         async with (
             child(self._flags(tiers), options.folder / "server.log", _READY_S) as address,
@@ -252,7 +253,3 @@ def _even(tp: int) -> str:
     if DEVICES % tp:
         raise InvalidInputError(f"TP {tp} does not divide {DEVICES} devices: give --layouts")
     return f"tp{tp}x{DEVICES // tp}" if tp < DEVICES else f"tp{tp}"
-
-
-def _toml(name: str, ttft_ms: float, tpot_ms: float) -> str:
-    return f"[tiers.{name}]\nttft_ms = {ttft_ms:g}\ntpot_ms = {tpot_ms:g}\n\n"
