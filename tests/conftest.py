@@ -1,14 +1,16 @@
 """One setting for every test: 8 emulated CPU devices and a JAX that forgives nothing.
 
-All of it goes through environment variables, which JAX and gRPC read when they are imported.  So this file needs no JAX
-itself (tests of the pure rooms stay fast), and servers and tools that tests start run under the same rules.
+All of it goes through environment variables, which JAX reads when it is imported.  So this file needs no JAX itself
+(tests of the pure rooms stay fast), and servers and tools that tests start as processes run under the same rules.
 """
 
+import logging
 import os
 import pathlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -16,7 +18,7 @@ import pytest
 NUM_DEVICES = 8
 _CACHE_OWNER = pytest.StashKey[pathlib.Path]()
 
-_ENVIRONMENT = {
+_JAX_ENVIRONMENT = {
     # An accelerator that happens to be there must not change what is tested.
     "JAX_PLATFORMS": "cpu",
     "JAX_NUM_CPU_DEVICES": str(NUM_DEVICES),
@@ -26,8 +28,6 @@ _ENVIRONMENT = {
     # Many tests compile the same tiny models; the cache below is shared by tests, workers and child processes.
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    # Its library writes notes on connections to the standard error of whoever runs, at any time.
-    "GRPC_VERBOSITY": "ERROR",
 }
 
 hypothesis.settings.register_profile(
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Flags left in a shell could ask for another number of devices.
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if "host_platform_device_count" not in f]
     os.environ["XLA_FLAGS"] = " ".join(flags)
-    os.environ.update(_ENVIRONMENT)
+    os.environ.update(_JAX_ENVIRONMENT)
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder of the process that started them
         folder = pathlib.Path(tempfile.mkdtemp(prefix="nitsum-test-cache-"))
         config.stash[_CACHE_OWNER] = folder
@@ -61,3 +61,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     folder = config.stash.get(_CACHE_OWNER, None)
     if folder is not None:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _root_logger_stays() -> Iterator[None]:
+    """A tool that a test runs in this process may set the root logger up, for streams that end with the test."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -3,7 +3,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -31,12 +30,8 @@ class Log:
 
 
 @pytest.fixture
-def log(capsys: pytest.CaptureFixture[str]) -> Iterator[Log]:
-    root = logging.getLogger()
-    before, level = root.handlers[:], root.level
-    yield Log(capsys)
-    root.handlers[:] = before
-    root.setLevel(level)
+def log(capsys: pytest.CaptureFixture[str]) -> Log:
+    return Log(capsys)
 
 
 def test_one_json_line_per_request_and_nothing_of_what_was_said(log: Log) -> None:
