@@ -117,22 +117,17 @@ class Capacity:
     below: int
 
 
-def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest: int) -> Capacity:
+def crossing(reached: Callable[[int], float], guess: int, grid: Grid, lowest: int) -> Capacity:
     """Bisection over levels, from a guess outward.
 
     Attainment falls with the rate but for noise; the level returned passed, and the next one did not.
 
     Args:
-      policy: to measure.
+      reached: attainment at a level.
       guess: level to begin at.
-      evaluate: figures at a level.
       grid: what levels mean.
       lowest: level below which it is called out of reach.
     """
-
-    def reached(level: int) -> float:
-        return evaluate(policy, level).attainment
-
     step = 1
     if reached(guess) >= TARGET:
         low = guess
@@ -156,6 +151,11 @@ def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest:
     upper, lower = reached(low), reached(high)
     share = (upper - TARGET) / (upper - lower) if upper > lower else 0.0
     return Capacity(grid.factor(low + share), low)
+
+
+def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest: int) -> Capacity:
+    """The highest rate that a policy serves: see `crossing`."""
+    return crossing(lambda level: evaluate(policy, level).attainment, guess, grid, lowest)
 
 
 def best_by_capacity(

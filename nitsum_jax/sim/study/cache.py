@@ -9,7 +9,19 @@ from typing import Any
 
 import nitsum_jax.control
 
-_CORE = ("backlog", "cell", "cost_model", "grids", "job", "plan", "scheduler", "switching", "tiers", "worker")
+_CORE = (
+    "backlog",
+    "cell",
+    "cost_model",
+    "grids",
+    "job",
+    "plan",
+    "scheduler",
+    "shedding",
+    "switching",
+    "tiers",
+    "worker",
+)
 
 
 class Cache:

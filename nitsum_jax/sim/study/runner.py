@@ -14,7 +14,7 @@ from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import baselines
 from nitsum_jax.sim.baselines import Setting
 from nitsum_jax.sim.bound import candidates, upper_bound
-from nitsum_jax.sim.search import Capacity, Grid, best_by_capacity, capacity, run, sample, tournament
+from nitsum_jax.sim.search import Capacity, Grid, best_by_capacity, capacity, crossing, run, sample, tournament
 from nitsum_jax.sim.simulation import Policy
 from nitsum_jax.sim.study.cache import Cache, code_digest, key_of
 from nitsum_jax.sim.study.config import Case, Mix, StudyConfig, phases_of
@@ -175,6 +175,7 @@ class _Runner:
             "shifting": cell.mix.shifting,
             "seconds": self.load.seconds,
             "source": cell.source,
+            "lowest": self.grid.factor(LOWEST) * self.load.rate,
             "targets": {t.name: [t.ttft_ms, t.tpot_ms] for t in cell.case.tiers},
             "levels": {str(level): self.grid.factor(level) * self.load.rate for level in levels},
             "families": rows,
@@ -196,6 +197,28 @@ class _Runner:
         adaptive = self.full(baselines.adaptive(self.setting), level)
         plans = [policy.plan for policy in policies] + [_plan(layout) for layout in adaptive.plans]
         chosen = candidates(self.setting, plans)
+        value = self._bound_at(level, chosen)
+        seconds = self.load.seconds
+        found = {
+            "rate": value["offered"] / seconds,
+            "goodput": value["met"] / seconds,
+            "attainment": value["met"] / max(1, value["offered"]),
+            "best_goodput": value["best_met"] / seconds,
+            "best_attainment": value["best_met"] / max(1, value["offered"]),
+            "adaptive": adaptive.goodput,
+            "choices": value["choices"],
+            "candidates": len(chosen),
+        }
+        if self.cell.mix.shifting:
+
+            def reached(other: int) -> float:
+                value = self._bound_at(other, chosen)
+                return value["best_met"] / max(1, value["offered"])
+
+            found["best_capacity"] = crossing(reached, level, self.grid, LOWEST).factor * self.load.rate
+        return found
+
+    def _bound_at(self, level: int, chosen: list[Policy]) -> dict[str, Any]:
         names = sorted(str(policy.plan) for policy in chosen)
         key = key_of(
             kind="bound", about=self.about, factor=self.grid.factor(level), code=code_digest(False), names=names
@@ -210,18 +233,7 @@ class _Runner:
                 "choices": list(found.choices),
             }
 
-        value = self.cache.get(key, compute)
-        seconds = self.load.seconds
-        return {
-            "rate": value["offered"] / seconds,
-            "goodput": value["met"] / seconds,
-            "attainment": value["met"] / max(1, value["offered"]),
-            "best_goodput": value["best_met"] / seconds,
-            "best_attainment": value["best_met"] / max(1, value["offered"]),
-            "adaptive": adaptive.goodput,
-            "choices": value["choices"],
-            "candidates": len(chosen),
-        }
+        return self.cache.get(key, compute)
 
     def _ablations(self, found: Capacity) -> dict[str, Any]:
         """Figures of adaptive control with something taken away, at the highest rate that it serves whole."""
