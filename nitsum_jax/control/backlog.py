@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator
 
 from nitsum_jax.control.job import Job
+from nitsum_jax.control.shedding import overflow
 
 _Key = tuple[float, float, int, Job]
 
@@ -78,6 +79,24 @@ class Backlog:
                 demoted.append(job)
             del queue[:count]
         return demoted
+
+    def shed(self, tier: str, now_s: float, rate: float) -> list[Job]:
+        """Calls as few of a tier late as must be for the others to begin in time; returns them.
+
+        Args:
+          tier: name.
+          now_s: the time.
+          rate: seconds of work (`Job.work_s`) that leave the backlog per second.
+        """
+        queue = self._in_time.get(tier, [])
+        shed = []
+        for place in sorted(overflow([k[0] - now_s for k in queue], [k[3].work_s for k in queue], rate), reverse=True):
+            job = queue.pop(place)[3]
+            del self._keys[job.id]
+            job.late = True
+            self._push_late(job)
+            shed.append(job)
+        return shed
 
     def heads(self, depth: int) -> Iterator[Job]:
         """The first `depth` requests of every tier that are in time; tiers in the order of their first one."""

@@ -103,7 +103,7 @@ class ModelWorker(Worker):
         self.incoming = 0  # requests whose KV cache is on its way here
         self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
         self.sending = 0  # and from here
-        self.idle_until = 0.0  # a switch copies KV cache
+        self.idle_until = -math.inf  # a switch copies KV cache
         self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
 
     def steps_to_finish(self) -> int:

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.worker import Worker
 
 _WAITING = 400  # requests that are told to the planner at the most
+_YOUNG = 64  # of the last requests so many are looked at for those that are late already,
+_LOOK_S = 0.25  # so often
+_FRESH = 24  # arrivals since the load changed from which a replay can be made
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,15 +66,16 @@ class ControllerConfig:
       interval_s: between ticks.
       urgent_s: least time between ticks that an event brings on.
       urgent_share: of the requests since the last tick, the share that may miss its targets; more is an event.
+        (Another is a change of the load, as the estimator finds it.)
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
     """
 
     interval_s: float = 5.0
-    urgent_s: float = 4.0
+    urgent_s: float = 1.0
     urgent_share: float = 0.1
-    dwell_s: float = 5.0
-    warm_up_s: float = 5.0
+    dwell_s: float = 2.0
+    warm_up_s: float = 2.0
 
 
 class AdaptiveController:
@@ -112,6 +117,9 @@ class AdaptiveController:
         self._misses = 0
         self._seen = 0
         self._arrivals = 0
+        self._young: collections.deque[Job] = collections.deque(maxlen=_YOUNG)  # came since the last tick
+        self._changes = 0  # of the load, at the last tick
+        self._next_look_s = now_s
 
     @property
     def interval_s(self) -> float:
@@ -127,6 +135,7 @@ class AdaptiveController:
         """A request came."""
         self._estimator.arrived(now_s, job.tier.name, job.prompt_tokens)
         self._seen += 1
+        self._young.append(job)
         self._arrivals += 1
         if self._arrivals % self._stride == 0:
             self._recent.append((now_s, job.tier.name, job.prompt_tokens, job.id))
@@ -147,7 +156,13 @@ class AdaptiveController:
         """Whether something happened for which the next tick should not be waited for."""
         if now_s - self._last_tick_s < self.config.urgent_s or self._seen < 10:
             return False
-        return self._misses > self.config.urgent_share * self._seen
+        share = self.config.urgent_share
+        if self._misses > share * self._seen or self._estimator.changes > self._changes:
+            return True
+        if now_s < self._next_look_s:
+            return False
+        self._next_look_s = now_s + _LOOK_S
+        return sum(job.late for job in self._young) > share * len(self._young)
 
     def expected_output(self, tier: str) -> float:
         """Mean output of a tier, tokens."""
@@ -155,12 +170,24 @@ class AdaptiveController:
 
     def inputs(self, now_s: float, view: CellView) -> PlanInputs:
         """What a decision would be made from now."""
+        loads = self._estimator.loads(now_s)
+        span_s = self.planner.replay_s
+        settled_s = self._estimator.settled_s
         recent = tuple(
             Arrival(time_s, tier, prompt, self._outputs.get(name, round(self._estimator.output(tier))))
             for time_s, tier, prompt, name in self._recent
-            if time_s >= now_s - self.planner.replay_s
+            if time_s >= now_s - span_s
         )
-        loads = self._estimator.loads(now_s)
+        fresh = [arrival for arrival in recent if arrival.time_s >= now_s - settled_s]
+        if settled_s < span_s and len(fresh) >= _FRESH:
+            # What came before the load changed says nothing of what will come: what came since comes again and again.
+            rounds = math.ceil(span_s / settled_s)
+            again = [
+                dataclasses.replace(arrival, time_s=arrival.time_s - (rounds - 1 - i) * settled_s)
+                for i in range(rounds)
+                for arrival in fresh
+            ]
+            recent = tuple(again[-(self._recent.maxlen or 1) :])
         waiting = tuple(
             Arrival(job.arrival_s, job.tier.name, job.target - job.cached, max(1, round(job.expected_output)))
             for job in _waiting(view)
@@ -172,6 +199,8 @@ class AdaptiveController:
         self._last_tick_s = now_s
         self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
         self._misses = self._seen = 0
+        self._young.clear()
+        self._changes = self._estimator.changes
         lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
         if not lost and now_s - self._start_s < self.config.warm_up_s:
             return None

@@ -91,6 +91,11 @@ class _Arrivals:
         self._second = math.floor(now_s)
         self._count = 0
         self._calm = 1.0  # dispersion over a longer time
+        self.changes = 0
+
+    @property
+    def seconds(self) -> int:
+        return len(self._bins)
 
     def add(self, now_s: float) -> None:
         self.advance(now_s)
@@ -119,6 +124,7 @@ class _Arrivals:
             deviation = math.sqrt(max(mean, 0.05) * self.dispersion(old) * (1 / recent + 1 / len(old)))
             if abs(sum(new) / recent - mean) > self._config.change * deviation:
                 self._bins = collections.deque(new, maxlen=self._config.window_s)
+                self.changes += 1
                 return
 
     def rate(self) -> float:
@@ -156,6 +162,16 @@ class WorkloadEstimator:
         self._prompts = {tier: _Lengths(config) for tier in self._arrivals}
         self._outputs = {tier: _Lengths(config) for tier in self._arrivals}
         self._output = output
+
+    @property
+    def settled_s(self) -> int:
+        """Seconds for which no tier's rate has changed by more than chance; rates are averaged over these or more."""
+        return min((arrivals.seconds for arrivals in self._arrivals.values()), default=0)
+
+    @property
+    def changes(self) -> int:
+        """How often the rate of a tier has changed by more than chance."""
+        return sum(arrivals.changes for arrivals in self._arrivals.values())
 
     def arrived(self, now_s: float, tier: str, prompt_tokens: int) -> None:
         """A request came."""

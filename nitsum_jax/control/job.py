@@ -64,6 +64,11 @@ class Job:
         """When the first token is due."""
         return self.arrival_s + self.tier.ttft_ms / 1000
 
+    @property
+    def work_s(self) -> float:
+        """Least time that its prompt takes: what lies between its latest start and its deadline; 0 if it is past it."""
+        return max(0.0, self.ttft_deadline_s - self.latest_start_s)
+
     def next_token_due_s(self, generated: int) -> float:
         """When the token after `generated` output tokens is due, for the mean time per token to be on target."""
         if self.first_token_s is None:

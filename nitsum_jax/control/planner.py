@@ -52,11 +52,11 @@ class PlannerConfig:
     least_kv_share: float = 0.25
     headroom: float = 1.3
     headroom_weight: float = 0.35
-    finalists: int = 4
+    finalists: int = 3
     replayed: int = 600
     replay_ttfts: float = 2.0
     replay_patience: float = 0.25
-    pressure: float = 1.1
+    pressure: float = 1.2
     satisfied: float = 0.985
     trusted: float = 0.9
     estimate_weight: float = 0.15

@@ -10,7 +10,9 @@ Earliest deadline first over slack, with three rules on top:
   by being faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is
   fixed).
 - **Demotion.** Who can no longer meet its targets is late: it goes on, behind all others, and costs none of them a
-  deadline.  Late ones that have waited `patience_s` get every `aging_every`-th turn, so nobody starves.
+  deadline.  While more comes than can be served some are called late early, those with the most work first, so that
+  the rest is in time (`shedding`).  Late ones that have waited `patience_s` get every `aging_every`-th turn, so nobody
+  starves.
 
 Pure: times come in, decisions go out.
 """
@@ -23,9 +25,11 @@ from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import DECODE, MIXED, PREFILL
+from nitsum_jax.control.shedding import Drain
 from nitsum_jax.control.worker import Worker
 
 Chunk = tuple[Job, int]
+_ANY = (math.inf, math.inf, "")  # more than any request's urgency: none has come at the end of time
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class SchedulerConfig:
       ahead_tokens: an instance takes another prompt when fewer prompt tokens than this are left to it.
       copy_share: what an instance must copy from another is taken to cost this share of computing it.
       look: requests of each tier that are considered, besides the first.
+      shed_window_s: how fast a tier's requests leave the backlog is measured over so long, and those that will be late
+        at this rate are given up early; 0: never.
       patience_s: see the module.
       aging_every: see the module.
     """
@@ -74,6 +80,7 @@ class SchedulerConfig:
     ahead_tokens: int = 512
     copy_share: float = 0.1
     look: int = 4
+    shed_window_s: float = 1.0
     patience_s: float = 30.0
     aging_every: int = 8
 
@@ -92,6 +99,9 @@ class Scheduler:
         ttft = min(tier.ttft_ms for tier in tiers) / 1000
         self._step_cap_s = config.step_share * ttft
         self._expected = {tier.name: 128.0 for tier in tiers}
+        sheds = config.order == "deadline" and config.shed_window_s > 0
+        self._drains = {tier.name: Drain(config.shed_window_s) for tier in tiers} if sheds else {}
+        self._shed_s = -math.inf
 
     # ---- knowledge
 
@@ -143,16 +153,21 @@ class Scheduler:
         most = max(held.values(), default=0)
         best, best_score = None, (math.inf, math.inf, math.inf)
         for worker in workers:
-            if not self._has_turn(worker, job):
+            before = self._turn(worker)
+            if before is None or not _urgency(job) < before:
                 continue
             score = self._score(worker, job, now_s, held.get(worker, 0), most)
             if score is not None and score < best_score:
                 best, best_score = worker, score
+        if best is not None:
+            self._took(job, now_s)
         return best
 
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
+        if now_s - self._shed_s >= self.config.shed_window_s / 4:
+            self._shed(now_s)
         if not worker.takes_prompts or worker.jobs >= worker.max_batch or not len(self.backlog):
             return None
         late = self.backlog.first_late()
@@ -161,26 +176,47 @@ class Scheduler:
             if self._turns % self.config.aging_every == 0 and self._fits(worker, late) and not worker.prefills:
                 self.backlog.remove(late)
                 return late
-        for job in self.backlog.heads(self.config.look):
-            if self._has_turn(worker, job) and self._score(worker, job, now_s) is not None:
-                self.backlog.remove(job)
-                return job
+        before = self._turn(worker)
+        if before is not None:
+            for job in self.backlog.heads(self.config.look):
+                if _urgency(job) < before and self._score(worker, job, now_s) is not None:
+                    self.backlog.remove(job)
+                    self._took(job, now_s)
+                    return job
         if late is not None and not worker.prefills and self._fits(worker, late) and self._harmless(worker, late):
             self.backlog.remove(late)
             return late
         return None
 
-    def _has_turn(self, worker: Worker, job: Job) -> bool:
-        """Whether the instance is done enough with its prompts to take another, or should put this one first."""
+    def _took(self, job: Job, now_s: float) -> None:
+        drain = self._drains.get(job.tier.name)
+        if drain is not None:
+            drain.took(now_s, job.work_s)
+
+    def _shed(self, now_s: float) -> None:
+        """Gives up those that will be late at the rate at which the backlog goes down."""
+        self._shed_s = now_s
+        for tier, drain in self._drains.items():
+            if not self.backlog.waiting(tier):
+                drain.ends()
+                continue
+            drain.begins(now_s)
+            rate = drain.rate(now_s)
+            if rate is not None and rate > 0:
+                self.backlog.shed(tier, now_s, rate)
+
+    def _turn(self, worker: Worker) -> tuple[float, float, str] | None:
+        """How urgent a request must be for an instance to take it: less than this; None if it takes nobody.
+
+        It is done enough with its prompts to take any, or should put this one first.
+        """
         if not worker.takes_prompts or worker.jobs >= worker.max_batch:
-            return False
+            return None
         if not worker.prefills or worker.prefill_left < self.config.ahead_tokens:
-            return True
-        if self.config.order == "fcfs":
-            return False
-        return len(worker.prefills) < 4 and all(
-            other.late or _urgency(job) < _urgency(other) for other in worker.prefills
-        )
+            return _ANY
+        if self.config.order == "fcfs" or len(worker.prefills) >= 4:
+            return None
+        return min((_urgency(other) for other in worker.prefills if not other.late), default=_ANY)
 
     def _fits(self, worker: Worker, job: Job) -> bool:
         need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())

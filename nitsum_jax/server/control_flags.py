@@ -22,7 +22,7 @@ class ControlOptions:
 
     mode: Mode = Mode.OFF
     interval_s: float = 5.0
-    dwell_s: float = 5.0
+    dwell_s: float = 2.0
     timeout_s: float = 5.0
     log: str | None = None
 
@@ -43,7 +43,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "planner_interval", 5.0, "seconds between decisions", lower_bound=0.1, flag_values=values
     )  # fmt: skip
-    flags.DEFINE_float("planner_dwell", 5.0, "least seconds between two switches", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("planner_dwell", 2.0, "least seconds between two switches", lower_bound=0, flag_values=values)
     flags.DEFINE_float(
         "planner_timeout",
         5.0,

@@ -35,6 +35,7 @@ from nitsum_jax.sim.workload import Workload, window
 WINDOW_S = 60.0
 LEAD_S = 20.0
 TAIL_S = 10.0
+NEAR = 0.03
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Bound:
       best_met: both targets, each window under the one candidate that meets most of it.
       seconds: length of the workload.
       choices: that candidate, by window.
+      near: candidates that came within `NEAR` of the best in some window, those that need not run left out.
     """
 
     offered: int
@@ -54,6 +56,7 @@ class Bound:
     best_met: int
     seconds: float
     choices: tuple[str, ...]
+    near: tuple[str, ...] = ()
 
     @property
     def goodput(self) -> float:
@@ -112,6 +115,7 @@ def upper_bound(
     met: set[int] = set()  # numbers of requests
     best_met = 0
     choices = []
+    near: set[str] = set()
     # The last window's winner first: where it meets everything the others need not run.
     order = list(policies)
     for i in range(math.ceil(workload.seconds / window_s - 1e-9)):
@@ -123,19 +127,21 @@ def upper_bound(
         last = start + length >= workload.seconds
         inside = range(_first(arrivals, start), len(arrivals) if last else _first(arrivals, start + length))
         best, most = order[0], -1
+        counts: dict[str, int] = {}
         for policy in order:
             outcome = simulate(piece, setting.tiers, setting.cost, policy, num_devices=setting.num_devices)
             found = {first + int(job.id) for job in outcome.finished if job.met()}
             met |= found
-            count = sum(number in found for number in inside)
+            count = counts[str(policy.plan)] = sum(number in found for number in inside)
             if count > most:
                 best, most = policy, count
             if count == len(inside):
                 break
         order.sort(key=lambda policy: policy is not best)
         best_met += most
+        near |= {name for name, count in counts.items() if count >= (1 - NEAR) * most}
         choices.append(str(best.plan))
-    return Bound(len(arrivals), len(met), best_met, workload.seconds, tuple(choices))
+    return Bound(len(arrivals), len(met), best_met, workload.seconds, tuple(choices), tuple(sorted(near)))
 
 
 def _first(arrivals: Sequence[float], time_s: float) -> int:

@@ -16,7 +16,7 @@ from nitsum_jax.control.worker import Worker
 from tests.control.profiles import roofline_profile
 
 COST = CostModel(roofline_profile())
-CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100)
+CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=4), Tier("code", ttft_ms=2000, tpot_ms=100)
 
 
 class Run:
@@ -42,18 +42,24 @@ class Run:
     def failed(self, job: Job, reason: str) -> None:
         raise AssertionError(reason)
 
+    def tick(self, now_s: float) -> None:
+        assert self.controller
+        view = CellView(self.cell.plan, self.cell.workers, self.scheduler.backlog, 8)
+        decision = self.controller.tick(now_s, view)
+        if decision and decision.switch:
+            self.cell.switch(decision.choice)
+
     def play(self, arrivals: list[tuple[float, Tier, int, int]]) -> None:
         tick_s = 0.0
         for i, (time_s, tier, prompt, output) in enumerate(arrivals):
             if self.controller:
                 while (tick_s := tick_s + self.controller.interval_s) <= time_s:
                     self.cell.run_until(tick_s)
-                    view = CellView(self.cell.plan, self.cell.workers, self.scheduler.backlog, 8)
-                    decision = self.controller.tick(tick_s, view)
-                    if decision and decision.switch:
-                        self.cell.switch(decision.choice)
+                    self.tick(tick_s)
                 tick_s -= self.controller.interval_s
             self.cell.run_until(time_s)
+            if self.controller and self.controller.urgent(time_s):
+                self.tick(time_s)
             job = Job(str(i), tier, time_s, prompt, output)
             if self.controller:
                 self.controller.arrived(time_s, job)
@@ -81,7 +87,7 @@ def test_adaptive_control_meets_more_than_any_homogeneous_layout_when_the_mix_sh
         run = Run(homogeneous(8, tp), None)
         run.play(arrivals)
         static[tp] = run.met / len(arrivals)
-    adaptive = Run(homogeneous(8, 2), AdaptiveController(COST, (CHAT, CODE)))
+    adaptive = Run(homogeneous(8, 4), AdaptiveController(COST, (CHAT, CODE)))
     adaptive.play(arrivals)
     assert adaptive.ended == len(arrivals)  # nothing is lost in the switches
     assert adaptive.switches
@@ -104,6 +110,34 @@ def test_misses_bring_the_next_tick_on() -> None:
     assert controller.urgent(6.0)
     controller.tick(6.0, CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8))
     assert not controller.urgent(6.5)
+
+
+def test_requests_that_are_given_up_bring_the_next_tick_on() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE))
+    jobs = [Job(str(i), CHAT, 6.0, 100, 10) for i in range(20)]
+    for job in jobs:
+        controller.arrived(6.0, job)
+    assert not controller.urgent(6.0)
+    for job in jobs[:5]:
+        job.late = True
+    assert not controller.urgent(6.1)  # it looks a few times a second
+    assert controller.urgent(6.5)
+
+
+def test_a_change_of_the_load_brings_the_next_tick_on() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE))
+    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    for i in range(100):
+        controller.arrived(i / 5, Job(f"a{i}", CHAT, i / 5, 100, 10))
+    controller.tick(20.0, view)
+    urgent_s = []
+    for i in range(200):
+        now_s = 20 + i / 50
+        controller.arrived(now_s, Job(f"b{i}", CHAT, now_s, 100, 10))
+        if controller.urgent(now_s):
+            urgent_s.append(now_s)
+    assert urgent_s
+    assert urgent_s[0] < 24
 
 
 @pytest.mark.parametrize("dwell_s", [10.0, 1000.0])

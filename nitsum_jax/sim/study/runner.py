@@ -210,9 +210,11 @@ class _Runner:
             "candidates": len(chosen),
         }
         if self.cell.mix.shifting:
+            # At neighbouring rates only those run that came near the best of some window at this one.
+            close = [policy for policy in chosen if str(policy.plan) in value["near"]]
 
             def reached(other: int) -> float:
-                value = self._bound_at(other, chosen)
+                value = self._bound_at(other, chosen if other == level else close)
                 return value["best_met"] / max(1, value["offered"])
 
             found["best_capacity"] = crossing(reached, level, self.grid, LOWEST).factor * self.load.rate
@@ -231,6 +233,7 @@ class _Runner:
                 "met": found.met,
                 "best_met": found.best_met,
                 "choices": list(found.choices),
+                "near": list(found.near),
             }
 
         return self.cache.get(key, compute)
