@@ -43,7 +43,8 @@ class PlannerConfig:
       satisfied: share of the replayed goodput at which a plan stays without others being looked at.
       trusted: if the estimate, too, gives it at least this score: a queue that grows slowly takes longer than a replay.
       estimate_weight: weight of the estimate beside the replay.
-      hysteresis: least gain, as a share of the offered goodput, for which a switch is made.
+      hysteresis: least gain, as a share of the offered goodput, for which a switch is made; twice this if the present
+        plan satisfies the requests as fast as they came.
       chance: and of the requests for which two plans differ, the gain must be so many standard deviations of chance.
       splits: whether plans with prefill and decode apart are candidates.
       tps: TPs that may be used; empty: all that the profile has and that leave room for KV cache.
@@ -239,7 +240,11 @@ class Planner:
         candidates = tuple(map(_candidate, finalists, replays))
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
-        if chosen == 0 or gain < config.hysteresis or not self._certain(first, replays[chosen]):
+        least = config.hysteresis
+        if chosen > 0 and inputs.recent and not lost and gain >= least:
+            as_it_is = self._replay(inputs, present[2], math.inf, pressure=1.0)
+            least *= 2 if as_it_is.share >= config.satisfied else 1
+        if chosen == 0 or gain < least or not self._certain(first, replays[chosen]):
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
             return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason)
         plan = place(finalists[chosen][2], inputs.num_devices, inputs.plan, inputs.lost)
@@ -249,7 +254,9 @@ class Planner:
         )
         return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason)
 
-    def _replay(self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float) -> Replay:
+    def _replay(
+        self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float, pressure: float | None = None
+    ) -> Replay:
         plan = place(shapes, inputs.num_devices, inputs.plan, inputs.lost)
         longest_ms = 1000 * self.config.replay_patience * (inputs.time_s - inputs.recent[0].time_s)
         tiers = {n: dataclasses.replace(t, ttft_ms=min(t.ttft_ms, longest_ms)) for n, t in self.tiers.items()}
@@ -265,7 +272,7 @@ class Planner:
             inputs.loads,
             self.resident_tp,
             waiting=waiting,
-            pressure=self.config.pressure,
+            pressure=pressure or self.config.pressure,
             most_missed=most_missed,
         )
 
