@@ -73,9 +73,7 @@ class Backlog:
         for queue in self._in_time.values():
             count = bisect.bisect_left(queue, (now_s,))
             for *_, job in queue[:count]:
-                del self._keys[job.id]
-                job.late = True
-                self._push_late(job)
+                self._call_late(job)
                 demoted.append(job)
             del queue[:count]
         return demoted
@@ -92,9 +90,7 @@ class Backlog:
         shed = []
         for place in sorted(overflow([k[0] - now_s for k in queue], [k[3].work_s for k in queue], rate), reverse=True):
             job = queue.pop(place)[3]
-            del self._keys[job.id]
-            job.late = True
-            self._push_late(job)
+            self._call_late(job)
             shed.append(job)
         return shed
 
@@ -114,6 +110,12 @@ class Backlog:
         while self._late and self._late[0][2].id not in self._late_alive:
             heapq.heappop(self._late)
         return self._late[0][2] if self._late else None
+
+    def _call_late(self, job: Job) -> None:
+        """One that was in time; its place among those is the caller's to clear."""
+        del self._keys[job.id]
+        job.late = True
+        self._push_late(job)
 
     def _push_late(self, job: Job) -> None:
         heapq.heappush(self._late, (job.arrival_s, next(self._numbers), job))

@@ -179,7 +179,7 @@ class AdaptiveController:
             if time_s >= now_s - span_s
         )
         fresh = [arrival for arrival in recent if arrival.time_s >= now_s - settled_s]
-        if settled_s < span_s and len(fresh) >= _FRESH:
+        if 0 < settled_s < span_s and len(fresh) >= _FRESH:
             # What came before the load changed says nothing of what will come: what came since comes again and again.
             rounds = math.ceil(span_s / settled_s)
             again = [
@@ -198,14 +198,14 @@ class AdaptiveController:
         """Decides; None while it knows too little or the last switch is too recent."""
         self._last_tick_s = now_s
         self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
-        self._misses = self._seen = 0
-        self._young.clear()
-        self._changes = self._estimator.changes
         lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
         if not lost and now_s - self._start_s < self.config.warm_up_s:
             return None
         if not lost and now_s - self._last_switch_s < self.config.dwell_s:
             return None
+        self._misses = self._seen = 0
+        self._young.clear()
+        self._changes = self._estimator.changes
         decision = self._decide(self.inputs(now_s, view))
         if decision is not None and decision.switch:
             self._last_switch_s = now_s

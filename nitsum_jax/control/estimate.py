@@ -166,7 +166,8 @@ class WorkloadEstimator:
     @property
     def settled_s(self) -> int:
         """Seconds for which no tier's rate has changed by more than chance; rates are averaged over these or more."""
-        return min((arrivals.seconds for arrivals in self._arrivals.values()), default=0)
+        seen = (arrivals for tier, arrivals in self._arrivals.items() if len(self._prompts[tier]))
+        return min((arrivals.seconds for arrivals in seen), default=0)
 
     @property
     def changes(self) -> int:

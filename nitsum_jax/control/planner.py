@@ -240,11 +240,10 @@ class Planner:
         candidates = tuple(map(_candidate, finalists, replays))
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
-        least = config.hysteresis
-        if chosen > 0 and inputs.recent and not lost and gain >= least:
-            as_it_is = self._replay(inputs, present[2], math.inf, pressure=1.0)
-            least *= 2 if as_it_is.share >= config.satisfied else 1
-        if chosen == 0 or gain < least or not self._certain(first, replays[chosen]):
+        better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen])
+        if better and gain < 2 * config.hysteresis and inputs.recent and not lost:
+            better = self._replay(inputs, present[2], math.inf, pressure=1.0).share < config.satisfied
+        if not better:
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
             return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason)
         plan = place(finalists[chosen][2], inputs.num_devices, inputs.plan, inputs.lost)

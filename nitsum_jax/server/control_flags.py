@@ -7,6 +7,8 @@ from absl import flags
 from nitsum_jax.control.controller import ControllerConfig
 from nitsum_jax.server.control_loop import Mode
 
+_DEFAULTS = ControllerConfig()
+
 
 @dataclasses.dataclass(frozen=True)
 class ControlOptions:
@@ -21,8 +23,8 @@ class ControlOptions:
     """
 
     mode: Mode = Mode.OFF
-    interval_s: float = 5.0
-    dwell_s: float = 2.0
+    interval_s: float = _DEFAULTS.interval_s
+    dwell_s: float = _DEFAULTS.dwell_s
     timeout_s: float = 5.0
     log: str | None = None
 
@@ -41,9 +43,15 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_float(
-        "planner_interval", 5.0, "seconds between decisions", lower_bound=0.1, flag_values=values
+        "planner_interval", _DEFAULTS.interval_s, "seconds between decisions", lower_bound=0.1, flag_values=values
     )  # fmt: skip
-    flags.DEFINE_float("planner_dwell", 2.0, "least seconds between two switches", lower_bound=0, flag_values=values)
+    flags.DEFINE_float(
+        "planner_dwell",
+        _DEFAULTS.dwell_s,
+        "least seconds between two switches",
+        lower_bound=0,
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "planner_timeout",
         5.0,

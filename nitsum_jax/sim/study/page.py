@@ -131,16 +131,15 @@ def _short(results: Sequence[Result]) -> list[str]:
         lines.append(
             f"| {words} | {wanted} | **{value:.3f}** ({kind}) | {worst[1]:.3f} {worst[0]} | {best[1]:.3f} {best[0]} |"
         )
-    never = [
-        f"{result['name']} {family}"
+    never = sum(
+        family.startswith("static-tp") and not row["capacity"]
         for result in results
         for family, row in result["families"].items()
-        if family.startswith("static-tp") and not row["capacity"]
-    ]
+    )
     if never:
         lines += [
             "",
-            f"In {len(never)} of the comparisons with a static TP, that reaches 90 % at no rate: a tier's targets are"
+            f"In {never} of the comparisons with a static TP, that reaches 90 % at no rate: a tier's targets are"
             " out of its reach.  It was tried down to a tenth of the guessed rate, and is taken to serve that here.",
         ]
     mixes = {result["name"]: result["mix"] for result in results}
@@ -235,7 +234,7 @@ def _limits(results: Sequence[Result]) -> list[str]:
     found = ratios(results)
     by_name = {result["name"]: result for result in results}
     lines = []
-    for goal in ("steady", "windows", "capacity"):
+    for goal in ("steady", "windows", "bound", "capacity"):
         words, target = _GOALS[goal]
         for name, value in found.get(goal, []):
             if target is None or value >= target:
