@@ -140,6 +140,35 @@ def test_a_change_of_the_load_brings_the_next_tick_on() -> None:
     assert urgent_s[0] < 24
 
 
+def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(warm_up_s=10.0))
+    for i in range(20):
+        job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
+        controller.arrived(6.0, job)
+        controller.finished(6.0, job)
+    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    assert controller.tick(6.0, view) is None  # too early for a decision
+    assert controller.urgent(10.0)
+    assert controller.tick(10.0, view) is not None
+    assert not controller.urgent(11.5)
+
+
+def test_replays_are_made_of_what_came_since_the_load_changed() -> None:
+    batch = Tier("batch", ttft_ms=60_000, tpot_ms=1000)  # nobody uses it, which says nothing of the others
+    controller = AdaptiveController(COST, (CHAT, CODE, batch))
+    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE, batch)).backlog, 8)
+    for i in range(100):
+        controller.arrived(i / 5, Job(f"a{i}", CHAT, i / 5, 100, 10))
+    for i in range(400):
+        now_s = 20 + i / 50
+        controller.arrived(now_s, Job(f"b{i}", CODE, now_s, 3000, 10))
+    inputs = controller.inputs(28.0, view)
+    before = [arrival.tier for arrival in inputs.recent if arrival.time_s < 20]
+    # Only chat came then; those since the change (and from the second in which it was found) stand there again.
+    assert before.count("code") > 0.9 * len(before)
+    assert [a.time_s for a in inputs.recent] == sorted(a.time_s for a in inputs.recent)
+
+
 @pytest.mark.parametrize("dwell_s", [10.0, 1000.0])
 def test_two_switches_are_at_least_the_dwell_time_apart(dwell_s: float) -> None:
     controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(dwell_s=dwell_s))

@@ -123,6 +123,7 @@ def test_a_cell_from_runs_to_page(tmp_path: pathlib.Path, traces) -> None:  # ty
         results.append(values)
     assert {values["shifting"] for values in results} == {False, True}
     assert {"steady", "bound", "weakest"} <= set(ratios(results))
+    assert {"windows", "reach", "room", "goodput"} <= set(ratios(results))
     write_page(results, tmp_path / "docs", missing=1)
     text = (tmp_path / "docs" / "goodput.md").read_text()
     assert text == page(results, missing=1)
