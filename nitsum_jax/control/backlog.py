@@ -71,6 +71,8 @@ class Backlog:
             return []
         demoted = []
         for queue in self._in_time.values():
+            if not queue or queue[0][0] >= now_s:
+                continue
             count = bisect.bisect_left(queue, (now_s,))
             for *_, job in queue[:count]:
                 self._call_late(job)

@@ -12,6 +12,7 @@ import dataclasses
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -22,6 +23,8 @@ from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.worker import Worker
 
 Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
+_IN_TIME = operator.attrgetter("begin_s", "arrival_s", "id")
+_LATE = operator.attrgetter("arrival_s", "id")
 
 
 class Recorder(Protocol):
@@ -377,6 +380,7 @@ class CellModel:
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
         job.worker = source
         if target is None:
+            job.begin_s = _begin_s(job)
             self._stranded.append(job)
             return
         assert isinstance(target, ModelWorker)
@@ -413,25 +417,25 @@ class CellModel:
 
         Late ones, the last in this order, are tried whatever the others found.
         """
-        waiting = sorted(self._stranded, key=_patience) if len(self._stranded) > 1 else self._stranded
+        in_time = [job for job in self._stranded if not job.late]
+        late = [job for job in self._stranded if job.late]
         self._stranded = []
-        full: set[bool] = set()  # whether those in time found no room, and the late ones
-        for job in waiting:
-            if job.late in full:
-                self._stranded.append(job)
-                continue
-            worker, late, count = job.worker, job.late, len(self._stranded)
-            assert isinstance(worker, ModelWorker)
-            self._hand_over(worker, job)
-            if len(self._stranded) > count and job.late is late:
-                full.add(late)
+        for waiting, order in ((in_time, _IN_TIME), (late, _LATE)):
+            if len(waiting) > 1:
+                waiting.sort(key=order)
+            for i, job in enumerate(waiting):
+                worker, was_late, count = job.worker, job.late, len(self._stranded)
+                assert isinstance(worker, ModelWorker)
+                self._hand_over(worker, job)
+                if len(self._stranded) > count and job.late is was_late:
+                    self._stranded += waiting[i + 1 :]
+                    break
 
     def _drained(self) -> None:
         """An instance that was told to stop has; see `SwitchingCell`."""
 
 
-def _patience(job: Job) -> tuple[bool, float, float, str]:
-    """Orders those that wait for an instance to decode: by when they have to begin about, the late ones last."""
+def _begin_s(job: Job) -> float:
+    """By when about one that waits for an instance to decode has to begin."""
     tpot_s = job.tier.tpot_ms / 1000
-    begin_s = job.next_token_due_s(job.generated) + 0.5 * tpot_s * max(4.0, job.expected_output - job.generated)
-    return job.late, (job.arrival_s if job.late else begin_s), job.arrival_s, job.id
+    return job.next_token_due_s(job.generated) + 0.5 * tpot_s * max(4.0, job.expected_output - job.generated)

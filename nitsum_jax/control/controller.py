@@ -69,6 +69,10 @@ class ControllerConfig:
         (Another is a change of the load, as the estimator finds it.)
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
+      work_rate: what planning may cost on average, in `Decision.work` a second.  Who has spent more waits with the
+        next decision, unless the load has changed since the last one: an overload that goes on would otherwise be
+        planned for again and again, with the same outcome.
+      work_saved: what a calm time leaves for the next change of the load, at the most.
     """
 
     interval_s: float = 5.0
@@ -76,6 +80,8 @@ class ControllerConfig:
     urgent_share: float = 0.1
     dwell_s: float = 2.0
     warm_up_s: float = 2.0
+    work_rate: float = 250.0
+    work_saved: float = 15000.0
 
 
 class AdaptiveController:
@@ -114,6 +120,7 @@ class AdaptiveController:
         self._start_s = now_s
         self._last_tick_s = now_s
         self._last_switch_s = -1e9
+        self._work_left = config.work_saved  # at the last tick
         self._misses = 0
         self._seen = 0
         self._arrivals = 0
@@ -157,7 +164,11 @@ class AdaptiveController:
         if now_s - self._last_tick_s < self.config.urgent_s or self._seen < 10:
             return False
         share = self.config.urgent_share
-        if self._misses > share * self._seen or self._estimator.changes > self._changes:
+        if self._estimator.changes > self._changes:
+            return True
+        if self._work_left_at(now_s) < 0:
+            return False
+        if self._misses > share * self._seen:
             return True
         if now_s < self._next_look_s:
             return False
@@ -195,7 +206,8 @@ class AdaptiveController:
         return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed, waiting)
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
-        """Decides; None while it knows too little or the last switch is too recent."""
+        """Decides; None while it knows too little, the last switch is too recent, or it has planned a lot lately."""
+        self._work_left = self._work_left_at(now_s)
         self._last_tick_s = now_s
         self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
         lost = set(view.lost).intersection(d for i in view.plan.instances for d in i.devices)
@@ -203,13 +215,21 @@ class AdaptiveController:
             return None
         if not lost and now_s - self._last_switch_s < self.config.dwell_s:
             return None
+        if not lost and self._work_left < 0 and self._estimator.changes <= self._changes:
+            return None
         self._misses = self._seen = 0
         self._young.clear()
         self._changes = self._estimator.changes
         decision = self._decide(self.inputs(now_s, view))
+        if decision is not None:
+            self._work_left -= decision.work
         if decision is not None and decision.switch:
             self._last_switch_s = now_s
         return decision
+
+    def _work_left_at(self, now_s: float) -> float:
+        saved = self._work_left + self.config.work_rate * (now_s - self._last_tick_s)
+        return min(saved, self.config.work_saved)
 
 
 def _waiting(view: CellView) -> list[Job]:

@@ -7,7 +7,7 @@ followed by an exponential mean of its logarithm, and predictions are multiplied
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.profile import Profile
@@ -54,6 +54,7 @@ class CorrectedCost(CostModel):
         self._decode = {tp: _Ratio() for tp in self.tps}
         self._prefill = {tp: _Ratio() for tp in self.tps}
         self._told: dict[tuple[int, bool], float] = {}
+        self._ratios: dict[int, tuple[float, float]] = {}  # worked out, until something is learnt
 
     def observe(
         self, tp: int, seconds: float, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()
@@ -79,6 +80,7 @@ class CorrectedCost(CostModel):
         if not predicted > 0 or not seconds > 0:
             return
         ratio.add(seconds / predicted, self._weight)
+        self._ratios.clear()
         key = tp, bool(chunks)
         if abs(ratio.log - self._told.get(key, 0.0)) > 0.1:
             self._told[key] = ratio.log
@@ -90,10 +92,14 @@ class CorrectedCost(CostModel):
             if tp in self._decode:
                 self._decode[tp] = _Ratio(math.log(decode), _TRUSTED)
                 self._prefill[tp] = _Ratio(math.log(prefill), _TRUSTED)
+        self._ratios.clear()
 
     def ratios(self, tp: int) -> tuple[float, float]:
         """Measured over predicted seconds of decoding and of prompts; those of the nearest TP that was measured."""
-        return self._nearest(self._decode, tp), self._nearest(self._prefill, tp)
+        found = self._ratios.get(tp)
+        if found is None:
+            found = self._ratios[tp] = self._nearest(self._decode, tp), self._nearest(self._prefill, tp)
+        return found
 
     def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
         """Seconds of one step; see `CostModel.step_s`."""
@@ -103,10 +109,19 @@ class CorrectedCost(CostModel):
             return alone * decode
         return alone * decode + (super().step_s(tp, sequences, context_tokens, chunks) - alone) * prefill
 
+    def chunk_line(
+        self, tp: int, sequences: int, context_tokens: int, before: int, chunks: Sequence[tuple[int, int]] = ()
+    ) -> Callable[[int], float]:
+        """step_s over the size of one more prefill chunk; see `CostModel.chunk_line`."""
+        line = super().chunk_line(tp, sequences, context_tokens, before, chunks)
+        alone = super().step_s(tp, sequences, context_tokens)
+        decode, prefill = self.ratios(tp)
+        return lambda new: alone * decode + (line(new) - alone) * prefill
+
     def decode_segment(self, tp: int, sequences: int, context_tokens: int) -> tuple[float, float, int]:
         """The straight piece of step_s that begins at this context; see `CostModel.decode_segment`."""
         seconds, slope, last = super().decode_segment(tp, sequences, context_tokens)
-        ratio = self._nearest(self._decode, tp)
+        ratio = self.ratios(tp)[0]
         return seconds * ratio, slope * ratio, last
 
     def _nearest(self, ratios: dict[int, _Ratio], tp: int) -> float:

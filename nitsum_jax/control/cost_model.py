@@ -6,7 +6,7 @@ that was worked out once for each (TP, number of sequences), and one multiplicat
 
 import sys
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.grids import Plane
 from nitsum_jax.control.profile import Profile, TpProfile
@@ -63,6 +63,34 @@ class CostModel:
             seconds += steps.mixed_s(0, 0, (chunk,))
         return seconds
 
+    def chunk_line(
+        self, tp: int, sequences: int, context_tokens: int, before: int, chunks: Sequence[tuple[int, int]] = ()
+    ) -> Callable[[int], float]:
+        """step_s as a function of the size of one more prefill chunk, for whoever looks for the size that fits.
+
+        Args:
+          tp: TP of the instance.
+          sequences: sequences that decode in the step.
+          context_tokens: tokens of KV cache that they hold together.
+          before: context before the chunk.
+          chunks: other chunks of the step, as for step_s.
+
+        Returns:
+          New tokens of the chunk, at least 1, to seconds: `step_s(tp, sequences, context_tokens, [*chunks, (new,
+          before)])`, to the bit.
+
+        Raises:
+          InvalidInputError: the profile does not have this TP.
+        """
+        try:
+            steps = self._steps[tp]
+        except KeyError:
+            raise self._unknown(tp) from None
+        if self._mixed:
+            return steps.chunk_line(sequences, context_tokens, before, chunks)
+        fixed_s = CostModel.step_s(self, tp, sequences, context_tokens, chunks)  # a subclass corrects the sum
+        return lambda new: fixed_s + steps.mixed_s(0, 0, ((new, before),))
+
     def decode_segment(self, tp: int, sequences: int, context_tokens: int) -> tuple[float, float, int]:
         """The straight piece of step_s, without chunks, that begins at this context.
 
@@ -108,31 +136,18 @@ class CostModel:
           budget_s: seconds that the step may take.
           chunks: other chunks of the step, as for step_s.
         """
-        fixed = list(chunks)
-
-        def step(tokens: int) -> float:
-            return self.step_s(tp, sequences, context_tokens, [*fixed, (tokens, context_before)])
-
-        if limit < 1 or (least := step(1)) > budget_s:
+        step_s = self.chunk_line(tp, sequences, context_tokens, context_before, chunks)
+        if limit < 1 or step_s(1) > budget_s:
             return 0
-        if step(limit) <= budget_s:
+        if step_s(limit) <= budget_s:
             return limit
-        # Only two parts depend on the chunk's size, so the search adds up these.
-        steps = self._steps[tp]
-        others = sequences + sum(new for new, _ in fixed) if self._mixed else 0
-        left = budget_s - (least - steps.growing_s(others, 1, context_before))
         low, high = 1, limit  # low fits, high does not
         while high - low > 1:
             middle = (low + high) // 2
-            if steps.growing_s(others, middle, context_before) <= left:
+            if step_s(middle) <= budget_s:
                 low = middle
             else:
                 high = middle
-        # The sums round differently.
-        while step(low) > budget_s:
-            low -= 1
-        while step(low + 1) <= budget_s:
-            low += 1
         return low
 
     def prefill_s(self, tp: int, prompt_tokens: int, chunk: int = 2048) -> float:
@@ -236,9 +251,34 @@ class _Steps:
             seconds += values[i] + slopes[i] * (context_tokens - knots[i])
         return seconds
 
-    def growing_s(self, others: int, new: int, before: int) -> float:
-        """What depends on the size of a chunk in a step with `others` more new tokens."""
-        return self._dense(others + new) + self._prefill.at(new, before)
+    def chunk_line(
+        self, sequences: int, context_tokens: int, before: int, chunks: Sequence[tuple[int, int]]
+    ) -> Callable[[int], float]:
+        """`mixed_s` as a function of one more chunk's size; sums go in the same order."""
+        others = sequences
+        first_s = self._host_s
+        for new, context in chunks:
+            others += new
+            first_s += self._prefill.at(new, context)
+        rows = sequences + len(chunks) + 1
+        head_s = self._head_s.get(rows)
+        if head_s is None:
+            head_s = self._head_s[rows] = self._times.head.at(rows)
+        last_s = 0.0
+        if sequences:
+            knots, values, slopes, _ = self.row(sequences)
+            i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
+            last_s = values[i] + slopes[i] * (context_tokens - knots[i])
+        attention, dense, known = self._prefill.at, self._dense, self._dense_s.get
+
+        def seconds(new: int) -> float:
+            total = others + new
+            dense_s = known(total)
+            if dense_s is None:
+                dense_s = dense(total)
+            return first_s + attention(new, before) + (dense_s + head_s) + last_s
+
+        return seconds
 
     def _dense(self, tokens: int) -> float:
         found = self._dense_s.get(tokens)

@@ -28,6 +28,7 @@ class Job:
       cached: how many of them are.
       generated: output tokens so far; while it decodes in a model ask its worker (`Worker.generated`).
       latest_start_s: begun later than this, it misses its TTFT target.
+      begin_s: by when about it has to begin to decode, if it waits for an instance that does.
       late: it can no longer meet its targets, and must not cost others theirs.
       first_token_s: when its first token was out.
       finish_s: when its last one was.
@@ -47,6 +48,7 @@ class Job:
     cached: int = 0
     generated: int = 0
     latest_start_s: float = 0.0
+    begin_s: float = 0.0
     late: bool = False
     first_token_s: float | None = None
     finish_s: float | None = None

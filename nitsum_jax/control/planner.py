@@ -145,6 +145,7 @@ class Decision:
       choice: the plan to have.
       switch: whether it differs from the present one.
       reason: one line.
+      work: requests that were replayed for it and plans that were predicted (of a cell of one node).
     """
 
     time_s: float
@@ -153,6 +154,7 @@ class Decision:
     choice: CellPlan
     switch: bool
     reason: str
+    work: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal object."""
@@ -168,6 +170,7 @@ class Decision:
             _plan_from_json(values["choice"]),
             values["switch"],
             values["reason"],
+            values.get("work", 0),
         )
 
 
@@ -218,7 +221,8 @@ class Planner:
             first = self._replay(inputs, present[2], math.inf)
             if first.share >= config.satisfied and present[0] >= config.trusted and not lost:
                 reason = f"stays: of the last requests, come faster, {first.share:.1%} would meet their targets"
-                return Decision(inputs.time_s, inputs, (_candidate(present, first),), inputs.plan, False, reason)
+                alone = (_candidate(present, first),)
+                return Decision(inputs.time_s, inputs, alone, inputs.plan, False, reason, first.count)
         now = self._key(present[2])
         scored: dict[tuple[Shape, ...], _Scored] = {}
         for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
@@ -242,16 +246,18 @@ class Planner:
         gain = values[chosen] - values[0]
         better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen])
         if better and gain < 2 * config.hysteresis and inputs.recent and not lost:
-            better = self._replay(inputs, present[2], math.inf, pressure=1.0).share < config.satisfied
+            replays.append(again := self._replay(inputs, present[2], math.inf, pressure=1.0))
+            better = again.share < config.satisfied
+        work = len(scored) + sum(replay.count for replay in replays if replay is not None)
         if not better:
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
-            return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason)
+            return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason, work)
         plan = place(finalists[chosen][2], inputs.num_devices, inputs.plan, inputs.lost)
         reason = (
             f"{candidates[chosen].plan} is predicted to meet {values[chosen]:.1%} of the offered goodput,"
             f" {candidates[0].plan} {values[0]:.1%}"
         )
-        return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason)
+        return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason, work)
 
     def _replay(
         self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float, pressure: float | None = None

@@ -42,12 +42,14 @@ class Replay:
       missed: weight of those that did not.
       late: numbers of the arrivals that missed.
       given_up: it was ended early.
+      count: requests that it ran.
     """
 
     share: float
     missed: float
     late: frozenset[int]
     given_up: bool
+    count: int
 
 
 class _Tally:
@@ -122,6 +124,7 @@ def rollout(
         return tally.missed > most_missed
 
     given_up = False
+    count = len(waiting)
     for i, arrival in enumerate(waiting, len(arrivals)):
         time_s = start_s + arrival.time_s
         cell.add(Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens)))
@@ -130,6 +133,7 @@ def rollout(
         cell.run_until(time_s)
         job = Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens))
         cell.add(job)
+        count += 1
         if i % _LOOK == 0 and lost():
             given_up = True
             break
@@ -137,4 +141,4 @@ def rollout(
     while not given_up and cell.next_event_s() < math.inf and any(not job.late for job in cell.alive.values()):
         cell.run_until(cell.next_event_s() + _LOOK_S)
         given_up = lost()
-    return Replay(1 - tally.missed / offered, tally.missed, frozenset(tally.late), given_up)
+    return Replay(1 - tally.missed / offered, tally.missed, frozenset(tally.late), given_up, count)

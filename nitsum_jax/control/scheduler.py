@@ -152,9 +152,10 @@ class Scheduler:
         held = held or {}
         most = max(held.values(), default=0)
         best, best_score = None, (math.inf, math.inf, math.inf)
+        rank = _urgency(job)
         for worker in workers:
             before = self._turn(worker)
-            if before is None or not _urgency(job) < before:
+            if before is None or not rank < before:
                 continue
             score = self._score(worker, job, now_s, held.get(worker, 0), most)
             if score is not None and score < best_score:
@@ -165,10 +166,11 @@ class Scheduler:
 
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
-        self.backlog.demote(now_s)
+        backlog = self.backlog
+        backlog.demote(now_s)
         if now_s - self._shed_s >= self.config.shed_window_s / 4:
             self._shed(now_s)
-        if not worker.takes_prompts or worker.jobs >= worker.max_batch or not len(self.backlog):
+        if not len(backlog) or not worker.takes_prompts or worker.jobs >= worker.max_batch:
             return None
         late = self.backlog.first_late()
         if late is not None and now_s - late.arrival_s >= self.config.patience_s:
@@ -212,11 +214,12 @@ class Scheduler:
         """
         if not worker.takes_prompts or worker.jobs >= worker.max_batch:
             return None
-        if not worker.prefills or worker.prefill_left < self.config.ahead_tokens:
+        prefills = worker.prefills
+        if not prefills or worker.prefill_left < self.config.ahead_tokens:
             return _ANY
-        if self.config.order == "fcfs" or len(worker.prefills) >= 4:
+        if len(prefills) >= 4 or self.config.order == "fcfs":
             return None
-        return min((_urgency(other) for other in worker.prefills if not other.late), default=_ANY)
+        return min([_urgency(other) for other in prefills if not other.late], default=_ANY)
 
     def _fits(self, worker: Worker, job: Job) -> bool:
         need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())
@@ -266,9 +269,10 @@ class Scheduler:
                 return None
             decode_share = load if worker.decoding else 0.0
         rank = _urgency(job)
-        ahead = sum(
-            other.target - other.cached for other in worker.prefills if not other.late and _urgency(other) <= rank
-        )
+        ahead = 0
+        for other in worker.prefills:
+            if not other.late and _urgency(other) <= rank:
+                ahead += other.target - other.cached
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
         spared_s = self._spared_s(worker.tp, job.target, held) if held else 0.0
         copied_s = (self._spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
@@ -332,13 +336,13 @@ class Scheduler:
     def _largest(
         self, tp: int, count: int, context: int, spans: list[tuple[int, int]], before: int, want: int, budget_s: float
     ) -> int:
-        step_s = self.cost.step_s
-        if step_s(tp, count, context, [*spans, (want, before)]) <= budget_s:
+        step_s = self.cost.chunk_line(tp, count, context, before, spans)
+        if step_s(want) <= budget_s:
             return want
         low, high = 0, want
         while high - low > max(8, low >> 5):  # to 3 %: a finer search costs more than it brings
             middle = (low + high) // 2
-            if step_s(tp, count, context, [*spans, (middle, before)]) <= budget_s:
+            if step_s(middle) <= budget_s:
                 low = middle
             else:
                 high = middle

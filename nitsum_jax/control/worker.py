@@ -61,7 +61,7 @@ class Worker:
     @property
     def takes_prompts(self) -> bool:
         """Whether it prefills."""
-        return self.plan.role != DECODE and not self.stopping
+        return not self.stopping and self.plan.role != DECODE
 
     @property
     def takes_decodes(self) -> bool:
@@ -71,7 +71,10 @@ class Worker:
     @property
     def prefill_left(self) -> int:
         """Prompt tokens that are still to be computed."""
-        return sum(job.target - job.cached for job in self.prefills)
+        left = 0
+        for job in self.prefills:
+            left += job.target - job.cached
+        return left
 
     def generated(self, job: Job) -> int:
         """Output tokens of a decoding job so far."""
@@ -95,7 +98,10 @@ class Worker:
     def growth_tokens(self) -> float:
         """Tokens that the jobs here are still expected to make."""
         generated = len(self.decoding) * self.clock - self._offsets
-        return max(0.0, self._expected - generated) + sum(job.expected_output for job in self.prefills)
+        waiting = 0.0
+        for job in self.prefills:
+            waiting += job.expected_output
+        return max(0.0, self._expected - generated) + waiting
 
     def steps_until_full(self) -> int:
         """Decode steps of all jobs that the free pages allow; a large number if nobody decodes."""
@@ -128,7 +134,11 @@ class Worker:
 
     def tightest_tpot_s(self) -> float:
         """Least TPOT target of the decoding jobs that are not late; infinite without any."""
-        return min((tpot_s for tpot_s, heap in self._due.values() if heap), default=math.inf)
+        least = math.inf
+        for tpot_s, heap in self._due.values():
+            if heap and tpot_s < least:
+                least = tpot_s
+        return least
 
     def overdue(self, now_s: float) -> Iterator[Job]:
         """Decoding jobs, not late, whose next token is due before now, the most overdue of each tier first."""

@@ -7,6 +7,7 @@ of the pipe, and `python -m nitsum_jax.server.planner_process` the other.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import select
@@ -24,6 +25,7 @@ from nitsum_jax.control.tiers import Tier
 
 Ratios = Mapping[int, tuple[float, float]]
 _NICE = 10
+_GARBAGE = 100_000  # objects between two searches for cycles, which a replay makes few of
 
 
 class PlannerError(Exception):
@@ -133,6 +135,8 @@ def serve(source: IO[str], sink: IO[str]) -> None:
     hello = json.loads(source.readline())
     cost = CorrectedCost(parse_profile(hello["profile"], "the server's profile"))
     config = hello["config"] | {"tps": tuple(hello["config"]["tps"])}
+    gc.freeze()
+    gc.set_threshold(_GARBAGE)
     planner = Planner(cost, [Tier(**tier) for tier in hello["tiers"]], PlannerConfig(**config))
     for line in source:
         start = time.process_time()

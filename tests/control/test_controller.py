@@ -9,6 +9,7 @@ from nitsum_jax.control.controller import AdaptiveController, CellView, Controll
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, homogeneous
+from nitsum_jax.control.planner import Decision, PlanInputs
 from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.switching import Switched, SwitchingCell
 from nitsum_jax.control.tiers import Tier
@@ -151,6 +152,36 @@ def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
     assert controller.urgent(10.0)
     assert controller.tick(10.0, view) is not None
     assert not controller.urgent(11.5)
+
+
+def test_who_has_planned_a_lot_waits_until_the_load_changes() -> None:
+    decided_s: list[float] = []
+
+    def decide(inputs: PlanInputs) -> Decision:
+        decided_s.append(inputs.time_s)
+        return Decision(inputs.time_s, inputs, (), inputs.plan, False, "stays", work=600)
+
+    config = ControllerConfig(work_rate=100.0, work_saved=1800.0)
+    controller = AdaptiveController(COST, (CHAT, CODE), config=config, decide=decide)
+    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+
+    def play(start_s: float, rate: int, seconds: int) -> None:
+        for i in range(rate * seconds):
+            now_s = start_s + i / rate
+            job = Job(f"{now_s}", CHAT, now_s - 5, 100, 10, generated=10, first_token_s=now_s - 1, finish_s=now_s)
+            controller.arrived(now_s, job)
+            controller.finished(now_s, job)  # it missed its target, as they all do
+            if controller.urgent(now_s) or i % (5 * rate) == 0:
+                controller.tick(now_s, view)
+
+    play(0.0, 20, 120)
+    calm = [after - before for before, after in itertools.pairwise(decided_s)]
+    assert calm[0] < 2  # what was saved is spent at once
+    assert len(decided_s) * 600 <= 1800 + 120 * 100 + 600
+    assert len(decided_s) > 10  # but it goes on at the rate that is allowed
+    count = len(decided_s)
+    play(120.0, 200, 4)
+    assert decided_s[count] < 123.0  # a change does not wait for the next time that it may
 
 
 def test_replays_are_made_of_what_came_since_the_load_changed() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
+from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import NO_LIMIT, CostModel
 from nitsum_jax.control.grids import Line, Plane
 from nitsum_jax.control.profile import Profile
@@ -143,6 +144,24 @@ def test_max_chunk_is_the_most_that_fits(
         assert model.step_s(1, sequences, context, [*chunks, (most, before)]) <= budget
     if most < limit:
         assert model.step_s(1, sequences, context, [*chunks, (most + 1, before)]) > budget
+
+
+@settings(max_examples=200)
+@given(profiles(), SEQUENCES, CONTEXT, st.integers(0, 60), st.integers(1, 120), CHUNKS, st.floats(0.5, 2))
+def test_a_line_of_chunks_is_the_steps_to_the_bit(
+    profile: Profile,
+    sequences: int,
+    context: int,
+    before: int,
+    new: int,
+    chunks: list[tuple[int, int]],
+    ratio: float,
+) -> None:
+    corrected = CorrectedCost(profile)
+    corrected.adopt({1: (ratio, 1 / ratio)})
+    for model in (CostModel(profile), corrected):
+        step_s = model.step_s(1, sequences, context, [*chunks, (new, before)])
+        assert model.chunk_line(1, sequences, context, before, chunks)(new) == step_s
 
 
 def test_prefill_is_the_sum_of_its_chunks() -> None:

@@ -38,7 +38,7 @@ def replay(
 
 def test_a_plan_that_serves_all_misses_nobody() -> None:
     found = replay(4)
-    assert found == Replay(1.0, 0.0, frozenset(), False)
+    assert found == Replay(1.0, 0.0, frozenset(), False, 200)
 
 
 def test_the_first_quarter_is_not_counted_and_shares_are_of_the_rest() -> None:
