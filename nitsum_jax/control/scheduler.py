@@ -157,6 +157,7 @@ class Scheduler:
             before = self._turn(worker)
             if before is None or not rank < before:
                 continue
+            self._give_up_hopeless(worker, now_s)
             score = self._score(worker, job, now_s, held.get(worker, 0), most)
             if score is not None and score < best_score:
                 best, best_score = worker, score
@@ -180,6 +181,7 @@ class Scheduler:
                 return late
         before = self._turn(worker)
         if before is not None:
+            self._give_up_hopeless(worker, now_s)
             for job in self.backlog.heads(self.config.look):
                 if _urgency(job) < before and self._score(worker, job, now_s) is not None:
                     self.backlog.remove(job)
@@ -361,6 +363,16 @@ class Scheduler:
 
     def _fixed_order(self, job: Job) -> tuple[float, float, str]:
         return (job.arrival_s, 0.0, job.id) if self.config.order == "fcfs" else _urgency(job)
+
+    def _give_up_hopeless(self, worker: Worker, now_s: float) -> None:
+        """Calls those late for whose time per token an instance is too slow, before they keep anybody out of it.
+
+        A switch may leave them there.
+        """
+        if worker.plan.role == MIXED and worker.decoding and self.config.order == "deadline":
+            decode_s = self.cost.step_s(worker.tp, len(worker.decoding), worker.context)
+            if decode_s > worker.tightest_tpot_s():
+                self._give_up_lost(worker, now_s, decode_s)
 
     def _give_up_lost(self, worker: Worker, now_s: float, decode_s: float) -> None:
         """Calls those late whose mean time per token cannot come down to the target any more."""

@@ -126,9 +126,7 @@ class Worker:
         """Time until the first next token is due, over all decoding jobs that are not late; infinite without any."""
         least = math.inf
         for tpot_s, heap in self._due.values():
-            while heap and (heap[0][2].late or heap[0][2].worker is not self):
-                heapq.heappop(heap)
-            if heap:
+            if self._forget_gone(heap):
                 least = min(least, heap[0][0] + self.clock * tpot_s)
         return least - now_s
 
@@ -137,8 +135,17 @@ class Worker:
         least = math.inf
         for tpot_s, heap in self._due.values():
             if heap and tpot_s < least:
+                first = heap[0][2]
+                if (first.late or first.worker is not self) and not self._forget_gone(heap):
+                    continue
                 least = tpot_s
         return least
+
+    def _forget_gone(self, heap: list[tuple[float, int, Job]]) -> bool:
+        """Brings one that is here and in time up in a heap, where others stay until then; whether there is one."""
+        while heap and (heap[0][2].late or heap[0][2].worker is not self):
+            heapq.heappop(heap)
+        return bool(heap)
 
     def overdue(self, now_s: float) -> Iterator[Job]:
         """Decoding jobs, not late, whose next token is due before now, the most overdue of each tier first."""

@@ -63,6 +63,20 @@ def test_an_instance_refuses_whom_it_would_fail() -> None:
     assert scheduler.first_worker(relaxed, [crowded], 0.0) is crowded
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_who_is_too_fast_for_an_instance_keeps_nobody_out_of_it(waits: bool) -> None:
+    """A switch may leave requests in an instance that is too slow for them."""
+    fast = Tier("fast", ttft_ms=500, tpot_ms=1000 * COST.step_s(1, 1, 1000) / 2)
+    scheduler, worker = Scheduler(COST, (fast, *TIERS)), _worker()
+    _decoding(worker, 3, 0.0, fast)
+    left_over = list(worker.decoding.values())
+    relaxed = job(0, CODE, 1.0)
+    scheduler.admit(relaxed, 1.0)
+    taken = scheduler.pull(worker, 1.0) if waits else scheduler.first_worker(relaxed, [worker], 1.0)
+    assert taken is (relaxed if waits else worker)
+    assert all(one.late for one in left_over)
+
+
 def test_own_instances_come_before_those_of_other_tiers() -> None:
     scheduler = _scheduler()
     own, other = _worker(1, ("chat",), 0), _worker(8, ("code",), 1)

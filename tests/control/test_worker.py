@@ -1,5 +1,6 @@
 """A worker's accounts against a recount of everybody in it."""
 
+import math
 import random
 
 from hypothesis import given, settings
@@ -52,7 +53,7 @@ def test_accounts_equal_a_recount(seed: int) -> None:
     worker, naive = _worker(), _Naive()
     now = 0.0
     for number in range(40):
-        kind = draw.choice(("seat", "begin", "advance", "advance", "leave"))
+        kind = draw.choice(("seat", "begin", "advance", "advance", "leave", "late"))
         if kind == "seat":
             one = job(number, draw.choice((CHAT, CODE)), now, draw.randint(1, 300))
             worker.seat(one)
@@ -68,6 +69,8 @@ def test_accounts_equal_a_recount(seed: int) -> None:
             steps = draw.choice((1, 1, 2, 15, 16, 17, 40))
             worker.advance(steps)
             naive.generated = {name: made + steps for name, made in naive.generated.items()}
+        elif kind == "late" and naive.generated:
+            naive.jobs[draw.choice(sorted(naive.generated))].late = True
         elif kind == "leave" and (naive.generated or naive.prefilling):
             if naive.generated and (not naive.prefilling or draw.random() < 0.7):
                 name = draw.choice(sorted(naive.generated))
@@ -79,6 +82,8 @@ def test_accounts_equal_a_recount(seed: int) -> None:
         now += 0.01
         assert worker.used_blocks == naive.blocks()
         assert worker.context == naive.context()
+        in_time = [naive.jobs[name].tier.tpot_ms / 1000 for name in naive.generated if not naive.jobs[name].late]
+        assert worker.tightest_tpot_s() == min(in_time, default=math.inf)
         assert worker.jobs == len(naive.generated) + len(naive.prefilling)
         assert {one.id: worker.generated(one) for one in worker.decoding.values()} == naive.generated
         for one in worker.decoding.values():
