@@ -23,6 +23,9 @@ from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.control.worker import Worker
 
 Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
+MAX_BATCH = 256
+"""Requests of an instance, if nobody says otherwise."""
+
 _IN_TIME = operator.attrgetter("begin_s", "arrival_s", "id")
 _LATE = operator.attrgetter("arrival_s", "id")
 
@@ -137,7 +140,7 @@ class CellModel:
         plan: CellPlan,
         *,
         recorder: Recorder,
-        max_batch: int = 256,
+        max_batch: int = MAX_BATCH,
         resident_tp: int | None = None,
         now_s: float = 0.0,
     ):

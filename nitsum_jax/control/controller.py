@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from nitsum_jax.control.backlog import Backlog
+from nitsum_jax.control.cell import MAX_BATCH
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import EstimatorConfig, WorkloadEstimator
 from nitsum_jax.control.fleet import MINIATURE
@@ -203,7 +204,17 @@ class AdaptiveController:
             Arrival(job.arrival_s, job.tier.name, job.target - job.cached, max(1, round(job.expected_output)))
             for job in _waiting(view)
         )
-        return PlanInputs(now_s, view.plan, view.num_devices, view.lost, loads, recent, view.allowed, waiting)
+        return PlanInputs(
+            now_s,
+            view.plan,
+            view.num_devices,
+            view.lost,
+            loads,
+            recent,
+            view.allowed,
+            waiting,
+            max((worker.max_batch for worker in view.workers), default=MAX_BATCH),
+        )
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Decides; None while it knows too little, the last switch is too recent, or it has planned a lot lately."""

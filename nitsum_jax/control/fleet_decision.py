@@ -26,7 +26,15 @@ def decide(planner: Planner, inputs: PlanInputs) -> Decision:
     def replay(shapes: Sequence[Shape], devices: int) -> float:
         recent = _thinned(inputs.recent, sum(load.rate for load in inputs.loads) * devices / inputs.num_devices)
         plan = place(shapes, devices)
-        return rollout(planner.cost, planner.tiers.values(), plan, recent, inputs.loads, planner.resident_tp).share
+        return rollout(
+            planner.cost,
+            planner.tiers.values(),
+            plan,
+            recent,
+            inputs.loads,
+            planner.resident_tp,
+            max_batch=inputs.max_batch,
+        ).share
 
     found = search(
         FleetCell(inputs.plan, inputs.num_devices, planner.cost.profile.devices, inputs.lost, inputs.allowed),

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nitsum_jax.control.candidates import joint_plans, mixed_plans, split_plans
+from nitsum_jax.control.cell import MAX_BATCH
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
 from nitsum_jax.control.plan import MIXED, CellPlan, InstancePlan, Shape, fits, place, shapes_text
@@ -80,6 +81,7 @@ class PlanInputs:
       recent: the last arrivals, for the replay.
       allowed: layouts (texts without tiers, `shapes_text` of shapes without tiers) that may be used; empty: all.
       waiting: requests whose prompt is still to be computed, in time all the same.
+      max_batch: most requests of an instance.
     """
 
     time_s: float
@@ -90,6 +92,7 @@ class PlanInputs:
     recent: tuple[Arrival, ...] = ()
     allowed: tuple[str, ...] = ()
     waiting: tuple[Arrival, ...] = ()
+    max_batch: int = MAX_BATCH
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal object."""
@@ -109,6 +112,7 @@ class PlanInputs:
             recent,
             tuple(values["allowed"]),
             tuple(Arrival(**arrival) for arrival in values.get("waiting", ())),
+            values.get("max_batch", MAX_BATCH),
         )
 
 
@@ -279,6 +283,7 @@ class Planner:
             waiting=waiting,
             pressure=pressure or self.config.pressure,
             most_missed=most_missed,
+            max_batch=inputs.max_batch,
         )
 
     def _certain(self, present: Replay | None, other: Replay | None) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from nitsum_jax.control.cell import CellModel
+from nitsum_jax.control.cell import MAX_BATCH, CellModel
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
 from nitsum_jax.control.job import Job
@@ -91,6 +91,7 @@ def rollout(
     waiting: Sequence[Arrival] = (),
     pressure: float = 1.0,
     most_missed: float = math.inf,
+    max_batch: int = MAX_BATCH,
 ) -> Replay:
     """Which requests meet both targets when they come to a cell with this plan in which nobody decodes yet.
 
@@ -106,6 +107,7 @@ def rollout(
       waiting: requests that are there when the first comes; their times say how long before (negative).
       pressure: they come so many times as fast.
       most_missed: given up when a larger weight has missed.
+      max_batch: most requests of an instance.
     """
     known = {tier.name: tier for tier in tiers}
     scheduler = Scheduler(cost, tuple(known.values()))
@@ -115,7 +117,15 @@ def rollout(
     offered = sum(known[arrival.tier].weight for arrival in (*arrivals[first:], *waiting))
     tally = _Tally(first)
     start_s = arrivals[0].time_s
-    cell = CellModel(cost, scheduler, plan, recorder=tally, resident_tp=resident_tp, now_s=start_s)  # type: ignore[arg-type]
+    cell = CellModel(
+        cost,
+        scheduler,
+        plan,
+        recorder=tally,  # type: ignore[arg-type]
+        max_batch=max_batch,
+        resident_tp=resident_tp,
+        now_s=start_s,
+    )
 
     def lost() -> bool:
         for job in cell.alive.values():

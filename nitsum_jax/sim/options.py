@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from nitsum_jax.control.cell import MAX_BATCH
 from nitsum_jax.errors import InvalidInputError
 
 USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
@@ -93,7 +94,7 @@ def _define() -> flags.FlagValues:
         ["resident", "device_put"],
         "Switches find the weights in place, or reshard them by the general path.",
     )
-    add(flags.DEFINE_integer, "max_batch", 256, "Most requests of an instance.", lower_bound=1)
+    add(flags.DEFINE_integer, "max_batch", MAX_BATCH, "Most requests of an instance.", lower_bound=1)
     add(flags.DEFINE_bool, "capacity", False, "Find the rate that is met to 90 % by bisection.")
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
     add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")

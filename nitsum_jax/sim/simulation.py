@@ -12,7 +12,7 @@ from typing import Protocol
 
 import tqdm
 
-from nitsum_jax.control.cell import ModelWorker, Run, Span
+from nitsum_jax.control.cell import MAX_BATCH, ModelWorker, Run, Span
 from nitsum_jax.control.controller import CellView, Controller
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import WorkloadEstimator
@@ -123,7 +123,7 @@ def simulate(
     num_devices: int,
     log: Log | None = None,
     log_steps: bool = True,
-    max_batch: int = 256,
+    max_batch: int = MAX_BATCH,
     compile_s: float = 0.0,
     most_missed: int | None = None,
     progress: bool = False,

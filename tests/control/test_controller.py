@@ -154,6 +154,14 @@ def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
     assert not controller.urgent(11.5)
 
 
+def test_the_planner_is_told_how_many_requests_an_instance_holds() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE))
+    plan = homogeneous(8, 4)
+    workers = [Worker(i, instance, 100_000, 16, 32) for i, instance in enumerate(plan.instances)]
+    view = CellView(plan, workers, Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    assert controller.inputs(1.0, view).max_batch == 32
+
+
 def test_who_has_planned_a_lot_waits_until_the_load_changes() -> None:
     decided_s: list[float] = []
 

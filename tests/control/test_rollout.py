@@ -22,6 +22,7 @@ def replay(
     waiting: tuple[Arrival, ...] = (),
     pressure: float = 1.0,
     most_missed: float = math.inf,
+    max_batch: int = 256,
 ) -> Replay:
     arrivals = [Arrival(5 + i / rate, "code" if i % 5 == 0 else "chat", 1000, 60) for i in range(count)]
     return rollout(
@@ -33,6 +34,7 @@ def replay(
         waiting=waiting,
         pressure=pressure,
         most_missed=most_missed,
+        max_batch=max_batch,
     )
 
 
@@ -67,3 +69,7 @@ def test_those_that_wait_come_first_and_count() -> None:
     aged = tuple(Arrival(-0.29, "chat", 1000, 60) for _ in range(30))
     found = replay(4, waiting=aged)
     assert {number for number in found.late if number >= 200}
+
+
+def test_instances_hold_as_many_as_they_are_said_to() -> None:
+    assert replay(4, max_batch=1).missed > replay(4).missed == 0
