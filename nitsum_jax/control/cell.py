@@ -116,7 +116,8 @@ class ModelWorker(Worker):
         """Decode steps until somebody is done."""
         while self.finishes:
             clock, _, job = self.finishes[0]
-            if job.worker is self and job.offset + job.output_tokens == clock:
+            # One that was preempted may be here again, with its prompt.
+            if self.decoding.get(job.id) is job and job.offset + job.output_tokens == clock:
                 return clock - self.clock
             heapq.heappop(self.finishes)
         return 1 << 30

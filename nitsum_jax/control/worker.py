@@ -136,14 +136,15 @@ class Worker:
         for tpot_s, heap in self._due.values():
             if heap and tpot_s < least:
                 first = heap[0][2]
-                if (first.late or first.worker is not self) and not self._forget_gone(heap):
+                if (first.late or self.decoding.get(first.id) is not first) and not self._forget_gone(heap):
                     continue
                 least = tpot_s
         return least
 
     def _forget_gone(self, heap: list[tuple[float, int, Job]]) -> bool:
         """Brings one that is here and in time up in a heap, where others stay until then; whether there is one."""
-        while heap and (heap[0][2].late or heap[0][2].worker is not self):
+        decoding = self.decoding
+        while heap and (heap[0][2].late or decoding.get(heap[0][2].id) is not heap[0][2]):
             heapq.heappop(heap)
         return bool(heap)
 
@@ -152,7 +153,7 @@ class Worker:
         for tpot_s, heap in self._due.values():
             while heap:
                 key, _, job = heap[0]
-                if job.late or job.worker is not self:
+                if job.late or self.decoding.get(job.id) is not job:
                     heapq.heappop(heap)
                     continue
                 if key + self.clock * tpot_s >= now_s:

@@ -2,6 +2,7 @@
 
 import collections
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -117,6 +118,45 @@ def test_without_room_requests_are_preempted_and_finish_all_the_same() -> None:
     assert len(steps.done) == 12
     assert sum(one.recomputed for one in jobs) > 0
     assert all(worker.used_blocks == 0 for worker in cell.workers)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(600, 3000))
+def test_who_is_preempted_makes_all_its_tokens(seed: int, room: int) -> None:
+    """Short outputs among long ones: some come back to the instance that they had to leave before they were done."""
+    draw = random.Random(seed)
+    cell, steps = make_cell(homogeneous(2, 1), small_cost(room))
+    jobs = [
+        job(i, draw.choice(TIERS), prompt=draw.randint(20, 250), output=draw.randint(1, 300), arrival_s=0.02 * i)
+        for i in range(25)
+    ]
+    for one in jobs:
+        cell.scheduler.expect_output(one.tier.name, 5)
+    serve(cell, jobs)
+    decoded = sum(sequences for *_, sequences, _, _ in steps.steps)
+    prefilled = sum(tokens for *_, spans in steps.steps for tokens, _ in spans)
+    assert len(steps.done) == 25
+    # Who comes back computes prompt and output so far, the newest token included, and has its next one from that.
+    assert prefilled == sum(one.prompt_tokens + one.recomputed for one in jobs) + cell.preemptions
+    assert decoded == sum(one.output_tokens - 1 for one in jobs) - cell.preemptions
+
+
+def test_who_comes_back_to_an_instance_is_not_taken_for_decoding_there() -> None:
+    cell, _ = make_cell(homogeneous(1, 1))
+    (worker,) = cell.workers
+    one = job(0, prompt=100, output=14)
+    cell.alive[one.id] = one
+    worker.seat(one)
+    one.cached, one.first_token_s, one.generated = one.target, 0.0, 1
+    worker.begin_decode(one)
+    cell._enter(worker, one)
+    assert worker.steps_to_finish() == 13
+    worker.leave(one)
+    one.target, one.cached = 101, 0
+    worker.seat(one)
+    assert worker.steps_to_finish() > 1000
+    assert worker.tightest_tpot_s() == worker.slack_s(0.0) == math.inf
+    assert not list(worker.overdue(100.0))
 
 
 def test_what_never_fits_fails_and_is_told() -> None:
