@@ -142,7 +142,7 @@ class _Demo:
         minutes = (1 + len(layouts)) * workload.seconds * options.time_scale / 60
         cli.out(
             f"{len(workload.requests)} requests in {workload.seconds:g} s of the target, at time_scale "
-            f"{options.time_scale:g}, under adaptive control and {', '.join(layouts)}: about {minutes:.0f} minutes; "
+            f"{options.time_scale:g}, under {', '.join(('adaptive control', *layouts))}: about {minutes:.0f} minutes; "
             f"log and decisions in {options.folder}"
         )
         tiers = options.folder / "tiers.toml"
