@@ -1,6 +1,6 @@
 """What planning costs: processor time of decisions beside the time of the cell that they are made for.
 
-    python benchmarks/planning.py [--traces=FOLDER] [--factors=0.5,1,1.3] [--only=qwen]
+    python benchmarks/planning.py [--traces=FOLDER] [--factor=0.5 --factor=1] [--only=qwen] [--work_rate=1e9]
 
 Adaptive control serves the shifting mix of the quick study, at its rates and at other multiples of them, in the
 simulator; decisions are those of a live controller.  A share of a core is seconds of decisions over seconds of the
@@ -8,17 +8,16 @@ cell.  Prints a Markdown table.
 """
 
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
 from absl import app, flags
 
-import nitsum_jax.sim.study
-from nitsum_jax.control.controller import AdaptiveController
+from nitsum_jax.control.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.planner import Decision, PlanInputs, Planner
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import baselines
 from nitsum_jax.sim.baselines import Setting
@@ -29,8 +28,14 @@ from nitsum_jax.sim.study.sources import open_traces
 from nitsum_jax.sim.workload import Workload
 
 _TRACES = flags.DEFINE_string("traces", None, "Folder of the Azure traces of 2023; stand-ins if left out.")
-_FACTORS = flags.DEFINE_list("factors", ["0.5", "1", "1.3"], "Multiples of the study's rates.")
+_FACTORS = flags.DEFINE_multi_float("factor", [0.5, 1.0, 1.3], "Multiple of the study's rates; may be repeated.", 1e-3)
 _ONLY = flags.DEFINE_string("only", "", "Profiles whose name contains this.")
+_WORK_RATE = flags.DEFINE_float(
+    "work_rate",
+    ControllerConfig().work_rate,
+    "See `ControllerConfig`; 1e9: planning may cost all it likes.",
+    0.0,
+)
 
 
 class _Timed:
@@ -51,9 +56,10 @@ class _Timed:
 def row(profile: str, setting: Setting, workload: Workload) -> str:
     """One run, as a line of the table."""
     timed = _Timed(Planner(setting.cost, setting.tiers))
+    config = ControllerConfig(work_rate=_WORK_RATE.value)
     policy = dataclasses.replace(
         baselines.adaptive(setting),
-        controller=lambda: AdaptiveController(setting.cost, setting.tiers, decide=timed.decide),
+        controller=lambda: AdaptiveController(setting.cost, setting.tiers, config=config, decide=timed.decide),
     )
     outcome = simulate(workload, setting.tiers, setting.cost, policy, num_devices=setting.num_devices)
     took = timed.seconds or [0.0]
@@ -66,9 +72,11 @@ def row(profile: str, setting: Setting, workload: Workload) -> str:
 def main(argv: Sequence[str]) -> None:
     """Runs and prints."""
     del argv
-    folder = pathlib.Path(nitsum_jax.sim.study.__path__[0])
-    config = read_study(folder / "quick.toml")
-    traces, source = open_traces(_TRACES.value, config.seed)
+    config = read_study("quick")
+    try:
+        traces, source = open_traces(_TRACES.value, config.seed)
+    except InvalidInputError as error:
+        sys.exit(str(error))
     mix = next(mix for mix in config.mixes if mix.name == "shifting")
     sys.stdout.write(f"shifting mix, {source}\n\n")
     sys.stdout.write("| profile | requests/s | attainment | decisions | ms each | longest, ms | share of a core |\n")
@@ -80,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
                 continue
             setting = Setting(CostModel(load_profile(profile)), case.tiers, config.devices)
             for factor in _FACTORS.value:
-                sys.stdout.write(row(profile, setting, load.at(float(factor))))
+                sys.stdout.write(row(profile, setting, load.at(factor)))
                 sys.stdout.flush()
 
 

@@ -32,7 +32,7 @@ class CostModel:
         self.profile = profile
         self.tps = tuple(profile.tps)
         self.page_size = profile.page_size
-        self._steps = {tp: _Steps(times, profile.host_overhead_s) for tp, times in profile.tps.items()}
+        self._steps = _ByTp(profile)
         self._mixed = profile.mixed_steps
 
     def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
@@ -50,10 +50,7 @@ class CostModel:
         Raises:
           InvalidInputError: the profile does not have this TP.
         """
-        try:
-            steps = self._steps[tp]
-        except KeyError:
-            raise self._unknown(tp) from None
+        steps = self._steps[tp]
         if not chunks:
             return steps.decode_s(sequences, context_tokens) if sequences else 0.0
         if self._mixed:
@@ -82,10 +79,7 @@ class CostModel:
         Raises:
           InvalidInputError: the profile does not have this TP.
         """
-        try:
-            steps = self._steps[tp]
-        except KeyError:
-            raise self._unknown(tp) from None
+        steps = self._steps[tp]
         if self._mixed:
             return steps.chunk_line(sequences, context_tokens, before, chunks)
         fixed_s = CostModel.step_s(self, tp, sequences, context_tokens, chunks)  # a subclass corrects the sum
@@ -103,10 +97,7 @@ class CostModel:
         """
         if not sequences:
             return 0.0, 0.0, NO_LIMIT
-        try:
-            knots, values, slopes, base = self._steps[tp].row(sequences)
-        except KeyError:
-            raise self._unknown(tp) from None
+        knots, values, slopes, base = self._steps[tp].row(sequences)
         i = bisect_right(knots, context_tokens) - 1
         last = len(slopes) - 1
         if i >= last:
@@ -166,9 +157,7 @@ class CostModel:
         Raises:
           InvalidInputError: the profile does not have this TP.
         """
-        if tp not in self._steps:
-            raise self._unknown(tp)
-        capacity = self.profile.tps[tp].kv_capacity_tokens
+        capacity = self._steps[tp].kv_capacity_tokens
         if resident_tp is None or resident_tp >= tp:
             return capacity
         more = self.profile.weight_bytes * (tp - resident_tp) // resident_tp  # bytes of weights, all devices together
@@ -198,10 +187,6 @@ class CostModel:
         copies = self.profile.transfer_latency_s + kv_bytes_per_link / self.profile.link_bytes_per_s
         return self.profile.switch_host_s + copies
 
-    def _unknown(self, tp: int) -> InvalidInputError:
-        have = ", ".join(str(known) for known in self.tps)
-        return InvalidInputError(f"profile {self.profile.name} has no TP {tp}: use one of {have}")
-
 
 _Row = tuple[list[int], list[float], list[float], float]
 """Decode steps of one number of sequences: total contexts, seconds of attention there, slopes after them, and the
@@ -212,6 +197,7 @@ class _Steps:
     """Step times of one TP."""
 
     def __init__(self, times: TpProfile, host_overhead_s: float) -> None:
+        self.kv_capacity_tokens = times.kv_capacity_tokens
         self._times = times
         self._host_s = host_overhead_s
         self._prefill = _Patches(times.prefill_attention)
@@ -235,26 +221,13 @@ class _Steps:
 
     def mixed_s(self, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]]) -> float:
         """A step with at least one chunk."""
-        total = sequences
-        seconds = self._host_s
-        for new, before in chunks:
-            total += new
-            seconds += self._prefill.at(new, before)
-        rows = sequences + len(chunks)
-        head = self._head_s.get(rows)
-        if head is None:
-            head = self._head_s[rows] = self._times.head.at(rows)
-        seconds += self._dense(total) + head
-        if sequences:
-            knots, values, slopes, _ = self.row(sequences)
-            i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
-            seconds += values[i] + slopes[i] * (context_tokens - knots[i])
-        return seconds
+        *others, (new, before) = chunks
+        return self.chunk_line(sequences, context_tokens, before, others)(new)
 
     def chunk_line(
         self, sequences: int, context_tokens: int, before: int, chunks: Sequence[tuple[int, int]]
     ) -> Callable[[int], float]:
-        """`mixed_s` as a function of one more chunk's size; sums go in the same order."""
+        """`mixed_s` as a function of one more chunk's size."""
         others = sequences
         first_s = self._host_s
         for new, context in chunks:
@@ -269,16 +242,8 @@ class _Steps:
             knots, values, slopes, _ = self.row(sequences)
             i = bisect_right(knots, context_tokens, 0, len(slopes)) - 1
             last_s = values[i] + slopes[i] * (context_tokens - knots[i])
-        attention, dense, known = self._prefill.at, self._dense, self._dense_s.get
-
-        def seconds(new: int) -> float:
-            total = others + new
-            dense_s = known(total)
-            if dense_s is None:
-                dense_s = dense(total)
-            return first_s + attention(new, before) + (dense_s + head_s) + last_s
-
-        return seconds
+        attention, dense = self._prefill.at, self._dense
+        return lambda new: first_s + attention(new, before) + (dense(others + new) + head_s) + last_s
 
     def _dense(self, tokens: int) -> float:
         found = self._dense_s.get(tokens)
@@ -293,6 +258,18 @@ class _Steps:
         slopes = [(values[i + 1] - values[i]) / (knots[i + 1] - knots[i]) for i in range(len(knots) - 1)]
         base = self._host_s + self._times.dense.at(sequences) + self._times.head.at(sequences)
         return knots, values, slopes, base
+
+
+class _ByTp(dict[int, _Steps]):
+    """Step times of all TPs of a profile; asked for another, it says which there are."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__((tp, _Steps(times, profile.host_overhead_s)) for tp, times in profile.tps.items())
+        self._name = profile.name
+
+    def __missing__(self, tp: int) -> _Steps:
+        have = ", ".join(str(known) for known in sorted(self))
+        raise InvalidInputError(f"profile {self._name} has no TP {tp}: use one of {have}")
 
 
 class _Patches:

@@ -246,13 +246,14 @@ class Planner:
             for item, replay in zip(finalists, replays, strict=True)
         ]
         candidates = tuple(map(_candidate, finalists, replays))
+        work = len(scored) + sum(replay.count for replay in replays if replay is not None)
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
         better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen])
         if better and gain < 2 * config.hysteresis and inputs.recent and not lost:
-            replays.append(again := self._replay(inputs, present[2], math.inf, pressure=1.0))
-            better = again.share < config.satisfied
-        work = len(scored) + sum(replay.count for replay in replays if replay is not None)
+            unpressed = self._replay(inputs, present[2], math.inf, pressure=1.0)
+            work += unpressed.count
+            better = unpressed.share < config.satisfied
         if not better:
             reason = f"stays: the best other plan would gain {max(gain, 0.0):.1%} of the offered goodput"
             return Decision(inputs.time_s, inputs, candidates, inputs.plan, False, reason, work)

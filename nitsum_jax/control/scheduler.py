@@ -167,11 +167,10 @@ class Scheduler:
 
     def pull(self, worker: Worker, now_s: float) -> Job | None:
         """Takes the next request for an instance out of the backlog; None if there is none for it now."""
-        backlog = self.backlog
-        backlog.demote(now_s)
+        self.backlog.demote(now_s)
         if now_s - self._shed_s >= self.config.shed_window_s / 4:
             self._shed(now_s)
-        if not len(backlog) or not worker.takes_prompts or worker.jobs >= worker.max_batch:
+        if not len(self.backlog) or not worker.takes_prompts or worker.jobs >= worker.max_batch:
             return None
         late = self.backlog.first_late()
         if late is not None and now_s - late.arrival_s >= self.config.patience_s:

@@ -134,28 +134,24 @@ class Worker:
         """Least TPOT target of the decoding jobs that are not late; infinite without any."""
         least = math.inf
         for tpot_s, heap in self._due.values():
-            if heap and tpot_s < least:
-                first = heap[0][2]
-                if (first.late or self.decoding.get(first.id) is not first) and not self._forget_gone(heap):
-                    continue
+            if tpot_s < least and self._forget_gone(heap):
                 least = tpot_s
         return least
 
     def _forget_gone(self, heap: list[tuple[float, int, Job]]) -> bool:
         """Brings one that is here and in time up in a heap, where others stay until then; whether there is one."""
-        decoding = self.decoding
-        while heap and (heap[0][2].late or decoding.get(heap[0][2].id) is not heap[0][2]):
+        while heap:
+            job = heap[0][2]
+            if not job.late and self.decoding.get(job.id) is job:
+                return True
             heapq.heappop(heap)
-        return bool(heap)
+        return False
 
     def overdue(self, now_s: float) -> Iterator[Job]:
         """Decoding jobs, not late, whose next token is due before now, the most overdue of each tier first."""
         for tpot_s, heap in self._due.values():
-            while heap:
+            while self._forget_gone(heap):
                 key, _, job = heap[0]
-                if job.late or self.decoding.get(job.id) is not job:
-                    heapq.heappop(heap)
-                    continue
                 if key + self.clock * tpot_s >= now_s:
                     break
                 before = len(heap)

@@ -135,8 +135,6 @@ def serve(source: IO[str], sink: IO[str]) -> None:
     hello = json.loads(source.readline())
     cost = CorrectedCost(parse_profile(hello["profile"], "the server's profile"))
     config = hello["config"] | {"tps": tuple(hello["config"]["tps"])}
-    gc.freeze()
-    gc.set_threshold(_GARBAGE)
     planner = Planner(cost, [Tier(**tier) for tier in hello["tiers"]], PlannerConfig(**config))
     for line in source:
         start = time.process_time()
@@ -154,5 +152,6 @@ def serve(source: IO[str], sink: IO[str]) -> None:
 if __name__ == "__main__":
     with contextlib.suppress(OSError):
         os.nice(_NICE)
+    gc.set_threshold(_GARBAGE)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         serve(sys.stdin, sys.stdout)

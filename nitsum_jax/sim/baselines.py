@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from nitsum_jax.control.candidates import joint_plans, mixed_plans
-from nitsum_jax.control.controller import AdaptiveController, Controller, ControllerConfig
+from nitsum_jax.control.controller import AdaptiveController, Controller
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, Shape, shapes_text
 from nitsum_jax.control.planner import Planner, PlannerConfig
@@ -152,7 +152,6 @@ def adaptive(
     *,
     planner: PlannerConfig = PlannerConfig(),
     scheduler: SchedulerConfig = SchedulerConfig(),
-    control: ControllerConfig = ControllerConfig(),
     first: tuple[Shape, ...] | None = None,
     allowed: tuple[str, ...] = (),
     device_put: bool = False,
@@ -164,7 +163,6 @@ def adaptive(
       name: what tables call it.
       planner: its settings.
       scheduler: settings of the scheduler.
-      control: settings of the controller.
       first: shapes of a node before anything is known of the load; homogeneous of the TP in the middle if left out.
       allowed: layouts that it may use; empty: all.
       device_put: switches at the cost of resharding everything.
@@ -176,7 +174,7 @@ def adaptive(
         first = (Shape(tp),) * (setting.node // tp)
 
     def make() -> Controller:
-        return AdaptiveController(setting.cost, setting.tiers, config=control, planner=planner)
+        return AdaptiveController(setting.cost, setting.tiers, planner=planner)
 
     return Policy(name, setting.plan(first), scheduler, make, known.resident_tp, device_put, allowed)
 

@@ -80,9 +80,14 @@ class StudyConfig:
 def read_study(path: str | pathlib.Path) -> StudyConfig:
     """Reads a config file.
 
+    Args:
+      path: of a TOML file, or the name of one that comes with the package (`study`, `quick`).
+
     Raises:
       InvalidInputError: it cannot be read, or an entry is missing or wrong; the message names file and entry.
     """
+    own = pathlib.Path(__file__).parent / f"{path}.toml"
+    path = own if own.exists() else path
     try:
         values = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as e:

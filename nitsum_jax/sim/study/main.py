@@ -57,9 +57,8 @@ def _main(argv: Sequence[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    path = pathlib.Path(__file__).parent / f"{_CONFIG.value}.toml"
     try:
-        config = read_study(path if path.exists() else _CONFIG.value)
+        config = read_study(_CONFIG.value)
         traces, source = open_traces(_TRACES.value, config.seed)
     except InvalidInputError as e:
         sys.stderr.write(f"{e}\n")
