@@ -9,11 +9,11 @@ the cost is the processor time of the serving process (engine thread included) p
 
 import dataclasses
 import json
-import os
 import pathlib
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 from absl import flags
@@ -143,9 +143,9 @@ def _output(command: Sequence[str]) -> str:
 
 def _cpu_s(pid: int) -> float:
     """Processor time of a process so far, seconds."""
-    # Behind the name, which may hold anything, come the state and the fields from number 4 on.
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    # The clock of another process, as clock_getcpuclockid(3) makes it: in nanoseconds, where /proc/PID/stat counts
+    # ticks of 10 ms, which is all that a short run takes.
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 def main(argv: Sequence[str]) -> int:
