@@ -70,9 +70,9 @@ class ControllerConfig:
         (Another is a change of the load, as the estimator finds it.)
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
-      work_rate: what planning may cost on average, in `Decision.work` a second.  Who has spent more waits with the
-        next decision, unless the load has changed since the last one: an overload that goes on would otherwise be
-        planned for again and again, with the same outcome.
+      work_rate: what planning may cost on average, in `Decision.work` a second.  Who has spent more plans thriftily
+        (`PlanInputs.thrifty`) at every interval, unless the load has changed since the last decision: an overload that
+        goes on would otherwise be planned for again and again, with the same outcome.
       work_saved: what a calm time leaves for the next change of the load, at the most.
     """
 
@@ -217,7 +217,7 @@ class AdaptiveController:
         )
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
-        """Decides; None while it knows too little, the last switch is too recent, or it has planned a lot lately."""
+        """Decides; None while it knows too little or the last switch is too recent."""
         self._work_left = self._work_left_at(now_s)
         self._last_tick_s = now_s
         self._stride = max(1, view.num_devices // (MINIATURE * self.planner.cost.profile.devices))
@@ -226,12 +226,11 @@ class AdaptiveController:
             return None
         if not lost and now_s - self._last_switch_s < self.config.dwell_s:
             return None
-        if not lost and self._work_left < 0 and self._estimator.changes <= self._changes:
-            return None
+        thrifty = self._work_left < 0 and self._estimator.changes <= self._changes
         self._misses = self._seen = 0
         self._young.clear()
         self._changes = self._estimator.changes
-        decision = self._decide(self.inputs(now_s, view))
+        decision = self._decide(dataclasses.replace(self.inputs(now_s, view), thrifty=thrifty))
         if decision is not None:
             self._work_left -= decision.work
         if decision is not None and decision.switch:

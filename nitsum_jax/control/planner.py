@@ -2,7 +2,8 @@
 
 The present plan is asked first: the requests that wait, and then those of the last seconds once more, coming a little
 faster than they did, run through the model of the cell.  If they meet their targets (and the estimate says nothing
-else) it stays, and nothing else is looked at.
+else) it stays, and nothing else is looked at.  Who has planned a lot lately asks the estimate first, which costs
+little, and stays unless that finds a plan far better than the present one.
 
 If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
 The best few, some of every kind, are then replayed with the same requests; who misses more than the best so far
@@ -46,6 +47,7 @@ class PlannerConfig:
       estimate_weight: weight of the estimate beside the replay.
       hysteresis: least gain, as a share of the offered goodput, for which a switch is made; twice this if the present
         plan satisfies the requests as fast as they came.
+      clear_gain: gain by the estimate, as a share of the offered goodput, for which a thrifty decision looks closer.
       chance: and of the requests for which two plans differ, the gain must be so many standard deviations of chance.
       splits: whether plans with prefill and decode apart are candidates.
       tps: TPs that may be used; empty: all that the profile has and that leave room for KV cache.
@@ -63,6 +65,7 @@ class PlannerConfig:
     trusted: float = 0.9
     estimate_weight: float = 0.15
     hysteresis: float = 0.03
+    clear_gain: float = 0.1
     chance: float = 1.5
     splits: bool = True
     tps: tuple[int, ...] = ()
@@ -82,6 +85,7 @@ class PlanInputs:
       allowed: layouts (texts without tiers, `shapes_text` of shapes without tiers) that may be used; empty: all.
       waiting: requests whose prompt is still to be computed, in time all the same.
       max_batch: most requests of an instance.
+      thrifty: nothing is replayed unless the estimate finds a clear gain (`PlannerConfig.clear_gain`).
     """
 
     time_s: float
@@ -93,6 +97,7 @@ class PlanInputs:
     allowed: tuple[str, ...] = ()
     waiting: tuple[Arrival, ...] = ()
     max_batch: int = MAX_BATCH
+    thrifty: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which `from_json` makes an equal object."""
@@ -113,6 +118,7 @@ class PlanInputs:
             tuple(values["allowed"]),
             tuple(Arrival(**arrival) for arrival in values.get("waiting", ())),
             values.get("max_batch", MAX_BATCH),
+            values.get("thrifty", False),
         )
 
 
@@ -220,6 +226,16 @@ class Planner:
         offered = model.offered
         present = self._scored(model, inputs.plan.shapes, offered)
         lost = not set(inputs.lost).isdisjoint(d for i in inputs.plan.instances for d in i.devices)
+        ranked = None
+        if inputs.thrifty and not lost:
+            # No score is above 1: beside a plan near it nothing need be looked at.
+            near = present[0] > 1 - config.clear_gain
+            ranked = [] if near else self._ranked(inputs, model, present, offered)
+            gain = max((item[0] for item in ranked), default=0.0) - present[0]
+            if gain < config.clear_gain:
+                reason = f"stays: planned a lot lately, and the estimate finds no clear gain ({max(gain, 0.0):.1%})"
+                seen = tuple(map(_candidate, [present, *_diverse(ranked, config.finalists)]))
+                return Decision(inputs.time_s, inputs, seen, inputs.plan, False, reason, len(ranked))
         first = None
         if inputs.recent:
             first = self._replay(inputs, present[2], math.inf)
@@ -227,13 +243,8 @@ class Planner:
                 reason = f"stays: of the last requests, come faster, {first.share:.1%} would meet their targets"
                 alone = (_candidate(present, first),)
                 return Decision(inputs.time_s, inputs, alone, inputs.plan, False, reason, first.count)
-        now = self._key(present[2])
-        scored: dict[tuple[Shape, ...], _Scored] = {}
-        for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
-            key = self._key(shapes)
-            if key not in scored and key != now:
-                scored[key] = self._scored(model, shapes, offered)
-        ranked = sorted(scored.values(), key=lambda item: (-item[0], item[1].load, shapes_text(item[2])))
+        if ranked is None:
+            ranked = self._ranked(inputs, model, present, offered)
         finalists = [present, *_diverse(ranked, config.finalists)]
         replays: list[Replay | None] = [first]
         least = first.missed if first is not None else math.inf
@@ -246,7 +257,7 @@ class Planner:
             for item, replay in zip(finalists, replays, strict=True)
         ]
         candidates = tuple(map(_candidate, finalists, replays))
-        work = len(scored) + sum(replay.count for replay in replays if replay is not None)
+        work = len(ranked) + sum(replay.count for replay in replays if replay is not None)
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
         better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen])
@@ -263,6 +274,16 @@ class Planner:
             f" {candidates[0].plan} {values[0]:.1%}"
         )
         return Decision(inputs.time_s, inputs, candidates, plan, plan != inputs.plan, reason, work)
+
+    def _ranked(self, inputs: PlanInputs, model: QueueingModel, present: "_Scored", offered: float) -> list["_Scored"]:
+        """All plans but the present one, the best by the estimate first."""
+        now = self._key(present[2])
+        scored: dict[tuple[Shape, ...], _Scored] = {}
+        for shapes in self._plans(inputs.num_devices, inputs.lost, model.tiers, inputs.allowed):
+            key = self._key(shapes)
+            if key not in scored and key != now:
+                scored[key] = self._scored(model, shapes, offered)
+        return sorted(scored.values(), key=lambda item: (-item[0], item[1].load, shapes_text(item[2])))
 
     def _replay(
         self, inputs: PlanInputs, shapes: tuple[Shape, ...], most_missed: float, pressure: float | None = None
@@ -327,7 +348,7 @@ class Planner:
 _Scored = tuple[float, Prediction, tuple[Shape, ...]]
 
 
-def _candidate(scored: _Scored, replay: Replay | None) -> Candidate:
+def _candidate(scored: _Scored, replay: Replay | None = None) -> Candidate:
     score, prediction, shapes = scored
     share = None if replay is None else replay.share
     return Candidate(shapes_text(shapes), prediction.goodput, score, prediction.load, prediction.attainment, share)

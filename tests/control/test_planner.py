@@ -58,6 +58,22 @@ def test_only_a_plan_that_does_not_serve_all_is_compared(planner: Planner) -> No
     assert len(kinds) > 1
 
 
+def test_a_thrifty_decision_looks_closer_only_for_a_clear_gain(planner: Planner) -> None:
+    calm = planner.decide(dataclasses.replace(inputs(0.5, 0.5), thrifty=True))
+    assert (calm.switch, calm.work) == (False, 0)  # no plan can be far better than one that serves all
+    crowded = inputs(140, 40, homogeneous(8, 2))  # no plan serves all of these
+    full = planner.decide(crowded)
+    thrifty = planner.decide(dataclasses.replace(crowded, thrifty=True))
+    assert thrifty.candidates[0].score < 0.9
+    assert all(candidate.replayed is None for candidate in thrifty.candidates)
+    assert not thrifty.switch
+    assert thrifty.work < full.work
+    wrong = inputs(20, 5, homogeneous(8, 1))
+    clear = planner.decide(dataclasses.replace(wrong, thrifty=True))
+    assert dataclasses.replace(clear, inputs=wrong) == planner.decide(wrong)
+    assert PlanInputs.from_json(json.loads(json.dumps(clear.inputs.to_json()))).thrifty
+
+
 def test_requests_that_wait_count(planner: Planner) -> None:
     calm = inputs(4, 1, homogeneous(8, 8))
     assert planner.decide(calm).candidates[0].replayed == 1.0
