@@ -384,8 +384,7 @@ class CellModel:
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
         job.worker = source
         if target is None:
-            job.begin_s = _begin_s(job)
-            self._stranded.append(job)
+            self.strand(job)
             return
         assert isinstance(target, ModelWorker)
         target.reserve(job)
@@ -393,6 +392,11 @@ class CellModel:
         source.sending += 1
         seconds = self.cost.transfer_s(job.cached, source.tp, target.tp)
         self.at(self.now_s + seconds, self._arrive, source, target, job)
+
+    def strand(self, job: Job) -> None:
+        """A request that is prefilled waits for an instance to decode it."""
+        job.begin_s = _begin_s(job)
+        self._stranded.append(job)
 
     def _arrive(self, source: ModelWorker, target: ModelWorker, job: Job) -> None:
         source.departed(job)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nitsum_jax.control.cell import CellModel, ModelWorker
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import CellPlan
+from nitsum_jax.control.plan import PREFILL, CellPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,14 +119,17 @@ class SwitchingCell(CellModel):
                 kept[instance.group].plan = instance
         fresh = {i.group: self.make_worker(i) for i in after.instances if i.group not in kept}
         self.workers = [kept.get(i.group) or fresh[i.group] for i in after.instances]
+        waiting = {job.id for worker in gone for job in worker.outgoing.values()}
         travellers = [(job, worker.plan.devices) for worker in gone for job in _take_all(worker)]
         self._stranded = [job for job in self._stranded if job.worker is not None]
         links: dict[tuple[int, int], float] = collections.defaultdict(float)
         self.settle()
-        to_kept, requeued = self._place(travellers, set(map(id, kept.values())), links)
+        to_kept, requeued = self._place(travellers, waiting, set(map(id, kept.values())), links)
         stall_s = self._stall_s(gone, links) if gone else 0.0
         for worker, job, decodes in to_kept:
             self.at(self.now_s + stall_s, self._join if decodes else self._take_up, worker, job)
+        if self._stranded:
+            self.at(self.now_s + stall_s, self._retry_stranded)
         for worker in fresh.values():
             worker.idle_until = self.now_s + stall_s
             self.at(worker.idle_until, self.nudge, worker)
@@ -151,10 +154,20 @@ class SwitchingCell(CellModel):
     def _place(
         self,
         travellers: list[tuple[Job, tuple[int, ...]]],
+        waiting: set[str],
         kept: set[int],
         links: dict[tuple[int, int], float],
     ) -> tuple[list[tuple[ModelWorker, Job, bool]], int]:
         """Gives requests their new instances, longest first.
+
+        Who waited for an instance to decode, and who is late, does not get into one by a switch: it stays in an
+        instance that prefills, if there is one with room, until the scheduler lets it in.
+
+        Args:
+          travellers: with the devices that they were on.
+          waiting: of these, the ids of those that waited for an instance to decode.
+          kept: instances (`id`) that go on meanwhile.
+          links: bytes of each pair of devices; added to.
 
         Returns:
           Those that go to instances that were kept, which do not wait for the copies (with whether they decode), and
@@ -166,7 +179,11 @@ class SwitchingCell(CellModel):
         vshards = max(self.cost.tps[-1], max(worker.tp for worker in self.workers))
         for job, devices in sorted(travellers, key=lambda item: (-item[0].cached, item[0].id)):
             decodes = job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1
-            worker = self._best(job, decodes, devices, vshards, promised)
+            worker = None
+            if decodes and (job.late or job.id in waiting):
+                worker = self._parking(job, devices, vshards)
+            parked = worker is not None
+            worker = worker or self._best(job, decodes, devices, vshards, promised)
             if worker is None:
                 requeued += 1
                 self.send_back(job)
@@ -174,7 +191,10 @@ class SwitchingCell(CellModel):
             if job.cached:
                 for link, share in moves(devices, worker.plan.devices, vshards).items():
                     links[link] += share * job.cached * self.cost.profile.kv_bytes_per_token
-            if id(worker) in kept and job.cached:
+            if parked:
+                worker.park(job)
+                self.strand(job)
+            elif id(worker) in kept and job.cached:
                 worker.incoming += 1
                 worker.used_blocks += worker.pages(job.cached if decodes else job.target)
                 count, tokens = promised.get(worker.index, (0, 0))
@@ -197,6 +217,20 @@ class SwitchingCell(CellModel):
             self._drained()
         else:
             self.nudge(worker)
+
+    def _parking(self, job: Job, devices: tuple[int, ...], vshards: int) -> ModelWorker | None:
+        """The instance that only prefills, has room and is the emptiest; of these the one to which least must move."""
+        best, best_score = None, (math.inf, math.inf)
+        for worker in self.workers:
+            if worker.plan.role != PREFILL or worker.jobs >= worker.max_batch:
+                continue
+            if worker.pages(job.cached) > worker.free_blocks:
+                continue
+            moved = sum(moves(devices, worker.plan.devices, vshards).values())
+            score = round(worker.used_blocks / worker.capacity_blocks, 1), moved
+            if score < best_score:
+                best, best_score = worker, score
+        return best
 
     def _best(
         self,

@@ -179,6 +179,15 @@ class Worker:
         self.prefills.remove(job)
         self.outgoing[job.id] = job
 
+    def park(self, job: Job) -> None:
+        """A job comes with its KV cache and will decode elsewhere; its pages stay until `departed`."""
+        job.worker = self
+        job.target = job.cached
+        self.outgoing[job.id] = job
+        self.used_blocks += self.pages(job.target)
+        if not job.instances or job.instances[-1] != self.index:
+            job.instances.append(self.index)
+
     def departed(self, job: Job) -> None:
         """Its KV cache has been copied; its pages are free."""
         del self.outgoing[job.id]

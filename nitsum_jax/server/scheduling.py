@@ -412,7 +412,10 @@ class TieredScheduling:
         job.generated = sequence.length - sequence.prompt_len
         if job.first_token_s is None:
             job.first_token_s = self.now_s()  # it comes any moment
-        worker.arrive(job)
+        if worker.plan.role == PREFILL:  # a switch has put it there
+            worker.park(job)
+        else:
+            worker.arrive(job)
 
     def _make(self, instance: Instance) -> LiveWorker:
         spec = instance.spec

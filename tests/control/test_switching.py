@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import random
 
 import pytest
@@ -134,6 +135,34 @@ def test_what_moves_to_an_instance_that_stays_waits_for_its_copy() -> None:
     assert report.kv_bytes > 0
     assert len(steps.done) == 8
     assert sum(sequences for *_, sequences, _, _ in steps.steps) == 8 * 599
+
+
+def test_a_switch_lets_nobody_into_an_instance_that_decodes_whom_the_scheduler_kept_out() -> None:
+    before = CellPlan(
+        (InstancePlan((0, 1), "decode"), InstancePlan((2, 3, 4, 5), "prefill"), InstancePlan((6, 7), "prefill"))
+    )
+    after = CellPlan(
+        (InstancePlan((0, 1), "decode"), InstancePlan((2, 3), "prefill"), InstancePlan((4, 5, 6, 7), "prefill"))
+    )
+    cell, steps = make_cell(before)
+    jobs = [job(i, arrival_s=i / 150, prompt=400, output=400) for i in range(600)]
+    for one in jobs:
+        cell.run_until(one.arrival_s)
+        cell.add(one)
+    (decoder,) = (worker for worker in cell.workers if worker.takes_decodes)
+    kept_out = [one for worker in cell.workers for one in worker.outgoing.values()]
+    count = len(decoder.decoding)
+    assert len(kept_out) > 100
+    assert count > 20
+    cell.switch(after)
+    cell.run_until(cell.now_s + 0.3)
+    assert cell.plan == after
+    assert len(decoder.decoding) < count + 0.1 * len(kept_out)
+    assert sum(len(worker.outgoing) for worker in cell.workers) > 0.8 * len(kept_out)
+    assert cell.preemptions == 0
+    cell.run_until(math.inf)
+    assert len(steps.done) == len(jobs)
+    assert all((w.jobs, w.used_blocks) == (0, 0) for w in cell.workers)
 
 
 def test_resharding_by_the_general_path_costs_more() -> None:

@@ -201,3 +201,21 @@ def test_fused_a_step_that_does_both_decodes_first() -> None:
     assert order[0] == "chunk 300"
     assert order[begun - 1 : begun + 3] == ["decode", "chunk 512", "chunk 188", "decode"]
     assert order.count("decode") == 5  # the second request got its other token along with one of the first
+
+
+def test_who_comes_with_a_switch_to_an_instance_that_only_prefills_does_not_slow_its_prompts() -> None:
+    scheduling = TieredScheduling(TIERS, COST, 100)
+    cell = FakeCell(lambda clock: scheduling, COST, "tp4:prefill+tp4:decode", 4000)
+    cell.add(0.0, 300, 50, "tight")
+    cell.run()  # nobody hands over: it stays where it was prefilled
+    before, decoder = cell.instances
+    successor = FakeCell(lambda clock: scheduling, COST, "tp4:prefill+tp4:decode", 4000).instances[0]
+    successor.rows, before.rows = before.rows, {}
+    for sequence in successor.rows.values():
+        sequence.home = successor
+    scheduling.relaid([successor, decoder], 1.0)
+    worker = scheduling.view(8).workers[0]
+    assert (len(worker.decoding), len(worker.outgoing)) == (0, 1)
+    (job,) = worker.outgoing.values()
+    scheduling.moved(scheduling._sequences[job.id], successor, decoder)
+    assert (worker.jobs, len(scheduling.view(8).workers[1].decoding)) == (0, 1)
