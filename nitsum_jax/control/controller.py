@@ -74,6 +74,7 @@ class ControllerConfig:
         (`PlanInputs.thrifty`) at every interval, unless the load has changed since the last decision: an overload that
         goes on would otherwise be planned for again and again, with the same outcome.
       work_saved: what a calm time leaves for the next change of the load, at the most.
+      work_owed: what changes of the load, which are planned for whatever is left, make it owe at the most.
     """
 
     interval_s: float = 5.0
@@ -83,6 +84,7 @@ class ControllerConfig:
     warm_up_s: float = 2.0
     work_rate: float = 250.0
     work_saved: float = 15000.0
+    work_owed: float = 5000.0
 
 
 class AdaptiveController:
@@ -232,7 +234,7 @@ class AdaptiveController:
         self._changes = self._estimator.changes
         decision = self._decide(dataclasses.replace(self.inputs(now_s, view), thrifty=thrifty))
         if decision is not None:
-            self._work_left -= decision.work
+            self._work_left = max(self._work_left - decision.work, -self.config.work_owed)
         if decision is not None and decision.switch:
             self._last_switch_s = now_s
         return decision

@@ -164,12 +164,13 @@ def test_the_planner_is_told_how_many_requests_an_instance_holds() -> None:
 
 def test_who_has_planned_a_lot_is_thrifty_until_the_load_changes() -> None:
     asked: list[PlanInputs] = []
+    work = 600
 
     def decide(inputs: PlanInputs) -> Decision:
         asked.append(inputs)
-        return Decision(inputs.time_s, inputs, (), inputs.plan, False, "stays", work=50 if inputs.thrifty else 600)
+        return Decision(inputs.time_s, inputs, (), inputs.plan, False, "stays", work=50 if inputs.thrifty else work)
 
-    config = ControllerConfig(work_rate=100.0, work_saved=1800.0)
+    config = ControllerConfig(work_rate=100.0, work_saved=1800.0, work_owed=2000.0)
     controller = AdaptiveController(COST, (CHAT, CODE), config=config, decide=decide)
     view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
 
@@ -190,8 +191,12 @@ def test_who_has_planned_a_lot_is_thrifty_until_the_load_changes() -> None:
     pauses = [after.time_s - before.time_s for before, after in itertools.pairwise(asked)]
     assert max(pauses) <= 5.0 + 1e-9  # and between these looks at the estimate at every interval
     asked.clear()
+    work = 10_000
     play(120.0, 200, 4)
     assert any(inputs.time_s < 123.0 and not inputs.thrifty for inputs in asked)  # a change is planned for in full
+    asked.clear()
+    play(124.0, 200, 30)
+    assert any(inputs.time_s < 150.0 and not inputs.thrifty for inputs in asked)  # but it leaves no debt of minutes
 
 
 def test_replays_are_made_of_what_came_since_the_load_changed() -> None:
