@@ -182,7 +182,7 @@ class AdaptiveController:
         """Mean output of a tier, tokens."""
         return self._estimator.output(tier)
 
-    def inputs(self, now_s: float, view: CellView) -> PlanInputs:
+    def inputs(self, now_s: float, view: CellView, *, thrifty: bool = False) -> PlanInputs:
         """What a decision would be made from now."""
         loads = self._estimator.loads(now_s)
         span_s = self.planner.replay_s
@@ -216,6 +216,7 @@ class AdaptiveController:
             view.allowed,
             waiting,
             max((worker.max_batch for worker in view.workers), default=MAX_BATCH),
+            thrifty,
         )
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
@@ -232,7 +233,7 @@ class AdaptiveController:
         self._misses = self._seen = 0
         self._young.clear()
         self._changes = self._estimator.changes
-        decision = self._decide(dataclasses.replace(self.inputs(now_s, view), thrifty=thrifty))
+        decision = self._decide(self.inputs(now_s, view, thrifty=thrifty))
         if decision is not None:
             self._work_left = max(self._work_left - decision.work, -self.config.work_owed)
         if decision is not None and decision.switch:

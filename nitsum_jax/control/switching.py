@@ -179,11 +179,9 @@ class SwitchingCell(CellModel):
         vshards = max(self.cost.tps[-1], max(worker.tp for worker in self.workers))
         for job, devices in sorted(travellers, key=lambda item: (-item[0].cached, item[0].id)):
             decodes = job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1
-            worker = None
-            if decodes and (job.late or job.id in waiting):
-                worker = self._parking(job, devices, vshards)
-            parked = worker is not None
-            worker = worker or self._best(job, decodes, devices, vshards, promised)
+            kept_out = decodes and (job.late or job.id in waiting)
+            parking = self._parking(job, devices, vshards) if kept_out else None
+            worker = parking or self._best(job, decodes, devices, vshards, promised)
             if worker is None:
                 requeued += 1
                 self.send_back(job)
@@ -191,8 +189,8 @@ class SwitchingCell(CellModel):
             if job.cached:
                 for link, share in moves(devices, worker.plan.devices, vshards).items():
                     links[link] += share * job.cached * self.cost.profile.kv_bytes_per_token
-            if parked:
-                worker.park(job)
+            if parking is not None:
+                parking.park(job)
                 self.strand(job)
             elif id(worker) in kept and job.cached:
                 worker.incoming += 1

@@ -166,8 +166,7 @@ class Worker:
         job.worker = self
         self.prefills.append(job)
         self.used_blocks += self.pages(job.target)
-        if not job.instances or job.instances[-1] != self.index:
-            job.instances.append(self.index)
+        self._note_visit(job)
 
     def begin_decode(self, job: Job) -> None:
         """A job that was seated here has its first token (or, computed again, its next)."""
@@ -185,8 +184,7 @@ class Worker:
         job.target = job.cached
         self.outgoing[job.id] = job
         self.used_blocks += self.pages(job.target)
-        if not job.instances or job.instances[-1] != self.index:
-            job.instances.append(self.index)
+        self._note_visit(job)
 
     def departed(self, job: Job) -> None:
         """Its KV cache has been copied; its pages are free."""
@@ -199,8 +197,7 @@ class Worker:
 
     def arrive(self, job: Job) -> None:
         """A job for which pages were reserved comes to decode."""
-        if not job.instances or job.instances[-1] != self.index:
-            job.instances.append(self.index)
+        self._note_visit(job)
         self._enter(job)
 
     def drop_reserved(self, job: Job) -> None:
@@ -236,6 +233,10 @@ class Worker:
                 self.used_blocks += self._residues[-self.clock % self.page_size]
                 self.clock += 1
         self.context += steps * len(self.decoding)
+
+    def _note_visit(self, job: Job) -> None:
+        if not job.instances or job.instances[-1] != self.index:
+            job.instances.append(self.index)
 
     def _enter(self, job: Job) -> None:
         job.worker = self
