@@ -161,7 +161,7 @@ class SwitchingCell(CellModel):
         """Gives requests their new instances, longest first.
 
         Who waited for an instance to decode, and who is late, does not get into one by a switch: it stays in an
-        instance that prefills, if there is one with room, until the scheduler lets it in.
+        instance that only prefills, if there is one with room, until the scheduler lets it in.
 
         Args:
           travellers: with the devices that they were on.
