@@ -1,7 +1,6 @@
 """Requests that no instance has taken: per tier in the order of their latest starts, and the late ones apart."""
 
 import bisect
-import heapq
 import itertools
 from collections.abc import Iterator
 
@@ -9,6 +8,7 @@ from nitsum_jax.control.job import Job
 from nitsum_jax.control.shedding import overflow
 
 _Key = tuple[float, float, int, Job]
+_LateKey = tuple[float, int, Job]
 
 
 class Backlog:
@@ -21,13 +21,13 @@ class Backlog:
         """Makes an empty one; `by_arrival` orders by arrival instead of slack and calls nobody late."""
         self._by_arrival = by_arrival
         self._in_time: dict[str, list[_Key]] = {}
-        self._late: list[tuple[float, int, Job]] = []
+        self._late: list[_LateKey] = []
         self._keys: dict[str, _Key] = {}
+        self._late_keys: dict[str, _LateKey] = {}
         self._numbers = itertools.count()
-        self._late_alive: set[str] = set()
 
     def __len__(self) -> int:
-        return len(self._keys) + len(self._late_alive)
+        return len(self._keys) + len(self._late)
 
     @property
     def in_time(self) -> int:
@@ -40,8 +40,7 @@ class Backlog:
             for key in queue:
                 yield key[3]
         for _, _, job in self._late:
-            if job.id in self._late_alive:
-                yield job
+            yield job
 
     def push(self, job: Job) -> None:
         """Adds a request; its `latest_start_s` and `late` must be set."""
@@ -60,8 +59,9 @@ class Backlog:
             queue = self._in_time[job.tier.name]
             del queue[bisect.bisect_left(queue, key)]
             return True
-        if job.id in self._late_alive:
-            self._late_alive.remove(job.id)
+        late_key = self._late_keys.pop(job.id, None)
+        if late_key is not None:
+            del self._late[bisect.bisect_left(self._late, late_key)]
             return True
         return False
 
@@ -107,11 +107,16 @@ class Backlog:
         """Requests of this tier that are in time."""
         return len(self._in_time.get(tier, ()))
 
-    def first_late(self) -> Job | None:
-        """The late request that came first."""
-        while self._late and self._late[0][2].id not in self._late_alive:
-            heapq.heappop(self._late)
-        return self._late[0][2] if self._late else None
+    def give_up(self, job: Job) -> None:
+        """Calls one that waits in time late; nobody is by arrival."""
+        if not self._by_arrival and self.remove(job):
+            job.late = True
+            self._push_late(job)
+
+    def late(self) -> Iterator[Job]:
+        """The late requests, first come first; nothing may be added or removed meanwhile."""
+        for _, _, job in self._late:
+            yield job
 
     def _call_late(self, job: Job) -> None:
         """One that was in time; its place among those is the caller's to clear."""
@@ -120,5 +125,5 @@ class Backlog:
         self._push_late(job)
 
     def _push_late(self, job: Job) -> None:
-        heapq.heappush(self._late, (job.arrival_s, next(self._numbers), job))
-        self._late_alive.add(job.id)
+        key = self._late_keys[job.id] = (job.arrival_s, next(self._numbers), job)
+        bisect.insort(self._late, key)

@@ -228,6 +228,7 @@ class CellModel:
             self._seat(worker, job)
             self.nudge(worker)
             return
+        self._place_late()
         # Who is turned away now may do for an instance of other tiers later, or be late.
         if not job.late and job.latest_start_s > self.now_s:
             share = self.scheduler.config.spill_after
@@ -235,12 +236,24 @@ class CellModel:
             if spill > self.now_s:
                 self.at(spill + 1e-6, self._wake_idle)
             self.at(job.latest_start_s + 1e-6, self._wake_idle)
-        else:
-            self._wake_idle()
 
     def _wake_idle(self) -> None:
+        self.scheduler.backlog.demote(self.now_s)
+        self._place_late()
         for worker in self.workers:
             if worker.run is None or not worker.run.chunks:
+                self.nudge(worker)
+
+    def _place_late(self, beginning: ModelWorker | None = None) -> None:
+        """Lets late requests go where they can; `beginning` is at a step boundary and looks around itself."""
+        if not len(self.scheduler.backlog):
+            return
+        self.settle()
+        while (placed := self.scheduler.place_late(self.workers, self.now_s)) is not None:
+            job, worker = placed
+            assert isinstance(worker, ModelWorker)
+            self._seat(worker, job)
+            if worker is not beginning:
                 self.nudge(worker)
 
     def _seat(self, worker: ModelWorker, job: Job) -> None:
@@ -276,6 +289,9 @@ class CellModel:
         scheduler = self.scheduler
         while (job := scheduler.pull(worker, now)) is not None:
             self._seat(worker, job)
+        self._place_late(worker)
+        if worker.run is not None:  # begun meanwhile, by a request that went there
+            return
         count = len(worker.decoding)
         while count and (room := worker.steps_until_full()) < 1:
             self._preempt(worker)

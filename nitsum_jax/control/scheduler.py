@@ -2,87 +2,37 @@
 
 Earliest deadline first over slack, with three rules on top:
 
-- **Routing.** An instance takes a request only if it is predicted to meet both targets there, and if the targets of
+- **Routing.** An instance takes a request in time if it is predicted to meet both targets there, and if the targets of
   those that are there already still hold with it.  Tiers that the plan keeps an instance for go first; others may use
-  what is left of it once they have waited a share of their time.
-- **Token deadlines.** TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take
-  as long as the least time that is left to any decoding request; prefill chunks are cut to fit.  What a batch gains
-  by being faster than its targets is hence spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size is
-  fixed).
-- **Demotion.** Who can no longer meet its targets is late: it goes on, behind all others, and costs none of them a
-  deadline.  While more comes than can be served some are called late early, those with the most work first, so that
-  the rest is in time (`shedding`).  Late ones that have waited `patience_s` get every `aging_every`-th turn, so nobody
-  starves.
+  what is left of it once they have waited a share of their time, or at once where nothing else is to be done.
+- **Token deadlines.** A step may take as long as the least time that is left to any decoding request (`chunks`).  What
+  a batch gains by being faster than its targets is spent on prompts (after Sarathi, arXiv 2403.02310, whose chunk size
+  is fixed).
+- **Demotion.** A request that can no longer meet its targets is late, and one that no instance could serve in time even
+  if it were empty is late at once.  It waits for nothing but room: it goes where it ends first, as soon as that costs
+  no request in time a target.  While more comes than can be served some are called late early, those with the most
+  work first, so that the rest is in time (`shedding`).  Late ones that have waited `patience_s` get every
+  `aging_every`-th turn whatever it costs, so nobody starves.
+
+A target is a wish, never a gate: no instance idles while something waits that could run there and still do well, or
+could do well nowhere.
 
 Pure: times come in, decisions go out.
 """
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 from nitsum_jax.control.backlog import Backlog
+from nitsum_jax.control.chunks import Chunk, Chunks
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import DECODE, MIXED, PREFILL
+from nitsum_jax.control.scheduler_config import SchedulerConfig
 from nitsum_jax.control.shedding import Drain
+from nitsum_jax.control.urgency import ANY, Urgency, urgency
 from nitsum_jax.control.worker import Worker
-
-Chunk = tuple[Job, int]
-_ANY = (math.inf, math.inf, "")  # more than any request's urgency: none has come at the end of time
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """How a scheduler decides.
-
-    Attributes:
-      order: "deadline" (least slack first, with demotion) or "fcfs" (first come first served, nobody is late).
-      chunk_tokens: prompt tokens and decodes in a step: None sizes chunks by token deadlines, a number is a fixed
-        budget (Sarathi).
-      routing: "predicted" (both targets must hold) or "least_loaded" (fewest tokens per device, whatever the targets).
-      tiers_apart: a request never leaves the instances of its tier.
-      max_chunk: most prompt tokens in a step.
-      step_share: a step with prompts takes at most this share of the tightest TTFT target, so that who comes next does
-        not wait long.
-      tpot_margin: an instance takes a request if a decode step with it takes at most this share of the tightest TPOT.
-      ttft_margin: share of a TTFT target that predictions may use.
-      decode_margin: a request is handed over to an instance if a decode step with it takes at most this share of the
-        tightest TPOT there;
-      decode_most: or at most this share,
-      decode_ahead: while those that decode there are ahead of their time per token by so many tokens on average;
-      late_room: a late one is, if the step takes at most this share of what the fastest step leaves of that time.
-      spill_after: an instance of other tiers may be used after this share of the TTFT target.
-      spill_margin: and if a decode step there takes at most this share of the tightest TPOT of its own tiers.
-      ahead_tokens: an instance takes another prompt when fewer prompt tokens than this are left to it.
-      copy_share: what an instance must copy from another is taken to cost this share of computing it.
-      look: requests of each tier that are considered, besides the first.
-      shed_window_s: how fast a tier's requests leave the backlog is measured over so long, and those that will be late
-        at this rate are given up early; 0: never.
-      patience_s: see the module.
-      aging_every: see the module.
-    """
-
-    order: str = "deadline"
-    chunk_tokens: int | None = None
-    routing: str = "predicted"
-    tiers_apart: bool = False
-    max_chunk: int = 8192
-    step_share: float = 0.25
-    tpot_margin: float = 0.92
-    ttft_margin: float = 0.95
-    decode_margin: float = 0.95
-    decode_most: float = 1.1
-    decode_ahead: float = 4.0
-    late_room: float = 0.5
-    spill_after: float = 0.4
-    spill_margin: float = 0.8
-    ahead_tokens: int = 512
-    copy_share: float = 0.1
-    look: int = 4
-    shed_window_s: float = 1.0
-    patience_s: float = 30.0
-    aging_every: int = 8
 
 
 class Scheduler:
@@ -96,8 +46,7 @@ class Scheduler:
         self.backlog = Backlog(by_arrival=config.order == "fcfs")
         self._turns = 0
         self._prefill_s: dict[tuple[int, int], float] = {}
-        ttft = min(tier.ttft_ms for tier in tiers) / 1000
-        self._step_cap_s = config.step_share * ttft
+        self._chunks = Chunks(cost, config, min(tier.ttft_ms for tier in tiers) / 1000)
         self._expected = {tier.name: 128.0 for tier in tiers}
         sheds = config.order == "deadline" and config.shed_window_s > 0
         self._drains = {tier.name: Drain(config.shed_window_s) for tier in tiers} if sheds else {}
@@ -152,7 +101,7 @@ class Scheduler:
         held = held or {}
         most = max(held.values(), default=0)
         best, best_score = None, (math.inf, math.inf, math.inf)
-        rank = _urgency(job)
+        rank = urgency(job)
         for worker in workers:
             before = self._turn(worker)
             if before is None or not rank < before:
@@ -163,33 +112,124 @@ class Scheduler:
                 best, best_score = worker, score
         if best is not None:
             self._took(job, now_s)
+        elif not job.late and not self._reachable(job, workers, now_s, held):
+            self.backlog.give_up(job)
         return best
 
     def pull(self, worker: Worker, now_s: float) -> Job | None:
-        """Takes the next request for an instance out of the backlog; None if there is none for it now."""
+        """Takes the next request in time for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
         if now_s - self._shed_s >= self.config.shed_window_s / 4:
             self._shed(now_s)
-        if not len(self.backlog) or not worker.takes_prompts or worker.jobs >= worker.max_batch:
+        if not self.backlog.in_time:
             return None
-        late = self.backlog.first_late()
-        if late is not None and now_s - late.arrival_s >= self.config.patience_s:
-            self._turns += 1
-            if self._turns % self.config.aging_every == 0 and self._fits(worker, late) and not worker.prefills:
-                self.backlog.remove(late)
-                return late
         before = self._turn(worker)
-        if before is not None:
-            self._give_up_hopeless(worker, now_s)
-            for job in self.backlog.heads(self.config.look):
-                if _urgency(job) < before and self._score(worker, job, now_s) is not None:
-                    self.backlog.remove(job)
-                    self._took(job, now_s)
-                    return job
-        if late is not None and not worker.prefills and self._fits(worker, late) and self._harmless(worker, late):
-            self.backlog.remove(late)
-            return late
+        if before is None:
+            return None
+        self._give_up_hopeless(worker, now_s)
+        for job in self.backlog.heads(self.config.look):
+            if urgency(job) < before and self._score(worker, job, now_s) is not None:
+                self.backlog.remove(job)
+                self._took(job, now_s)
+                return job
         return None
+
+    def place_late(self, workers: Sequence[Worker], now_s: float) -> tuple[Job, Worker] | None:
+        """Takes a late request out of the backlog, and says which instance takes it: where it ends first.
+
+        It goes to no instance where it would cost a request in time a target, unless it has waited for its patience
+        and this is its turn.
+
+        Args:
+          workers: the instances.
+          now_s: the time.
+
+        Returns:
+          None if there is none that can go now.
+        """
+        if not len(self.backlog):
+            return None
+        if self.backlog.in_time and any(not worker.jobs and worker.takes_prompts for worker in workers):
+            self._give_up_unreachable(workers, now_s)
+        waiting = list(itertools.islice(self.backlog.late(), self.config.look))
+        if not waiting:
+            return None
+        turn = False
+        if now_s - waiting[0].arrival_s >= self.config.patience_s:
+            self._turns += 1
+            turn = self._turns % self.config.aging_every == 0
+        able = [worker for worker in workers if self._takes_late(worker)]
+        for job in waiting if able else ():
+            best, best_s = None, math.inf
+            for worker in able:
+                if self._keeps_out(worker, job) or not self._fits(worker, job):
+                    continue
+                if not (turn and not worker.prefills) and not self._harmless(worker, job):
+                    continue
+                ends_s = self._ends_s(worker, job)
+                if ends_s < best_s:
+                    best, best_s = worker, ends_s
+            if best is not None:
+                self.backlog.remove(job)
+                return job, best
+            turn = False
+        return None
+
+    def _takes_late(self, worker: Worker) -> bool:
+        """Whether an instance has time for another prompt of a late request, with none in time to be done first."""
+        if not worker.takes_prompts or worker.jobs >= worker.max_batch:
+            return False
+        return worker.prefill_left < self.config.ahead_tokens and all(other.late for other in worker.prefills)
+
+    def _keeps_out(self, worker: Worker, job: Job) -> bool:
+        return self.config.tiers_apart and not worker.keeps(job)
+
+    def _ends_s(self, worker: Worker, job: Job) -> float:
+        """Seconds until a late request would end in an instance, roughly."""
+        step_s = self._decode_s(worker, job)
+        prompts_s = self.prefill_s(worker.tp, worker.prefill_left + job.target)
+        return prompts_s * (2 if worker.decoding else 1) + step_s * max(1.0, job.expected_output - job.generated)
+
+    def _give_up_unreachable(self, workers: Sequence[Worker], now_s: float) -> None:
+        """Calls those late, of the first ones, that no instance could serve in time: they wait for nothing."""
+        for job in list(self.backlog.heads(self.config.look)):
+            if not self._reachable(job, workers, now_s):
+                self.backlog.give_up(job)
+
+    def _reachable(
+        self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
+    ) -> bool:
+        """Whether some instance could meet a request's targets if it were empty now; while a switch is under way, yes.
+
+        Args:
+          job: the request.
+          workers: the instances.
+          now_s: the time.
+          held: tokens of its beginning that instances have.
+        """
+        if self.config.order == "fcfs" or any(worker.stopping for worker in workers):
+            return True
+        tpot_s = job.tier.tpot_ms / 1000
+        left_s = job.ttft_deadline_s - now_s if job.first_token_s is None else math.inf
+        decodes = {
+            worker.tp
+            for worker in workers
+            if worker.takes_decodes and self.cost.step_s(worker.tp, 1, job.target) <= tpot_s
+        }
+        if not decodes:
+            return False
+        for worker in workers:
+            if not worker.takes_prompts or self._keeps_out(worker, job):
+                continue
+            if worker.plan.role == MIXED and worker.tp not in decodes:
+                continue
+            if worker.pages(job.target + 1) > worker.capacity_blocks:
+                continue
+            known = held.get(worker, 0) if held else 0
+            spared_s = self._spared_s(worker.tp, job.target, known) if known else 0.0
+            if self.prefill_s(worker.tp, job.target) - spared_s <= left_s:
+                return True
+        return False
 
     def _took(self, job: Job, now_s: float) -> None:
         drain = self._drains.get(job.tier.name)
@@ -208,7 +248,7 @@ class Scheduler:
             if rate is not None and rate > 0:
                 self.backlog.shed(tier, now_s, rate)
 
-    def _turn(self, worker: Worker) -> tuple[float, float, str] | None:
+    def _turn(self, worker: Worker) -> Urgency | None:
         """How urgent a request must be for an instance to take it: less than this; None if it takes nobody.
 
         It is done enough with its prompts to take any, or should put this one first.
@@ -217,10 +257,10 @@ class Scheduler:
             return None
         prefills = worker.prefills
         if not prefills or worker.prefill_left < self.config.ahead_tokens:
-            return _ANY
+            return ANY
         if len(prefills) >= 4 or self.config.order == "fcfs":
             return None
-        return min([_urgency(other) for other in prefills if not other.late], default=_ANY)
+        return min([urgency(other) for other in prefills if not other.late], default=ANY)
 
     def _fits(self, worker: Worker, job: Job) -> bool:
         need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())
@@ -231,7 +271,13 @@ class Scheduler:
 
     def _harmless(self, worker: Worker, job: Job) -> bool:
         """Whether a late request costs the others in the instance no target."""
-        return self._decode_s(worker, job) <= self.config.tpot_margin * worker.tightest_tpot_s()
+        tightest_s = worker.tightest_tpot_s()
+        if tightest_s == math.inf:
+            return True
+        count, context = len(worker.decoding) + len(worker.prefills) + 1, worker.context + job.target
+        for other in worker.prefills:
+            context += other.target
+        return self.cost.step_s(worker.tp, count, context) <= self.config.tpot_margin * tightest_s
 
     def _decode_s(self, worker: Worker, job: Job) -> float:
         return self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.target)
@@ -249,7 +295,7 @@ class Scheduler:
           most: that some instance has, from which the others can copy them.
         """
         config = self.config
-        own = not worker.plan.tiers or job.tier.name in worker.plan.tiers
+        own = worker.keeps(job)
         if not own and config.tiers_apart:
             return None
         if not self._fits(worker, job):
@@ -266,23 +312,24 @@ class Scheduler:
                 tightest = min(tightest, self._kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
             load = decode_s / tightest
             # By order of arrival nobody is late: who is refused today must be served tomorrow.
-            if load > config.tpot_margin and (config.order == "deadline" or worker.decoding):
+            margin = config.tpot_margin if worker.jobs else 1.0  # alone it may have all of its time
+            if load > margin and (config.order == "deadline" or worker.decoding):
                 return None
             decode_share = load if worker.decoding else 0.0
-        rank = _urgency(job)
+        rank = urgency(job)
         ahead = 0
         for other in worker.prefills:
-            if not other.late and _urgency(other) <= rank:
+            if not other.late and urgency(other) <= rank:
                 ahead += other.target - other.cached
         work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
         spared_s = self._spared_s(worker.tp, job.target, held) if held else 0.0
         copied_s = (self._spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
         work_s -= spared_s  # a promise counts on what is there
         if job.first_token_s is None and config.order == "deadline":
-            left_s = job.ttft_deadline_s - now_s - (1 - config.ttft_margin) * job.tier.ttft_ms / 1000
-            if work_s > left_s:
+            margin_s = (1 - config.ttft_margin) * job.tier.ttft_ms / 1000 if worker.jobs else 0.0
+            if work_s > job.ttft_deadline_s - now_s - margin_s:
                 return None
-        if not own:
+        if not own and worker.jobs:
             waited = now_s - job.arrival_s
             if waited < config.spill_after * (job.latest_start_s - job.arrival_s) or worker.prefills:
                 return None
@@ -305,63 +352,7 @@ class Scheduler:
 
     def compose(self, worker: Worker, now_s: float) -> list[Chunk]:
         """The prefill chunks of the next step; all decoding requests get a token beside them."""
-        if not worker.prefills:
-            return []
-        if self.config.chunk_tokens is not None:
-            return self._fixed_chunks(worker)
-        count, context, tp = len(worker.decoding), worker.context, worker.tp
-        budget_s = self._step_cap_s
-        decode_s = 0.0
-        if count:
-            decode_s = self.cost.step_s(tp, count, context)
-            self._give_up_lost(worker, now_s, decode_s)
-            budget_s = min(budget_s, worker.slack_s(now_s))
-        chunks: list[Chunk] = []
-        spans: list[tuple[int, int]] = []
-        left = self.config.max_chunk
-        for job in sorted(worker.prefills, key=_urgency) if len(worker.prefills) > 1 else worker.prefills:
-            want = min(job.target - job.cached, left)
-            tokens = self._largest(tp, count, context, spans, job.cached, want, budget_s)
-            if tokens < min(32, want):
-                break
-            chunks.append((job, tokens))
-            spans.append((tokens, job.cached))
-            left -= tokens
-            if tokens < job.target - job.cached or left <= 0:
-                break
-        if not chunks and not count:  # a whole step exceeds the cap even for little: go on all the same
-            job = min(worker.prefills, key=_urgency)
-            chunks = [(job, min(job.target - job.cached, 256))]
-        return chunks
-
-    def _largest(
-        self, tp: int, count: int, context: int, spans: list[tuple[int, int]], before: int, want: int, budget_s: float
-    ) -> int:
-        step_s = self.cost.chunk_line(tp, count, context, before, spans)
-        if step_s(want) <= budget_s:
-            return want
-        low, high = 0, want
-        while high - low > max(8, low >> 5):  # to 3 %: a finer search costs more than it brings
-            middle = (low + high) // 2
-            if step_s(middle) <= budget_s:
-                low = middle
-            else:
-                high = middle
-        return low
-
-    def _fixed_chunks(self, worker: Worker) -> list[Chunk]:
-        left = max(1, (self.config.chunk_tokens or 0) - len(worker.decoding))
-        chunks = []
-        for job in sorted(worker.prefills, key=self._fixed_order):
-            tokens = min(job.target - job.cached, left)
-            chunks.append((job, tokens))
-            left -= tokens
-            if left <= 0:
-                break
-        return chunks
-
-    def _fixed_order(self, job: Job) -> tuple[float, float, str]:
-        return (job.arrival_s, 0.0, job.id) if self.config.order == "fcfs" else _urgency(job)
+        return self._chunks.compose(worker, now_s, self._give_up_lost)
 
     def _give_up_hopeless(self, worker: Worker, now_s: float) -> None:
         """Calls those late for whose time per token an instance is too slow, before they keep anybody out of it.
@@ -427,8 +418,8 @@ class Scheduler:
 
     def _least_loaded(self, job: Job, workers: Sequence[Worker]) -> tuple[Worker | None, float, float]:
         """The instance that suits best for decoding, how full a step with the request is there, and its seconds."""
-        best, best_score = None, (math.inf, math.inf, math.inf)
-        best_s = 0.0
+        best, best_score = None, (math.inf,) * 4
+        best_load = best_s = 0.0
         for worker in workers:
             if not worker.takes_decodes or len(worker.decoding) >= worker.max_batch:
                 continue
@@ -437,7 +428,7 @@ class Scheduler:
                 worker.jobs or worker.pages(job.cached + 1) > worker.free_blocks
             ):
                 continue
-            own = not worker.plan.tiers or job.tier.name in worker.plan.tiers
+            own = worker.keeps(job)
             if not own and self.config.tiers_apart:
                 continue
             tightest = min(math.inf if job.late else job.tier.tpot_ms / 1000, worker.tightest_tpot_s())
@@ -445,10 +436,16 @@ class Scheduler:
             load = step_s / tightest
             if worker.plan.role != DECODE:
                 load += 0.25  # its prompts come in between
-            score = (0.0 if load <= self.config.decode_margin else 1.0), (0.0 if own else 1.0), load
+            # Where a late one harms nobody, it goes where it ends first.
+            score = (
+                (0.0 if load <= self.config.decode_margin else 1.0),
+                (0.0 if own else 1.0),
+                (step_s if job.late and tightest == math.inf else load),
+                step_s,
+            )
             if score < best_score:
-                best, best_score, best_s = worker, score, step_s
-        return best, best_score[2], best_s
+                best, best_score, best_load, best_s = worker, score, load, step_s
+        return best, best_load, best_s
 
     def _can_wait(self, job: Job, now_s: float, step_s: float) -> bool:
         """Whether a request could still catch up if it decoded a moment from now."""
@@ -465,7 +462,3 @@ class Scheduler:
             return True
         source = job.worker
         return source is not None and source.free_blocks < 0.25 * source.capacity_blocks
-
-
-def _urgency(job: Job) -> tuple[float, float, str]:
-    return (math.inf if job.late else job.latest_start_s), job.arrival_s, job.id

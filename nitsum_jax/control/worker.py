@@ -27,6 +27,7 @@ class Worker:
       context: tokens of KV cache of the decoding jobs together.
       used_blocks: pages taken, of `capacity_blocks`.
       stopping: it takes nobody any more (a switch is under way).
+      hungry_s: since when its prompts have had no chunk; None before anybody looked, or without any.
     """
 
     def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
@@ -44,6 +45,7 @@ class Worker:
         self.context = 0
         self.used_blocks = 0
         self.stopping = False
+        self.hungry_s: float | None = None
         # Decoding jobs per page offset: tells in which step how many of them begin a new page.
         self._residues = [0] * page_size
         self._offsets = 0
@@ -75,6 +77,16 @@ class Worker:
         for job in self.prefills:
             left += job.target - job.cached
         return left
+
+    def keeps(self, job: Job) -> bool:
+        """Whether it is kept for the tier of a job, or for none."""
+        return not self.plan.tiers or job.tier.name in self.plan.tiers
+
+    def starved_s(self, now_s: float) -> float:
+        """How long its prompts have had no chunk, since somebody looked first."""
+        if self.hungry_s is None:
+            self.hungry_s = now_s
+        return now_s - self.hungry_s
 
     def generated(self, job: Job) -> int:
         """Output tokens of a decoding job so far."""
@@ -164,6 +176,8 @@ class Worker:
     def seat(self, job: Job) -> None:
         """Takes a job whose prompt is to be computed; its pages are taken at once."""
         job.worker = self
+        if not self.prefills:
+            self.hungry_s = None
         self.prefills.append(job)
         self.used_blocks += self.pages(job.target)
         self._note_visit(job)
