@@ -1,6 +1,7 @@
-"""Requests that no instance has taken: per tier in the order of their latest starts, and the late ones apart."""
+"""Requests that no instance has taken: per tier in the order of their deadlines, and the late ones apart."""
 
 import bisect
+import heapq
 import itertools
 from collections.abc import Iterator
 
@@ -12,18 +13,19 @@ _LateKey = tuple[float, int, Job]
 
 
 class Backlog:
-    """A queue per tier, least slack first, and one of late requests, first come first served.
+    """A queue per tier, earliest deadline first, and one of late requests, first come first served.
 
     Pushes are numbered, so that equal times keep their order and two runs of the same calls agree.
     """
 
     def __init__(self, *, by_arrival: bool = False) -> None:
-        """Makes an empty one; `by_arrival` orders by arrival instead of slack and calls nobody late."""
+        """Makes an empty one; `by_arrival` orders by arrival instead and calls nobody late."""
         self._by_arrival = by_arrival
         self._in_time: dict[str, list[_Key]] = {}
         self._late: list[_LateKey] = []
         self._keys: dict[str, _Key] = {}
         self._late_keys: dict[str, _LateKey] = {}
+        self._starts: list[tuple[float, int, Job]] = []  # a heap of latest starts; of some that have gone, too
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -43,12 +45,14 @@ class Backlog:
             yield job
 
     def push(self, job: Job) -> None:
-        """Adds a request; its `latest_start_s` and `late` must be set."""
+        """Adds a request; its `due_s`, `latest_start_s` and `late` must be set."""
         if job.late and not self._by_arrival:
             self._push_late(job)
             return
-        order = job.arrival_s if self._by_arrival else job.latest_start_s
-        key = (order, job.arrival_s, next(self._numbers), job)
+        number = next(self._numbers)
+        key = (job.arrival_s, 0.0, number, job) if self._by_arrival else (job.due_s, -job.latest_start_s, number, job)
+        if not self._by_arrival:
+            heapq.heappush(self._starts, (job.latest_start_s, number, job))
         bisect.insort(self._in_time.setdefault(job.tier.name, []), key)
         self._keys[job.id] = key
 
@@ -70,14 +74,12 @@ class Backlog:
         if self._by_arrival:
             return []
         demoted = []
-        for queue in self._in_time.values():
-            if not queue or queue[0][0] >= now_s:
-                continue
-            count = bisect.bisect_left(queue, (now_s,))
-            for *_, job in queue[:count]:
-                self._call_late(job)
+        while self._starts and self._starts[0][0] < now_s:
+            _, number, job = heapq.heappop(self._starts)
+            key = self._keys.get(job.id)
+            if key is not None and key[2] == number:
+                self.give_up(job)
                 demoted.append(job)
-            del queue[:count]
         return demoted
 
     def shed(self, tier: str, now_s: float, rate: float) -> list[Job]:
@@ -90,9 +92,9 @@ class Backlog:
         """
         queue = self._in_time.get(tier, [])
         shed = []
-        for place in sorted(overflow([k[0] - now_s for k in queue], [k[3].work_s for k in queue], rate), reverse=True):
-            job = queue.pop(place)[3]
-            self._call_late(job)
+        slacks, work = [key[3].latest_start_s - now_s for key in queue], [key[3].work_s for key in queue]
+        for job in [queue[place][3] for place in overflow(slacks, work, rate)]:
+            self.give_up(job)
             shed.append(job)
         return shed
 
@@ -117,12 +119,6 @@ class Backlog:
         """The late requests, first come first; nothing may be added or removed meanwhile."""
         for _, _, job in self._late:
             yield job
-
-    def _call_late(self, job: Job) -> None:
-        """One that was in time; its place among those is the caller's to clear."""
-        del self._keys[job.id]
-        job.late = True
-        self._push_late(job)
 
     def _push_late(self, job: Job) -> None:
         key = self._late_keys[job.id] = (job.arrival_s, next(self._numbers), job)

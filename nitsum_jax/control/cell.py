@@ -112,6 +112,14 @@ class ModelWorker(Worker):
         self.idle_until = -math.inf  # a switch copies KV cache
         self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
 
+    def busy_s(self, now_s: float) -> float:
+        """Time until the step under way ends."""
+        run = self.run
+        if run is None:
+            return max(0.0, self.idle_until - now_s)
+        ends_s = run.end_s if run.count == 1 else run.end_of(min(run.steps_by(now_s) + 1, run.count))
+        return max(0.0, ends_s - now_s)
+
     def steps_to_finish(self) -> int:
         """Decode steps until somebody is done."""
         while self.finishes:

@@ -1,18 +1,21 @@
 """What a step is made of: the prefill chunks beside its decoding requests.
 
-TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take as long as the least time
-that is left to any decoding request; chunks are cut to fit, and to a share of the tightest TTFT target, so that a prompt
-that comes meanwhile does not wait long.  Both are wishes: a cap that even a step without prompts exceeds protects
-nobody, and a prompt that has had no chunk for a while gets one whatever is due.
+TPOT is a mean, so token k + 1 of a request is due `k * TPOT` after its first.  A step may take as long as the least
+time that is left to any decoding request; chunks are cut to fit, and to a share of the tightest TTFT target, so that a
+prompt that comes meanwhile does not wait long.  Both are wishes: a tier that cannot be served at all caps nothing, nor
+does a cap that a step without prompts nearly fills, and a prompt that has had no chunk for a while gets one whatever is
+due.
 
 Pure: times come in, decisions go out.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.scheduler_config import SchedulerConfig
+from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.urgency import urgency
 from nitsum_jax.control.worker import Worker
 
@@ -25,17 +28,31 @@ _UNBOUND = 256  # tokens of a chunk that no time allows and that comes all the s
 class Chunks:
     """Cuts prompts into chunks."""
 
-    def __init__(self, cost: CostModel, config: SchedulerConfig, tightest_ttft_s: float):
-        """Makes steps for instances whose tightest TTFT target is this.
+    def __init__(self, cost: CostModel, config: SchedulerConfig, tiers: Sequence[Tier]):
+        """Makes steps for instances to which requests of these tiers may come.
 
         Args:
           cost: what steps take.
           config: of the scheduler.
-          tightest_ttft_s: seconds, of all tiers.
+          tiers: all of the cell.
         """
         self._cost = cost
         self._config = config
-        self._cap_s = config.step_share * tightest_ttft_s
+        self._tiers = tiers
+        self._caps: dict[int, float] = {}
+
+    def forget_times(self) -> None:
+        """The cost model says otherwise by now: what was worked out with it is forgotten."""
+        self._caps.clear()
+
+    def _cap_s(self, tp: int) -> float:
+        """Longest step with prompts, for the sake of the tightest tier that can be served at all at this TP."""
+        found = self._caps.get(tp)
+        if found is None:
+            alone_s = self._cost.step_s(tp, 1, 0)
+            kept = [t.ttft_ms / 1000 for t in self._tiers if alone_s <= min(t.tpot_ms, t.ttft_ms) / 1000]
+            found = self._caps[tp] = self._config.step_share * min(kept, default=math.inf)
+        return found
 
     def compose(
         self, worker: Worker, now_s: float, give_up_lost: Callable[[Worker, float, float], None]
@@ -54,7 +71,7 @@ class Chunks:
             return self._fixed(worker)
         count, context, tp = len(worker.decoding), worker.context, worker.tp
         alone_s = self._cost.step_s(tp, max(1, count), context)
-        budget_s = max(self._cap_s, self._config.cap_floor * alone_s)
+        budget_s = max(self._cap_s(tp), self._config.cap_floor * alone_s)
         if count:
             give_up_lost(worker, now_s, alone_s)
             budget_s = min(budget_s, worker.slack_s(now_s))

@@ -27,7 +27,8 @@ class Job:
       target: tokens that must be in the KV cache before it can decode: the prompt, after a preemption its output too.
       cached: how many of them are.
       generated: output tokens so far; while it decodes in a model ask its worker (`Worker.generated`).
-      latest_start_s: begun later than this, it misses its TTFT target.
+      due_s: when its prompt should be computed: its TTFT deadline, until it has a first token.
+      latest_start_s: begun later than this, it is not done by then.
       begin_s: by when about it has to begin to decode, if it waits for an instance that does.
       late: it can no longer meet its targets, and must not cost others theirs.
       first_token_s: when its first token was out.
@@ -47,6 +48,7 @@ class Job:
     target: int = 0
     cached: int = 0
     generated: int = 0
+    due_s: float = 0.0
     latest_start_s: float = 0.0
     begin_s: float = 0.0
     late: bool = False
@@ -68,8 +70,8 @@ class Job:
 
     @property
     def work_s(self) -> float:
-        """Least time that its prompt takes: what lies between its latest start and its deadline; 0 if it is past it."""
-        return max(0.0, self.ttft_deadline_s - self.latest_start_s)
+        """Least time that its prompt takes: what lies between its latest start and when it is due."""
+        return max(0.0, self.due_s - self.latest_start_s)
 
     def next_token_due_s(self, generated: int) -> float:
         """When the token after `generated` output tokens is due, for the mean time per token to be on target."""

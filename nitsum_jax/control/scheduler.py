@@ -34,6 +34,9 @@ from nitsum_jax.control.shedding import Drain
 from nitsum_jax.control.urgency import ANY, Urgency, urgency
 from nitsum_jax.control.worker import Worker
 
+_REACH = 0.96
+"""Share of its time per token that a request alone in an instance may take to be in time there."""
+
 
 class Scheduler:
     """The policy of one cell; it keeps the backlog and nothing else."""
@@ -46,7 +49,8 @@ class Scheduler:
         self.backlog = Backlog(by_arrival=config.order == "fcfs")
         self._turns = 0
         self._prefill_s: dict[tuple[int, int], float] = {}
-        self._chunks = Chunks(cost, config, min(tier.ttft_ms for tier in tiers) / 1000)
+        self._alone_s: dict[int, float] = {}
+        self._chunks = Chunks(cost, config, self.tiers)
         self._expected = {tier.name: 128.0 for tier in tiers}
         sheds = config.order == "deadline" and config.shed_window_s > 0
         self._drains = {tier.name: Drain(config.shed_window_s) for tier in tiers} if sheds else {}
@@ -59,32 +63,48 @@ class Scheduler:
         self._expected[tier] = max(1.0, tokens)
 
     def prefill_s(self, tp: int, tokens: int) -> float:
-        """Time to prefill so many tokens alone, to the next 64."""
-        key = (tp, -(-tokens // 64))
+        """Time to prefill so many tokens alone, to the next 64, or 16 of a short prompt."""
+        grain = 64 if tokens > 256 else 16
+        key = (tp, -(-tokens // grain) * grain)
         found = self._prefill_s.get(key)
         if found is None:
-            found = self._prefill_s[key] = self.cost.prefill_s(tp, key[1] * 64)
+            found = self._prefill_s[key] = self.cost.prefill_s(tp, key[1])
         return found
+
+    def _full(self, tp: int, tightest_s: float) -> float:
+        """Share of the tightest TPOT that a decode step may take, so that some of it is left for prompts.
+
+        Where even a step of one request takes most of it, half of the rest.
+        """
+        alone_s = self._alone_s.get(tp)
+        if alone_s is None:
+            alone_s = self._alone_s[tp] = self.cost.step_s(tp, 1, 0)
+        return max(self.config.tpot_margin, 0.5 + 0.5 * alone_s / tightest_s)
 
     def forget_times(self) -> None:
         """The cost model says otherwise by now: what was worked out with it is forgotten."""
         self._prefill_s.clear()
+        self._alone_s.clear()
+        self._chunks.forget_times()
 
     # ---- the backlog
 
     def admit(self, job: Job, now_s: float) -> None:
         """Takes a new request into the backlog."""
         job.expected_output = self._expected[job.tier.name]
-        job.latest_start_s = job.ttft_deadline_s - self.prefill_s(self.cost.tps[-1], job.prompt_tokens)
+        job.due_s = job.ttft_deadline_s
+        job.latest_start_s = job.due_s - self.prefill_s(self.cost.tps[-1], job.prompt_tokens)
         self.backlog.push(job)
 
     def readmit(self, job: Job, now_s: float) -> None:
         """Takes back a request that lost its KV cache; `target` and `cached` are set anew."""
+        prefill_s = self.prefill_s(self.cost.tps[-1], job.target)
         if job.first_token_s is None:
-            job.latest_start_s = job.ttft_deadline_s - self.prefill_s(self.cost.tps[-1], job.target)
-            job.late = job.late or job.latest_start_s < now_s
+            job.due_s = job.ttft_deadline_s
+            job.late = job.late or job.due_s - prefill_s < now_s
         else:  # it must catch up: urgent, unless it is lost anyway
-            job.latest_start_s = now_s + self.prefill_s(self.cost.tps[-1], job.target)
+            job.due_s = now_s + 2 * prefill_s
+        job.latest_start_s = job.due_s - prefill_s
         self.backlog.push(job)
 
     def first_worker(
@@ -166,7 +186,7 @@ class Scheduler:
                     continue
                 if not (turn and not worker.prefills) and not self._harmless(worker, job):
                     continue
-                ends_s = self._ends_s(worker, job)
+                ends_s = self._ends_s(worker, job, now_s)
                 if ends_s < best_s:
                     best, best_s = worker, ends_s
             if best is not None:
@@ -184,11 +204,11 @@ class Scheduler:
     def _keeps_out(self, worker: Worker, job: Job) -> bool:
         return self.config.tiers_apart and not worker.keeps(job)
 
-    def _ends_s(self, worker: Worker, job: Job) -> float:
+    def _ends_s(self, worker: Worker, job: Job, now_s: float) -> float:
         """Seconds until a late request would end in an instance, roughly."""
         step_s = self._decode_s(worker, job)
         prompts_s = self.prefill_s(worker.tp, worker.prefill_left + job.target)
-        return prompts_s * (2 if worker.decoding else 1) + step_s * max(1.0, job.expected_output - job.generated)
+        return worker.busy_s(now_s) + prompts_s * (2 if worker.decoding else 1) + step_s * max(1.0, job.expected_output - job.generated)
 
     def _give_up_unreachable(self, workers: Sequence[Worker], now_s: float) -> None:
         """Calls those late, of the first ones, that no instance could serve in time: they wait for nothing."""
@@ -199,7 +219,7 @@ class Scheduler:
     def _reachable(
         self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
     ) -> bool:
-        """Whether some instance could meet a request's targets if it were empty now; while a switch is under way, yes.
+        """Whether some instance could meet a request's targets if nobody decoded there; while a switch is under way, yes.
 
         Args:
           job: the request.
@@ -211,11 +231,8 @@ class Scheduler:
             return True
         tpot_s = job.tier.tpot_ms / 1000
         left_s = job.ttft_deadline_s - now_s if job.first_token_s is None else math.inf
-        decodes = {
-            worker.tp
-            for worker in workers
-            if worker.takes_decodes and self.cost.step_s(worker.tp, 1, job.target) <= tpot_s
-        }
+        tps = {worker.tp for worker in workers if worker.takes_decodes}
+        decodes = {tp for tp in tps if self.cost.step_s(tp, 1, job.target) <= _REACH * tpot_s}
         if not decodes:
             return False
         for worker in workers:
@@ -227,7 +244,7 @@ class Scheduler:
                 continue
             known = held.get(worker, 0) if held else 0
             spared_s = self._spared_s(worker.tp, job.target, known) if known else 0.0
-            if self.prefill_s(worker.tp, job.target) - spared_s <= left_s:
+            if worker.busy_s(now_s) + self._work_s(worker, job) - spared_s <= left_s:
                 return True
         return False
 
@@ -277,7 +294,7 @@ class Scheduler:
         count, context = len(worker.decoding) + len(worker.prefills) + 1, worker.context + job.target
         for other in worker.prefills:
             context += other.target
-        return self.cost.step_s(worker.tp, count, context) <= self.config.tpot_margin * tightest_s
+        return self.cost.step_s(worker.tp, count, context) <= self._full(worker.tp, tightest_s) * tightest_s
 
     def _decode_s(self, worker: Worker, job: Job) -> float:
         return self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.target)
@@ -312,22 +329,17 @@ class Scheduler:
                 tightest = min(tightest, self._kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
             load = decode_s / tightest
             # By order of arrival nobody is late: who is refused today must be served tomorrow.
-            margin = config.tpot_margin if worker.jobs else 1.0  # alone it may have all of its time
+            margin = self._full(worker.tp, tightest) if worker.jobs else _REACH
             if load > margin and (config.order == "deadline" or worker.decoding):
                 return None
             decode_share = load if worker.decoding else 0.0
-        rank = urgency(job)
-        ahead = 0
-        for other in worker.prefills:
-            if not other.late and urgency(other) <= rank:
-                ahead += other.target - other.cached
-        work_s = self.prefill_s(worker.tp, job.target) + (self.prefill_s(worker.tp, ahead) if ahead else 0.0)
         spared_s = self._spared_s(worker.tp, job.target, held) if held else 0.0
         copied_s = (self._spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
-        work_s -= spared_s  # a promise counts on what is there
+        work_s = self._work_s(worker, job) - spared_s  # a promise counts on what is there
+        busy_s = worker.busy_s(now_s)
         if job.first_token_s is None and config.order == "deadline":
             margin_s = (1 - config.ttft_margin) * job.tier.ttft_ms / 1000 if worker.jobs else 0.0
-            if work_s > job.ttft_deadline_s - now_s - margin_s:
+            if busy_s + work_s > job.ttft_deadline_s - now_s - margin_s:
                 return None
         if not own and worker.jobs:
             waited = now_s - job.arrival_s
@@ -336,7 +348,21 @@ class Scheduler:
             if any(self.backlog.waiting(tier) for tier in worker.plan.tiers):
                 return None
         work_s -= (1 - config.copy_share) * copied_s
-        return (0.0 if own else 1.0), work_s / max(0.05, 1 - decode_share), load
+        return (0.0 if own else 1.0), busy_s + work_s / max(0.05, 1 - decode_share), load
+
+    def _work_s(self, worker: Worker, job: Job) -> float:
+        """Time that an instance takes for a prompt and those that are more urgent, with nothing else to do."""
+        ahead = 0
+        if worker.prefills:
+            rank = urgency(job)
+            for other in worker.prefills:
+                if not other.late and urgency(other) <= rank:
+                    ahead += other.target - other.cached
+        alone_s = self.prefill_s(worker.tp, job.target)
+        if not ahead:
+            return alone_s
+        # Short ones share a step, long ones do not attend to each other.
+        return min(alone_s + self.prefill_s(worker.tp, ahead), self.prefill_s(worker.tp, ahead + job.target))
 
     def _spared_s(self, tp: int, tokens: int, known: int) -> float:
         """Time of a prefill that its first `known` tokens do not take; what follows attends to them all the same."""

@@ -1,4 +1,8 @@
-"""The order in which requests go: least slack first, late ones behind all others."""
+"""The order in which requests go: earliest deadline first, of equal ones the shortest; late ones behind all others.
+
+By deadline, not by slack: of requests that came at once with one target, by slack the longest would go first, and if
+not all can be in time, that is the wrong way round.
+"""
 
 import math
 
@@ -11,4 +15,6 @@ ANY: Urgency = (math.inf, math.inf, "")
 
 def urgency(job: Job) -> Urgency:
     """Sorts requests: less goes first."""
-    return (math.inf if job.late else job.latest_start_s), job.arrival_s, job.id
+    if job.late:
+        return math.inf, job.arrival_s, job.id
+    return job.due_s, -job.latest_start_s, job.id

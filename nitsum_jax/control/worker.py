@@ -134,6 +134,10 @@ class Worker:
 
     # ---- time
 
+    def busy_s(self, now_s: float) -> float:
+        """Time until the steps under way end, as far as is known; 0 here."""
+        return 0.0
+
     def slack_s(self, now_s: float) -> float:
         """Time until the first next token is due, over all decoding jobs that are not late; infinite without any."""
         least = math.inf

@@ -46,6 +46,10 @@ class LiveWorker(Worker):
         """Whether it can take a request now."""
         return super().takes_prompts and self.instance.free_rows > 0 and not self.instance.broken
 
+    def busy_s(self, now_s: float) -> float:
+        """Time until the steps in flight are expected to end."""
+        return max(0.0, self.busy_until_s - now_s) if self.flights else 0.0
+
     def launched(self, seconds: float, now_s: float) -> None:
         """A step of so many expected seconds was launched."""
         self.busy_until_s = max(self.busy_until_s, now_s) + seconds
