@@ -109,6 +109,10 @@ class Backlog:
         """Requests of this tier that are in time."""
         return len(self._in_time.get(tier, ()))
 
+    def due_by(self, tier: str, time_s: float) -> int:
+        """Requests of this tier that are in time and due before then."""
+        return bisect.bisect_left(self._in_time.get(tier, []), (time_s,))
+
     def give_up(self, job: Job) -> None:
         """Calls one that waits in time late; nobody is by arrival."""
         if not self._by_arrival and self.remove(job):

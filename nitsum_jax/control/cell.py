@@ -295,10 +295,11 @@ class CellModel:
             return
         now = self.now_s
         scheduler = self.scheduler
+        version = worker.version
         while (job := scheduler.pull(worker, now)) is not None:
             self._seat(worker, job)
         self._place_late(worker)
-        if worker.run is not None:  # begun meanwhile, by a request that went there
+        if worker.version != version:  # a request that went there has it begun
             return
         count = len(worker.decoding)
         while count and (room := worker.steps_until_full()) < 1:

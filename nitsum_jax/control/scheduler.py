@@ -28,28 +28,26 @@ from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.chunks import Chunk, Chunks
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import DECODE, MIXED, PREFILL
+from nitsum_jax.control.plan import DECODE, MIXED
+from nitsum_jax.control.predictions import REACH, Predictions
 from nitsum_jax.control.scheduler_config import SchedulerConfig
 from nitsum_jax.control.shedding import Drain
+from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.urgency import ANY, Urgency, urgency
 from nitsum_jax.control.worker import Worker
-
-_REACH = 0.96
-"""Share of its time per token that a request alone in an instance may take to be in time there."""
 
 
 class Scheduler:
     """The policy of one cell; it keeps the backlog and nothing else."""
 
-    def __init__(self, cost: CostModel, tiers: Sequence, config: SchedulerConfig = SchedulerConfig()):
-        """Makes a scheduler for these tiers (`control.tiers.Tier`)."""
+    def __init__(self, cost: CostModel, tiers: Sequence[Tier], config: SchedulerConfig = SchedulerConfig()):
+        """Makes a scheduler for these tiers."""
         self.cost = cost
         self.config = config
         self.tiers = tuple(tiers)
         self.backlog = Backlog(by_arrival=config.order == "fcfs")
         self._turns = 0
-        self._prefill_s: dict[tuple[int, int], float] = {}
-        self._alone_s: dict[int, float] = {}
+        self.predict = Predictions(cost, self.tiers, config)
         self._chunks = Chunks(cost, config, self.tiers)
         self._expected = {tier.name: 128.0 for tier in tiers}
         sheds = config.order == "deadline" and config.shed_window_s > 0
@@ -62,29 +60,9 @@ class Scheduler:
         """Tells how long outputs of a tier are expected to be; requests that come from now on are judged by it."""
         self._expected[tier] = max(1.0, tokens)
 
-    def prefill_s(self, tp: int, tokens: int) -> float:
-        """Time to prefill so many tokens alone, to the next 64, or 16 of a short prompt."""
-        grain = 64 if tokens > 256 else 16
-        key = (tp, -(-tokens // grain) * grain)
-        found = self._prefill_s.get(key)
-        if found is None:
-            found = self._prefill_s[key] = self.cost.prefill_s(tp, key[1])
-        return found
-
-    def _full(self, tp: int, tightest_s: float) -> float:
-        """Share of the tightest TPOT that a decode step may take, so that some of it is left for prompts.
-
-        Where even a step of one request takes most of it, half of the rest.
-        """
-        alone_s = self._alone_s.get(tp)
-        if alone_s is None:
-            alone_s = self._alone_s[tp] = self.cost.step_s(tp, 1, 0)
-        return max(self.config.tpot_margin, 0.5 + 0.5 * alone_s / tightest_s)
-
     def forget_times(self) -> None:
         """The cost model says otherwise by now: what was worked out with it is forgotten."""
-        self._prefill_s.clear()
-        self._alone_s.clear()
+        self.predict.forget_times()
         self._chunks.forget_times()
 
     # ---- the backlog
@@ -93,12 +71,12 @@ class Scheduler:
         """Takes a new request into the backlog."""
         job.expected_output = self._expected[job.tier.name]
         job.due_s = job.ttft_deadline_s
-        job.latest_start_s = job.due_s - self.prefill_s(self.cost.tps[-1], job.prompt_tokens)
+        job.latest_start_s = job.due_s - self.predict.prefill_s(self.cost.tps[-1], job.prompt_tokens)
         self.backlog.push(job)
 
     def readmit(self, job: Job, now_s: float) -> None:
         """Takes back a request that lost its KV cache; `target` and `cached` are set anew."""
-        prefill_s = self.prefill_s(self.cost.tps[-1], job.target)
+        prefill_s = self.predict.prefill_s(self.cost.tps[-1], job.target)
         if job.first_token_s is None:
             job.due_s = job.ttft_deadline_s
             job.late = job.late or job.due_s - prefill_s < now_s
@@ -132,7 +110,7 @@ class Scheduler:
                 best, best_score = worker, score
         if best is not None:
             self._took(job, now_s)
-        elif not job.late and not self._reachable(job, workers, now_s, held):
+        elif not job.late and not self.predict.reachable(job, workers, now_s, held):
             self.backlog.give_up(job)
         return best
 
@@ -148,11 +126,39 @@ class Scheduler:
             return None
         self._give_up_hopeless(worker, now_s)
         for job in self.backlog.heads(self.config.look):
-            if urgency(job) < before and self._score(worker, job, now_s) is not None:
+            if not urgency(job) < before:
+                continue
+            suits = self._score(worker, job, now_s) is not None
+            if suits or (self._outvoted(worker, job, now_s) and self._score(worker, job, now_s) is not None):
                 self.backlog.remove(job)
                 self._took(job, now_s)
                 return job
         return None
+
+    def _outvoted(self, worker: Worker, job: Job, now_s: float) -> bool:
+        """Gives up those whose tight time per token would make more others late, by keeping them waiting.
+
+        Returns:
+          Whether it did.
+        """
+        if worker.plan.role != MIXED or not worker.decoding or self.config.order == "fcfs":
+            return False
+        bearable = self.predict.bearable
+        step_s = self.predict.decode_s(worker, job)
+        stay_s = worker.growth_tokens() / len(worker.decoding) * step_s
+        if job.latest_start_s - now_s > stay_s or not bearable(worker, job.tier, step_s):
+            return False
+        tight = [o for o in worker.decoding.values() if not o.late and not bearable(worker, o.tier, step_s)]
+        kept_out = sum(
+            tier.weight * self.backlog.due_by(tier.name, now_s + stay_s)
+            for tier in self.tiers
+            if bearable(worker, tier, step_s)
+        )
+        if not tight or kept_out <= sum(other.tier.weight for other in tight):
+            return False
+        for other in tight:
+            other.late = True
+        return True
 
     def place_late(self, workers: Sequence[Worker], now_s: float) -> tuple[Job, Worker] | None:
         """Takes a late request out of the backlog, and says which instance takes it: where it ends first.
@@ -182,11 +188,11 @@ class Scheduler:
         for job in waiting if able else ():
             best, best_s = None, math.inf
             for worker in able:
-                if self._keeps_out(worker, job) or not self._fits(worker, job):
+                if self.predict.keeps_out(worker, job) or not self.predict.fits(worker, job):
                     continue
-                if not (turn and not worker.prefills) and not self._harmless(worker, job):
+                if not (turn and not worker.prefills) and not self.predict.harmless(worker, job):
                     continue
-                ends_s = self._ends_s(worker, job, now_s)
+                ends_s = self.predict.ends_s(worker, job, now_s)
                 if ends_s < best_s:
                     best, best_s = worker, ends_s
             if best is not None:
@@ -196,57 +202,23 @@ class Scheduler:
         return None
 
     def _takes_late(self, worker: Worker) -> bool:
-        """Whether an instance has time for another prompt of a late request, with none in time to be done first."""
+        """Whether an instance has time for another prompt of a late request: one after the other, while any is in time.
+
+        Several at once would fill it before those in time that are about to come.
+        """
         if not worker.takes_prompts or worker.jobs >= worker.max_batch:
             return False
-        return worker.prefill_left < self.config.ahead_tokens and all(other.late for other in worker.prefills)
-
-    def _keeps_out(self, worker: Worker, job: Job) -> bool:
-        return self.config.tiers_apart and not worker.keeps(job)
-
-    def _ends_s(self, worker: Worker, job: Job, now_s: float) -> float:
-        """Seconds until a late request would end in an instance, roughly."""
-        step_s = self._decode_s(worker, job)
-        prompts_s = self.prefill_s(worker.tp, worker.prefill_left + job.target)
-        return worker.busy_s(now_s) + prompts_s * (2 if worker.decoding else 1) + step_s * max(1.0, job.expected_output - job.generated)
+        if not worker.prefills:
+            return True
+        if self.backlog.in_time or worker.prefill_left >= self.config.ahead_tokens:
+            return False
+        return worker.tightest_tpot_s() == math.inf and all(other.late for other in worker.prefills)
 
     def _give_up_unreachable(self, workers: Sequence[Worker], now_s: float) -> None:
         """Calls those late, of the first ones, that no instance could serve in time: they wait for nothing."""
         for job in list(self.backlog.heads(self.config.look)):
-            if not self._reachable(job, workers, now_s):
+            if not self.predict.reachable(job, workers, now_s):
                 self.backlog.give_up(job)
-
-    def _reachable(
-        self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
-    ) -> bool:
-        """Whether some instance could meet a request's targets if nobody decoded there; while a switch is under way, yes.
-
-        Args:
-          job: the request.
-          workers: the instances.
-          now_s: the time.
-          held: tokens of its beginning that instances have.
-        """
-        if self.config.order == "fcfs" or any(worker.stopping for worker in workers):
-            return True
-        tpot_s = job.tier.tpot_ms / 1000
-        left_s = job.ttft_deadline_s - now_s if job.first_token_s is None else math.inf
-        tps = {worker.tp for worker in workers if worker.takes_decodes}
-        decodes = {tp for tp in tps if self.cost.step_s(tp, 1, job.target) <= _REACH * tpot_s}
-        if not decodes:
-            return False
-        for worker in workers:
-            if not worker.takes_prompts or self._keeps_out(worker, job):
-                continue
-            if worker.plan.role == MIXED and worker.tp not in decodes:
-                continue
-            if worker.pages(job.target + 1) > worker.capacity_blocks:
-                continue
-            known = held.get(worker, 0) if held else 0
-            spared_s = self._spared_s(worker.tp, job.target, known) if known else 0.0
-            if worker.busy_s(now_s) + self._work_s(worker, job) - spared_s <= left_s:
-                return True
-        return False
 
     def _took(self, job: Job, now_s: float) -> None:
         drain = self._drains.get(job.tier.name)
@@ -279,26 +251,6 @@ class Scheduler:
             return None
         return min([urgency(other) for other in prefills if not other.late], default=ANY)
 
-    def _fits(self, worker: Worker, job: Job) -> bool:
-        need = job.target + (0 if worker.plan.role == PREFILL else job.expected_output + worker.growth_tokens())
-        if worker.pages(int(need)) <= worker.free_blocks:
-            return True
-        # Alone it may take whatever there is.
-        return worker.jobs == 0 and worker.pages(job.target + 1) <= worker.free_blocks
-
-    def _harmless(self, worker: Worker, job: Job) -> bool:
-        """Whether a late request costs the others in the instance no target."""
-        tightest_s = worker.tightest_tpot_s()
-        if tightest_s == math.inf:
-            return True
-        count, context = len(worker.decoding) + len(worker.prefills) + 1, worker.context + job.target
-        for other in worker.prefills:
-            context += other.target
-        return self.cost.step_s(worker.tp, count, context) <= self._full(worker.tp, tightest_s) * tightest_s
-
-    def _decode_s(self, worker: Worker, job: Job) -> float:
-        return self.cost.step_s(worker.tp, len(worker.decoding) + 1, worker.context + job.target)
-
     def _score(
         self, worker: Worker, job: Job, now_s: float, held: int = 0, most: int = 0
     ) -> tuple[float, float, float] | None:
@@ -315,30 +267,30 @@ class Scheduler:
         own = worker.keeps(job)
         if not own and config.tiers_apart:
             return None
-        if not self._fits(worker, job):
+        if not self.predict.fits(worker, job):
             return None
         if config.routing == "least_loaded":
             return (0.0 if own else 1.0), (worker.context + worker.prefill_left) / worker.tp, worker.index
         decode_share = 0.0
         load = 0.0
         if worker.plan.role == MIXED:
-            decode_s = self._decode_s(worker, job)
+            decode_s = self.predict.decode_s(worker, job)
             # Who has lost its TPOT already would be admitted for nothing: it is late.
             tightest = min(job.tier.tpot_ms / 1000, worker.tightest_tpot_s())
             if not own:
-                tightest = min(tightest, self._kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
+                tightest = min(tightest, self.predict.kept_tpot_s(worker) * config.spill_margin / config.tpot_margin)
             load = decode_s / tightest
             # By order of arrival nobody is late: who is refused today must be served tomorrow.
-            margin = self._full(worker.tp, tightest) if worker.jobs else _REACH
+            margin = self.predict.full(worker.tp, tightest) if worker.jobs else REACH
             if load > margin and (config.order == "deadline" or worker.decoding):
                 return None
             decode_share = load if worker.decoding else 0.0
-        spared_s = self._spared_s(worker.tp, job.target, held) if held else 0.0
-        copied_s = (self._spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
-        work_s = self._work_s(worker, job) - spared_s  # a promise counts on what is there
+        spared_s = self.predict.spared_s(worker.tp, job.target, held) if held else 0.0
+        copied_s = (self.predict.spared_s(worker.tp, job.target, most) if most > held else spared_s) - spared_s
+        work_s = self.predict.work_s(worker, job) - spared_s  # a promise counts on what is there
         busy_s = worker.busy_s(now_s)
         if job.first_token_s is None and config.order == "deadline":
-            margin_s = (1 - config.ttft_margin) * job.tier.ttft_ms / 1000 if worker.jobs else 0.0
+            margin_s = (1 - config.ttft_margin) * job.tier.ttft_ms / 1000 if worker.prefills else 0.0
             if busy_s + work_s > job.ttft_deadline_s - now_s - margin_s:
                 return None
         if not own and worker.jobs:
@@ -349,30 +301,6 @@ class Scheduler:
                 return None
         work_s -= (1 - config.copy_share) * copied_s
         return (0.0 if own else 1.0), busy_s + work_s / max(0.05, 1 - decode_share), load
-
-    def _work_s(self, worker: Worker, job: Job) -> float:
-        """Time that an instance takes for a prompt and those that are more urgent, with nothing else to do."""
-        ahead = 0
-        if worker.prefills:
-            rank = urgency(job)
-            for other in worker.prefills:
-                if not other.late and urgency(other) <= rank:
-                    ahead += other.target - other.cached
-        alone_s = self.prefill_s(worker.tp, job.target)
-        if not ahead:
-            return alone_s
-        # Short ones share a step, long ones do not attend to each other.
-        return min(alone_s + self.prefill_s(worker.tp, ahead), self.prefill_s(worker.tp, ahead + job.target))
-
-    def _spared_s(self, tp: int, tokens: int, known: int) -> float:
-        """Time of a prefill that its first `known` tokens do not take; what follows attends to them all the same."""
-        known = min(known, tokens - 1)
-        whole_s = self.prefill_s(tp, tokens)
-        rest_s = max(whole_s - self.prefill_s(tp, known), self.prefill_s(tp, tokens - known))
-        return max(0.0, whole_s - rest_s)
-
-    def _kept_tpot_s(self, worker: Worker) -> float:
-        return min((t.tpot_ms for t in self.tiers if t.name in worker.plan.tiers), default=math.inf) / 1000
 
     # ---- steps
 
@@ -385,7 +313,7 @@ class Scheduler:
 
         A switch may leave them there.
         """
-        if worker.plan.role == MIXED and worker.decoding and self.config.order == "deadline":
+        if worker.decoding and self.config.order == "deadline":
             decode_s = self.cost.step_s(worker.tp, len(worker.decoding), worker.context)
             if decode_s > worker.tightest_tpot_s():
                 self._give_up_lost(worker, now_s, decode_s)
@@ -408,6 +336,8 @@ class Scheduler:
         That is so where there is no room, and where a step with it would take longer than those in time allow: it
         waits as long as it can still catch up, is late then, and goes on once that harms nobody.
         """
+        if self.config.order == "deadline" and not job.late and not self.predict.fast_enough(job, workers):
+            job.late = True
         found, load, step_s = self._least_loaded(job, workers)
         if found is None or self.config.order == "fcfs" or self._bears(found, load, step_s, job.late, now_s):
             return found

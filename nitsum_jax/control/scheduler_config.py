@@ -58,4 +58,4 @@ class SchedulerConfig:
     patience_s: float = 30.0
     aging_every: int = 8
     starve_s: float = 0.5
-    cap_floor: float = 3.0
+    cap_floor: float = 5.0

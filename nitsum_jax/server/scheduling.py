@@ -11,6 +11,7 @@ All but `push` runs on the engine's thread.
 import collections
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
@@ -92,11 +93,13 @@ class TieredScheduling:
         self._kept_for: dict[tuple[tuple[int, ...], str], tuple[str, ...]] = {}
         self._offered: collections.deque[Job] = collections.deque()
         self._stale: dict[LiveWorker, None] = {}  # something changed there: it may take another request
+        self._look_for_late = False  # something changed: a late request may go somewhere
         self._wakes: list[float] = []
         self._indices = itertools.count()
         self._outputs: dict[str, float] = {}
         self._version = 0
         self._seen_s = 0.0
+        self._looked_s = -math.inf
 
     # ---- for the server
 
@@ -175,6 +178,7 @@ class TieredScheduling:
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
             if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
                 self._wake_for(job, now)
+                self._look_for_late = True
                 continue
             self.scheduler.backlog.remove(job)
             return self._sequences[job.id], self._live(worker).instance
@@ -184,9 +188,22 @@ class TieredScheduling:
             if found is not None and not room.fits(self._sequences[found.id], live.instance):
                 self.scheduler.backlog.push(found)
                 found = None
+            self._look_for_late = True
             if found is not None:
                 return self._sequences[found.id], live.instance
             del self._stale[live]
+        return self._next_late(room, now) if self._look_for_late else None
+
+    def _next_late(self, room: Room, now: float) -> tuple[Sequence, Instance] | None:
+        """A late request that goes somewhere now; asked once nothing in time does."""
+        placed = self.scheduler.place_late(tuple(self._workers.values()), now)
+        if placed is not None:
+            job, worker = placed
+            sequence, instance = self._sequences[job.id], self._live(worker).instance
+            if room.fits(sequence, instance):
+                return sequence, instance
+            self.scheduler.backlog.push(job)
+        self._look_for_late = False
         return None
 
     def _held(self, sequence: Sequence, room: Room) -> dict[Worker, int]:
@@ -232,12 +249,12 @@ class TieredScheduling:
                 heapq.heappush(self._wakes, time_s + 1e-4)
 
     def _wake(self, now: float) -> None:
-        due = len(self.scheduler.backlog) > 0 and not self._stale
-        due = due and not any(worker.flights for worker in self._workers.values())  # nothing else will bring it on
+        due = len(self.scheduler.backlog) > 0 and now - self._looked_s >= _LOOK_AGAIN_S
         while self._wakes and self._wakes[0] <= now:
             heapq.heappop(self._wakes)
             due = True
         if due:
+            self._looked_s = now
             self._stale.update(dict.fromkeys(self._workers.values()))
 
     # ---- steps

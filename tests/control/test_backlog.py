@@ -10,9 +10,11 @@ from nitsum_jax.control.job import Job
 from tests.control.cells import CHAT, CODE, job
 
 
-def _waiting(number: int, latest_start_s: float, arrival_s: float = 0.0, tier: object = CHAT) -> Job:
+def _waiting(
+    number: int, latest_start_s: float, arrival_s: float = 0.0, tier: object = CHAT, prompt_s: float = 0.0
+) -> Job:
     one = job(number, tier, arrival_s)  # type: ignore[arg-type]
-    one.latest_start_s = latest_start_s
+    one.latest_start_s, one.due_s = latest_start_s, latest_start_s + prompt_s
     return one
 
 
@@ -27,7 +29,7 @@ def test_equals_a_plain_list(seed: int) -> None:
     for number in range(60):
         kind = draw.choice(("push", "push", "remove", "demote"))
         if kind == "push":
-            one = _waiting(number, now + draw.uniform(0, 5), now, draw.choice((CHAT, CODE)))
+            one = _waiting(number, now + draw.uniform(0, 5), now, draw.choice((CHAT, CODE)), draw.uniform(0, 2))
             backlog.push(one)
             in_time.append(one)
         elif kind == "remove" and in_time + late:
@@ -49,12 +51,11 @@ def test_equals_a_plain_list(seed: int) -> None:
             assert backlog.waiting(tier.name) == sum(one.tier is tier for one in in_time)
         heads = list(backlog.heads(2))
         for tier in (CHAT, CODE):
-            mine = sorted((one for one in in_time if one.tier is tier), key=lambda one: one.latest_start_s)
+            mine = sorted((one for one in in_time if one.tier is tier), key=lambda one: one.due_s)
             assert [one for one in heads if one.tier is tier] == mine[:2]
-        first = backlog.first_late()
-        assert (first is None) == (not late)
-        if first is not None:
-            assert first.arrival_s == min(one.arrival_s for one in late)
+        assert sorted(one.id for one in backlog.late()) == sorted(one.id for one in late)
+        arrivals = [one.arrival_s for one in backlog.late()]
+        assert arrivals == sorted(arrivals)
 
 
 def test_tiers_come_in_the_order_of_their_most_urgent_request() -> None:

@@ -51,7 +51,9 @@ def test_an_instance_refuses_whom_it_would_fail() -> None:
     long = job(0, CHAT, prompt=60_000)
     scheduler.admit(long, 0.0)
     assert COST.prefill_s(1, 60_000) > 0.5
-    assert scheduler.first_worker(long, [_worker(1)], 0.0) is None
+    busy = _worker(1)
+    _decoding(busy, 1, 0.0)
+    assert scheduler.first_worker(long, [busy], 0.0) is None
     crowded = _worker(1)
     _decoding(crowded, 46, 0.0, CODE, prompt=8000)
     assert COST.step_s(1, 47, crowded.context) > CHAT.tpot_ms / 1000
@@ -79,17 +81,19 @@ def test_who_is_too_fast_for_an_instance_keeps_nobody_out_of_it(waits: bool) -> 
 
 def test_own_instances_come_before_those_of_other_tiers() -> None:
     scheduler = _scheduler()
-    own, other = _worker(1, ("chat",), 0), _worker(8, ("code",), 1)
+    own, other, idle = _worker(1, ("chat",), 0), _worker(8, ("code",), 1), _worker(8, ("code",), 2)
+    _decoding(other, 1, 0.0, CODE)
     one = job(0, CHAT)
     scheduler.admit(one, 0.0)
     assert scheduler.first_worker(one, [own, other], 0.0) is own
-    # Others may be used once a share of the time is up, unless the tiers are kept apart.
+    # Others may be used once a share of the time is up, or if they have nothing to do, unless the tiers are kept apart.
     later = one.arrival_s + 0.5 * (one.latest_start_s - one.arrival_s)
     assert scheduler.first_worker(one, [other], 0.0) is None
     assert scheduler.first_worker(one, [other], later) is other
+    assert scheduler.first_worker(one, [other, idle], 0.0) is idle
     apart = _scheduler(SchedulerConfig(tiers_apart=True))
     apart.admit(one, 0.0)
-    assert apart.first_worker(one, [other], later) is None
+    assert apart.first_worker(one, [other, idle], later) is None
 
 
 def test_of_instances_that_suit_the_one_goes_first_that_knows_the_beginning() -> None:
@@ -112,13 +116,13 @@ def test_what_an_instance_knows_counts_for_the_first_token() -> None:
     long = job(0, CHAT, prompt=30_000)
     scheduler.admit(long, 0.0)
     assert COST.prefill_s(1, 30_000) > CHAT.ttft_ms / 1000
-    assert scheduler.first_worker(long, [worker, other], 0.0) is None
     assert scheduler.first_worker(long, [worker, other], 0.0, {other: 29_952}) is other
     # To the others it would have to be copied, which is not promised.
     assert scheduler.first_worker(long, [worker], 0.0, {other: 29_952}) is None
+    assert long.late
     # Attention to what is known takes its time all the same.
-    spared_s = scheduler._spared_s(1, 30_000, 15_000)
-    assert 0 < spared_s <= scheduler.prefill_s(1, 15_000) < scheduler.prefill_s(1, 30_000) / 2
+    spared_s = scheduler.predict.spared_s(1, 30_000, 15_000)
+    assert 0 < spared_s <= scheduler.predict.prefill_s(1, 15_000) < scheduler.predict.prefill_s(1, 30_000) / 2
 
 
 def test_a_step_ends_before_the_next_token_is_due() -> None:
@@ -152,9 +156,9 @@ def test_who_cannot_be_in_time_is_late_and_delays_nobody() -> None:
     assert scheduler.pull(worker, 5.0) is fine
     assert lost.late
     worker.seat(fine)
-    assert scheduler.pull(worker, 5.0) is None  # a prompt that counts comes first
+    assert scheduler.place_late([worker], 5.0) is None  # a prompt that counts comes first
     worker.leave(fine)
-    assert scheduler.pull(worker, 5.0) is lost
+    assert scheduler.place_late([worker], 5.0) == (lost, worker)
 
 
 def test_decoding_requests_that_are_lost_do_not_hold_prompts_up() -> None:

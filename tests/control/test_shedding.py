@@ -66,13 +66,14 @@ def test_a_backlog_sheds_one_tier_and_serves_the_late_ones_last() -> None:
     backlog = Backlog()
     long, short, other = job(0, CODE), job(1, CODE), job(2, CHAT)
     for one, work_s in ((long, 2.0), (short, 0.1), (other, 9.0)):
-        one.latest_start_s = one.ttft_deadline_s - work_s
+        one.due_s = one.ttft_deadline_s
+        one.latest_start_s = one.due_s - work_s
         backlog.push(one)
-    # The long one could begin just now; behind it the short one would be two seconds too late.
+    # The long one could begin just now, but the short one, which is due with it, goes first.
     assert backlog.shed(CODE.name, long.latest_start_s, 0.5) == [long]
     assert [one.late for one in (long, short, other)] == [True, False, False]
     assert (backlog.waiting(CODE.name), backlog.waiting(CHAT.name)) == (1, 1)
-    assert backlog.first_late() is long
+    assert next(backlog.late()) is long
 
 
 def _attained(config: SchedulerConfig) -> float:
@@ -88,8 +89,11 @@ def _attained(config: SchedulerConfig) -> float:
     return sum(one.met() for one in steps.done) / len(jobs)
 
 
-def test_giving_some_up_early_leaves_more_in_time() -> None:
-    assert _attained(SchedulerConfig()) > _attained(SchedulerConfig(shed_window_s=0.0)) + 0.2
+def test_an_overload_leaves_as_many_in_time_as_can_be() -> None:
+    """Two thirds by time, the shorter ones: by least slack, without giving any up early, it was 59 %."""
+    given_up, waiting = _attained(SchedulerConfig()), _attained(SchedulerConfig(shed_window_s=0.0))
+    assert min(given_up, waiting) > 0.85
+    assert given_up >= waiting
 
 
 def test_by_order_of_arrival_nobody_is_given_up() -> None:
