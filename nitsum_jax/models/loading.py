@@ -15,7 +15,9 @@ from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
-from nitsum_jax.models.config import ModelConfig, config_from_gguf, config_from_hf
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_gguf import config_from_gguf
+from nitsum_jax.models.config_hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import check_tensors, pack
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch

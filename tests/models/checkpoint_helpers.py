@@ -12,7 +12,8 @@ import safetensors.numpy
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from nitsum_jax.models.config import ModelConfig, config_to_hf
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_hf import config_to_hf
 from nitsum_jax.models.pack import checkpoint_shapes
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
