@@ -11,6 +11,7 @@ import numpy as np
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ModelConfig, RopeScaling
 from nitsum_jax.models.config_values import readable, unsupported
+from nitsum_jax.models.special_ids import ids_of_gguf
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files call themselves llama
 # The only frequency factors in published Llama 3 checkpoints; GGUF keeps the resulting tensor, not these numbers.
@@ -68,8 +69,10 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise InvalidInputError("GGUF file has no tensor 'token_embd.weight'; it is cut short or not a whole model")
     theta = float(get("rope.freq_base", 10000.0))
-    eos = [gguf_field(reader, f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
-    bos = gguf_field(reader, "tokenizer.ggml.bos_token_id")
+    rows = int(tensors["token_embd.weight"].shape[1])
+    # The tokenizer tells of ids that are beyond its vocabulary.
+    known = min(rows, len(gguf_field(reader, "tokenizer.ggml.tokens") or range(rows)))
+    special = ids_of_gguf(lambda key: gguf_field(reader, key), known, warn=False)
     return ModelConfig(
         name=name or str(gguf_field(reader, "general.name", "")),
         architecture=architecture,
@@ -79,7 +82,7 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         num_heads=int(num_heads),
         num_kv_heads=int(num_kv_heads),
         head_dim=head_dim,
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        vocab_size=rows,
         max_context=max_context,
         rope_theta=theta,
         rope_scaling=_gguf_rope_scaling(get, tensors, head_dim, theta, max_context),
@@ -87,8 +90,8 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         tied_head="output.weight" not in tensors,
         qkv_bias="blk.0.attn_q.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        eos_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
-        bos_id=None if bos is None else int(bos),
+        eos_ids=special.ends,
+        bos_id=special.bos,
         dtype={"F16": "float16", "BF16": "bfloat16"}.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
     )
 

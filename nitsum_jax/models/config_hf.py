@@ -9,6 +9,7 @@ from typing import Any
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ARCHITECTURES, ModelConfig, RopeScaling
 from nitsum_jax.models.config_values import readable, unsupported
+from nitsum_jax.models.special_ids import ids_of_json
 
 _HF_CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -41,8 +42,8 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     max_context = _hf_int(config, "max_position_embeddings")
     rope = _hf_rope(config)
     theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    eos = config.get("eos_token_id")
-    bos = config.get("bos_token_id")
+    vocab_size = _hf_int(config, "vocab_size")
+    special = ids_of_json(config, vocab_size, "config.json")
     return ModelConfig(
         name=name or str(config.get("_name_or_path", "")),
         architecture=architecture,
@@ -52,7 +53,7 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=_hf_int(config, "num_key_value_heads", num_heads),
         head_dim=_hf_int(config, "head_dim", d_model // num_heads if num_heads > 0 else 0),
-        vocab_size=_hf_int(config, "vocab_size"),
+        vocab_size=vocab_size,
         max_context=max_context,
         rope_theta=float(theta),
         rope_scaling=_hf_rope_scaling(rope, max_context),
@@ -60,8 +61,8 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
         tied_head=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        eos_ids=tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (int(eos),),
-        bos_id=None if bos is None else int(bos[0] if isinstance(bos, list | tuple) else bos),
+        eos_ids=special.ends,
+        bos_id=special.bos,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
     )
 
@@ -84,7 +85,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_head,
-        "eos_token_id": list(config.eos_ids) if len(config.eos_ids) != 1 else config.eos_ids[0],
+        "eos_token_id": config.eos_ids[0] if len(config.eos_ids) == 1 else list(config.eos_ids) or None,
         "bos_token_id": config.bos_id,
         "torch_dtype": config.dtype,
     }

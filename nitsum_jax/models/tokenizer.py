@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.special_ids import ids_of_gguf, ids_of_json, valid_ids
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -68,7 +72,7 @@ class Tokenizer:
         read, self._strip = _piece_reader(inner)
         # Every token of every stream asks; the common ones are few.
         self._pieces = None if read is None else functools.lru_cache(maxsize=2**16)(read)
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = _size(inner)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.bos_token = "" if bos_id is None else inner.id_to_token(bos_id) or ""
@@ -98,14 +102,17 @@ class Tokenizer:
         config = _read_json(folder / TOKENIZER_CONFIG_FILE)
         generation = _read_json(folder / GENERATION_CONFIG_FILE)
         model = _read_json(folder / "config.json")
-        ends = generation.get("eos_token_id", model.get("eos_token_id"))
-        eos_ids = [ends] if isinstance(ends, int) else list(ends or ())
-        eos_id = inner.token_to_id(_spelling(config.get("eos_token")))
+        rows = model.get("vocab_size")
+        size = max(_size(inner), rows if isinstance(rows, int) else 0)
+        special = ids_of_json(generation, size, GENERATION_CONFIG_FILE)
+        of_model = ids_of_json(model, size, "config.json", warn=False)  # who reads the model's config tells of it
+        eos_ids = list(special.ends or of_model.ends)
+        eos_id = _spelled_id(inner, config, "eos_token")
         if eos_id is not None:
             eos_ids.insert(0, eos_id)
-        bos_id = inner.token_to_id(_spelling(config.get("bos_token")))
+        bos_id = _spelled_id(inner, config, "bos_token")
         if "bos_token" not in config:
-            bos_id = generation.get("bos_token_id", model.get("bos_token_id"))
+            bos_id = of_model.bos if special.bos is None else special.bos
         template = _config_template(config)
         if (folder / CHAT_TEMPLATE_FILE).is_file():
             template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -135,12 +142,11 @@ class Tokenizer:
         user = [t for t, of_type in typed if of_type == gguf.TokenType.USER_DEFINED]
         inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
         inner.add_tokens([AddedToken(t, normalized=False, special=False) for t in user])
-        bos_id, eos_id = meta.token_id("bos", len(tokens)), meta.token_id("eos", len(tokens))
-        _add_template(inner, tokens, bos_id if meta.adds_bos() else None, eos_id if meta.get("add_eos_token") else None)
-        ends = [eos_id, meta.token_id("eot", len(tokens)), meta.token_id("eom", len(tokens))]
-        ends += [inner.token_to_id(t) for t in _END_TOKENS if t in control]
-        eos_ids = [e for e in ends if e is not None]
-        return cls(inner, bos_id=bos_id, eos_ids=eos_ids, chat_template=meta.chat_template())
+        special = ids_of_gguf(meta.field, len(tokens))
+        eos = valid_ids(meta.get("eos_token_id"), len(tokens), "", warn=False) if meta.get("add_eos_token") else ()
+        _add_template(inner, tokens, special.bos if meta.adds_bos() else None, eos[0] if eos else None)
+        eos_ids = [*special.ends, *(inner.token_to_id(t) for t in _END_TOKENS if t in control)]
+        return cls(inner, bos_id=special.bos, eos_ids=eos_ids, chat_template=meta.chat_template())
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -287,9 +293,12 @@ class _GgufMeta:
     def __init__(self, reader: gguf.GGUFReader) -> None:
         self._fields = reader.fields
 
-    def get(self, key: str) -> Any:
-        field = self._fields.get(f"tokenizer.ggml.{key}")
+    def field(self, key: str) -> Any:
+        field = self._fields.get(key)
         return None if field is None else field.contents()
+
+    def get(self, key: str) -> Any:
+        return self.field(f"tokenizer.ggml.{key}")
 
     def require(self, key: str) -> Any:
         value = self.get(key)
@@ -302,10 +311,6 @@ class _GgufMeta:
         if len(types) != count:
             raise InvalidInputError(f"the GGUF file has {count} tokens but {len(types)} token types: fetch it again")
         return types
-
-    def token_id(self, name: str, count: int) -> int | None:
-        value = self.get(f"{name}_token_id")
-        return value if isinstance(value, int) and 0 <= value < count else None  # -1 or 2**32-1 say "none"
 
     def adds_bos(self) -> bool:
         """The file's flag; without one, as llama.cpp does: sentencepiece and Llama 3 vocabularies start with BOS."""
@@ -323,8 +328,8 @@ class _GgufMeta:
         return pairs
 
     def chat_template(self) -> str | None:
-        field = self._fields.get("tokenizer.chat_template")
-        return None if field is None else str(field.contents())
+        template = self.field("tokenizer.chat_template")
+        return None if template is None else str(template)
 
 
 def _byte_level_bpe(meta: _GgufMeta, tokens: list[str]) -> HfTokenizer:
@@ -443,6 +448,19 @@ def _checked(token_id: int) -> int:
 def _spelling(entry: Any) -> str:
     """A special token in tokenizer_config.json is a string, a dict with its content, or null."""
     return str(entry.get("content", "")) if isinstance(entry, dict) else str(entry or "")
+
+
+def _spelled_id(inner: HfTokenizer, config: dict[str, Any], key: str) -> int | None:
+    """The id of a special token that tokenizer_config.json spells."""
+    token = _spelling(config.get(key))
+    found = inner.token_to_id(token) if token else None
+    if token and found is None:
+        _log.warning("%s of %s is %r, which the tokenizer lacks: it is ignored", key, TOKENIZER_CONFIG_FILE, token)
+    return found
+
+
+def _size(inner: HfTokenizer) -> int:
+    return max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _config_template(config: dict[str, Any]) -> str | None:
