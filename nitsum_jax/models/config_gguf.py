@@ -6,22 +6,48 @@ Everything the decoder does not implement is refused here, by name, so that a mo
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.config import ModelConfig, RopeScaling
-from nitsum_jax.models.config_values import readable, unsupported
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_keys import says_nothing
+from nitsum_jax.models.config_rope import rope_of_gguf
+from nitsum_jax.models.config_values import positive, readable, shown, unsupported
 from nitsum_jax.models.special_ids import ids_of_gguf
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files call themselves llama
-# The only frequency factors in published Llama 3 checkpoints; GGUF keeps the resulting tensor, not these numbers.
-_LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT = 1.0, 4.0, 8192
+# Keys that are read here, without the architecture in front.
+_USED = """
+    context_length embedding_length block_count feed_forward_length expert_count attention.head_count
+    attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon
+    attention.sliding_window rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scale_linear
+"""
+# Keys that change nothing in a dense model with full attention and RMSNorm.
+_HARMLESS = """
+    vocab_size tensor_data_layout pooling_type expert_used_count expert_shared_count expert_feed_forward_length
+    leading_dense_block_count attention.layer_norm_epsilon attention.sliding_window_pattern attention.key_length_swa
+    attention.value_length_swa rope.dimension_count_swa rope.freq_base_swa rope.scaling.finetuned
+    rope.scaling.original_context_length rope.scaling.yarn_ext_factor rope.scaling.yarn_beta_fast
+    rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier
+"""
+_UNDERSTOOD = {*_USED.split(), *_HARMLESS.split()}
+# Values with which other keys ask for nothing, beside null, false, 0 and empty.
+_NEUTRAL = {
+    "attention.causal": True,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "logit_scale": 1.0,
+    "residual_scale": 1.0,
+    "embedding_scale": 1.0,
+}
 
 
 class GgufReader(Protocol):
     """What is needed of an open GGUF file; `GgufFile` of this package and `gguf.GGUFReader` have it."""
 
     tensors: Any
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """All fields by key."""
 
     def get_field(self, key: str) -> Any:
         """The field under a key (its `contents()` is the value), or None."""
@@ -50,6 +76,7 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
             raise InvalidInputError(f"GGUF file has no '{architecture}.{key}'; convert the model again")
         return value
 
+    _refuse_unknown_keys(reader, architecture)
     if int(get("expert_count", 0)) > 0:
         raise unsupported("mixture of experts", "dense models")
     max_context = int(get("context_length", required=True))
@@ -68,7 +95,9 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InvalidInputError("GGUF file has no tensor 'token_embd.weight'; it is cut short or not a whole model")
-    theta = float(get("rope.freq_base", 10000.0))
+    theta, scaling = rope_of_gguf(get, tensors, architecture, head_dim, max_context)
+    # llama.cpp does without this key in no file; it is a float32 there
+    eps = positive(get("attention.layer_norm_rms_epsilon", required=True), "attention.layer_norm_rms_epsilon")
     rows = int(tensors["token_embd.weight"].shape[1])
     # The tokenizer tells of ids that are beyond its vocabulary.
     known = min(rows, len(gguf_field(reader, "tokenizer.ggml.tokens") or range(rows)))
@@ -85,11 +114,11 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         vocab_size=rows,
         max_context=max_context,
         rope_theta=theta,
-        rope_scaling=_gguf_rope_scaling(get, tensors, head_dim, theta, max_context),
-        norm_eps=float(f"{get('attention.layer_norm_rms_epsilon', 1e-5):.7g}"),  # a float32 in the file
+        rope_scaling=scaling,
+        norm_eps=float(f"{eps:.7g}"),
         tied_head="output.weight" not in tensors,
-        qkv_bias="blk.0.attn_q.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
+        qkv_bias=architecture == "qwen2" or (architecture == "llama" and "blk.0.attn_q.bias" in tensors),
+        qk_norm=architecture == "qwen3",
         eos_ids=special.ends,
         bos_id=special.bos,
         dtype={"F16": "float16", "BF16": "bfloat16"}.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
@@ -102,21 +131,15 @@ def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _gguf_rope_scaling(
-    get: Any, tensors: Mapping[str, Any], head_dim: int, theta: float, max_context: int
-) -> RopeScaling | None:
-    kind = get("rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise unsupported(f"GGUF rope scaling '{kind}'", "none, linear, and Llama 3 by rope_freqs.weight")
-    factor = float(get("rope.scaling.factor", 1.0))
-    linear = RopeScaling.linear(factor, max_context) if kind == "linear" and factor != 1.0 else None
-    if "rope_freqs.weight" not in tensors:
-        return linear
-    wanted = np.asarray(tensors["rope_freqs.weight"].data, np.float64).reshape(-1)
-    if np.allclose(wanted, 1.0):
-        return linear
-    llama3 = RopeScaling(float(wanted.max()), _LLAMA3_LOW, _LLAMA3_HIGH, _LLAMA3_CONTEXT)
-    alike = wanted.shape == (head_dim // 2,) and np.allclose(wanted, llama3.divisors(head_dim, theta), rtol=1e-4)
-    if linear is None and alike:
-        return llama3
-    raise unsupported("this rope_freqs.weight in the GGUF file", "the Llama 3 factors (low 1, high 4, context 8192)")
+def _refuse_unknown_keys(reader: GgufReader, architecture: str) -> None:
+    """Refuses keys of the model (not of the file or the tokenizer) that may change what it computes."""
+    for key in reader.fields:
+        family, _, rest = key.partition(".")
+        if family != architecture or rest in _UNDERSTOOD:
+            continue
+        value = gguf_field(reader, key)
+        if not says_nothing(value) and value != _NEUTRAL.get(rest):
+            raise InvalidInputError(
+                f"the GGUF file has {key}={shown(value)}, which is not understood and may change what the model "
+                "computes; use a file of the model without it"
+            )

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.config import ARCHITECTURES, ModelConfig, RopeScaling
-from nitsum_jax.models.config_values import readable, unsupported
+from nitsum_jax.models.config import ARCHITECTURES, ModelConfig
+from nitsum_jax.models.config_keys import DEFAULTS, EXPERTS, QUANTISATION, refuse_unknown_keys
+from nitsum_jax.models.config_rope import rope_of_hf, rope_scaling_to_hf
+from nitsum_jax.models.config_values import positive, readable, shown, unsupported
 from nitsum_jax.models.special_ids import ids_of_json
 
 _HF_CLASSES = {
@@ -37,28 +39,32 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     architecture = str(config.get("model_type", "of unknown type"))
     if architecture not in ARCHITECTURES:
         raise unsupported(f"model architecture '{architecture}'", ", ".join(ARCHITECTURES))
-    _refuse_hf_features(config)
-    d_model, num_heads = _hf_int(config, "hidden_size"), _hf_int(config, "num_attention_heads")
-    max_context = _hf_int(config, "max_position_embeddings")
-    rope = _hf_rope(config)
-    theta = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    vocab_size = _hf_int(config, "vocab_size")
+    _refuse_other_models(config)
+    refuse_unknown_keys(config)
+    complete = DEFAULTS[architecture] | dict(config)
+    _refuse_features(complete)
+    d_model, num_heads = _whole(complete, "hidden_size"), _whole(complete, "num_attention_heads")
+    max_context = _whole(complete, "max_position_embeddings")
+    num_layers = _whole(complete, "num_hidden_layers")
+    _refuse_window(complete, num_layers, max_context, said="sliding_window" in config)
+    theta, scaling = rope_of_hf(config, max_context)
+    vocab_size = _whole(complete, "vocab_size")
     special = ids_of_json(config, vocab_size, "config.json")
     return ModelConfig(
         name=name or str(config.get("_name_or_path", "")),
         architecture=architecture,
-        num_layers=_hf_int(config, "num_hidden_layers"),
+        num_layers=num_layers,
         d_model=d_model,
-        d_mlp=_hf_int(config, "intermediate_size"),
+        d_mlp=_whole(complete, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_hf_int(config, "num_key_value_heads", num_heads),
-        head_dim=_hf_int(config, "head_dim", d_model // num_heads if num_heads > 0 else 0),
+        num_kv_heads=num_heads if complete["num_key_value_heads"] is None else _whole(complete, "num_key_value_heads"),
+        head_dim=_head_dim(complete, d_model, num_heads),
         vocab_size=vocab_size,
         max_context=max_context,
-        rope_theta=float(theta),
-        rope_scaling=_hf_rope_scaling(rope, max_context),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied_head=bool(config.get("tie_word_embeddings", False)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        norm_eps=positive(complete["rms_norm_eps"], "rms_norm_eps of config.json"),
+        tied_head=_flag(complete, "tie_word_embeddings"),
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         eos_ids=special.ends,
@@ -68,11 +74,15 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` that transformers and `config_from_hf` read back as the same model."""
+    """A `config.json` that transformers and `config_from_hf` read back as the same model.
+
+    A llama with biases on q, k and v alone (there are GGUF files of such) is what Hugging Face calls qwen2.
+    """
+    architecture = "qwen2" if config.qkv_bias else config.architecture
     result: dict[str, Any] = {
         "_name_or_path": config.name,
-        "architectures": [_HF_CLASSES[config.architecture]],
-        "model_type": config.architecture,
+        "architectures": [_HF_CLASSES[architecture]],
+        "model_type": architecture,
         "hidden_act": "silu",
         "hidden_size": config.d_model,
         "intermediate_size": config.d_mlp,
@@ -92,78 +102,74 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     if config.architecture == "mistral":
         result["sliding_window"] = None  # transformers' own default is a window of 4096
     if config.rope_scaling is not None:
-        result["rope_scaling"] = _rope_scaling_to_hf(config.rope_scaling)
+        result["rope_scaling"] = rope_scaling_to_hf(config.rope_scaling)
     return result
 
 
-def _hf_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
+def _whole(config: Mapping[str, Any], key: str) -> int:
+    value = config[key]
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInputError(f"config.json has {key}={value!r}; give a whole number")
+        raise InvalidInputError(f"config.json has {key}={shown(value)}; give a whole number")
     return value
 
 
-def _refuse_hf_features(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise unsupported(f"a quantised checkpoint ({method})", "float32, bfloat16 and float16, or a GGUF file")
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config[key]
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"config.json has {key}={shown(value)}; give true or false")
+    return value
+
+
+def _head_dim(config: Mapping[str, Any], d_model: int, num_heads: int) -> int:
+    if config["head_dim"] is not None or config["model_type"] == "qwen3":  # whose heads do not divide hidden_size
+        return _whole(config, "head_dim")
+    if num_heads < 1 or d_model % num_heads:
+        raise InvalidInputError(
+            f"config.json has hidden_size={d_model}, not a multiple of num_attention_heads={num_heads}, and no head_dim"
+        )
+    return d_model // num_heads
+
+
+def _refuse_other_models(config: Mapping[str, Any]) -> None:
+    for key in QUANTISATION:
+        if config.get(key):
+            method = config[key].get("quant_method", "unknown") if isinstance(config[key], Mapping) else "unknown"
+            raise unsupported(f"a quantised checkpoint ({method})", "float32, bfloat16 and float16, or a GGUF file")
+    for key in EXPERTS:
         if config.get(key):
             raise unsupported(f"mixture of experts ({key}={config[key]})", "dense models")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+
+
+def _refuse_features(config: Mapping[str, Any]) -> None:
+    if config["hidden_act"] not in ("silu", "swish"):
         raise unsupported(f"activation '{config['hidden_act']}'", "silu")
     for key in ("attention_bias", "mlp_bias"):
-        if config.get(key):
+        if config[key]:
             raise unsupported(f"{key}=true", "bias on q, k and v of qwen2 alone")
-    if config.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise unsupported(f"partial_rotary_factor={config['partial_rotary_factor']}", "RoPE over the whole head")
-    window = config.get("sliding_window")
-    used = window is not None and window < config.get("max_position_embeddings", 0)
-    if config["model_type"] in ("qwen2", "qwen3"):  # these carry a window in config.json that is switched off
-        used = used and bool(config.get("use_sliding_window", False))
-    layer_types = config.get("layer_types") or ()
-    if layer_types:
-        used = "sliding_attention" in layer_types
-        if set(layer_types) - {"sliding_attention", "full_attention"}:
-            raise unsupported(f"layer types {sorted(set(layer_types))}", "full_attention")
-    if used:
-        raise unsupported(f"sliding window attention ({window} tokens)", "full attention")
 
 
-def _hf_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InvalidInputError(f"config.json has rope_scaling={rope!r}; give an object")
-    return rope
+def _refuse_window(config: Mapping[str, Any], num_layers: int, max_context: int, said: bool) -> None:
+    """Refuses attention that sees less than the whole context in any layer."""
+    layer_types = _layer_types(config, num_layers)
+    window = config["sliding_window"]
+    if config["model_type"] in ("qwen2", "qwen3"):
+        switched_on = _flag(config, "use_sliding_window") and window is not None
+        used = "sliding_attention" in layer_types if layer_types else switched_on
+    else:
+        switched_on = window is not None
+        used = switched_on or "sliding_attention" in layer_types
+    if used and not (switched_on and _whole(config, "sliding_window") >= max_context):
+        default = "" if said else f", the default of {config['model_type']} where config.json does not say"
+        raise unsupported(f"sliding window attention (sliding_window={window}{default})", "full attention")
 
 
-def _hf_rope_scaling(rope: Mapping[str, Any], max_context: int) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    try:
-        if kind == "linear":
-            return RopeScaling.linear(float(rope["factor"]), max_context)
-        if kind == "llama3":
-            return RopeScaling(
-                factor=float(rope["factor"]),
-                low_freq_factor=float(rope["low_freq_factor"]),
-                high_freq_factor=float(rope["high_freq_factor"]),
-                original_max_context=int(rope["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise InvalidInputError(f"rope_scaling of type '{kind}' lacks {error} in config.json") from None
-    raise unsupported(f"rope_scaling of type '{kind}'", "llama3, linear")
-
-
-def _rope_scaling_to_hf(scaling: RopeScaling) -> dict[str, Any]:
-    if scaling.is_linear:
-        return {"rope_type": "linear", "factor": scaling.factor}
-    return {
-        "rope_type": "llama3",
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_context,
-    }
+def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str]:
+    found = config.get("layer_types") or []
+    if not isinstance(found, list) or not all(isinstance(kind, str) for kind in found):
+        raise InvalidInputError(f"config.json has layer_types={shown(found)}; give a list of names")
+    kinds = ["full_attention" if kind == "attention" else kind for kind in found]
+    if other := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
+        raise unsupported(f"layer types {other}", "full_attention")
+    if kinds and len(kinds) != num_layers:
+        raise InvalidInputError(f"config.json has {len(kinds)} layer_types but num_hidden_layers={num_layers}")
+    return kinds

@@ -145,7 +145,8 @@ class Tokenizer:
         special = ids_of_gguf(meta.field, len(tokens))
         eos = valid_ids(meta.get("eos_token_id"), len(tokens), "", warn=False) if meta.get("add_eos_token") else ()
         _add_template(inner, tokens, special.bos if meta.adds_bos() else None, eos[0] if eos else None)
-        eos_ids = [*special.ends, *(inner.token_to_id(t) for t in _END_TOKENS if t in control)]
+        ends = [inner.token_to_id(t) for t in _END_TOKENS if t in control]
+        eos_ids = [*special.ends, *(i for i in ends if i is not None)]
         return cls(inner, bos_id=special.bos, eos_ids=eos_ids, chat_template=meta.chat_template())
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
