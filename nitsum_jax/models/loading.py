@@ -14,6 +14,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models import tiny_random
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
+from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_head
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
 from nitsum_jax.models.config import ModelConfig
@@ -110,7 +111,9 @@ class OpenModel:
 
 
 def open_model(spec: str) -> OpenModel:
-    """Opens a model: reads its config and tokenizer and checks that all its tensors are there; reads no weights.
+    """Opens a model: reads its config and tokenizer and checks that it has all its tensors and no others.
+
+    No weights are read, but for a head beside an embedding that the config calls one: these are compared.
 
     Args:
       spec: a known name, a .gguf file, a Hugging Face model folder, or an Orbax folder of ours.
@@ -172,7 +175,9 @@ def _finished(
     source: TensorSource,
     vshards: "OrbaxCheckpoint | None" = None,
 ) -> OpenModel:
+    config = with_own_head(config, source)
     check_tensors(config, source)
+    refuse_leftovers(config, source)
     eos_ids = _end_ids(config, tokenizer)
     return OpenModel(name, dataclasses.replace(config, name=name, eos_ids=eos_ids), tokenizer, source, vshards)
 
