@@ -29,14 +29,14 @@ _HARMLESS = """
     rope.scaling.yarn_beta_slow rope.scaling.yarn_log_multiplier
 """
 _UNDERSTOOD = {*_USED.split(), *_HARMLESS.split()}
-# Values with which other keys ask for nothing, beside null, false, 0 and empty.
+# Keys that ask for nothing with these values; any other key does with null, false, 0 and empty.
 _NEUTRAL = {
-    "attention.causal": True,
-    "rope.scaling.attn_factor": 1.0,
-    "rope.scaling.yarn_attn_factor": 1.0,
-    "logit_scale": 1.0,
-    "residual_scale": 1.0,
-    "embedding_scale": 1.0,
+    "attention.causal": (True,),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
 }
 
 
@@ -88,7 +88,9 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     for what, value in (("heads", num_heads), ("KV heads", num_kv_heads), ("MLP width", d_mlp)):
         if isinstance(value, list):
             raise unsupported(f"a number of {what} that varies by layer", "the same number in every layer")
-    head_dim = int(get("attention.key_length", d_model // max(1, int(num_heads))))
+    if int(num_heads) < 1:
+        raise InvalidInputError(f"GGUF file has {architecture}.attention.head_count={num_heads}; convert it again")
+    head_dim = int(get("attention.key_length", d_model // int(num_heads)))
     for key in ("attention.value_length", "rope.dimension_count"):
         if int(get(key, head_dim)) != head_dim:
             raise unsupported(f"{key}={get(key)} with head width {head_dim}", "one width for q, k, v and RoPE")
@@ -96,7 +98,7 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     if "token_embd.weight" not in tensors:
         raise InvalidInputError("GGUF file has no tensor 'token_embd.weight'; it is cut short or not a whole model")
     theta, scaling = rope_of_gguf(get, tensors, architecture, head_dim, max_context)
-    # llama.cpp does without this key in no file; it is a float32 there
+    # llama.cpp refuses a file without this key, too; in the file it is a float32.
     eps = positive(get("attention.layer_norm_rms_epsilon", required=True), "attention.layer_norm_rms_epsilon")
     rows = int(tensors["token_embd.weight"].shape[1])
     # The tokenizer tells of ids that are beyond its vocabulary.
@@ -138,7 +140,7 @@ def _refuse_unknown_keys(reader: GgufReader, architecture: str) -> None:
         if family != architecture or rest in _UNDERSTOOD:
             continue
         value = gguf_field(reader, key)
-        if not says_nothing(value) and value != _NEUTRAL.get(rest):
+        if not (value in _NEUTRAL[rest] if rest in _NEUTRAL else says_nothing(value)):
             raise InvalidInputError(
                 f"the GGUF file has {key}={shown(value)}, which is not understood and may change what the model "
                 "computes; use a file of the model without it"

@@ -141,6 +141,8 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 
 
 def _refuse_features(config: Mapping[str, Any]) -> None:
+    if config["is_causal"] is not True:
+        raise unsupported(f"is_causal={shown(config['is_causal'])}", "causal attention")
     if config["hidden_act"] not in ("silu", "swish"):
         raise unsupported(f"activation '{config['hidden_act']}'", "silu")
     for key in ("attention_bias", "mlp_bias"):

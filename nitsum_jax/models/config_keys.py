@@ -20,6 +20,7 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "attention_bias": False,
     "mlp_bias": False,
+    "is_causal": True,
     "head_dim": None,  # hidden_size / num_attention_heads
     "sliding_window": None,
     "use_sliding_window": False,
@@ -77,7 +78,7 @@ _BOOKKEEPING = """
     unsloth_fixed unsloth_version model_max_length max_sequence_length max_seq_length max_seq_len seq_length
     use_flash_attention use_flash_attn use_flash_attention_2 use_bfloat16 chunk_size_feed_forward pretraining_tp
     pad_token_id unk_token_id sep_token_id mask_token_id decoder_start_token_id pad_token prefix tie_last_hidden_states
-    max_window_layers
+    is_decoder max_window_layers
 """
 _TRAINING = """
     initializer_range gradient_checkpointing router_aux_loss_coef output_router_logits z_loss_coeff embd_pdrop

@@ -297,6 +297,7 @@ def test_gguf_linear_scaling(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4"),
         ({"split.count": 2}, "several parts"),
+        ({"llama.attention.head_count": 0}, "attention.head_count=0"),
         ({"llama.rope.scaling.factor": "two"}, "wrong kind"),
     ],
 )

@@ -78,6 +78,7 @@ def test_mistral_has_a_window_where_nothing_is_said() -> None:
         ("qwen3", {"use_new_norm": True}, "use_new_norm=True"),
         ("qwen3", {"head_dim": None}, "head_dim=None"),
         ("llama", {"quantization": {"group_size": 64, "bits": 4}}, "quantised checkpoint"),
+        ("llama", {"is_causal": False}, "is_causal=False"),
         ("llama", {"rms_norm_eps": None}, "rms_norm_eps of config.json is None"),
         ("llama", {"rms_norm_eps": 0.0}, "rms_norm_eps"),
         ("llama", {"rms_norm_eps": True}, "rms_norm_eps"),
@@ -131,8 +132,9 @@ def gguf_config(path: Path, fields: dict[str, object], **changes: Any) -> ModelC
     [
         ({"llama.final_logit_softcapping": 30.0}, "llama.final_logit_softcapping=30.0, which is not understood"),
         ({"llama.logit_scale": 8.0}, "logit_scale"),
-        ({"llama.attention.causal": False, "llama.attention.clamp_kqv": 8.0}, "clamp_kqv"),
+        ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv"),
         ({"llama.rope.scaling.attn_factor": 1.5}, "attn_factor"),
+        ({"llama.attention.causal": False}, "attention.causal=False"),
     ],
 )
 def test_gguf_keys_that_are_not_understood_are_refused(tmp_path: Path, fields: dict[str, object], message: str) -> None:

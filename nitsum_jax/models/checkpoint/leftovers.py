@@ -36,9 +36,9 @@ def refuse_leftovers(config: ModelConfig, source: TensorSource) -> None:
     known = checkpoint_shapes(config).keys() | {HEAD}
     left = [name for name in source.names() if name not in known and not is_harmless(name)]
     if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise InvalidInputError(
-            f"checkpoint tensor '{left[0]}'{more} has no place in a {config.architecture} model of "
+            f"checkpoint tensor '{left[0]}'{others} has no place in a {config.architecture} model of "
             f"{config.num_layers} layers, which is what the config says; config and weights are of different models"
         )
 
