@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,17 +14,22 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models import tiny_random
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
+from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_head
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
-from nitsum_jax.models.config import ModelConfig, config_from_gguf, config_from_hf
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_gguf import config_from_gguf
+from nitsum_jax.models.config_hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import check_tensors, pack
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
+from nitsum_jax.models.special_ids import valid_ids
 from nitsum_jax.models.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nitsum_jax.models.checkpoint.orbax_io import OrbaxCheckpoint
 
+_log = logging.getLogger(__name__)
 _ORBAX_META = "nitsum.json"
 
 
@@ -105,7 +111,9 @@ class OpenModel:
 
 
 def open_model(spec: str) -> OpenModel:
-    """Opens a model: reads its config and tokenizer and checks that all its tensors are there; reads no weights.
+    """Opens a model: reads its config and tokenizer and checks that it has all its tensors and no others.
+
+    No weights are read, but for a head beside an embedding that the config calls one: these are compared.
 
     Args:
       spec: a known name, a .gguf file, a Hugging Face model folder, or an Orbax folder of ours.
@@ -167,9 +175,32 @@ def _finished(
     source: TensorSource,
     vshards: "OrbaxCheckpoint | None" = None,
 ) -> OpenModel:
+    config = with_own_head(config, source)
     check_tensors(config, source)
-    eos_ids = tuple(dict.fromkeys((*config.eos_ids, *tokenizer.eos_ids)))
+    refuse_leftovers(config, source)
+    eos_ids = _end_ids(config, tokenizer)
     return OpenModel(name, dataclasses.replace(config, name=name, eos_ids=eos_ids), tokenizer, source, vshards)
+
+
+def _end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end a generation, by config and tokenizer together.
+
+    Raises:
+      InvalidInputError: there are too many for a request, or every text starts with an id that the model lacks.
+    """
+    rows = config.vocab_size
+    if lacking := [i for i in tokenizer.encode("") if i >= rows]:
+        raise InvalidInputError(
+            f"the tokenizer starts every text with token {lacking[0]}, but the model knows {rows} tokens only: "
+            "tokenizer and weights are of different models"
+        )
+    if tokenizer.vocab_size > rows:
+        _log.warning(
+            "the tokenizer has %d tokens but the model %d: requests whose text needs the others are refused",
+            tokenizer.vocab_size,
+            rows,
+        )
+    return valid_ids([*config.eos_ids, *tokenizer.eos_ids], rows, "the end ids of the tokenizer")
 
 
 def _accepted() -> str:

@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import functools
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.gguf_vocabulary import LLAMA3_NAMES, GgufVocabulary
+from nitsum_jax.models.special_ids import ids_of_json, valid_ids
+
+_log = logging.getLogger(__name__)
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -31,7 +36,6 @@ _END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "
 
 # How the text is split before merging, by `tokenizer.ggml.pre`.  The patterns are facts of the published tokenizers.
 _GPT2_NAMES = ("gpt-2", "default")
-_LLAMA3_NAMES = ("llama-bpe", "llama3", "llama-v3")
 _QWEN2_NAMES = ("qwen2", "deepseek-r1-qwen")
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -68,7 +72,7 @@ class Tokenizer:
         read, self._strip = _piece_reader(inner)
         # Every token of every stream asks; the common ones are few.
         self._pieces = None if read is None else functools.lru_cache(maxsize=2**16)(read)
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocab_size = _size(inner)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
         self.bos_token = "" if bos_id is None else inner.id_to_token(bos_id) or ""
@@ -98,14 +102,17 @@ class Tokenizer:
         config = _read_json(folder / TOKENIZER_CONFIG_FILE)
         generation = _read_json(folder / GENERATION_CONFIG_FILE)
         model = _read_json(folder / "config.json")
-        ends = generation.get("eos_token_id", model.get("eos_token_id"))
-        eos_ids = [ends] if isinstance(ends, int) else list(ends or ())
-        eos_id = inner.token_to_id(_spelling(config.get("eos_token")))
+        rows = model.get("vocab_size")
+        size = max(_size(inner), rows if isinstance(rows, int) else 0)
+        special = ids_of_json(generation, size, GENERATION_CONFIG_FILE)
+        of_model = ids_of_json(model, size, "config.json", warn=False)  # who reads the model's config tells of it
+        eos_ids = list(special.ends or of_model.ends)
+        eos_id = _spelled_id(inner, config, "eos_token")
         if eos_id is not None:
             eos_ids.insert(0, eos_id)
-        bos_id = inner.token_to_id(_spelling(config.get("bos_token")))
+        bos_id = _spelled_id(inner, config, "bos_token")
         if "bos_token" not in config:
-            bos_id = generation.get("bos_token_id", model.get("bos_token_id"))
+            bos_id = of_model.bos if special.bos is None else special.bos
         template = _config_template(config)
         if (folder / CHAT_TEMPLATE_FILE).is_file():
             template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -121,7 +128,7 @@ class Tokenizer:
         Raises:
           InvalidInputError: the file has no tokenizer, or one of another kind.
         """
-        meta = _GgufMeta(reader)
+        meta = GgufVocabulary(reader)
         tokens: list[str] = meta.require("tokens")
         kind = meta.get("model")
         if kind == "gpt2":
@@ -130,17 +137,17 @@ class Tokenizer:
             inner = _sentencepiece_bpe(meta, tokens)
         else:
             raise InvalidInputError(f"the GGUF file's tokenizer is of kind {kind!r}: only gpt2 and llama are supported")
-        typed = list(zip(tokens, meta.types(len(tokens)), strict=True))
+        typed = list(zip(tokens, meta.types, strict=True))
         control = [t for t, of_type in typed if of_type == gguf.TokenType.CONTROL]
         user = [t for t, of_type in typed if of_type == gguf.TokenType.USER_DEFINED]
         inner.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
         inner.add_tokens([AddedToken(t, normalized=False, special=False) for t in user])
-        bos_id, eos_id = meta.token_id("bos", len(tokens)), meta.token_id("eos", len(tokens))
-        _add_template(inner, tokens, bos_id if meta.adds_bos() else None, eos_id if meta.get("add_eos_token") else None)
-        ends = [eos_id, meta.token_id("eot", len(tokens)), meta.token_id("eom", len(tokens))]
-        ends += [inner.token_to_id(t) for t in _END_TOKENS if t in control]
-        eos_ids = [e for e in ends if e is not None]
-        return cls(inner, bos_id=bos_id, eos_ids=eos_ids, chat_template=meta.chat_template())
+        special = meta.special
+        eos = valid_ids(meta.get("eos_token_id"), len(tokens), "", warn=False) if meta.get("add_eos_token") else ()
+        _add_template(inner, tokens, special.bos if meta.adds_bos() else None, eos[0] if eos else None)
+        ends = [inner.token_to_id(t) for t in _END_TOKENS if t in control]
+        eos_ids = [*special.ends, *(i for i in ends if i is not None)]
+        return cls(inner, bos_id=special.bos, eos_ids=eos_ids, chat_template=meta.chat_template())
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -281,56 +288,10 @@ class _WindowDecoder(StreamDecoder):
         return rest
 
 
-class _GgufMeta:
-    """Typed access to the `tokenizer.*` fields of a GGUF file."""
-
-    def __init__(self, reader: gguf.GGUFReader) -> None:
-        self._fields = reader.fields
-
-    def get(self, key: str) -> Any:
-        field = self._fields.get(f"tokenizer.ggml.{key}")
-        return None if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        value = self.get(key)
-        if value is None:
-            raise InvalidInputError(f"the GGUF file has no tokenizer.ggml.{key}: convert the model with its tokenizer")
-        return value
-
-    def types(self, count: int) -> list[int]:
-        types: list[int] = self.get("token_type") or [gguf.TokenType.NORMAL] * count
-        if len(types) != count:
-            raise InvalidInputError(f"the GGUF file has {count} tokens but {len(types)} token types: fetch it again")
-        return types
-
-    def token_id(self, name: str, count: int) -> int | None:
-        value = self.get(f"{name}_token_id")
-        return value if isinstance(value, int) and 0 <= value < count else None  # -1 or 2**32-1 say "none"
-
-    def adds_bos(self) -> bool:
-        """The file's flag; without one, as llama.cpp does: sentencepiece and Llama 3 vocabularies start with BOS."""
-        flag = self.get("add_bos_token")
-        return bool(flag) if flag is not None else self.get("model") == "llama" or self.get("pre") in _LLAMA3_NAMES
-
-    def merges(self) -> list[tuple[str, str]] | None:
-        lines = self.get("merges")
-        if lines is None:
-            return None
-        pairs = [tuple(line.split(" ")) for line in lines]
-        bad = next((line for line, pair in zip(lines, pairs, strict=True) if len(pair) != 2), None)
-        if bad is not None:
-            raise InvalidInputError(f"the GGUF file has a malformed merge {bad!r}: fetch or convert it again")
-        return pairs
-
-    def chat_template(self) -> str | None:
-        field = self._fields.get("tokenizer.chat_template")
-        return None if field is None else str(field.contents())
-
-
-def _byte_level_bpe(meta: _GgufMeta, tokens: list[str]) -> HfTokenizer:
+def _byte_level_bpe(meta: GgufVocabulary, tokens: list[str]) -> HfTokenizer:
     """Byte-level BPE (GPT-2's kind) with the split that the file names."""
-    pre = meta.get("pre") or "default"
-    merges = meta.merges()
+    pre = meta.pre
+    merges = meta.merges
     if merges is None:
         raise InvalidInputError("the GGUF file has no tokenizer.ggml.merges: convert the model with its tokenizer")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -341,16 +302,16 @@ def _byte_level_bpe(meta: _GgufMeta, tokens: list[str]) -> HfTokenizer:
         split = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), gpt2])
     elif pre in _GPT2_NAMES:
         split = pre_tokenizers.ByteLevel(add_prefix_space=bool(meta.get("add_space_prefix")), use_regex=True)
-    elif pre in _LLAMA3_NAMES:
+    elif pre in LLAMA3_NAMES:
         split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), "isolated"), byte_level])
     elif pre in _QWEN2_NAMES:
         split = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_SPLIT), "isolated"), byte_level])
         normalizer = normalizers.NFC()
     else:
-        known = ", ".join(("smollm", *_LLAMA3_NAMES, *_QWEN2_NAMES, *_GPT2_NAMES))
+        known = ", ".join(("smollm", *LLAMA3_NAMES, *_QWEN2_NAMES, *_GPT2_NAMES))
         raise InvalidInputError(f"the GGUF file's pre-tokenizer {pre!r} is not supported: only {known} are")
     # Llama 3 takes a whole word from the vocabulary even if no chain of merges leads to it.
-    inner = HfTokenizer(_bpe(tokens, merges, ignore_merges=pre in _LLAMA3_NAMES))
+    inner = HfTokenizer(_bpe(tokens, merges, ignore_merges=pre in LLAMA3_NAMES))
     if normalizer is not None:
         inner.normalizer = normalizer
     inner.pre_tokenizer = split
@@ -358,10 +319,10 @@ def _byte_level_bpe(meta: _GgufMeta, tokens: list[str]) -> HfTokenizer:
     return inner
 
 
-def _sentencepiece_bpe(meta: _GgufMeta, tokens: list[str]) -> HfTokenizer:
+def _sentencepiece_bpe(meta: GgufVocabulary, tokens: list[str]) -> HfTokenizer:
     """Sentencepiece BPE with byte fallback (Llama 2, Mistral 7B): U+2581 stands for a space, one is put in front."""
-    types = meta.types(len(tokens))
-    merges = meta.merges() or _merges_from_scores(tokens, meta.require("scores"), types)
+    types = meta.types
+    merges = meta.merges or _merges_from_scores(tokens, meta.require("scores"), types)
     unknown = next((t for t, kind in zip(tokens, types, strict=True) if kind == gguf.TokenType.UNKNOWN), None)
     inner = HfTokenizer(_bpe(tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = meta.get("add_space_prefix") is not False
@@ -443,6 +404,19 @@ def _checked(token_id: int) -> int:
 def _spelling(entry: Any) -> str:
     """A special token in tokenizer_config.json is a string, a dict with its content, or null."""
     return str(entry.get("content", "")) if isinstance(entry, dict) else str(entry or "")
+
+
+def _spelled_id(inner: HfTokenizer, config: dict[str, Any], key: str) -> int | None:
+    """The id of a special token that tokenizer_config.json spells."""
+    token = _spelling(config.get(key))
+    found = inner.token_to_id(token) if token else None
+    if token and found is None:
+        _log.warning("%s of %s is %r, which the tokenizer lacks: it is ignored", key, TOKENIZER_CONFIG_FILE, token)
+    return found
+
+
+def _size(inner: HfTokenizer) -> int:
+    return max(inner.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def _config_template(config: dict[str, Any]) -> str | None:

@@ -150,7 +150,7 @@ def served_model(model: "OpenModel", name: str | None) -> ServedModel:
         name=name or model.name,
         tokenizer=tokenizer,
         vocab_size=model.config.vocab_size,
-        eos_ids=tuple(dict.fromkeys((*model.config.eos_ids, *tokenizer.eos_ids))),
+        eos_ids=model.config.eos_ids,
         render_chat=chat if tokenizer.chat_template else None,
     )
 

@@ -12,7 +12,8 @@ import safetensors.numpy
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from nitsum_jax.models.config import ModelConfig, config_to_hf
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_hf import config_to_hf
 from nitsum_jax.models.pack import checkpoint_shapes
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -174,7 +175,12 @@ def write_gguf(
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
-    kinds = {int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32, str: gguf.GGUFValueType.STRING}
+    kinds = {
+        bool: gguf.GGUFValueType.BOOL,
+        int: gguf.GGUFValueType.UINT32,
+        float: gguf.GGUFValueType.FLOAT32,
+        str: gguf.GGUFValueType.STRING,
+    }
     for key, setting in (fields or {}).items():
         writer.add_key_value(key, setting, kinds[type(setting)])
     _add_gguf_tokenizer(writer)

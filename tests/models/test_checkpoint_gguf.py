@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
-from nitsum_jax.models.config import config_from_gguf
+from nitsum_jax.models.config_gguf import config_from_gguf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import pack
 from tests.models.checkpoint_helpers import DictSource, random_tensors, tiny_config, write_gguf

@@ -9,7 +9,9 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
-from nitsum_jax.models.config import RopeScaling, config_from_gguf, config_from_hf, config_to_hf
+from nitsum_jax.models.config import RopeScaling
+from nitsum_jax.models.config_gguf import config_from_gguf
+from nitsum_jax.models.config_hf import config_from_hf, config_to_hf
 from tests.models.checkpoint_helpers import random_tensors, tiny_config, write_gguf
 
 LLAMA3_ROPE = {
@@ -295,6 +297,7 @@ def test_gguf_linear_scaling(tmp_path: Path) -> None:
         ({"llama.rope.scaling.type": "yarn"}, "'yarn'"),
         ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4"),
         ({"split.count": 2}, "several parts"),
+        ({"llama.attention.head_count": 0}, "attention.head_count=0"),
         ({"llama.rope.scaling.factor": "two"}, "wrong kind"),
     ],
 )

@@ -121,9 +121,16 @@ class GgufFile:
         self.fields: dict[str, GgufField] = {}
         for _ in range(num_fields):
             key = self._string()
+            if key in self.fields:
+                raise InvalidInputError(f"GGUF file {self.path} has the key '{key}' twice: convert it again")
             self.fields[key] = GgufField(self._value(self._number(_UINT32)))
         alignment = self.fields.get("general.alignment", GgufField(_DEFAULT_ALIGNMENT)).value
         infos = [self._tensor_info() for _ in range(num_tensors)]
+        seen: set[str] = set()
+        for name, *_ in infos:
+            if name in seen:
+                raise InvalidInputError(f"GGUF file {self.path} has tensor '{name}' twice: convert it again")
+            seen.add(name)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError("no alignment")
         start = -(-self._at // alignment) * alignment

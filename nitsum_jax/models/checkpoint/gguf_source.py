@@ -43,11 +43,18 @@ class GgufSource:
     """
 
     def __init__(self, file: GgufFile, config: ModelConfig):
-        """Presents `file`, whose config is `config`."""
+        """Presents `file`, whose config is `config`.
+
+        Raises:
+          InvalidInputError: two tensors of the file are the same one of the model.
+        """
         self._file = file
         self._head_dim = config.head_dim
         self._unpermute = config.architecture == "llama"
-        self._tensors = {_canonical(tensor.name): tensor for tensor in file.tensors}
+        self._tensors: dict[str, GgufTensor] = {}
+        for tensor in file.tensors:
+            if self._tensors.setdefault(_canonical(tensor.name), tensor) is not tensor:
+                raise InvalidInputError(f"GGUF file {file.path} has tensor '{tensor.name}' twice: convert it again")
 
     def names(self) -> Iterable[str]:
         """All tensor names, those without a Hugging Face name as they are."""

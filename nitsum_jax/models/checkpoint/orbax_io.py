@@ -23,7 +23,8 @@ import orbax.checkpoint as ocp
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.source import missing_tensor
-from nitsum_jax.models.config import ModelConfig, config_from_hf, config_to_hf
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_hf import config_from_hf, config_to_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import (
     PlannedParam,
@@ -180,6 +181,11 @@ class OrbaxCheckpoint:
             shapes = {key: tuple(_leaf(tree, key).shape) for key in self._params}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise _damaged(self.folder) from None
+        if left := _names(tree) - {".".join(_path(key)) for key in self._params}:
+            raise InvalidInputError(
+                f"Orbax checkpoint {self.folder} has parameter '{min(left)}', which its config has no place for; "
+                "convert the model again"
+            )
         if any(shapes[key] != param.shape for key, param in self._params.items()):
             raise _damaged(self.folder)
 
@@ -275,6 +281,12 @@ def _nested(flat: Mapping[Key, Any]) -> dict[str, Any]:
             node = node.setdefault(parent, {})
         node[last] = value
     return tree
+
+
+def _names(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    """The dotted paths of all leaves."""
+    inner = {name: _names(node, f"{prefix}{name}.") for name, node in tree.items() if isinstance(node, Mapping)}
+    return {prefix + name for name in tree if name not in inner}.union(*inner.values())
 
 
 def _leaf(tree: Mapping[str, Any], key: Key) -> Any:

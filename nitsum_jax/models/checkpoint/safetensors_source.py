@@ -10,7 +10,7 @@ import safetensors
 import safetensors.numpy
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.checkpoint.source import missing_tensor
+from nitsum_jax.models.checkpoint.source import is_harmless, missing_tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -24,11 +24,22 @@ class SafetensorsSource:
         """Opens the files' headers.
 
         Raises:
-          InvalidInputError: no safetensors files in the folder, or one is missing or damaged.
+          InvalidInputError: no safetensors files in the folder, or one is missing or damaged, a tensor is in two of
+            them, or index and files contradict each other.
         """
         self._folder = Path(folder)
-        self._files = {name: self._open(name) for name in _file_names(self._folder)}
-        self._file_of = {tensor: file for file in self._files.values() for tensor in file.keys()}  # noqa: SIM118
+        index = _index(self._folder)
+        names = _file_names(self._folder) if index is None else sorted(set(index.values()))
+        files = {name: self._open(name) for name in names}
+        holders: dict[str, str] = {}
+        for name, file in files.items():
+            for tensor in file.keys():  # noqa: SIM118
+                other = holders.setdefault(tensor, name)
+                if other != name:
+                    raise self._contradiction(f"tensor '{tensor}' is both in {other} and in {name}")
+        if index is not None:
+            self._check_index(index, holders)
+        self._file_of = {tensor: files[name] for tensor, name in holders.items()}
 
     def names(self) -> Iterable[str]:
         """All tensor names."""
@@ -51,6 +62,17 @@ class SafetensorsSource:
         """Elements [start, stop) of the second axis."""
         columns: np.ndarray = self._slice(name)[:, start:stop]
         return columns
+
+    def _check_index(self, index: Mapping[str, str], holders: Mapping[str, str]) -> None:
+        for tensor, name in index.items():
+            if holders.get(tensor) != name:
+                raise self._contradiction(f"{INDEX_FILE} says that tensor '{tensor}' is in {name}, which lacks it")
+        for tensor, name in holders.items():
+            if tensor not in index and not is_harmless(tensor):
+                raise self._contradiction(f"tensor '{tensor}' is in {name}, but not in {INDEX_FILE}")
+
+    def _contradiction(self, what: str) -> InvalidInputError:
+        return InvalidInputError(f"{what} (folder {self._folder}); download the model again into an empty folder")
 
     def _open(self, name: str) -> Any:
         path = self._folder / name
@@ -123,16 +145,36 @@ class SafetensorsWriter:
             self._pending = {}
 
 
+def _index(folder: Path) -> dict[str, str] | None:
+    """Which file has which tensor, by the index; None if there is none."""
+    path = folder / INDEX_FILE
+    if not path.exists():
+        return None
+    doubled: list[str] = []
+
+    def pairs(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(entries)
+        if len(table) < len(entries):
+            keys = [key for key, _ in entries]
+            doubled.extend(key for key in table if keys.count(key) > 1)
+        return table
+
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=pairs)["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        weight_map = None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise InvalidInputError(f"{path} is not a safetensors index; download it again")
+    if doubled:
+        raise InvalidInputError(f"{path} names '{doubled[0]}' twice; download it again")
+    if (folder / SINGLE_FILE).exists() and SINGLE_FILE not in weight_map.values():
+        raise InvalidInputError(
+            f"{folder} has {SINGLE_FILE} and an index of other files ({INDEX_FILE}); remove the one that is not meant"
+        )
+    return weight_map
+
+
 def _file_names(folder: Path) -> list[str]:
-    index_path = folder / INDEX_FILE
-    if index_path.exists():
-        try:
-            weight_map = json.loads(index_path.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError):
-            weight_map = None
-        if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise InvalidInputError(f"{index_path} is not a safetensors index; download it again")
-        return sorted(set(weight_map.values()))
     if (folder / SINGLE_FILE).exists():
         return [SINGLE_FILE]
     names = sorted(path.name for path in folder.glob("*.safetensors"))

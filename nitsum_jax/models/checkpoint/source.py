@@ -1,11 +1,16 @@
 """What every checkpoint format presents: named tensors, read in whole or in part."""
 
+import re
 from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
+
+# Rotary frequencies: older checkpoints keep them in every layer though they follow from the config, and transformers
+# ignores them; of a GGUF file, the config reader has taken them into account.
+_HARMLESS = re.compile(r".*rotary_emb\.inv_freq|(blk\.\d+\.)?attn_rot_embd(\.weight)?|rope_freqs\.weight")
 
 
 class TensorSource(Protocol):
@@ -35,3 +40,8 @@ class TensorSource(Protocol):
 def missing_tensor(name: str, where: object) -> InvalidInputError:
     """The error for a tensor that a checkpoint should have."""
     return InvalidInputError(f"checkpoint {where} has no tensor '{name}'; it is incomplete or of another architecture")
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a tensor changes nothing, whatever the config says."""
+    return _HARMLESS.fullmatch(name) is not None
