@@ -118,15 +118,16 @@ class ServedModel:
       tokenizer: text to ids and back.
       vocab_size: V of the model; ids are 0 to V - 1.
       eos_ids: the ids that end an output, unless the request ignores them.
-      render_chat: messages (each with "role" and "content") to the text of the prompt, ending where the assistant
-        speaks; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
+      render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, ending
+        where the assistant speaks; None when the model has no chat template. Raises InvalidInputError if the template
+        refuses them.
     """
 
     name: str
     tokenizer: ServingTokenizer
     vocab_size: int
     eos_ids: tuple[int, ...]
-    render_chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+    render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None
 
 
 class Phase(enum.Enum):

@@ -9,6 +9,7 @@ import dataclasses
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -41,9 +42,9 @@ class TextPrompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages, each with "role" and "content", for the chat template of the model."""
+    """Messages, each with "role" and "content" (a text, or text parts), for the chat template of the model."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ def prompt_size(prompt: Prompt) -> int:
         case TextPrompt(text):
             return len(text)
         case ChatPrompt(messages):
-            return sum(len(message["content"]) for message in messages)
+            return sum(map(_content_size, messages))
         case TokenPrompt():
             return 0
 
@@ -221,8 +222,15 @@ def derived_seed(seed: int, index: int) -> int:
     return (seed + index * 0x9E3779B9) % (MAX_SEED + 1)  # the odd fraction of 2^32 that spreads neighbours widest
 
 
-def _chat_text(messages: Sequence[Mapping[str, str]], model: ServedModel) -> str:
-    if not any(turn["content"] for turn in messages):
+def _content_size(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    if isinstance(content, list):
+        return sum(len(str(part.get("text", ""))) for part in content if isinstance(part, Mapping))
+    return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
+
+
+def _chat_text(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
+    if not any(map(_content_size, messages)):
         raise InvalidInputError("the prompt is empty: chat needs at least one message with content")
     if not all(turn["role"] for turn in messages):
         raise InvalidInputError('every chat message needs a role, such as "user"')

@@ -141,7 +141,7 @@ def served_model(model: "OpenModel", name: str | None) -> ServedModel:
 
     tokenizer = model.tokenizer
 
-    def chat(messages: Sequence[Mapping[str, str]]) -> str:
+    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
         return render_chat(
             tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )

@@ -143,9 +143,9 @@ class Message(Strict):
     content: ContentField
     name: _Id | None = None
 
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> dict[str, Any]:
         """As the chat template gets it; "developer" is OpenAI's newer word for "system", which no template knows."""
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         return turn if self.name is None else {**turn, "name": self.name}
 
 
