@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import UnavailableError
 from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.bridge import Bridge
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ class ServedModel:
       render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, ending
         where the assistant speaks; None when the model has no chat template. Raises InvalidInputError if the template
         refuses them.
+      defaults: what stands for the parameters that a request does not set.
     """
 
     name: str
@@ -128,6 +130,7 @@ class ServedModel:
     vocab_size: int
     eos_ids: tuple[int, ...]
     render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None
+    defaults: GenerationDefaults = GenerationDefaults()
 
 
 class Phase(enum.Enum):

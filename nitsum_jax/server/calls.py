@@ -13,6 +13,7 @@ from typing import Any
 
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.backend import Backend, ServedModel
 from nitsum_jax.server.callers import current_caller
 
@@ -63,7 +64,7 @@ class Wanted:
 
     Attributes:
       sampling: how tokens are chosen; without a seed one is drawn.
-      max_tokens: at most this many new tokens.
+      max_tokens: at most this many new tokens; front ends put the model's own limit there if it has one.
       stops: strings before which the output ends.
       stop_token_ids: ids before which the output ends, beside those of the model.
       ignore_eos: the end-of-sequence ids of the model do not end the output.
@@ -210,6 +211,11 @@ def make_call(
         logprobs=wanted.logprobs,
     )
     return Call(request, tuple(dict.fromkeys(wanted.stops)))
+
+
+def default_max_tokens(defaults: GenerationDefaults) -> int:
+    """The limit of requests that have none."""
+    return DEFAULT_MAX_TOKENS if defaults.max_new_tokens is None else defaults.max_new_tokens
 
 
 def default_tier(tiers: Sequence[str]) -> str:

@@ -280,8 +280,8 @@ TEMPLATES: dict[str, str] = {
     "glm_4": (
         "[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}<|system|>\n{% for tool in"
         " item['tools'] %}{{ tool | tojson(indent=4) }}{% endfor %}{% endif %}{% if item['content'] %}"
-        "<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
-        "<|assistant|>{% endif %}"
+        "<|{{ item['role'] }}|>{{ item['metadata'] }}\n{{ item['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
     "exaone_loop_neighbours": (
         "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}{{ '[|system|][|endofturn|]\n'"
