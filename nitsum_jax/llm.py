@@ -29,7 +29,17 @@ from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionEr
 from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.models.loading import open_model
-from nitsum_jax.server.calls import Call, ChatPrompt, TextPrompt, TokenPrompt, Wanted, check, make_call, prompt_ids
+from nitsum_jax.server.calls import (
+    Call,
+    ChatPrompt,
+    TextPrompt,
+    TokenPrompt,
+    Wanted,
+    check,
+    default_max_tokens,
+    make_call,
+    prompt_ids,
+)
 from nitsum_jax.server.compile_cache import OFF, enable
 from nitsum_jax.server.launch import served_model
 from nitsum_jax.server.output import Output, Piece
@@ -80,6 +90,7 @@ class LLM:
         *,
         devices: int | None = None,
         cache_dir: str | None = None,
+        generation_config: str = "auto",
         **settings: Any,
     ):
         """Loads a model and compiles its steps; takes seconds, the first time on a machine longer.
@@ -92,11 +103,15 @@ class LLM:
           layout: to begin with, such as "tp2x2"; chosen to fit if None.
           devices: of the cell; all there are if None, of a CPU as many as `layout` names.
           cache_dir: folder for compiled executables, "off" for none; as `nitsum-serve --cache_dir`.
+          generation_config: "auto": calls without `sampling` or `max_tokens` take what the model's generation config
+            says; "none": that is ignored; as `nitsum-serve --generation_config`.
           **settings: other fields of `EngineConfig`, such as max_batch, dtype or deterministic.
 
         Raises:
           NitsumError: model, devices, layout or memory do not fit what was asked for.
         """
+        if generation_config not in ("auto", "none"):
+            raise InvalidInputError(f"generation_config={generation_config!r} is not known: give auto or none")
         known = {field.name for field in dataclasses.fields(EngineConfig)}
         wrong = sorted(set(settings) - known)
         if wrong:
@@ -108,7 +123,7 @@ class LLM:
         if cache_dir != OFF:
             enable(cache_dir)
         opened = open_model(model)
-        self._model = served_model(opened, None)
+        self._model = served_model(opened, None, generation_config)
         self._lock = threading.Lock()
         self._takers: dict[str, _Take] = {}
         if config.tier_names == DEFAULT_TIERS.names:
@@ -125,7 +140,7 @@ class LLM:
 
         Args:
           prompts: each a text, token ids or a chat.
-          sampling: how tokens are chosen; greedy if None.
+          sampling: how tokens are chosen; if None, as the model's generation config says, greedy if it says nothing.
           **wanted: fields of `Wanted`: max_tokens, stop (a text or several), stop_token_ids, min_tokens, ignore_eos,
             logprobs, tier.
 
@@ -280,8 +295,12 @@ class LLM:
         wrong = sorted(set(fields) - known)
         if wrong:
             raise InvalidInputError(f"{wrong[0]!r} is not known: known are {', '.join(sorted({*known, 'stop'}))}")
+        defaults = self._model.defaults
+        fields.setdefault("max_tokens", default_max_tokens(defaults))
         what = Wanted(
-            sampling or SamplingParams(), stops=(stops,) if isinstance(stops, str) else tuple(stops), **fields
+            sampling or SamplingParams(**defaults.sampling),
+            stops=(stops,) if isinstance(stops, str) else tuple(stops),
+            **fields,
         )
         check(what, self._model.vocab_size)
         encoded = [prompt_ids(_prompt(prompt), self._model) for prompt in prompts]

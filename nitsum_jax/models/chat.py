@@ -2,8 +2,9 @@
 
 Templates are code from a model's author, so they run in jinja2's immutable sandbox: no attribute of Python's internals,
 no change of what they are given, no text or time without end (see `chat_sandbox`).  They see what Hugging Face gives
-them: messages, add_generation_prompt, bos_token, eos_token, raise_exception, strftime_now and a tojson that does not
-escape for HTML.
+them: messages, tools and documents (None: there are none), add_generation_prompt, bos_token, eos_token,
+raise_exception, strftime_now and a tojson that does not escape for HTML.  What a message says comes as text or as a
+list of parts, whichever the template takes (see `chat_content`).
 
 What a message says is put into the prompt as it is.  Text that spells a special token, such as "<|im_end|>", becomes
 that token when the prompt is encoded, exactly as with Hugging Face's apply_chat_template.
@@ -21,7 +22,7 @@ import jinja2.nodes
 import jinja2.parser
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models import chat_sandbox
+from nitsum_jax.models import chat_content, chat_sandbox
 from nitsum_jax.models.tokenizer import Tokenizer
 
 
@@ -37,7 +38,8 @@ def render_chat(
 
     Args:
       template: the model's jinja2 template; None if it has none.
-      messages: at least one, each with a "role" and a "content" (both text); other keys reach the template as they are.
+      messages: at least one, each with a "role" (text) and a "content": text, or a list of parts of the form
+        {"type": "text", "text": "..."}; other keys reach the template as they are.
       add_generation_prompt: whether the text ends where the assistant's answer begins.
       bos_token: spelling of the start token, for templates that write it.
       eos_token: spelling of the end token, likewise.
@@ -48,14 +50,14 @@ def render_chat(
     if template is None:
         raise InvalidInputError("the model has no chat template: send a plain prompt instead of chat messages")
     _check(messages)
+    tokens = (bos_token, eos_token)
     try:
-        variables = {
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
-            "bos_token": bos_token,
-            "eos_token": eos_token,
-        }
-        return chat_sandbox.render(_compiled(template), variables)
+        forms = _forms(template, tokens)
+        formed = [
+            {**message, "content": forms.get(message["role"], forms["user"]).of(message["content"])}
+            for message in messages
+        ]
+        return _rendered(template, formed, add_generation_prompt, tokens)
     except _RefusedError as e:
         raise InvalidInputError(f"the chat template refuses these messages: {_one_line(e)}") from None
     except jinja2.TemplateSyntaxError as e:
@@ -91,9 +93,10 @@ class _GenerationTag(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012  the name and kind of attribute are jinja2's
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)  # what is set inside ends there
 
 
 @functools.lru_cache(maxsize=16)
@@ -107,15 +110,42 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
+def _rendered(template: str, messages: chat_content.Messages, prompt: bool, tokens: tuple[str, str]) -> str:
+    variables = {
+        "messages": messages,
+        "tools": None,  # as Hugging Face has it: templates ask whether it is none, and not whether it is defined
+        "documents": None,
+        "add_generation_prompt": prompt,
+        "bos_token": tokens[0],
+        "eos_token": tokens[1],
+    }
+    return chat_sandbox.render(_compiled(template), variables)
+
+
+@functools.lru_cache(maxsize=16)
+def _forms(template: str, tokens: tuple[str, str]) -> Mapping[str, chat_content.Form]:
+    _compiled(template)  # a broken one is no matter of the probe
+    return chat_content.probe(lambda messages: _rendered(template, messages, True, tokens))
+
+
 def _check(messages: Sequence[Mapping[str, Any]]) -> None:
     if not messages:
         raise InvalidInputError("messages is empty: send at least one message")
     for number, message in enumerate(messages):
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
+        content = message.get("content")
+        for key, given in (("role", message.get("role")), ("content", content)):
+            if not isinstance(given, str) and not (key == "content" and isinstance(given, list)):
                 raise InvalidInputError(f"message {number} has no {key}: give each message a role and a content text")
+        if isinstance(content, list) and not all(map(_is_text_part, content)):
+            raise InvalidInputError(
+                f'message {number} has a part that is no text: give {{"type": "text", "text": "..."}}'
+            )
         if not message["role"]:
             raise InvalidInputError(f"message {number} has an empty role: give system, user or assistant")
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _raise_exception(message: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """`nitsum-convert SRC DST --to=orbax|safetensors`: a model from one checkpoint format into another.
 
-The result holds tokenizer and chat template as well, so --model takes it as it is.
+The result holds tokenizer, chat template and generation config as well, so --model takes it as it is.
 """
 
 import json
@@ -16,6 +16,7 @@ from nitsum_jax.models.checkpoint.orbax_io import save_orbax
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsWriter
 from nitsum_jax.models.config_hf import config_to_hf
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.generation import add_generation_config
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.pack import checkpoint_shapes, matrix_dtype
 
@@ -46,6 +47,7 @@ def convert(src: str, dst: str, to: str, *, vshards: int = DEFAULT_VSHARDS, dtyp
     cut = ModelCut.of(model.config, vshards)
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(folder)
+    add_generation_config(folder, model.generation)
     if to == "orbax":
         save_orbax(folder, model.config, cut, model.weights(cut, wanted), wanted)
     else:

@@ -21,6 +21,7 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_gguf import config_from_gguf
 from nitsum_jax.models.config_hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.generation import generation_of_gguf, read_generation_config
 from nitsum_jax.models.pack import check_tensors, pack
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.special_ids import valid_ids
@@ -43,6 +44,7 @@ class OpenModel:
       tokenizer: its tokenizer.
       source: its tensors.
       vshards: the checkpoint if it holds vshards already (Orbax), else None.
+      generation: what it says about how it is to be sampled, as in generation_config.json.
     """
 
     name: str
@@ -50,6 +52,7 @@ class OpenModel:
     tokenizer: Tokenizer
     source: TensorSource
     vshards: "OrbaxCheckpoint | None" = None
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def with_layers(self, count: int) -> "OpenModel":
         """The model without the layers behind the first `count`: it talks nonsense, and its steps cost less.
@@ -145,7 +148,8 @@ def _open_gguf(path: Path, name: str) -> OpenModel:
     file = GgufFile(path)
     config = config_from_gguf(file, name)
     reader: Any = file  # has what the tokenizer asks of a gguf.GGUFReader
-    return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config))
+    said = generation_of_gguf(file.fields)
+    return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said)
 
 
 def _open_hf(folder: Path, name: str) -> OpenModel:
@@ -157,7 +161,9 @@ def _open_hf(folder: Path, name: str) -> OpenModel:
         config_json = None
     if not isinstance(config_json, dict):
         raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
-    return _finished(name, config_from_hf(config_json, name), Tokenizer.from_file(folder), SafetensorsSource(folder))
+    config = config_from_hf(config_json, name)
+    said = read_generation_config(folder)
+    return _finished(name, config, Tokenizer.from_file(folder), SafetensorsSource(folder), said)
 
 
 def _open_orbax(folder: Path, name: str) -> OpenModel:
@@ -165,7 +171,8 @@ def _open_orbax(folder: Path, name: str) -> OpenModel:
     from nitsum_jax.models.checkpoint.orbax_io import OrbaxCheckpoint
 
     checkpoint = OrbaxCheckpoint(folder)
-    return _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, checkpoint)
+    said = read_generation_config(folder)
+    return _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, said, checkpoint)
 
 
 def _finished(
@@ -173,13 +180,14 @@ def _finished(
     config: ModelConfig,
     tokenizer: Tokenizer,
     source: TensorSource,
+    generation: Mapping[str, Any],
     vshards: "OrbaxCheckpoint | None" = None,
 ) -> OpenModel:
     config = with_own_head(config, source)
     check_tensors(config, source)
     refuse_leftovers(config, source)
-    eos_ids = _end_ids(config, tokenizer)
-    return OpenModel(name, dataclasses.replace(config, name=name, eos_ids=eos_ids), tokenizer, source, vshards)
+    config = dataclasses.replace(config, name=name, eos_ids=_end_ids(config, tokenizer))
+    return OpenModel(name, config, tokenizer, source, vshards, generation)
 
 
 def _end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -5,13 +5,9 @@ token, too: "<|im_end|>" inside a prompt becomes the one special id, as it does 
 to a model must decide whether that is wanted; nothing here strips it.
 """
 
-import codecs
-import contextlib
-import functools
 import json
 import logging
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.detokenizer import Detokenizer, StreamDecoder
 from nitsum_jax.models.gguf_vocabulary import LLAMA3_NAMES, GgufVocabulary
 from nitsum_jax.models.special_ids import ids_of_json, valid_ids
 
@@ -42,12 +39,6 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 _QWEN2_SPLIT = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|" + _SPACES
 
-# Characters that stand for bytes in byte-level vocabularies: printable Latin-1 for itself, the rest from U+0100 on.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_BYTE_OF_CHAR = {chr(b): b for b in _PRINTABLE}
-_BYTE_OF_CHAR |= {chr(0x100 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-
 
 class Tokenizer:
     """One model's tokenizer, with its special ids and its chat template; immutable and thread-safe.
@@ -68,10 +59,7 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        self._special = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
-        read, self._strip = _piece_reader(inner)
-        # Every token of every stream asks; the common ones are few.
-        self._pieces = None if read is None else functools.lru_cache(maxsize=2**16)(read)
+        self._detokenizer = Detokenizer(inner)
         self.vocab_size = _size(inner)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
@@ -166,32 +154,36 @@ class Tokenizer:
             raise InvalidInputError(f"text is not valid Unicode at character {e.start}: send UTF-8") from None
         return self._inner.encode(text, add_special_tokens=add_special).ids
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = True, *, starts_text: bool = False) -> str:
         """Text of `ids`: what a stream of them says; ids outside the vocabulary say nothing.
 
         Bytes that are not UTF-8 become U+FFFD.
 
+        Args:
+          ids: of an output, which continues a text, or of a whole text.
+          skip_special: whether special tokens say nothing, as in outputs, or are spelled.
+          starts_text: whether the ids begin a text.  The space that sentencepiece puts before its first word is dropped
+            then; in an output it is the space between prompt and output.
+
         Raises:
           InvalidInputError: an id is negative or does not fit 32 bits.
         """
-        stream = self.stream(skip_special)
+        stream = self._detokenizer.stream(skip_special, starts_text)
         return stream.push(ids) + stream.flush()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """What one token says, as UTF-8: a part of a character where that is spread over several tokens.
+    def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes:
+        """What one token says in an output, as UTF-8: a part of a character where that is spread over several tokens.
+
+        The bytes of all tokens of an output, decoded together, are its text, if special tokens are skipped in both.
 
         Raises:
           InvalidInputError: the id is negative or does not fit 32 bits.
         """
-        if self._pieces is None:
-            return self._inner.decode([_checked(token_id)], skip_special_tokens=False).encode()
-        return self._pieces(_checked(token_id))
+        return self._detokenizer.token_bytes(token_id, skip_special)
 
-    def stream(self, skip_special: bool = True) -> "StreamDecoder":
-        """A decoder for ids as they come; see StreamDecoder."""
-        if self._pieces is None:
-            return _WindowDecoder(self._inner, skip_special)
-        return _ByteDecoder(self._pieces, self._special if skip_special else frozenset(), self._strip)
+    def stream(self, skip_special: bool = True) -> StreamDecoder:
+        """A decoder for the ids of an output as they come; see StreamDecoder."""
+        return self._detokenizer.stream(skip_special, starts_text=False)
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `from_file` reads; Hugging Face reads them as well."""
@@ -211,81 +203,6 @@ class Tokenizer:
             ends["bos_token_id"] = self.bos_id
         _write_json(folder / TOKENIZER_CONFIG_FILE, config)
         _write_json(folder / GENERATION_CONFIG_FILE, ends)
-
-
-class StreamDecoder:
-    """Turns ids into text piece by piece, such that the pieces joined are the text of all ids.
-
-    Nothing half-done is ever handed out: bytes that may still become a character wait for the next token.  U+FFFD
-    stands only for bytes that cannot become one any more (or for a U+FFFD that the model said).
-    """
-
-    def push(self, ids: Iterable[int]) -> str:
-        """Takes new ids; returns the text that is ready, often "".
-
-        Raises:
-          InvalidInputError: an id is negative or does not fit 32 bits.
-        """
-        raise NotImplementedError
-
-    def flush(self) -> str:
-        """Ends the stream; returns what waited, an unfinished character as U+FFFD."""
-        raise NotImplementedError
-
-
-class _ByteDecoder(StreamDecoder):
-    """For byte-level and byte-fallback vocabularies, in which every token stands for known bytes.
-
-    tokenizers.decoders.DecodeStream would hold text back for as long as it ends in U+FFFD, and fails when a run of
-    fallback bytes turns out invalid after a part of it was shown; bytes have neither trouble, and cost O(1) a token.
-    """
-
-    def __init__(self, pieces: Callable[[int], bytes], skipped: frozenset[int], strip: int) -> None:
-        self._pieces = pieces
-        self._skipped = skipped
-        self._strip = strip  # leading spaces still to be dropped: sentencepiece puts one before the first word
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Iterable[int]) -> str:
-        return self._text(b"".join(self._pieces(_checked(i)) for i in ids if i not in self._skipped))
-
-    def flush(self) -> str:
-        return self._text(b"", final=True)
-
-    def _text(self, data: bytes, final: bool = False) -> str:
-        text = self._utf8.decode(data, final)
-        while self._strip and text:
-            if text[0] != " ":
-                self._strip = 0
-                break
-            text = text[1:]
-            self._strip -= 1
-        return text
-
-
-class _WindowDecoder(StreamDecoder):
-    """For any other kind of decoder: the tokenizers package's own stream, and the full text for the rest at the end."""
-
-    def __init__(self, inner: HfTokenizer, skip_special: bool) -> None:
-        self._inner = inner
-        self._skip_special = skip_special
-        self._stream = decoders.DecodeStream(skip_special_tokens=skip_special)
-        self._ids: list[int] = []
-        self._shown = 0
-
-    def push(self, ids: Iterable[int]) -> str:
-        text = ""
-        for i in ids:
-            self._ids.append(_checked(i))
-            with contextlib.suppress(Exception):  # it may give up on invalid bytes; then flush() brings the rest
-                text += self._stream.step(self._inner, i) or ""
-        self._shown += len(text)
-        return text
-
-    def flush(self) -> str:
-        rest = self._inner.decode(self._ids, skip_special_tokens=self._skip_special)[self._shown :]
-        self._shown += len(rest)
-        return rest
 
 
 def _byte_level_bpe(meta: GgufVocabulary, tokens: list[str]) -> HfTokenizer:
@@ -364,41 +281,6 @@ def _add_template(inner: HfTokenizer, tokens: list[str], bos_id: int | None, eos
     inner.post_processor = processors.TemplateProcessing(
         single=[*before, "$A", *behind], special_tokens=[(tokens[i], i) for i in dict.fromkeys(ids)]
     )
-
-
-def _piece_reader(inner: HfTokenizer) -> tuple[Callable[[int], bytes] | None, int]:
-    """(function from id to bytes, or None if this decoder has no such thing; leading spaces to drop from a text)."""
-    # The pickling state is the decoder's JSON; inner.to_str() would write the whole vocabulary for it.
-    decoder = json.loads(inner.decoder.__getstate__()) if inner.decoder is not None else {}
-    steps = decoder.get("decoders", [])
-    kinds = [step["type"] for step in steps]
-    if decoder.get("type") == "ByteLevel":
-        return lambda i: _byte_level_bytes(inner.id_to_token(i) or ""), 0
-    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"] or kinds[3:] not in ([], ["Strip"]):
-        return None, 0
-    pattern, content, strip = steps[0]["pattern"].get("String"), steps[0]["content"], steps[3:]
-    if pattern is None or (strip and (strip[0]["content"] != " " or strip[0]["stop"])):
-        return None, 0
-
-    def read(i: int) -> bytes:
-        token = (inner.id_to_token(i) or "").replace(pattern, content)
-        byte = _BYTE_TOKEN.fullmatch(token)
-        return bytes([int(byte[1], 16)]) if byte else token.encode("utf-8")
-
-    return read, strip[0]["start"] if strip else 0
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    try:
-        return bytes(_BYTE_OF_CHAR[c] for c in token)
-    except KeyError:  # an added token that is spelled as plain text
-        return token.encode("utf-8")
-
-
-def _checked(token_id: int) -> int:
-    if not 0 <= token_id < 2**32:
-        raise InvalidInputError(f"token id {token_id} is out of range: ids are 0 to the vocabulary size")
-    return token_id
 
 
 def _spelling(entry: Any) -> str:

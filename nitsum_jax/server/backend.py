@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import UnavailableError
 from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.bridge import Bridge
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class ServingTokenizer(Protocol):
     """`nitsum_jax.models.tokenizer.Tokenizer` is one."""
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
-    def token_bytes(self, token_id: int) -> bytes: ...
+    def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes: ...
     def stream(self) -> TextStream: ...
 
 
@@ -118,15 +119,18 @@ class ServedModel:
       tokenizer: text to ids and back.
       vocab_size: V of the model; ids are 0 to V - 1.
       eos_ids: the ids that end an output, unless the request ignores them.
-      render_chat: messages (each with "role" and "content") to the text of the prompt, ending where the assistant
-        speaks; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
+      render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, ending
+        where the assistant speaks; None when the model has no chat template. Raises InvalidInputError if the template
+        refuses them.
+      defaults: what stands for the parameters that a request does not set.
     """
 
     name: str
     tokenizer: ServingTokenizer
     vocab_size: int
     eos_ids: tuple[int, ...]
-    render_chat: Callable[[Sequence[Mapping[str, str]]], str] | None
+    render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None
+    defaults: GenerationDefaults = GenerationDefaults()
 
 
 class Phase(enum.Enum):

@@ -9,9 +9,11 @@ import dataclasses
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.backend import Backend, ServedModel
 from nitsum_jax.server.callers import current_caller
 
@@ -41,9 +43,9 @@ class TextPrompt:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """Messages, each with "role" and "content", for the chat template of the model."""
+    """Messages, each with "role" and "content" (a text, or text parts), for the chat template of the model."""
 
-    messages: Sequence[Mapping[str, str]]
+    messages: Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +64,7 @@ class Wanted:
 
     Attributes:
       sampling: how tokens are chosen; without a seed one is drawn.
-      max_tokens: at most this many new tokens.
+      max_tokens: at most this many new tokens; front ends put the model's own limit there if it has one.
       stops: strings before which the output ends.
       stop_token_ids: ids before which the output ends, beside those of the model.
       ignore_eos: the end-of-sequence ids of the model do not end the output.
@@ -144,7 +146,7 @@ def prompt_size(prompt: Prompt) -> int:
         case TextPrompt(text):
             return len(text)
         case ChatPrompt(messages):
-            return sum(len(message["content"]) for message in messages)
+            return sum(map(_content_size, messages))
         case TokenPrompt():
             return 0
 
@@ -211,6 +213,11 @@ def make_call(
     return Call(request, tuple(dict.fromkeys(wanted.stops)))
 
 
+def default_max_tokens(defaults: GenerationDefaults) -> int:
+    """The limit of requests that have none."""
+    return DEFAULT_MAX_TOKENS if defaults.max_new_tokens is None else defaults.max_new_tokens
+
+
 def default_tier(tiers: Sequence[str]) -> str:
     """The tier of requests that name none."""
     return DEFAULT_TIER if DEFAULT_TIER in tiers else tiers[0]
@@ -221,8 +228,15 @@ def derived_seed(seed: int, index: int) -> int:
     return (seed + index * 0x9E3779B9) % (MAX_SEED + 1)  # the odd fraction of 2^32 that spreads neighbours widest
 
 
-def _chat_text(messages: Sequence[Mapping[str, str]], model: ServedModel) -> str:
-    if not any(turn["content"] for turn in messages):
+def _content_size(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    if isinstance(content, list):
+        return sum(len(str(part.get("text", ""))) for part in content if isinstance(part, Mapping))
+    return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
+
+
+def _chat_text(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
+    if not any(map(_content_size, messages)):
         raise InvalidInputError("the prompt is empty: chat needs at least one message with content")
     if not all(turn["role"] for turn in messages):
         raise InvalidInputError('every chat message needs a role, such as "user"')

@@ -115,7 +115,10 @@ def _define() -> flags.FlagValues:
     )
     text("system", None, "with --chat: the system message", flag_values=values)
     flags.DEFINE_integer(
-        "max_tokens", None, "at most this many new tokens; the server's default is 256", flag_values=values
+        "max_tokens",
+        None,
+        "at most this many new tokens; if not given, as the model says, else 256",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "min_tokens", None, "no stop token or text ends the output before so many tokens", flag_values=values

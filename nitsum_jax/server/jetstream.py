@@ -1,8 +1,8 @@
 """JetStream's gRPC service over the same engine, so that its clients and its benchmark run unmodified.
 
-Its protocol has no field for how tokens are chosen: one sample is decoded greedily, several are drawn at temperature 1.
-It has no stop strings and no tiers either; the end-of-sequence ids of the model end an output, and the default tier
-serves it. How an output ended is not told.
+Its protocol has no field for how tokens are chosen: one sample is decoded greedily, several are drawn as the model's
+generation config says, at temperature 1 if it says nothing. It has no stop strings and no tiers either; the
+end-of-sequence ids of the model end an output, and the default tier serves it. How an output ended is not told.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from grpc.aio import ServicerContext
 
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.backend import Backend, Phase, ServerState, ServingTokenizer
 from nitsum_jax.server.calls import (
-    DEFAULT_MAX_TOKENS,
     MAX_OUTPUTS,
     Call,
     Prompt,
@@ -24,6 +24,7 @@ from nitsum_jax.server.calls import (
     Wanted,
     check,
     check_outputs,
+    default_max_tokens,
     derived_seed,
     encode,
     make_call,
@@ -87,14 +88,21 @@ async def _calls(message: jetstream_pb2.DecodeRequest, backend: Backend, deadlin
         raise InvalidInputError(f"num_samples={samples} is out of range: give 1 to {MAX_OUTPUTS}")
     check_outputs(samples, backend, f"num_samples={samples}")
     wanted = Wanted(
-        sampling=SamplingParams(temperature=0.0 if samples == 1 else 1.0),
-        max_tokens=message.max_tokens or DEFAULT_MAX_TOKENS,
+        sampling=_sampling(samples, backend.model.defaults),
+        max_tokens=message.max_tokens or default_max_tokens(backend.model.defaults),
         deadline_s=deadline_s,
     )
     check(wanted, backend.model.vocab_size)
     (ids,) = await encode([_prompt(message, backend.model.tokenizer)], backend.model)
     first = make_call(wanted, ids, backend.model, backend.engine.tier_names)
     return [first, *(_resampled(first, index) for index in range(1, samples))]
+
+
+def _sampling(samples: int, defaults: GenerationDefaults) -> SamplingParams:
+    """Greedy for one sample, as JetStream's servers decode and its benchmark scores; several must differ."""
+    if samples == 1:
+        return SamplingParams()
+    return SamplingParams(**{**defaults.sampling, "temperature": defaults.temperature or 1.0})
 
 
 def _prompt(message: jetstream_pb2.DecodeRequest, tokenizer: ServingTokenizer) -> Prompt:

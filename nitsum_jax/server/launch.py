@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from nitsum_jax.control.planner import PlannerConfig
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
-from nitsum_jax.engine.request import TokenDelta
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.engine.request import SamplingParams, TokenDelta
+from nitsum_jax.errors import InvalidInputError, NitsumError
+from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.server import cli, logs
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.backend import ServedModel, ServingEngine
@@ -132,16 +133,26 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
         time_scale=options.time_scale,
     )
     spare_the_collector()
-    return Loaded(started.engine, served_model(model, options.served_model_name), started)
+    return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
 
 
-def served_model(model: "OpenModel", name: str | None) -> ServedModel:
-    """What front ends need of a model; `name`: what clients call it, its own if None."""
+def served_model(model: "OpenModel", name: str | None, generation_config: str = "auto") -> ServedModel:
+    """What front ends need of a model.
+
+    Args:
+      model: the model.
+      name: what clients call it, its own if None.
+      generation_config: "auto": what a request does not set is as the model's generation config says; "none": that is
+        ignored.
+
+    Raises:
+      InvalidInputError: the generation config cannot be used.
+    """
     from nitsum_jax.models.chat import render_chat
 
     tokenizer = model.tokenizer
 
-    def chat(messages: Sequence[Mapping[str, str]]) -> str:
+    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
         return render_chat(
             tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
@@ -152,7 +163,22 @@ def served_model(model: "OpenModel", name: str | None) -> ServedModel:
         vocab_size=model.config.vocab_size,
         eos_ids=model.config.eos_ids,
         render_chat=chat if tokenizer.chat_template else None,
+        defaults=_defaults(model) if generation_config == "auto" else GenerationDefaults(),
     )
+
+
+def _defaults(model: "OpenModel") -> GenerationDefaults:
+    try:
+        defaults = generation_defaults(model.generation, model.config.vocab_size)
+        SamplingParams(**defaults.sampling).validate()
+        if defaults.max_new_tokens is not None and defaults.max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens={defaults.max_new_tokens} is out of range: give 1 or more")
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"the generation config of {model.name} cannot be used: {error}. Correct it, or leave it out with "
+            "generation_config=none"
+        ) from None
+    return defaults
 
 
 async def _serve(options: LaunchOptions, load: Load) -> int:
@@ -319,6 +345,8 @@ def _announce(
         cli.out(f"OpenAI-compatible HTTP: {base}/v1")
     for line in house.addresses():
         cli.out(line)
+    if model_says := str(model.defaults):
+        cli.out(f"where a request does not say: {model_says} (the model's; --generation_config=none leaves them out)")
     if options.control.mode != "off":
         cli.out(f"planner {options.control.mode}: a decision every {options.control.interval_s:g} s at the latest")
     where = _address(server)

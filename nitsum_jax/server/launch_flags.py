@@ -39,6 +39,7 @@ class LaunchOptions:
     time_scale: float = 1.0
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
     control: control_flags.ControlOptions = control_flags.ControlOptions()
+    generation_config: str = "auto"
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -71,6 +72,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         time_scale=values.time_scale,
         ops=ops_flags.read(values),
         control=control_flags.read(values),
+        generation_config=values.generation_config,
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -127,6 +129,14 @@ def _define() -> flags.FlagValues:
         flag_values=values,
     )
     text("served_model_name", None, "what clients call the model; the name that --model gives it if not given")
+    flags.DEFINE_enum(
+        "generation_config",
+        "auto",
+        ["auto", "none"],
+        "what a request does not set of temperature, top_p, top_k, min_p, repetition_penalty and length; auto: as the "
+        "model's generation_config.json (or GGUF metadata) says; none: that is ignored",
+        flag_values=values,
+    )
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
     text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
     text(

@@ -2,22 +2,26 @@
 
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.calls import DEFAULT_MAX_TOKENS, ChatPrompt, Prompt, TextPrompt, TokenPrompt, Wanted
+from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.server.calls import ChatPrompt, Prompt, TextPrompt, TokenPrompt, Wanted, default_max_tokens
 from nitsum_jax.server.proto import nitsum_pb2
 
 
-def read_wanted(message: nitsum_pb2.GenerateRequest, deadline_s: float | None) -> Wanted:
+def read_wanted(
+    message: nitsum_pb2.GenerateRequest, deadline_s: float | None, defaults: GenerationDefaults = GenerationDefaults()
+) -> Wanted:
     """What a message wants, not checked yet.
 
     Args:
       message: as received.
       deadline_s: of the call, on the engine's monotonic clock; None where it has none.
+      defaults: of the model, for what the message does not set.
     """
     given = {field.name: value for field, value in message.sampling.ListFields()}
     given["logit_bias"] = tuple(message.sampling.logit_bias.items())
     return Wanted(
-        sampling=SamplingParams(**given),
-        max_tokens=message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS,
+        sampling=SamplingParams(**{**defaults.sampling, **given}),
+        max_tokens=message.max_tokens if message.HasField("max_tokens") else default_max_tokens(defaults),
         stops=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
         ignore_eos=message.ignore_eos,

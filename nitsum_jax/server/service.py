@@ -44,7 +44,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             backend = self._state.admitting()
             remaining_s: float | None = context.time_remaining()
             deadline_s = None if remaining_s is None else arrival_s + remaining_s
-            wanted = read_wanted(message, deadline_s)
+            wanted = read_wanted(message, deadline_s, backend.model.defaults)
             check(wanted, backend.model.vocab_size)
             (ids,) = await encode([read_prompt(message)], backend.model)
             backend = self._state.admitting()  # it may have begun to drain meanwhile

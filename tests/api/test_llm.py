@@ -1,6 +1,7 @@
 """The Python API: the same answers whichever way they are asked for."""
 
 import asyncio
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 
 import nitsum_jax
-from nitsum_jax.engine.request import FinishReason, SamplingParams
+from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
+from nitsum_jax.models.generation import GenerationDefaults
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
 
@@ -65,6 +67,20 @@ def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion
         assert (await llm.achat(CHAT, max_tokens=3)).text == llm.chat(CHAT, max_tokens=3).text
 
     asyncio.run(together())
+
+
+def test_what_a_call_does_not_say_is_as_the_model_says(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def request(sampling: SamplingParams | None = None, **wanted: Any) -> Request:
+        (call,) = llm._calls(["x"], sampling, wanted)
+        return dataclasses.replace(call.request, sampling=dataclasses.replace(call.request.sampling, seed=None))
+
+    assert (request().sampling, request().max_tokens) == (SamplingParams(), 256)
+    says = GenerationDefaults(temperature=0.6, top_k=20, max_new_tokens=99)
+    monkeypatch.setattr(llm, "_model", dataclasses.replace(llm._model, defaults=says))
+    assert (request().sampling, request().max_tokens) == (SamplingParams(temperature=0.6, top_k=20), 99)
+    # Who gives parameters gives all of them.
+    assert request(SamplingParams(top_p=0.5), max_tokens=7).sampling == SamplingParams(top_p=0.5)
+    assert request(max_tokens=7).max_tokens == 7
 
 
 def test_token_ids_chats_and_parameters(llm: LLM, answers: list[Completion]) -> None:

@@ -62,7 +62,7 @@ def test_hf_folder_tokenizer(tmp_path: Path) -> None:
     text = "the cat and you: 12 + 30 = 42!\nis it?"
     ids = tokenizer.encode(text)
     assert ids[0] == tiny_models.BOS
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids, starts_text=True) == text
     chat = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
     assert tokenizer.decode(chat, skip_special=False) == "<s> user: hi assistant:"
 

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import RopeScaling
 from nitsum_jax.models.convert import convert
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.models.loading import open_model
 from nitsum_jax.models.pack import pack
 from tests.models.checkpoint_helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf
@@ -35,6 +37,19 @@ def test_there_and_back(tmp_path: Path, architecture: str) -> None:
         np.testing.assert_array_equal(model.source.read(name), value)
     assert model.tokenizer.chat_template == CHAT_TEMPLATE
     assert model.tokenizer.encode("a b") == open_model(first).tokenizer.encode("a b")
+
+
+@pytest.mark.parametrize("to", ["orbax", "safetensors"])
+def test_how_the_model_is_sampled_goes_along(tmp_path: Path, to: str) -> None:
+    config = tiny_config()
+    source = write_hf(tmp_path / "m", config, random_tensors(config))
+    file = source / "generation_config.json"
+    ends = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**ends, "do_sample": True, "temperature": 0.6, "top_p": 0.9}))
+    convert(str(source), str(tmp_path / "out"), to)
+    before, after = open_model(str(source)), open_model(str(tmp_path / "out"))
+    assert generation_defaults(after.generation, 99) == GenerationDefaults(temperature=0.6, top_p=0.9)
+    assert after.config.eos_ids == before.config.eos_ids
 
 
 @pytest.mark.parametrize("to", ["orbax", "safetensors"])

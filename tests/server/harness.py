@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.models.chat import render_chat
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.models.tokenizer import Tokenizer
 from nitsum_jax.server.backend import Backend, ServedModel
 from nitsum_jax.server.bridge import Bridge
@@ -39,11 +40,11 @@ def byte_tokenizer() -> Tokenizer:
 TOKENIZER = byte_tokenizer()
 
 
-def served_model(chat: bool = True) -> ServedModel:
+def served_model(chat: bool = True, defaults: GenerationDefaults = GenerationDefaults()) -> ServedModel:
     def render(messages: Sequence[Mapping[str, str]]) -> str:
         return render_chat(TEMPLATE, messages)
 
-    return ServedModel("fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None)
+    return ServedModel("fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None, defaults)
 
 
 def says(text: str, end: bool = True) -> Script:
@@ -73,13 +74,15 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(script: Script = echo, chat: bool = True, **options: Any) -> AsyncIterator[Running]:
+async def running(
+    script: Script = echo, chat: bool = True, defaults: GenerationDefaults = GenerationDefaults(), **options: Any
+) -> AsyncIterator[Running]:
     server = GrpcServer("127.0.0.1", 0)
     await server.start()
     bridge = Bridge(asyncio.get_running_loop())
     engine = FakeEngine(bridge.sink, script, **options)
     try:
-        await server.serve(Backend(engine, served_model(chat), bridge))
+        await server.serve(Backend(engine, served_model(chat, defaults), bridge))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Running(server, engine, bridge, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
     finally:

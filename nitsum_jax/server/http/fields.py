@@ -160,7 +160,7 @@ def _read_bias(value: Any) -> list[tuple[int, float]]:
     return list(pairs.items())
 
 
-def _read_content(value: Any) -> str:
+def _read_content(value: Any) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -172,7 +172,7 @@ def _read_content(value: Any) -> str:
             raise _wrong(f"parts of type {part['type'][:40]!r} are not supported: this model reads text only")
         if not isinstance(part.get("text"), str) or len(part) != 2:
             raise _wrong('give a text part as {"type": "text", "text": "..."}')
-    return "\n".join(part["text"] for part in value)
+    return value
 
 
 _ID = {"type": "integer", "minimum": 0, TOKEN_ID: True}
@@ -241,7 +241,7 @@ BiasField = Annotated[
     ),
 ]
 ContentField = Annotated[
-    str,
+    str | list[dict[str, str]],
     PlainValidator(_read_content),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}),
 ]

@@ -1,22 +1,30 @@
 """Log probabilities as OpenAI's two APIs write them."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from nitsum_jax.server.output import ToldToken
 
 _LEAST = -9999.0  # JSON has no infinity; this is what OpenAI writes
 
-TokenBytes = Callable[[int], bytes]
+
+class TokenBytes(Protocol):
+    """What a token says; see `nitsum_jax.models.tokenizer.Tokenizer.token_bytes`."""
+
+    def __call__(self, token_id: int, skip_special: bool = False) -> bytes:
+        """Its bytes."""
 
 
 def chat_logprobs(told: Sequence[ToldToken], token_bytes: TokenBytes) -> dict[str, Any]:
-    """The `logprobs` of a chat choice: an entry per token."""
+    """The `logprobs` of a chat choice: an entry per token.
+
+    The bytes of all tokens are those of the content: a special token has a name, and no bytes.
+    """
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        data = token_bytes(token)
-        return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+        name, data = token_bytes(token).decode(errors="replace"), token_bytes(token, skip_special=True)
+        return {"token": name, "logprob": _finite(logprob), "bytes": list(data)}
 
     content = [
         {**entry(one.id, one.logprob.logprob), "top_logprobs": [entry(*other) for other in one.logprob.top]}

@@ -24,7 +24,7 @@ from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Gene
 from nitsum_jax.server.http.tiers import choose_tier
 
 DEFAULT_COMPLETION_TOKENS = 16
-"""OpenAI's. A chat answer without a limit may be as long as the context allows."""
+"""OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""
 
 _UNLIMITED = 2**31 - 1
 
@@ -110,7 +110,7 @@ async def _plan(
         raise ApiError(400, str(error), param="n") from None
     tier, told_tier = choose_tier(request.service_tier, tiers)
     wanted = Wanted(
-        sampling=request.sampling(model.vocab_size),
+        sampling=request.sampling(model.vocab_size, model.defaults),
         max_tokens=limit or _UNLIMITED,
         stops=request.stop,
         stop_token_ids=request.stop_token_ids,
@@ -124,16 +124,18 @@ async def _plan(
     context = backend.engine.context_limit()
     calls: list[Call] = []
     for ids in encoded:
-        one = wanted if limit else _up_to_the_context(wanted, context - len(ids))
+        one = wanted if limit else _up_to_the_context(wanted, context - len(ids), model.defaults.max_new_tokens)
         for index in range(outputs):
             calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
     prompt_tokens = sum(map(len, encoded))
     return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
 
 
-def _up_to_the_context(wanted: Wanted, room: int) -> Wanted:
+def _up_to_the_context(wanted: Wanted, room: int, usual: int | None) -> Wanted:
+    """The same with as many tokens as there is room for, or as the model's authors take for the usual limit."""
     # Where there is no room, the engine says so better than a negative number would.
-    return dataclasses.replace(wanted, max_tokens=max(room, wanted.min_tokens, 1))
+    most = room if usual is None else min(room, usual)
+    return dataclasses.replace(wanted, max_tokens=max(most, wanted.min_tokens, 1))
 
 
 def _seeded(wanted: Wanted, index: int) -> Wanted:

@@ -11,6 +11,7 @@ from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, SamplingParams
+from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.server.calls import MAX_OUTPUTS
 from nitsum_jax.server.http.fields import (
     MAX_TIER_CHARS,
@@ -26,6 +27,7 @@ from nitsum_jax.server.http.fields import (
 MAX_MESSAGES = 4096
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
 _SEEDS = 2**32
+_SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 _NO_TOOLS = Unsupported(
     "the model answers with text, and calls no tools",
@@ -53,7 +55,9 @@ class Generation(Strict):
     """What completions and chat have in common."""
 
     model: str = Field(max_length=4096, description="The id that /v1/models lists.")
-    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy; 1 if not given.")
+    temperature: float | None = Field(
+        None, ge=0, le=100, description="0 is greedy. If not given, the model's own; 1 if it has none."
+    )
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=_MAX_INT32, description="Keep the k likeliest tokens; 0 or -1: all.")
     min_p: float | None = Field(None, ge=0, le=1)
@@ -88,21 +92,18 @@ class Generation(Strict):
             )
         return self
 
-    def sampling(self, vocab_size: int) -> SamplingParams:
-        """How tokens are chosen; a temperature that is not given is 1, as OpenAI has it.
+    def sampling(self, vocab_size: int, defaults: GenerationDefaults) -> SamplingParams:
+        """How tokens are chosen; a temperature that nobody gives is 1, as OpenAI has it.
 
         Args:
           vocab_size: V; keeping more tokens than there are is the same as keeping all.
+          defaults: of the model, for what is not given.
         """
-        top_k = max(self.top_k or 0, 0)
+        given = {name: value for name in _SAMPLING if (value := getattr(self, name)) is not None}
+        if self.top_k is not None:
+            given["top_k"] = self.top_k if 0 < self.top_k < vocab_size else 0
         return SamplingParams(
-            temperature=_given(self.temperature, 1.0),
-            top_k=0 if top_k >= vocab_size else top_k,
-            top_p=_given(self.top_p, 1.0),
-            min_p=_given(self.min_p, 0.0),
-            repetition_penalty=_given(self.repetition_penalty, 1.0),
-            presence_penalty=_given(self.presence_penalty, 0.0),
-            frequency_penalty=_given(self.frequency_penalty, 0.0),
+            **{"temperature": 1.0, **defaults.sampling, **given},
             seed=None if self.seed is None else self.seed % _SEEDS,
             logit_bias=tuple(self.logit_bias),
         )
@@ -143,9 +144,9 @@ class Message(Strict):
     content: ContentField
     name: _Id | None = None
 
-    def rendered(self) -> dict[str, str]:
+    def rendered(self) -> dict[str, Any]:
         """As the chat template gets it; "developer" is OpenAI's newer word for "system", which no template knows."""
-        turn = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
         return turn if self.name is None else {**turn, "name": self.name}
 
 
@@ -189,7 +190,3 @@ class ChatRequest(Generation):
                 {"field": "max_completion_tokens"},
             )
         return self
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

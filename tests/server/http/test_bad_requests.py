@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from nitsum_jax.engine.request import Request
+from nitsum_jax.models.chat import render_chat
 from nitsum_jax.server.backend import Phase
 from nitsum_jax.server.http.body import MAX_BODY_BYTES
+from nitsum_jax.server.http.requests import ChatRequest
 from tests.server.harness import says
 from tests.server.http.harness import CHAT, COMPLETIONS, HELLO, serving, the_error
 
@@ -176,6 +178,14 @@ def test_content_may_be_text_parts_and_developers_are_the_system() -> None:
             assert answer == "<system>be brief<user>one\ntwo<assistant>"
 
     asyncio.run(scenario())
+
+
+def test_a_template_that_reads_parts_gets_those_of_the_client() -> None:
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    body = {"model": "fake", "messages": [{"role": "user", "content": parts}]}
+    messages = [message.rendered() for message in ChatRequest.model_validate(body).messages]
+    template = "{% for part in messages[0].content %}[{{ part.text }}]{% endfor %}"
+    assert render_chat(template, messages) == "[one][two]"
 
 
 @pytest.mark.parametrize(
