@@ -124,3 +124,13 @@ def test_the_axis_of_tensor_parallelism_is_named_in_one_place() -> None:
         others = (n for n in nodes if isinstance(n, ast.Constant) and id(n) not in keys | texts)
         found += [str(path) for node in others if node.value == "tp"]
     assert found == ["nitsum_jax/meshes/mesh.py"]
+
+
+def test_parameters_move_between_devices_by_one_path() -> None:
+    calls = {
+        path.name
+        for path in source_tree.python_files()
+        if path.parts[:2] == (source_tree.PACKAGE, "meshes")
+        and "device_put(" in (source_tree.ROOT / path).read_text(encoding="utf-8")
+    }
+    assert calls == {"host_copy.py", "reshard.py"}  # from the host, and from anywhere
