@@ -24,7 +24,7 @@ def memcpy_gbps(size: int) -> float:
 
 
 def device_put_ms(cell: Cell, before: Layout, after: Layout, kv_blocks: int) -> float:
-    """Everything by the general path (`meshes.reshard`, which is `jax.device_put`): all weights, and so many KV blocks.
+    """Everything by the general path, `meshes.reshard` (`jax.device_put`): all weights, and so many KV blocks.
 
     Each new instance gets the whole model, sharded over its devices, from an old instance that shares a device with
     it, and its part by TP of the KV blocks.
