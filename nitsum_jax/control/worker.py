@@ -80,10 +80,6 @@ class Worker:
         """Output tokens of a decoding job so far."""
         return self.clock - job.offset
 
-    def context_of(self, job: Job) -> int:
-        """Tokens of a decoding job in the KV cache: all but its newest one."""
-        return job.prompt_tokens + self.clock - job.offset - 1
-
     # ---- room
 
     @property
@@ -199,10 +195,6 @@ class Worker:
         """A job for which pages were reserved comes to decode."""
         self._note_visit(job)
         self._enter(job)
-
-    def drop_reserved(self, job: Job) -> None:
-        """The job will not come."""
-        self.used_blocks -= self.pages(job.cached)
 
     def retime(self, job: Job) -> None:
         """The first token of a decoding job came at another time than was expected of it."""

@@ -2,7 +2,7 @@
 
 It is `jax.device_put` and so works for every pair of shardings, but it copies, where buffers that are in place already
 need only be wrapped (see `weight_bank`).  So a switch of a cell that keeps all weights resident does without it.  Lean
-cells fetch the vshards that a layout lacks with it, and `nitsum-bench switch` measures what it costs to move everything.
+cells fetch the vshards that a layout lacks with it, and `nitsum-bench switch` measures what moving everything costs.
 """
 
 import math
