@@ -230,6 +230,8 @@ class LLM:
     def set_layout(self, layout: str) -> SwitchReport:
         """Changes the layout while requests go on, and returns when it is done.
 
+        One such as "tp2/interactive+tp2" keeps instances for tiers of requests.
+
         Raises:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """

@@ -9,6 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.meshes.layout import Instance, Layout
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.reshard import reshard
 
 
 def memcpy_gbps(size: int) -> float:
@@ -23,21 +24,22 @@ def memcpy_gbps(size: int) -> float:
 
 
 def device_put_ms(cell: Cell, before: Layout, after: Layout, kv_blocks: int) -> float:
-    """Everything by `jax.device_put`: all weights, and so many KV blocks, from the shardings of one layout to another.
+    """Everything by the general path, `meshes.reshard` (`jax.device_put`): all weights, and so many KV blocks.
 
     Each new instance gets the whole model, sharded over its devices, from an old instance that shares a device with
     it, and its part by TP of the KV blocks.
     """
     total = sum(spec.tp for spec in after.instances)
-    moves = []
+    arrays, shardings = [], []
     for spec in after.instances:
         old = next((o for o in before.instances if set(o.devices) & set(spec.devices)), before.instances[0])
         blocks = kv_blocks * spec.tp // total
-        for array in _standard_arrays(cell, old, max(blocks, 1)):
-            moves.append((array, _sharding(cell, spec)))
-    jax.block_until_ready([array for array, _ in moves])
+        found = _standard_arrays(cell, old, max(blocks, 1))
+        arrays += found
+        shardings += [_sharding(cell, spec)] * len(found)
+    jax.block_until_ready(arrays)
     start = time.perf_counter()
-    jax.block_until_ready([jax.device_put(array, sharding) for array, sharding in moves])
+    jax.block_until_ready(reshard(arrays, shardings)[0])
     return 1000 * (time.perf_counter() - start)
 
 

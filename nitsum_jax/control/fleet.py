@@ -34,9 +34,10 @@ from nitsum_jax.control.fleet_nodes import (
     runs_of,
 )
 from nitsum_jax.control.fleet_program import Scenario, operating_points, solve, tier_runs
-from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, CellPlan, Shape, parse_shapes, shapes_text
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, CellPlan, Shape, shapes_text
 from nitsum_jax.control.queueing import Prediction
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import parse_shapes
 
 MINIATURE = 2
 """Nodes of the cell in which plans are replayed."""

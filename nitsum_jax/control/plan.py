@@ -1,39 +1,19 @@
 """Cell plans: which devices form which instances, what each does, and which tiers it is kept for.
 
 A plan is what a planner chooses and a scheduler works with.  It says a little more than a layout: besides devices and
-roles it names the tiers that an instance serves first.  The text form is that of layouts, with the tiers behind a
-slash: `tp4/interactive+tp1x4/standard,batch`.
+roles it names the tiers that an instance serves first.  The text form is that of layouts (`meshes.layout`):
+`tp4/interactive+tp1x4/standard,batch`.
 """
 
 import collections
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 
-MIXED = "mixed"
-PREFILL = "prefill"
-DECODE = "decode"
-ROLES = (MIXED, PREFILL, DECODE)
+from nitsum_jax.meshes.layout import Instance, Layout, Role, Shape, shapes_text
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Shape:
-    """What an instance is, wherever it lies.
-
-    Attributes:
-      tp: tensor-parallel degree, the number of its devices.
-      role: mixed, prefill or decode.
-      tiers: names of the tiers that it serves first; empty: all alike.
-    """
-
-    tp: int
-    role: str = MIXED
-    tiers: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        role = "" if self.role == MIXED else f":{self.role}"
-        tiers = f"/{','.join(self.tiers)}" if self.tiers else ""
-        return f"tp{self.tp}{role}{tiers}"
+MIXED = Role.MIXED.value
+PREFILL = Role.PREFILL.value
+DECODE = Role.DECODE.value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,43 +59,16 @@ class CellPlan:
 
     @property
     def layout(self) -> str:
-        """Text form without tiers, devices named: what a server's `SetLayout` reads."""
-        parts = []
-        for instance in self.instances:
-            role = "" if instance.role == MIXED else f":{instance.role}"
-            parts.append(f"tp{instance.tp}@{','.join(map(str, instance.devices))}{role}")
-        return "+".join(parts)
+        """Text form with all devices named: what a server's `SetLayout` reads."""
+        return "+".join(str(Instance(i.devices, Role(i.role), i.tiers)) for i in self.instances)
+
+    @classmethod
+    def of(cls, layout: Layout) -> "CellPlan":
+        """The plan that a layout is."""
+        return cls(tuple(InstancePlan(i.devices, i.role.value, i.tiers) for i in layout.instances))
 
     def __str__(self) -> str:
         return shapes_text(self.shapes)
-
-
-def shapes_text(shapes: Sequence[Shape]) -> str:
-    """Text of a multiset of shapes in order, equal neighbours joined: `tp2x2+tp1x4`."""
-    parts = []
-    for shape, run in itertools.groupby(shapes):
-        count = len(list(run))
-        head, slash, tiers = str(shape).partition("/")
-        tp, colon, role = head.partition(":")
-        parts.append(f"{tp}{f'x{count}' if count > 1 else ''}{colon}{role}{slash}{tiers}")
-    return "+".join(parts)
-
-
-def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """Reads what `shapes_text` wrote.
-
-    Raises:
-      ValueError: it is no such text.
-    """
-    shapes: list[Shape] = []
-    for part in text.split("+"):
-        head, _, tiers = part.partition("/")
-        head, _, role = head.partition(":")
-        size, _, count = head.removeprefix("tp").partition("x")
-        if not head.startswith("tp") or (role or MIXED) not in ROLES:
-            raise ValueError(f"{part!r} is no part of a plan")
-        shapes += [Shape(int(size), role or MIXED, tuple(tiers.split(",")) if tiers else ())] * int(count or 1)
-    return tuple(shapes)
 
 
 def place(

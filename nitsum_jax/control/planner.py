@@ -25,6 +25,7 @@ from nitsum_jax.control.plan import MIXED, CellPlan, InstancePlan, Shape, fits, 
 from nitsum_jax.control.queueing import Prediction, QueueingModel
 from nitsum_jax.control.rollout import Arrival, Replay, rollout
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import parse_shapes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class PlanInputs:
       lost: devices that cannot be used.
       loads: of the tiers.
       recent: the last arrivals, for the replay.
-      allowed: layouts (texts without tiers, `shapes_text` of shapes without tiers) that may be used; empty: all.
+      allowed: texts of the layouts that may be used, wherever they lie and for whatever tiers; empty: all.
       waiting: requests whose prompt is still to be computed, in time all the same.
       max_batch: most requests of an instance.
       thrifty: nothing is replayed unless the estimate finds a clear gain (`PlannerConfig.clear_gain`).
@@ -332,7 +333,8 @@ class Planner:
             if lost:
                 plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
-                plans = [p for p in plans if shapes_text([Shape(s.tp, s.role) for s in p]) in allowed]
+                listed = {_kinds(parse_shapes(text)) for text in allowed}
+                plans = [shapes for shapes in plans if _kinds(shapes) in listed]
             found = self._candidates[key] = tuple(plans)
         return found
 
@@ -346,6 +348,11 @@ class Planner:
 
 
 _Scored = tuple[float, Prediction, tuple[Shape, ...]]
+
+
+def _kinds(shapes: Sequence[Shape]) -> tuple[tuple[int, str], ...]:
+    """TPs and roles, in an order that does not depend on who wrote them down."""
+    return tuple(sorted((shape.tp, shape.role) for shape in shapes))
 
 
 def _candidate(scored: _Scored, replay: Replay | None = None) -> Candidate:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from nitsum_jax.control.cell import CellModel, ModelWorker
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import PREFILL, CellPlan
+from nitsum_jax.meshes.vshards import VshardMap
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,26 +40,12 @@ class Switched:
 
 
 @functools.cache
-def device_of_vshard(devices: tuple[int, ...], num_vshards: int) -> tuple[int, ...]:
-    """Which device of an instance holds each vshard: ranks are device numbers with their bits reversed, so that what a
-    device holds at a larger TP is a part of what it holds at a smaller one (the same rule as the engine's).
-    """
-    tp = len(devices)
-    bits = tp.bit_length() - 1
-
-    def rank(device: int) -> int:
-        return int(format(device % tp, f"0{bits}b")[::-1], 2) if bits else 0
-
-    order = sorted(devices, key=rank)
-    return tuple(order[vshard * tp // num_vshards] for vshard in range(num_vshards))
-
-
-@functools.cache
 def moves(before: tuple[int, ...], after: tuple[int, ...], num_vshards: int) -> dict[tuple[int, int], float]:
     """Share of a sequence's KV cache that goes over each pair of devices when it changes its instance."""
-    old, new = device_of_vshard(before, num_vshards), device_of_vshard(after, num_vshards)
+    vmap = VshardMap(num_vshards)
     links: dict[tuple[int, int], float] = collections.defaultdict(float)
-    for source, target in zip(old, new, strict=True):
+    for vshard in range(num_vshards):
+        source, target = vmap.device_of(before, vshard), vmap.device_of(after, vshard)
         if source != target:
             links[source, target] += 1 / num_vshards
     return dict(links)

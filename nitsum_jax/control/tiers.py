@@ -15,8 +15,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.layout import TIER_NAME
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_NAME = re.compile(TIER_NAME)  # as layouts can name it
 _REQUIRED = ("ttft_ms", "tpot_ms")
 _KNOWN = (*_REQUIRED, "weight")
 

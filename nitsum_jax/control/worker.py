@@ -92,10 +92,6 @@ class Worker:
         """Output tokens of a decoding job so far."""
         return self.clock - job.offset
 
-    def context_of(self, job: Job) -> int:
-        """Tokens of a decoding job in the KV cache: all but its newest one."""
-        return job.prompt_tokens + self.clock - job.offset - 1
-
     # ---- room
 
     @property
@@ -218,9 +214,15 @@ class Worker:
         self._note_visit(job)
         self._enter(job)
 
-    def drop_reserved(self, job: Job) -> None:
-        """The job will not come."""
-        self.used_blocks -= self.pages(job.cached)
+    def retime(self, job: Job) -> None:
+        """The first token of a decoding job came at another time than was expected of it."""
+        if job.id not in self.decoding or job.first_token_s is None:
+            return
+        _, heap = self._due.get(job.tier.name, (0.0, []))
+        heap[:] = [entry for entry in heap if entry[2] is not job]
+        heapq.heapify(heap)
+        if not job.late:
+            self._note_due(job, job.first_token_s)
 
     def leave(self, job: Job) -> None:
         """A job goes, with its pages; `generated` and `cached` are brought up to date."""
@@ -265,6 +267,9 @@ class Worker:
         self._offsets += job.offset
         self._expected += job.expected_output
         if not job.late and job.first_token_s is not None:
-            tpot_s = job.tier.tpot_ms / 1000
-            _, heap = self._due.setdefault(job.tier.name, (tpot_s, []))
-            heapq.heappush(heap, (job.first_token_s - job.offset * tpot_s, next(_NUMBER), job))
+            self._note_due(job, job.first_token_s)
+
+    def _note_due(self, job: Job, first_token_s: float) -> None:
+        tpot_s, heap = self._due.setdefault(job.tier.name, (job.tier.tpot_ms / 1000, []))
+        # The number decides between jobs that are due at the same time: jobs themselves have no order.
+        heapq.heappush(heap, (first_token_s - job.offset * tpot_s, next(_NUMBER), job))

@@ -358,6 +358,11 @@ def check_tps(layout: Layout, tps: tuple[int, ...] | None) -> None:
 
 def _check(layout: Layout, devices: int, vmap: VshardMap, allowed: tuple[Layout, ...] | None) -> None:
     layout.validate(devices, max_tp=vmap.num_vshards, min_tp=vmap.min_tp)
+    if layout.tiers:
+        raise PreconditionError(
+            f"layout {layout} keeps instances for tiers, and this engine serves all requests alike: write "
+            f"{layout.without_tiers()}"
+        )
     if allowed is not None and layout not in allowed:
         names = "; ".join(map(str, allowed))
         raise PreconditionError(f"layout {layout} is not on the server's list: choose one of {names}")

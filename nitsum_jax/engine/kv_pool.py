@@ -183,7 +183,7 @@ class KvPool:
         self.allocators[index].reset()
 
     def lend(self, mesh: Mesh, indices: Sequence[int]) -> jax.Array:
-        """The arrays of the devices `indices` (in rank order, those of `mesh`) as one array sharded along "tp"."""
+        """The arrays of the devices `indices` (in rank order, those of `mesh`) as one array sharded along `TP_AXIS`."""
         parts = []
         for index in indices:
             part = self._arrays[index]

@@ -20,6 +20,8 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nitsum_jax.meshes.mesh import TP_AXIS
+
 _LOG = logging.getLogger(__name__)
 
 
@@ -68,15 +70,15 @@ def can_rebind(first: jax.Device, second: jax.Device) -> bool:
 
 
 def _probe(first: jax.Device, second: jax.Device) -> np.ndarray:
-    spec = PartitionSpec("tp")
-    mesh = Mesh(np.array([first]), ("tp",))
+    spec = PartitionSpec(TP_AXIS)
+    mesh = Mesh(np.array([first]), (TP_AXIS,))
     mapped = jax.shard_map(lambda x: x * jnp.float32(2), mesh=mesh, in_specs=spec, out_specs=spec)
     shape = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=NamedSharding(mesh, spec))
     with without_jax_cache() as name:
         mapped.__name__ = name
         compiled = jax.jit(mapped, donate_argnums=0).lower(shape).compile()
     loaded = Blueprint(compiled, [first]).load([second])
-    there = NamedSharding(Mesh(np.array([second]), ("tp",)), spec)
+    there = NamedSharding(Mesh(np.array([second]), (TP_AXIS,)), spec)
     result = loaded(jax.device_put(np.arange(4, dtype=np.float32), there))
     if result.devices() != {second}:
         raise RuntimeError(f"a program loaded for {second} ran on {result.devices()}")

@@ -12,9 +12,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nitsum_jax.engine import likelihood, sampling
 from nitsum_jax.engine.attention import PoolShape, paged_attention, write_tokens
 from nitsum_jax.engine.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.decoder import TP_AXIS, Decoder
+from nitsum_jax.models.decoder import Decoder
 from nitsum_jax.models.matmul import MatmulChoice
 from nitsum_jax.models.reduction import Ranks
 
@@ -143,7 +144,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
 def compile_step(
     program: Program, shape: StepShape, mesh: Mesh, *, with_logits: bool = False, name: str = "step"
 ) -> jax.stages.Compiled:
-    """Compiles a step ahead of time for the devices of `mesh` (1-D, axis "tp", in rank order).
+    """Compiles a step ahead of time for the devices of `mesh` (see `instance_mesh`).
 
     The name is part of the key under which JAX's persistent cache keeps it.
     """

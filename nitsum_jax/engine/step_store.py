@@ -23,6 +23,7 @@ from nitsum_jax.engine.step import Program
 
 _LOG = logging.getLogger(__name__)
 _FOLDER = "steps"
+_ROOMS = ("engine", "models", "meshes")  # whose sources a step is made of
 
 
 class StepStore:
@@ -76,11 +77,7 @@ class StepStore:
 @functools.cache
 def _surroundings() -> str:
     """Everything outside a program that its machine code depends on: our sources, JAX, its flags, this processor."""
-    sources = hashlib.sha256()
-    package = pathlib.Path(__file__).resolve().parents[1]
-    for room in ("engine", "models"):
-        for path in sorted((package / room).glob("*.py")):
-            sources.update(path.read_bytes())
+    sources = _hash_of_sources(pathlib.Path(__file__).resolve().parents[1])
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -91,5 +88,15 @@ def _surroundings() -> str:
     ]
     promotion = str(jax.config.values["jax_numpy_dtype_promotion"])
     return "\n".join(
-        [sources.hexdigest(), jax.__version__, jaxlib.__version__, platform.machine(), processor, *settings, promotion]
+        [sources, jax.__version__, jaxlib.__version__, platform.machine(), processor, *settings, promotion]
     )
+
+
+def _hash_of_sources(package: pathlib.Path) -> str:
+    """Changes with every file of the rooms that steps are made of, however deep it lies, and with its name."""
+    found = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((package / room).rglob("*.py")):
+            content = path.read_bytes()
+            found.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return found.hexdigest()

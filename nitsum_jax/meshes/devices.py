@@ -70,10 +70,3 @@ def free_bytes(device: jax.Device) -> int | None:
     if "bytes_limit" not in stats:
         return None
     return max(0, stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-
-
-def total_bytes(device: jax.Device) -> int | None:
-    """Memory in bytes that JAX may use on an accelerator in all; None on CPU and where the platform does not tell."""
-    if device.platform == "cpu":
-        return None
-    return (device.memory_stats() or {}).get("bytes_limit")

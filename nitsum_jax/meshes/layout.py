@@ -2,14 +2,19 @@
 
 The text form names instances from left to right, joined by `+`:
 
-    tpT[xN][@DEVICES][:ROLE]      T devices per instance, a power of two
-                                  N such instances (1 if left out)
-                                  DEVICES explicitly, with commas (T*N of them); else the first free run of T neighbours
-                                  ROLE prefill, decode or mixed (mixed if left out)
+    tpT[xN][@DEVICES][:ROLE][/TIERS]    T devices per instance, a power of two
+                                        N such instances (1 if left out)
+                                        DEVICES explicitly, with commas (T*N of them); else the first free run of T
+                                        neighbours
+                                        ROLE prefill, decode or mixed (mixed if left out)
+                                        TIERS that each of them is kept for, with commas; all alike if left out
 
-`tp4`, `tp2+tp1x2`, `tp2:prefill+tp1x2:decode`, `tp2@2,3+tp1x2`.  `str(layout)` writes the canonical form: equal
-neighbours are joined with `x`, and devices are named only where the parser would choose others.  Reading it back gives
-an equal layout.
+`tp4`, `tp2+tp1x2`, `tp2:prefill+tp1x2:decode`, `tp2@2,3+tp1x2`, `tp4/interactive+tp1x4/standard,batch`.
+`str(layout)` writes the canonical form: equal neighbours are joined with `x`, and devices are named only where the
+parser would choose others.  Reading it back gives an equal layout.  `shapes_text` and `parse_shapes` are the same
+language for instances that have no place yet.
+
+Everybody who reads or writes layouts does it here: flags, gRPC, logs, the planner and the simulator.
 
 Pure: no JAX in here.
 """
@@ -19,19 +24,24 @@ import dataclasses
 import enum
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.vshards import is_power_of_two, ranks_differ
 
 GRAMMAR = (
-    "write instances as tpT[xN][@devices][:prefill|decode|mixed] joined by +, such as tp4 or tp2:prefill+tp1x2:decode"
+    "write instances as tpT[xN][@devices][:prefill|decode|mixed][/tiers] joined by +, such as tp4, "
+    "tp2:prefill+tp1x2:decode or tp4/chat+tp1x4/code,batch"
 )
+TIER_NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}"  # a regular expression
 
 _TOKEN = re.compile(
     r"tp(?P<tp>[0-9]{1,6})(?:x(?P<count>[0-9]{1,6}))?(?:@(?P<devices>[0-9]{1,6}(?:,[0-9]{1,6})*))?(?::(?P<role>[a-z]+))?"
+    rf"(?:/(?P<tiers>{TIER_NAME}(?:,{TIER_NAME})*))?",
+    re.IGNORECASE | re.ASCII,
 )
 _MAX_TEXT = 10_000  # characters; no cell needs more
+MOST_DEVICES = 1 << 20  # more than any cell has; for texts whose cell is not known
 
 
 class Role(enum.StrEnum):
@@ -43,6 +53,24 @@ class Role(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """What an instance is, wherever it lies.
+
+    Attributes:
+      tp: tensor-parallel degree, the number of its devices.
+      role: mixed, prefill or decode.
+      tiers: names of the tiers that it is kept for; empty: all alike.
+    """
+
+    tp: int
+    role: str = Role.MIXED.value
+    tiers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return shapes_text((self,))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Instance:
     """A group of devices that runs one batch loop at one TP.
 
@@ -50,10 +78,12 @@ class Instance:
       devices: indices into the cell's devices, kept ascending whatever order they are given in (which device has which
         rank is the vshard map's business).
       role: what it does.
+      tiers: names of the tiers that it is kept for; empty: all alike.
     """
 
     devices: tuple[int, ...]
     role: Role = Role.MIXED
+    tiers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "devices", tuple(sorted(self.devices)))
@@ -63,9 +93,14 @@ class Instance:
         """The tensor-parallel degree: the number of devices."""
         return len(self.devices)
 
+    @property
+    def shape(self) -> Shape:
+        """What it is, without its place."""
+        return Shape(self.tp, self.role.value, self.tiers)
+
     def __str__(self) -> str:
-        """The text form with its devices, such as `tp2@0,1:decode`."""
-        return f"tp{self.tp}@{','.join(map(str, self.devices))}{_role_suffix(self.role)}"
+        """The text form with its devices, such as `tp2@0,1:decode/chat`."""
+        return _part(self.shape, devices=self.devices)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +117,20 @@ class Layout:
     def devices(self) -> tuple[int, ...]:
         """All devices in use, ascending."""
         return tuple(sorted(device for instance in self.instances for device in instance.devices))
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Shapes of the instances in order."""
+        return tuple(instance.shape for instance in self.instances)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """All tiers that instances are kept for, each once."""
+        return tuple(dict.fromkeys(tier for instance in self.instances for tier in instance.tiers))
+
+    def without_tiers(self) -> "Layout":
+        """The same instances, kept for nobody."""
+        return Layout(tuple(dataclasses.replace(instance, tiers=()) for instance in self.instances))
 
     def idle(self, num_devices: int) -> tuple[int, ...]:
         """The devices of a cell of num_devices that no instance uses, ascending."""
@@ -137,12 +186,31 @@ class Layout:
                 break
             named.add(wrong[0])  # naming one device group may put all later ones right
         parts = []
-        runs = itertools.groupby(enumerate(self.instances), lambda item: (item[0] in named, item[1].tp, item[1].role))
-        for (is_named, tp, role), run in runs:
-            members = [str(instance) for _, instance in run]
-            times = f"x{len(members)}" if len(members) > 1 else ""
-            parts += members if is_named else [f"tp{tp}{times}{_role_suffix(role)}"]
+        for is_named, run in itertools.groupby(enumerate(self.instances), lambda item: item[0] in named):
+            if is_named:
+                parts += [str(instance) for _, instance in run]
+            else:
+                parts.append(shapes_text(instance.shape for _, instance in run))
         return "+".join(parts)
+
+
+def shapes_text(shapes: Iterable[Shape]) -> str:
+    """Text of shapes in order, equal neighbours joined: `tp2x2:decode+tp1x4/chat`; `parse_shapes` reads it back."""
+    return "+".join(_part(shape, count=len(list(run))) for shape, run in itertools.groupby(shapes))
+
+
+def parse_shapes(text: str) -> tuple[Shape, ...]:
+    """Reads what the text form says about the instances, wherever they lie.
+
+    Devices that it names are counted and then forgotten.
+
+    Raises:
+      InvalidInputError: the text is malformed.
+    """
+    shapes: list[Shape] = []
+    for token in _tokens(text, MOST_DEVICES):
+        shapes += [token.shape] * token.count
+    return tuple(shapes)
 
 
 def parse_layout(text: str, num_devices: int) -> Layout:
@@ -155,34 +223,20 @@ def parse_layout(text: str, num_devices: int) -> Layout:
       InvalidInputError: the text is malformed or wrong on any cell (see `Layout.validate`).
       PreconditionError: the cell has too few devices.
     """
-    if len(text) > _MAX_TEXT:
-        raise InvalidInputError(f"the layout has {len(text)} characters, more than {_MAX_TEXT}: {GRAMMAR}")
-    if not text.strip():
-        raise InvalidInputError(f"the layout is empty: {GRAMMAR}")
-    tps: list[int] = []
-    roles: list[Role] = []
+    shapes: list[Shape] = []
     given: list[tuple[int, ...] | None] = []
-    for token in text.split("+"):
-        tp, count, devices, role = _parse_token(token)
-        if sum(tps) + tp * count > num_devices:  # before anything of that size is built
-            raise PreconditionError(
-                f"layout {_shorten(text)} needs more than the {num_devices} devices of the cell: use fewer or smaller "
-                "instances, or start with more devices"
-            )
-        if devices is not None and len(devices) != tp * count:
-            raise InvalidInputError(
-                f"{_shorten(token)} names {len(devices)} devices but needs {tp * count}: name as many"
-            )
-        tps += [tp] * count
-        roles += [role] * count
-        given += [None if devices is None else devices[i * tp : (i + 1) * tp] for i in range(count)]
+    for token in _tokens(text, num_devices):
+        tp, devices = token.shape.tp, token.devices
+        shapes += [token.shape] * token.count
+        given += [None if devices is None else devices[i * tp : (i + 1) * tp] for i in range(token.count)]
     instances = []
-    for tp, role, placed in zip(tps, roles, _place(given, tps, num_devices), strict=True):
+    for shape, placed in zip(shapes, _place(given, [shape.tp for shape in shapes], num_devices), strict=True):
         if placed is None:
             raise InvalidInputError(
-                f"layout {_shorten(text)} leaves no {tp} free neighbours for a tp{tp}: name its devices, as in tp2@0,3"
+                f"layout {_shorten(text)} leaves no {shape.tp} free neighbours for a tp{shape.tp}: name its devices, "
+                "as in tp2@0,3"
             )
-        instances.append(Instance(placed, role))
+        instances.append(Instance(placed, Role(shape.role), shape.tiers))
     layout = Layout(tuple(instances))
     layout.validate(num_devices, max_tp=num_devices)
     return layout
@@ -241,18 +295,62 @@ def _counts(sizes: Sequence[int], total: int) -> Iterator[tuple[int, ...]]:
             yield (count, *rest)
 
 
-def _parse_token(token: str) -> tuple[int, int, tuple[int, ...] | None, Role]:
-    match = _TOKEN.fullmatch(token.strip().lower())
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Token:
+    """A part of the text: `count` instances of a shape, on these devices if they are named."""
+
+    shape: Shape
+    count: int
+    devices: tuple[int, ...] | None
+
+
+def _tokens(text: str, num_devices: int) -> Iterator[_Token]:
+    """The parts of a text form, each checked by itself, for no more than so many devices."""
+    if len(text) > _MAX_TEXT:
+        raise InvalidInputError(f"the layout has {len(text)} characters, more than {_MAX_TEXT}: {GRAMMAR}")
+    if not text.strip():
+        raise InvalidInputError(f"the layout is empty: {GRAMMAR}")
+    total = 0
+    for part in text.split("+"):
+        token = _token(part)
+        total += token.shape.tp * token.count
+        if total > num_devices:  # before anything of that size is built
+            raise PreconditionError(
+                f"layout {_shorten(text)} needs more than the {num_devices} devices of the cell: use fewer or smaller "
+                "instances, or start with more devices"
+            )
+        if token.devices is not None and len(token.devices) != token.shape.tp * token.count:
+            raise InvalidInputError(
+                f"{_shorten(part)} names {len(token.devices)} devices but needs {token.shape.tp * token.count}: name "
+                "as many"
+            )
+        yield token
+
+
+def _token(part: str) -> _Token:
+    match = _TOKEN.fullmatch(part.strip())
     if match is None:
-        raise InvalidInputError(f"{_shorten(token)} is no part of a layout: {GRAMMAR}")
-    tp, count = int(match["tp"]), int(match["count"] or 1)
+        raise InvalidInputError(f"{_shorten(part)} is no part of a layout: {GRAMMAR}")
+    tp, count, role = int(match["tp"]), int(match["count"] or 1), (match["role"] or Role.MIXED).lower()
     _check_tp(tp)
     if count < 1:
-        raise InvalidInputError(f"{_shorten(token)} asks for no instance: give x1 or more, or leave it out")
-    if match["role"] is not None and match["role"] not in list(Role):
-        raise InvalidInputError(f"{_shorten(token)} has an unknown role: use {', '.join(Role)}")
+        raise InvalidInputError(f"{_shorten(part)} asks for no instance: give x1 or more, or leave it out")
+    if role not in list(Role):
+        raise InvalidInputError(f"{_shorten(part)} has an unknown role: use {', '.join(Role)}")
+    tiers = tuple(match["tiers"].split(",")) if match["tiers"] else ()
+    if len(set(tiers)) < len(tiers):
+        raise InvalidInputError(f"{_shorten(part)} names a tier twice: name each once")
     devices = tuple(int(device) for device in match["devices"].split(",")) if match["devices"] else None
-    return tp, count, devices, Role(match["role"] or Role.MIXED)
+    return _Token(Shape(tp, Role(role).value, tiers), count, devices)
+
+
+def _part(shape: Shape, count: int = 1, devices: Sequence[int] = ()) -> str:
+    """A part of the text form, as `_token` reads it."""
+    times = f"x{count}" if count > 1 else ""
+    places = f"@{','.join(map(str, devices))}" if devices else ""
+    role = "" if shape.role == Role.MIXED else f":{shape.role}"
+    tiers = f"/{','.join(shape.tiers)}" if shape.tiers else ""
+    return f"tp{shape.tp}{times}{places}{role}{tiers}"
 
 
 def _place(
@@ -283,10 +381,6 @@ def _place(
 def _check_tp(tp: int) -> None:
     if not is_power_of_two(tp):
         raise InvalidInputError(f"tp{tp} is not a power of two: use tp1, tp2, tp4, ...")
-
-
-def _role_suffix(role: Role) -> str:
-    return "" if role == Role.MIXED else f":{role}"
 
 
 def _shorten(token: str) -> str:

@@ -1,7 +1,8 @@
-"""The general way to move arrays between shardings: first load, missing vshards, modes without resident copies.
+"""The general way to move parameters between devices and shardings: whatever is not in place is put there here.
 
 It is `jax.device_put` and so works for every pair of shardings, but it copies, where buffers that are in place already
-need only be wrapped (see `weight_bank`); it does not belong on the layout-switch path.
+need only be wrapped (see `weight_bank`).  So a switch of a cell that keeps all weights resident does without it.  Lean
+cells fetch the vshards that a layout lacks with it, and `nitsum-bench switch` measures what moving everything costs.
 """
 
 import math

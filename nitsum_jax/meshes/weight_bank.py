@@ -17,6 +17,7 @@ from nitsum_jax.errors import PreconditionError
 from nitsum_jax.meshes.host_copy import put_on_devices
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.reshard import reshard
 from nitsum_jax.meshes.vshards import VshardMap
 
 WrappedParams = dict[str, tuple[jax.Array, ...]]
@@ -194,12 +195,15 @@ class WeightBank:
                 source = min(holders, key=lambda d: (load[d], d))
                 load[source] += self._buffers[source][name][vshard].nbytes
                 transfers.setdefault((source, device), []).append((name, vshard))
+            size = 0
             for (source, device), keys in transfers.items():
                 buffers = [self._buffers[source][name][vshard] for name, vshard in keys]
-                for (name, vshard), moved in zip(keys, jax.device_put(buffers, self._devices[device]), strict=True):
+                placed, landed = reshard(buffers, self._devices[device])
+                size += landed
+                for (name, vshard), moved in zip(keys, placed, strict=True):
                     self._buffers[device].setdefault(name, {})[vshard] = moved
-            self._count(bytes_moved=load.total())
-            return load.total()
+            self._count(bytes_moved=size)
+            return size
 
     def fetch_some(self, instance: Instance, most: int) -> list[jax.Array]:
         """As `fetch`, but no more than the first parameters that come to `most` bytes, one at least.
@@ -218,10 +222,10 @@ class WeightBank:
                     break
                 # Neighbours in the list go to other devices or are other vshards, so this spreads the load.
                 buffer = self._buffers[holders[len(moved) % len(holders)]][name][vshard]
-                copy = jax.device_put(buffer, self._devices[device])
+                copy, landed = reshard(buffer, self._devices[device])
                 self._buffers[device].setdefault(name, {})[vshard] = copy
                 moved.append(copy)
-                size += buffer.nbytes
+                size += landed
             self._count(bytes_moved=size)
             return moved
 

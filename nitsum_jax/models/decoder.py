@@ -15,14 +15,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.fixed_sums import sum_of_squares
 from nitsum_jax.models.matmul import MatmulChoice, column_parallel, row_parallel
 from nitsum_jax.models.reduction import Ranks
 from nitsum_jax.models.rope import inverse_frequencies, rotate, rotations
-
-TP_AXIS = "tp"
 
 # (layer, q[B, T, S, H/K, A], k[B, T, S, G/K, A], v[B, T, S, G/K, A]) -> f32[B, T, S, H/K, A], where S counts slots.
 Attend = Callable[[int, jax.Array, jax.Array, jax.Array], jax.Array]

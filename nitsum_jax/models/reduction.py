@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from nitsum_jax.meshes.mesh import TP_AXIS
+
 # Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each
 # device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
 _GATHER_LIMIT_BYTES = 1 << 20
@@ -35,7 +37,7 @@ class Ranks:
     """
 
     size: int = 1
-    axis: str = "tp"
+    axis: str = TP_AXIS
 
     def index(self) -> jax.Array:
         """This device's rank, i32[]."""

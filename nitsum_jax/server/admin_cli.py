@@ -24,7 +24,7 @@ USAGE = """nitsum-admin COMMAND [VALUE] [flags]: looks after a running server.
   explain           the controller's last decision: what it saw, what it considered, what it chose and why
   pause             no decisions until resume; the layout stays
   resume            decides again
-  force LAYOUT      pauses the controller and changes the layout, such as tp2x4 or tp4:prefill+tp1x4:decode
+  force LAYOUT      pauses the controller and changes the layout: tp2x4, tp4:prefill+tp1x4:decode, tp4/chat+tp1x4
   lose DEVICE       takes a device out of use: its requests are computed anew elsewhere, their streams go on
   restore DEVICE    takes it back into use
   profile SECONDS   records a trace of JAX's profiler

@@ -21,10 +21,11 @@ from nitsum_jax.control.controller import AdaptiveController, CellView, Controll
 from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import CellPlan, parse_shapes, place, shapes_text
+from nitsum_jax.control.plan import CellPlan, place
 from nitsum_jax.control.planner import Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.errors import NitsumError, PreconditionError
+from nitsum_jax.meshes.layout import parse_shapes
 from nitsum_jax.server.decision_log import DecisionLog
 from nitsum_jax.server.journal import Journal
 from nitsum_jax.server.planner_process import PlannerError, PlannerProcess
@@ -68,7 +69,6 @@ class ControlledScheduling(Protocol):
     def time_scale(self) -> float: ...
     def now_s(self) -> float: ...
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView: ...
-    def keep_for(self, plan: CellPlan) -> None: ...
     def expect_output(self, tier: str, tokens: float) -> None: ...
 
 
@@ -136,7 +136,7 @@ class ControlLoop:
             cost, tiers, config=config, planner=planner, now_s=scheduling.now_s(), decide=self._ask
         )
         self._tiers = tiers
-        self._allowed = tuple(_canonical(layout) for layout in engine.allowed_layouts())
+        self._allowed = engine.allowed_layouts()
         self._news: collections.deque[tuple[bool, float, Job]] = collections.deque()
         self._stop = threading.Event()
         self._paused = False
@@ -273,21 +273,13 @@ class ControlLoop:
         return decision
 
     def _apply(self, before: CellPlan, after: CellPlan) -> None:
-        self._scheduling.keep_for(after)
-        if {i.group for i in before.instances} == {i.group for i in after.instances}:
-            return  # the same instances, kept for other tiers
         try:
             self._switching = self._engine.set_layout(after.layout)
         except NitsumError as error:
             _LOG.error("the engine refuses %s: %s", after.layout, error)
-            self._scheduling.keep_for(before)
             return
-        self._journal.watch(after.layout, self._switching)
-        self._switching.add_done_callback(lambda done: self._failed(before, done))
-
-    def _failed(self, before: CellPlan, done: "concurrent.futures.Future[Any]") -> None:
-        if done.cancelled() or done.exception() is not None:
-            self._scheduling.keep_for(before)
+        if {i.group for i in before.instances} != {i.group for i in after.instances}:  # else only tiers change
+            self._journal.watch(after.layout, self._switching)
 
     def _prepare(self, decision: Decision) -> None:
         """Has executables compiled that are likely to be wanted next."""
@@ -300,13 +292,3 @@ class ControlLoop:
                     self._engine.prepare_layout(layout)
             except (NitsumError, ValueError) as error:
                 _LOG.debug("%s cannot be prepared: %s", candidate.plan, error)
-
-
-def _canonical(layout: str) -> str:
-    """A layout of the allow-list as the planner writes it: shapes, the largest first, without devices."""
-    parts = []
-    for part in layout.split("+"):
-        head, _, rest = part.partition("@")
-        _, colon, role = rest.partition(":")
-        parts.append(head + colon + role)
-    return shapes_text(sorted(parse_shapes("+".join(parts)), key=lambda shape: -shape.tp))

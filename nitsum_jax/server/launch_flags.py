@@ -138,11 +138,16 @@ def _define() -> flags.FlagValues:
         flag_values=values,
     )
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
-    text("layout", None, "layout at the start, such as tp4 or tp2+tp1x2; chosen to fit if not given")
+    text(
+        "layout",
+        None,
+        "layout at the start, such as tp4, tp2+tp1x2 or tp2/interactive+tp1x2/batch; chosen to fit if not given",
+    )
     text(
         "layouts",
         None,
-        "allow-list of layouts, with semicolons between them: only these are compiled and may be switched to",
+        "allow-list of layouts, with semicolons between them: only these are compiled and may be switched to, whatever "
+        "tiers their instances are kept for",
     )
     count(
         "vshards",

@@ -1,15 +1,11 @@
 """An engine's instance as the policies see it."""
 
 import collections
-import heapq
-import itertools
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import InstancePlan
 from nitsum_jax.control.worker import Worker
 from nitsum_jax.engine.instance import Instance
-
-_NUMBER = itertools.count()
 
 
 class LiveWorker(Worker):
@@ -60,16 +56,6 @@ class LiveWorker(Worker):
         if self.flights:
             self.flights.popleft()
         self.busy_until_s = now_s + sum(self.flights)
-
-    def retime(self, job: Job) -> None:
-        """The first token of a decoding job came at another time than was expected of it."""
-        if job.id not in self.decoding or job.first_token_s is None:
-            return
-        tpot_s, heap = self._due.setdefault(job.tier.name, (job.tier.tpot_ms / 1000, []))
-        heap[:] = [entry for entry in heap if entry[2] is not job]
-        if not job.late:
-            heap.append((job.first_token_s - job.offset * tpot_s, next(_NUMBER), job))
-        heapq.heapify(heap)
 
     def drop(self, job: Job) -> None:
         """A job goes, in whatever state it is."""

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planner import PlannerConfig, least_tp
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.config import EngineConfig
@@ -11,9 +12,11 @@ from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.pacing import Pace
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.meshes.devices import discover
+from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.server import costs
 from nitsum_jax.server.scheduling import TieredScheduling
+from nitsum_jax.server.tiered_engine import check_tiers, tiered
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class Scheduled:
     """A started engine.
 
     Attributes:
-      engine: as it is.
+      engine: its layouts may say which tiers they keep instances for.
       scheduling: its policy.
       cost: what the policy predicts with.
       pace: at whose pace it runs; None: at its own.
@@ -75,5 +78,26 @@ def start_scheduled(
     scheduling = TieredScheduling(
         tiers, cost, config.max_queue, admitted=admitted, time_scale=scale, fused=pace is not None
     )
+    config, first = _without_tiers(config, tiers.names)
+    scheduling.keep_for(first)
     engine = start_engine(model, config, sink, scheduling)
-    return Scheduled(engine, scheduling, cost, config.pace)
+    return Scheduled(tiered(engine, scheduling), scheduling, cost, config.pace)
+
+
+def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineConfig, CellPlan]:
+    """The layouts of a configuration as the engine reads them, and what the first one keeps for which tiers.
+
+    Tiers in an allow-list restrict nothing; those of its first layout count where a cell begins with that.
+    """
+    devices = len(discover(config.devices))
+    listed = None if config.layouts is None else [parse_layout(text, devices) for text in config.layouts]
+    first = None if config.layout is None else parse_layout(config.layout, devices)
+    for layout in (*(listed or ()), *([first] if first else ())):
+        check_tiers(layout, known)
+    bare = dataclasses.replace(
+        config,
+        layout=None if first is None else str(first.without_tiers()),
+        layouts=None if listed is None else tuple(str(layout.without_tiers()) for layout in listed),
+    )
+    start = first or (listed[0] if listed else Layout(()))
+    return bare, CellPlan.of(start)

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.errors import InvalidInputError, NitsumError
+from nitsum_jax.meshes.layout import MOST_DEVICES, parse_layout
 from nitsum_jax.sim.metrics import measure
 from nitsum_jax.sim.records import REQUESTS, STEPS, SUMMARY, SWITCHES, SwitchRecord
 from nitsum_jax.sim.tables import RequestTable, StepTable, rows_by
@@ -382,12 +383,10 @@ def check_switches(switches: Sequence[SwitchRecord], steps: StepTable) -> list[F
 
 def _groups(layout: str) -> set[tuple[int, ...]]:
     """Groups of devices in a layout's text."""
-    found = set()
-    for part in layout.split("+"):
-        places = part.partition("@")[2].partition(":")[0].partition("/")[0]
-        if places:
-            found.add(tuple(int(d) for d in places.split(",")))
-    return found
+    try:
+        return {instance.devices for instance in parse_layout(layout, MOST_DEVICES).instances}
+    except NitsumError:  # the log is damaged, or of no run of ours
+        return set()
 
 
 def _falls_on(ends: Mapping[int, npt.NDArray[np.float64]], instances: Sequence[int], time_s: float) -> bool:

@@ -1,14 +1,17 @@
 """Policies by name: what `--policy` may say."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
-from nitsum_jax.control.plan import ROLES, Shape
-from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.control.plan import Shape
+from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.sim import baselines
 from nitsum_jax.sim.baselines import Setting
 from nitsum_jax.sim.simulation import Policy
+
+_LAYOUT = re.compile(r"\s*tp[0-9]", re.IGNORECASE)  # how every layout begins, and no name of a policy
 
 
 def policies_named(setting: Setting, name: str, *, device_put: bool = False) -> Sequence[Policy]:
@@ -29,9 +32,8 @@ def policies_named(setting: Setting, name: str, *, device_put: bool = False) -> 
         found = list(families[name](setting))
     elif name in ablations:
         found = list(ablations[name])
-    elif name.startswith("tp") and name[2:3].isdigit():
-        shapes = parse_shapes(name, setting.tiers)
-        found = [dataclasses.replace(baselines.static(setting, "static", _fitting(shapes, setting, name)), name=name)]
+    elif _LAYOUT.match(name):
+        found = [dataclasses.replace(baselines.static(setting, "static", _shapes(name, setting)), name=name)]
     else:
         known = ", ".join(("adaptive", *families, *ablations))
         raise InvalidInputError(f"unknown policy {name!r}: use {known}, or a layout such as tp4+tp2x2")
@@ -40,34 +42,16 @@ def policies_named(setting: Setting, name: str, *, device_put: bool = False) -> 
     return [dataclasses.replace(policy, device_put=True) for policy in found] if device_put else found
 
 
-def _fitting(shapes: tuple[Shape, ...], setting: Setting, name: str) -> tuple[Shape, ...]:
-    total = sum(shape.tp for shape in shapes)
-    for shape in shapes:
+def _shapes(text: str, setting: Setting) -> tuple[Shape, ...]:
+    """The instances that a layout names; where they lie on a node is the policy's business."""
+    try:
+        layout = parse_layout(text, setting.node)
+    except PreconditionError as error:  # the devices are a flag here, too
+        raise InvalidInputError(str(error)) from None
+    for tier in layout.tiers:
+        setting.tiers.get(tier)
+    for shape in layout.shapes:
         if shape.tp not in setting.tps:
             have = ", ".join(map(str, setting.tps))
-            raise InvalidInputError(f"policy {name}: TP {shape.tp} is not in the profile: use {have}")
-    if total > setting.node:
-        raise InvalidInputError(f"policy {name}: {total} devices, but a node has {setting.node}")
-    return shapes
-
-
-def parse_shapes(text: str, tiers: TierSet) -> tuple[Shape, ...]:
-    """Reads `tp4:prefill+tp2x2/chat`: TP, how many, role, tiers.
-
-    Raises:
-      InvalidInputError: a part cannot be read, or a tier is not known.
-    """
-    shapes: list[Shape] = []
-    for part in text.split("+"):
-        head, _, names = part.partition("/")
-        head, _, role = head.partition(":")
-        tp, _, count = head.removeprefix("tp").partition("x")
-        if not (head.startswith("tp") and tp.isdigit() and (count or "1").isdigit() and (role or "mixed") in ROLES):
-            raise InvalidInputError(
-                f"layout {text!r}: cannot read {part!r}: write such as tp4, tp2x2, tp4:prefill, tp1/chat"
-            )
-        own = tuple(name for name in names.split(";") if name)
-        for name in own:
-            tiers.get(name)
-        shapes += [Shape(int(tp), role or "mixed", own)] * int(count or "1")
-    return tuple(shapes)
+            raise InvalidInputError(f"policy {text}: TP {shape.tp} is not in the profile: use {have}")
+    return layout.shapes

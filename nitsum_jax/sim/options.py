@@ -75,7 +75,13 @@ def _define() -> flags.FlagValues:
         "adaptive (the default), a family of baselines (its best settings are searched), an ablation, or a layout as"
         " tp4+tp2x2/chat; an unknown name lists them.",
     )
-    add(flags.DEFINE_list, "policies", None, "Several policies to compare, with `+bound` for the upper bound.")
+    add(
+        flags.DEFINE_string,
+        "policies",
+        None,
+        "Several policies to compare, commas between them, or semicolons where a layout has commas of its own; with"
+        " `+bound` for the upper bound.",
+    )
     add(flags.DEFINE_float, "rate_scale", 1.0, "What the rate is multiplied with; burstiness stays.")
     add(flags.DEFINE_float, "seconds", None, "Length of the workload; the traces' own if left out.")
     add(flags.DEFINE_integer, "seed", 0, "Of all that is random.", lower_bound=0)
@@ -143,8 +149,13 @@ def _options(values: flags.FlagValues) -> Options:
         raise InvalidInputError("--policy and --policies are both given: use one of them")
     if values.replay is not None and (values.policies or values.capacity):
         raise InvalidInputError("--replay runs nothing: leave --policies and --capacity out")
-    policies = tuple(values.policies or (values.policy or "adaptive",))
+    policies = _several(values.policies) if values.policies else (values.policy or "adaptive",)
     if len(set(policies)) < len(policies):
         raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
     plain: dict[str, Any] = {name: values[name].value for name in _PLAIN}
     return Options(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, **plain)
+
+
+def _several(text: str) -> tuple[str, ...]:
+    names = text.split(";" if ";" in text else ",")
+    return tuple(name.strip() for name in names)

@@ -33,7 +33,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         "dtype": "float32",
         "max_queue": 6,
     }
-    with LLM(str(folder), "tp2x2", devices=4, layouts=("tp2x2", "tp4"), **settings) as llm:
+    with LLM(str(folder), "tp2/batch+tp2", devices=4, layouts=("tp2x2", "tp4"), **settings) as llm:
+        assert llm.layout == "tp2/batch+tp2"
+        llm.set_layout("tp2x2")
         yield llm
 
 
@@ -106,6 +108,17 @@ def test_the_layout_changes_in_the_middle_of_a_stream(llm: LLM, answers: list[Co
     assert text == answers[0].text
     asyncio.run(llm.aset_layout("tp2x2"))
     assert repr(llm) == f"LLM({llm._model.name!r}, layout='tp2x2', 4 devices)"
+
+
+def test_a_layout_may_keep_instances_for_tiers(llm: LLM) -> None:
+    report = llm.set_layout("tp2/interactive+tp2/standard,batch")
+    assert (report.sequences, report.kv_bytes_moved) == (0, 0)
+    assert llm.layout == "tp2/interactive+tp2/standard,batch"
+    assert len(llm.generate(["x"], max_tokens=2, tier="batch")) == 1
+    llm.set_layout("tp2x2")
+    assert llm.layout == "tp2x2"
+    with pytest.raises(InvalidInputError, match="names the tier 'gold'"):
+        llm.set_layout("tp4/gold")
 
 
 def test_who_leaves_a_stream_ends_its_request(llm: LLM) -> None:

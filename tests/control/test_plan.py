@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, partitions, place, shapes_text
+from nitsum_jax.meshes.layout import parse_layout
 
 
 def test_text_joins_equal_neighbours() -> None:
@@ -15,10 +16,11 @@ def test_text_joins_equal_neighbours() -> None:
     assert shapes_text((Shape(2, "decode", ("chat",)),) * 3) == "tp2x3:decode/chat"
 
 
-def test_layout_names_devices_and_roles() -> None:
+def test_layout_names_devices_roles_and_tiers() -> None:
     plan = CellPlan((InstancePlan((0, 1), "prefill"), InstancePlan((2,), tiers=("chat",))))
-    assert plan.layout == "tp2@0,1:prefill+tp1@2"
+    assert plan.layout == "tp2@0,1:prefill+tp1@2/chat"
     assert str(plan) == "tp2:prefill+tp1/chat"
+    assert CellPlan.of(parse_layout(plan.layout, 3)) == plan
 
 
 def test_partitions_are_all_of_them() -> None:

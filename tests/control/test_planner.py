@@ -115,6 +115,15 @@ def test_only_allowed_layouts_are_chosen(planner: Planner) -> None:
     assert {instance.tp for instance in decision.choice.instances} == {2}
 
 
+@pytest.mark.parametrize(
+    "text", ["tp1x4:prefill+tp4:decode", "tp4:decode/chat+tp1x4:prefill", "tp4@4,5,6,7:decode+tp1x4:prefill"]
+)
+def test_an_allowed_layout_may_be_written_in_any_order(planner: Planner, text: str) -> None:
+    allowed = dataclasses.replace(inputs(20, 5, homogeneous(8, 1)), allowed=(text,))
+    shapes = planner.decide(allowed).choice.shapes
+    assert sorted((shape.tp, shape.role) for shape in shapes) == [(1, "prefill")] * 4 + [(4, "decode")]
+
+
 def test_hysteresis_keeps_a_plan_that_is_nearly_as_good() -> None:
     stubborn = Planner(COST, TIERS, PlannerConfig(hysteresis=1.0))
     assert not stubborn.decide(inputs(20, 5, homogeneous(8, 1))).switch

@@ -10,18 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, partitions, place
-from nitsum_jax.control.switching import Switched, device_of_vshard, moves
+from nitsum_jax.control.switching import Switched, moves
 from nitsum_jax.meshes.vshards import VshardMap
 from tests.control.cells import COST, job, make_cell, serve, some_jobs
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4, 8])
-def test_vshards_lie_where_the_engine_has_them(tp: int) -> None:
-    engine = VshardMap(8)
-    for start in range(0, 16, tp):
-        devices = tuple(range(start, start + tp))
-        expected = tuple(engine.device_of(devices, vshard) for vshard in range(8))
-        assert device_of_vshard(devices, 8) == expected
 
 
 def test_moves_count_the_vshards_that_change_their_device() -> None:

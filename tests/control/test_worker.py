@@ -86,8 +86,6 @@ def test_accounts_equal_a_recount(seed: int) -> None:
         assert worker.tightest_tpot_s() == min(in_time, default=math.inf)
         assert worker.jobs == len(naive.generated) + len(naive.prefilling)
         assert {one.id: worker.generated(one) for one in worker.decoding.values()} == naive.generated
-        for one in worker.decoding.values():
-            assert worker.context_of(one) == one.prompt_tokens + naive.generated[one.id] - 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,3 +140,39 @@ def test_overdue_are_those_whose_next_token_is_due() -> None:
         one.late = True
         found.append(one.id)
     assert found == ["0", "1"]  # due at 0.025, 0.525 and 1.025
+
+
+def _decoding(worker: Worker, number: int, first_token_s: float) -> Job:
+    one = job(number, CHAT, 0.0, 20)
+    worker.seat(one)
+    one.cached, one.generated, one.first_token_s = one.target, 1, first_token_s
+    worker.begin_decode(one)
+    return one
+
+
+@given(st.permutations(range(8)), st.lists(st.sampled_from([1.0, 1.5, 2.0]), min_size=8, max_size=8))
+def test_first_tokens_may_come_at_another_time_and_at_the_same(order: list[int], times: list[float]) -> None:
+    worker = _worker()
+    jobs = [_decoding(worker, number, 1.0) for number in range(8)]
+    for number in order:
+        jobs[number].first_token_s = times[number]
+        worker.retime(jobs[number])
+        jobs.append(_decoding(worker, len(jobs), 1.0))
+    tpot_s = CHAT.tpot_ms / 1000
+    due = sorted((one.first_token_s or 0.0) - one.offset * tpot_s + worker.clock * tpot_s for one in jobs)
+    assert worker.slack_s(0.0) == due[0]
+    overdue = []
+    for one in worker.overdue(math.inf):
+        one.late = True
+        overdue.append((one.first_token_s or 0.0) - one.offset * tpot_s + worker.clock * tpot_s)
+    assert overdue == due
+
+
+def test_who_is_late_by_then_or_gone_is_not_timed_again() -> None:
+    worker = _worker()
+    late, gone = _decoding(worker, 0, 1.0), _decoding(worker, 1, 1.0)
+    late.late, late.first_token_s = True, 9.0
+    worker.retime(late)
+    worker.leave(gone)
+    worker.retime(gone)
+    assert worker.slack_s(0.0) == math.inf

@@ -18,21 +18,22 @@ from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.step import Program
 from nitsum_jax.engine.step_store import StepStore
+from nitsum_jax.meshes.mesh import TP_AXIS
 from tests.engine.rig import StepRig
 
 PREFILL, DECODE = StepShape(1, 8), StepShape(4, 1)
-SPEC = PartitionSpec("tp")
+SPEC = PartitionSpec(TP_AXIS)
 
 
 def mesh_of(group: Group) -> Mesh:
-    return Mesh(np.array([jax.devices()[device] for device in group]), ("tp",))
+    return Mesh(np.array([jax.devices()[device] for device in group]), (TP_AXIS,))
 
 
 def compile_stand_in(mesh: Mesh, factor: float = 2.0) -> jax.stages.Compiled:
     """A program of a step's kind (a donated array sharded along "tp") that compiles in no time."""
 
     def step(x: jax.Array) -> jax.Array:
-        return x * jnp.float32(factor) + jax.lax.psum(x, "tp")
+        return x * jnp.float32(factor) + jax.lax.psum(x, TP_AXIS)
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=SPEC, out_specs=SPEC)
     size = 4 * mesh.devices.size

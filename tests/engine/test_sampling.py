@@ -14,6 +14,7 @@ from nitsum_jax.engine import sampling
 from nitsum_jax.engine.packing import steering
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.sampling import SamplingArrays, combine, greedy_local, gumbel_noise, sample
+from nitsum_jax.meshes.mesh import TP_AXIS
 
 # Tests share few shapes, as every shape is a compile.
 ROWS, VOCAB, LENGTH = 64, 300, 24
@@ -360,7 +361,7 @@ def test_nan_and_infinities_give_valid_ids(fields: dict[str, Any]) -> None:
 
 
 def tp_mesh(tp: int) -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:tp]), ("tp",))
+    return Mesh(np.asarray(jax.devices()[:tp]), (TP_AXIS,))
 
 
 def test_replicated_and_gathered_logits_under_shard_map() -> None:
@@ -379,9 +380,9 @@ def test_replicated_and_gathered_logits_under_shard_map() -> None:
     np.testing.assert_array_equal(jax.jit(same)(logits, params, history(batch)), expected)
 
     def gathered(local: jax.Array, params: SamplingArrays, tokens: jax.Array) -> jax.Array:
-        return step(jax.lax.all_gather(local, "tp", axis=1, tiled=True), params, tokens)[None]
+        return step(jax.lax.all_gather(local, TP_AXIS, axis=1, tiled=True), params, tokens)[None]
 
-    each = jax.shard_map(gathered, mesh=tp_mesh(tp), in_specs=(P(None, "tp"), P(), P()), out_specs=P("tp"))
+    each = jax.shard_map(gathered, mesh=tp_mesh(tp), in_specs=(P(None, TP_AXIS), P(), P()), out_specs=P(TP_AXIS))
     for on_one_device in np.asarray(jax.jit(each)(logits, params, history(batch))):
         np.testing.assert_array_equal(on_one_device, expected)
 
@@ -395,10 +396,10 @@ def test_distributed_argmax_equals_argmax_of_the_row(tp: int) -> None:
     logits[3, 60] = np.inf
 
     def local(part: jax.Array) -> jax.Array:
-        offset = jax.lax.axis_index("tp") * part.shape[-1]
-        return combine(*greedy_local(part, offset), "tp")
+        offset = jax.lax.axis_index(TP_AXIS) * part.shape[-1]
+        return combine(*greedy_local(part, offset), TP_AXIS)
 
-    over = jax.shard_map(local, mesh=tp_mesh(tp), in_specs=P(None, "tp"), out_specs=P())
+    over = jax.shard_map(local, mesh=tp_mesh(tp), in_specs=P(None, TP_AXIS), out_specs=P())
     got = jax.jit(over)(jnp.asarray(logits))
     np.testing.assert_array_equal(got, np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=-1))
     np.testing.assert_array_equal(got, jit_sample(jnp.asarray(logits), arrays(), history()))

@@ -8,7 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError
-from nitsum_jax.meshes.layout import Instance, Layout, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.layout import (
+    TIER_NAME,
+    Instance,
+    Layout,
+    Role,
+    Shape,
+    enumerate_layouts,
+    parse_layout,
+    parse_shapes,
+    shapes_text,
+)
 from nitsum_jax.meshes.vshards import ranks_differ
 
 
@@ -16,9 +26,14 @@ def layout_of(*groups: tuple[int, ...]) -> Layout:
     return Layout(tuple(Instance(group) for group in groups))
 
 
+names = st.from_regex(TIER_NAME, fullmatch=True) | st.sampled_from(["chat", "code", "64", "tp1", "x2", "Decode"])
+tiers = st.lists(names, max_size=2, unique=True).map(tuple)
+shapes = st.builds(Shape, st.sampled_from([1, 2, 4, 8]), st.sampled_from([role.value for role in Role]), tiers)
+
+
 @st.composite
 def cells(draw: st.DrawFn) -> tuple[int, Layout]:
-    """A cell and any valid layout of it, also with scattered devices, idle ones and roles."""
+    """A cell and any valid layout of it, also with scattered devices, idle ones, roles and tiers."""
     num_devices = draw(st.integers(1, 16))
     free = set(range(num_devices))
     instances: list[Instance] = []
@@ -27,10 +42,10 @@ def cells(draw: st.DrawFn) -> tuple[int, Layout]:
         if all(by_rank):
             devices = tuple(draw(st.sampled_from(choice)) for choice in by_rank)
             free -= set(devices)
-            instances.append(Instance(devices, draw(st.sampled_from(list(Role)))))
+            instances.append(Instance(devices, draw(st.sampled_from(list(Role))), draw(tiers)))
     roles = {instance.role for instance in instances}
     if Role.MIXED not in roles and len(roles) < 2:
-        instances = [Instance(instance.devices) for instance in instances]
+        instances = [Instance(instance.devices, tiers=instance.tiers) for instance in instances]
     return num_devices, Layout(tuple(instances or [Instance((0,))]))
 
 
@@ -40,6 +55,24 @@ def test_text_round_trip(cell: tuple[int, Layout]) -> None:
     layout.validate(num_devices, max_tp=8)
     assert parse_layout(str(layout), num_devices) == layout
     assert str(parse_layout(str(layout), num_devices)) == str(layout)
+
+
+@given(cells())
+def test_naming_all_devices_says_the_same(cell: tuple[int, Layout]) -> None:
+    num_devices, layout = cell
+    assert parse_layout("+".join(map(str, layout.instances)), num_devices) == layout
+
+
+@given(st.lists(shapes, min_size=1, max_size=8).map(tuple))
+def test_shapes_are_read_as_they_were_written(wanted: tuple[Shape, ...]) -> None:
+    assert parse_shapes(shapes_text(wanted)) == wanted
+
+
+@given(cells())
+def test_shapes_of_a_layout_are_what_its_text_says(cell: tuple[int, Layout]) -> None:
+    _, layout = cell
+    assert parse_shapes(str(layout)) == layout.shapes
+    assert layout.without_tiers().tiers == ()
 
 
 @given(st.integers(1, 8), st.booleans())
@@ -88,6 +121,9 @@ def test_roles_are_read() -> None:
         ("tp2@0,1+tp2@2,3", "tp2x2"),
         ("tp1@3+tp1@2", "tp1@3+tp1@2"),
         ("tp2@0,3:prefill+tp1x2:decode", "tp2@0,3:prefill+tp1x2:decode"),
+        ("TP1/chat+tp1:MIXED/chat+tp2:mixed/code,Batch", "tp1x2/chat+tp2/code,Batch"),
+        ("tp1/chat+tp1/code+tp1x2", "tp1/chat+tp1/code+tp1x2"),
+        ("tp2@2,3:prefill/a+tp1x2:decode/a,b", "tp2@2,3:prefill/a+tp1x2:decode/a,b"),
     ],
 )
 def test_canonical_text(text: str, canonical: str) -> None:
@@ -129,6 +165,11 @@ def test_idle_devices() -> None:
         ("tp3", "tp3 is not a power of two"),
         ("tp2+tp6", "tp6 is not a power of two"),
         ("tp1x0", "asks for no instance"),
+        ("tp2/", "is no part"),
+        ("tp2/chat;code", "'tp2/chat;code' is no part of a layout: write instances as tpT.*tp4/chat"),
+        ("tp2/-chat", "is no part"),
+        ("tp2/chat:decode", "is no part"),
+        ("tp2/chat,chat", "names a tier twice"),
         ("tp2:encode", "unknown role: use mixed, prefill, decode"),
         ("tp2@1", "names 1 devices but needs 2"),
         ("tp1x3@1,2", "names 2 devices but needs 3"),
@@ -152,7 +193,13 @@ def test_more_devices_than_there_are(text: str) -> None:
         parse_layout(text, 4)
 
 
-@given(st.text(alphabet="tp0123489x@,:+ prefilldco", max_size=20))
+@pytest.mark.parametrize("text", ["tp1x999999+tp1x999999", "tp524288x999999"])
+def test_shapes_have_an_end_too(text: str) -> None:
+    with pytest.raises(PreconditionError, match="needs more than the 1048576 devices"):
+        parse_shapes(text)
+
+
+@given(st.text(alphabet="tp0123489x@,:+/ prefilldco", max_size=20))
 def test_any_text_is_a_layout_or_a_one_line_error(text: str) -> None:
     outcome: Layout | NitsumError
     try:

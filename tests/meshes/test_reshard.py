@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.meshes.reshard import reshard
 
 
 def mesh(*devices: int) -> Mesh:
-    return Mesh(np.array([jax.devices()[d] for d in devices]), ("tp",))
+    return Mesh(np.array([jax.devices()[d] for d in devices]), (TP_AXIS,))
 
 
 def test_host_arrays_land_whole_on_every_device() -> None:
@@ -27,10 +28,10 @@ def test_host_arrays_land_whole_on_every_device() -> None:
 
 def test_what_is_there_does_not_land_again() -> None:
     rows = np.arange(16, dtype=np.float32).reshape(8, 2)
-    four, _ = reshard(rows, NamedSharding(mesh(0, 1, 2, 3), P("tp")))
+    four, _ = reshard(rows, NamedSharding(mesh(0, 1, 2, 3), P(TP_AXIS)))
     assert reshard(four, four.sharding)[1] == 0
     # Device 0 has rows 0-1 of 0-3, device 1 rows 2-3 of 4-7.
-    two, landed = reshard(four, NamedSharding(mesh(0, 1), P("tp")))
+    two, landed = reshard(four, NamedSharding(mesh(0, 1), P(TP_AXIS)))
     assert landed == (2 + 4) * 2 * 4
     whole, landed = reshard(two, SingleDeviceSharding(jax.devices()[0]))
     assert landed == 4 * 2 * 4
@@ -39,9 +40,11 @@ def test_what_is_there_does_not_land_again() -> None:
 
 def test_a_tree_of_shardings() -> None:
     tree = {"cut": jax.device_put(np.ones((4,), np.float32), jax.devices()[0]), "whole": np.ones((3,), np.float32)}
-    placed, landed = reshard(tree, {"cut": NamedSharding(mesh(0, 1), P("tp")), "whole": NamedSharding(mesh(0, 1), P())})
+    placed, landed = reshard(
+        tree, {"cut": NamedSharding(mesh(0, 1), P(TP_AXIS)), "whole": NamedSharding(mesh(0, 1), P())}
+    )
     assert landed == 2 * 4 + 2 * 3 * 4
-    assert placed["cut"].sharding.spec == P("tp")
+    assert placed["cut"].sharding.spec == P(TP_AXIS)
 
 
 def test_scalars_and_empty_arrays() -> None:
@@ -51,10 +54,10 @@ def test_scalars_and_empty_arrays() -> None:
 
 def test_a_sharding_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="evenly divide"):
-        reshard(np.ones((3,), np.float32), NamedSharding(mesh(0, 1), P("tp")))
+        reshard(np.ones((3,), np.float32), NamedSharding(mesh(0, 1), P(TP_AXIS)))
 
 
-specs = st.sampled_from([P(), P("tp"), P(None, "tp")])
+specs = st.sampled_from([P(), P(TP_AXIS), P(None, TP_AXIS)])
 groups = st.sampled_from([(0,), (1,), (0, 1), (1, 0), (2, 3), (0, 1, 2, 3), (3, 1, 0, 2)])
 
 

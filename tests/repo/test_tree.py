@@ -91,6 +91,8 @@ def test_constraints_pin_all_that_pyproject_names() -> None:
     pinned = {_normal(p.partition("==")[0]) for p in pins}
     project = PYPROJECT["project"]
     named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = [re.split(r"[^\w.-]", text)[0].lower() for text in project["dependencies"]]
+    assert len(set(names)) == len(names)
     assert {_normal(re.split(r"[\[<>=]", n)[0]) for n in named} - pinned == set()
 
 
@@ -108,3 +110,27 @@ def test_licence_is_apache() -> None:
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_axis_of_tensor_parallelism_is_named_in_one_place() -> None:
+    found = []
+    for path in source_tree.python_files():
+        if path.parts[0] != source_tree.PACKAGE or path.parts[1] not in {"meshes", "models", "engine", "bench"}:
+            continue
+        nodes = list(ast.walk(ast.parse((source_tree.ROOT / path).read_text(encoding="utf-8"))))
+        # A key, such as a group of a regular expression, is no axis, and neither is the text of a layout.
+        keys = {id(node.slice) for node in nodes if isinstance(node, ast.Subscript)}
+        texts = {id(part) for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values}
+        others = (n for n in nodes if isinstance(n, ast.Constant) and id(n) not in keys | texts)
+        found += [str(path) for node in others if node.value == "tp"]
+    assert found == ["nitsum_jax/meshes/mesh.py"]
+
+
+def test_parameters_move_between_devices_by_one_path() -> None:
+    calls = {
+        path.name
+        for path in source_tree.python_files()
+        if path.parts[:2] == (source_tree.PACKAGE, "meshes")
+        and "device_put(" in (source_tree.ROOT / path).read_text(encoding="utf-8")
+    }
+    assert calls == {"host_copy.py", "reshard.py"}  # from the host, and from anywhere

@@ -5,11 +5,12 @@ import itertools
 import pytest
 
 from nitsum_jax.control.plan import CellPlan, Shape
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.sim import baselines
 from nitsum_jax.sim.baselines import Setting
 from nitsum_jax.sim.bound import candidates, upper_bound
 from nitsum_jax.sim.layouts import placements, role_splits, splits, tier_splits
-from nitsum_jax.sim.named import parse_shapes, policies_named
+from nitsum_jax.sim.named import policies_named
 from nitsum_jax.sim.search import Grid, best_by_capacity, capacity, sample, tournament
 from nitsum_jax.sim.simulation import Policy, simulate
 from nitsum_jax.sim.summary import Figures
@@ -74,11 +75,21 @@ def test_larger_cells_repeat_the_node() -> None:
     [
         ("tp4+tp2x2", (Shape(4), Shape(2), Shape(2))),
         ("tp2:prefill+tp1x2:decode", (Shape(2, "prefill"), Shape(1, "decode"), Shape(1, "decode"))),
-        ("tp2/chat;batch", (Shape(2, tiers=("chat", "batch")),)),
+        ("tp2x2/chat,batch+tp4", (Shape(4), *[Shape(2, tiers=("chat", "batch"))] * 2)),
+        ("tp4@4,5,6,7+tp2@2,3+tp2@0,1", (Shape(4), Shape(2), Shape(2))),
+        ("TP4+tp2x2/chat:mixed", None),
+        ("tp2x4/gold", None),
+        ("tp8:prefill", None),
+        ("tp8x2", None),
     ],
 )
-def test_layouts_are_read(text: str, shapes: tuple[Shape, ...]) -> None:
-    assert parse_shapes(text, TIERS) == shapes
+def test_a_policy_may_be_a_layout_as_servers_read_it(text: str, shapes: tuple[Shape, ...] | None) -> None:
+    if shapes is None:
+        with pytest.raises(NitsumError):
+            policies_named(Setting(COST8, TIERS, 8), text)
+    else:
+        (policy,) = policies_named(Setting(COST8, TIERS, 8), text)
+        assert sorted(policy.plan.shapes, key=str) == sorted(shapes, key=str)
 
 
 def _stand_in(limits: dict[str, float], grid: Grid):  # type: ignore[no-untyped-def]

@@ -205,7 +205,7 @@ def test_spans_follow_the_switches(folders: list[pathlib.Path]) -> None:
     logs = open_run(folders[0]).logs()
     switches = (
         SwitchRecord(10, "tp2@0,1/chat+tp1@2+tp1@3", "tp2@0,1/batch+tp2@2,3:prefill", (2, 3), 0.5, 0, 0, 0),
-        SwitchRecord(20, "tp2@0,1/batch+tp2@2,3:prefill", "tp4@0,1,2,3:decode", (0, 1, 2, 3), 0.25, 0, 0, 0),
+        SwitchRecord(20, "tp2@0,1/batch+tp2@2,3:prefill", "tp4@0,1,2,3", (0, 1, 2, 3), 0.25, 0, 0, 0),
     )
     found = spans_of(dataclasses.replace(logs, switches=switches), 30)
     assert found == [
@@ -213,7 +213,7 @@ def test_spans_follow_the_switches(folders: list[pathlib.Path]) -> None:
         Span(0, 10, (2,), "mixed"),
         Span(0, 10, (3,), "mixed"),
         Span(10.5, 20, (2, 3), "prefill"),
-        Span(20.25, 30, (0, 1, 2, 3), "decode"),
+        Span(20.25, 30, (0, 1, 2, 3), "mixed"),
     ]
     assert [s.tp for s in found] == [2, 1, 1, 2, 4]
     assert Span(0, 1, (0, 2, 3, 7), "mixed").runs() == [(0, 1), (2, 2), (7, 1)]
@@ -221,7 +221,7 @@ def test_spans_follow_the_switches(folders: list[pathlib.Path]) -> None:
 
 def test_spans_without_layouts_are_told_from_the_steps(folders: list[pathlib.Path]) -> None:
     logs = open_run(folders[0]).logs()
-    bare = dataclasses.replace(logs, switches=(), summary=logs.summary | {"layout": "tp2x2"})
+    bare = dataclasses.replace(logs, switches=(), summary=logs.summary | {"layout": ""})
     found = spans_of(bare, 4)
     assert {s.devices for s in found} == {(0, 1), (2, 3), (0,), (1,), (2,), (3,)}
     switch_s = logs.switches[0].time_s

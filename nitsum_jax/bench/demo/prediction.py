@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from nitsum_jax.control.plan import Shape, parse_shapes
+from nitsum_jax.meshes.layout import parse_shapes
 from nitsum_jax.sim.baselines import Setting, adaptive, best_static, static
 from nitsum_jax.sim.logs import request_record
 from nitsum_jax.sim.metrics import Metrics, measure
@@ -23,13 +23,12 @@ def predict(setting: Setting, workload: Workload, policy: Policy, max_batch: int
 
 def static_policy(setting: Setting, layout: str) -> Policy:
     """A layout as a policy."""
-    return static(setting, layout, tuple(parse_shapes(layout)))
+    return static(setting, layout, parse_shapes(layout))
 
 
 def adaptive_policy(setting: Setting, first: str) -> Policy:
     """Adaptive control that begins with a layout."""
-    shapes: tuple[Shape, ...] = tuple(parse_shapes(first))
-    return adaptive(setting, first=shapes)
+    return adaptive(setting, first=parse_shapes(first))
 
 
 def best_uneven(setting: Setting, workload: Workload, max_batch: int) -> str | None:

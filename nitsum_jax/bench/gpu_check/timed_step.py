@@ -17,7 +17,7 @@ from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step import Program, compile_step
 from nitsum_jax.meshes.layout import Instance
-from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -87,7 +87,7 @@ class TimedModel:
 
     def _pool(self) -> jax.Array:
         shape = self.program.pool
-        where = NamedSharding(self._mesh, PartitionSpec("tp"))
+        where = NamedSharding(self._mesh, PartitionSpec(TP_AXIS))
         return jnp.zeros((shape.blocks, *shape.block_shape), shape.storage_dtype, device=where)
 
     def _history(self) -> jax.Array:

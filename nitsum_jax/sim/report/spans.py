@@ -1,13 +1,12 @@
 """Which instances a cell had over time, told from the logs."""
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
+from nitsum_jax.errors import NitsumError
+from nitsum_jax.meshes.layout import MOST_DEVICES, parse_layout
 from nitsum_jax.sim.logs import RunLogs
 from nitsum_jax.sim.tables import StepTable, rows_by
-
-_PART = re.compile(r"tp(?P<tp>\d+)@(?P<devices>\d+(?:,\d+)*)(?::(?P<role>prefill|decode))?(?:/.*)?")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class Span:
 def spans_of(logs: RunLogs, end_s: float) -> list[Span]:
     """All instances of a run, in order of their start.
 
-    Layouts are read from the switches and, before the first one, from the summary.  Where neither names devices, an
+    Layouts are read from the switches and, before the first one, from the summary.  Where one cannot be read, an
     instance is there from its first step to its last.
 
     Args:
@@ -70,14 +69,11 @@ def spans_of(logs: RunLogs, end_s: float) -> list[Span]:
 
 
 def _parsed(text: str) -> list[tuple[tuple[int, ...], str]]:
-    """(devices, role) of each instance of a layout's text; nothing if it does not name all devices."""
-    found = []
-    for part in text.split("+"):
-        match = _PART.fullmatch(part)
-        if match is None:
-            return []
-        found.append((tuple(int(d) for d in match["devices"].split(",")), match["role"] or "mixed"))
-    return found
+    """(devices, role) of each instance of a layout's text; nothing if it cannot be read."""
+    try:
+        return [(i.devices, i.role.value) for i in parse_layout(text, MOST_DEVICES).instances]
+    except NitsumError:
+        return []
 
 
 def _from_steps(steps: StepTable) -> list[Span]:
