@@ -95,7 +95,7 @@ def test_an_output_keeps_the_space_before_its_first_word(kind: str) -> None:
     assert [stream.push([token]) for token in ids] == [" wor", "ld"]
 
 
-@pytest.mark.parametrize("kind", set(KINDS) - {"word_piece"})
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "word_piece"])
 @given(text=st.text("the wor語é😀 \n", max_size=20))
 def test_a_whole_text_is_what_the_tokenizers_package_says(kind: str, text: str) -> None:
     ids = inner_of(kind).encode(text).ids
