@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from absl import flags
 
@@ -34,6 +35,8 @@ from nitsum_jax.models.loading import open_model
 from nitsum_jax.server import cli, compile_cache
 
 _POLL_S = 0.05
+# Few buckets: what is compiled before anything can be measured takes as long as what is measured.
+_MAX_BATCH, _PREFILL_CHUNK = 8, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,9 @@ def measure(options: Options) -> dict[str, Gaps]:
     """
     watch = _Watch()
     with _engine(options, watch) as engine:
+        cli.err(f"compiling {options.layout}")
         engine.wait_for_layouts()
+        cli.err("watching the streams")
         limit = engine.context_limit()
         for index in range(options.streams):
             engine.submit(Request(f"stream-{index}", (1, 2 + index, 3), limit))
@@ -126,6 +131,7 @@ def measure(options: Options) -> dict[str, Gaps]:
         quiet = time.monotonic()
         time.sleep(options.quiet_s)
         begin = time.monotonic()
+        cli.err(f"compiling {options.to} beside them")
         # Not by way of the engine: the allow-list keeps it from compiling anything before we ask.
         groups = engine.cell.groups(parse_layout(options.to, len(engine.cell.devices)))
         engine.cell.executables.want(groups, ASKED_FOR)
@@ -152,7 +158,12 @@ def _engine(options: Options, watch: _Watch) -> Iterator[Engine]:
     with tempfile.TemporaryDirectory(prefix="nitsum-compiling-") as cache:
         compile_cache.enable(cache)
         config = EngineConfig(
-            layout=options.layout, layouts=(options.layout,), dtype=options.dtype, kv_cache_gib=options.kv_cache_gib
+            layout=options.layout,
+            layouts=(options.layout,),
+            dtype=options.dtype,
+            kv_cache_gib=options.kv_cache_gib,
+            max_batch=_MAX_BATCH,
+            prefill_chunk=_PREFILL_CHUNK,
         )
         engine = start_engine(open_model(options.model), config, watch.take)
         try:
@@ -187,7 +198,8 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_float("kv_cache_gib", 0.5, "KV pool per device, GiB", lower_bound=0.001, flag_values=values)
     flags.DEFINE_string("json", None, "file for the results", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
-    return Options(**{field.name: values[field.name].value for field in dataclasses.fields(Options)})
+    chosen: dict[str, Any] = {field.name: values[field.name].value for field in dataclasses.fields(Options)}
+    return Options(**chosen)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc.aio
 
@@ -15,7 +15,8 @@ from nitsum_jax.server import cli
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 
 _ANEW = "\r\x1b[K"  # to the start of the line, and all of it away
-_TICK_S = 1.0
+_TICK_S = 0.5
+_FIRST_S = 1.0
 _PLAIN_EVERY_S = 4.0
 _ASKING_S = 30.0  # an answer that takes longer is given up and asked for again
 
@@ -29,7 +30,7 @@ class Clock(Protocol):
     def now(self) -> float:
         """Seconds, of any origin."""
 
-    async def wait(self, work: "asyncio.Future[object]", seconds: float) -> None:
+    async def wait(self, work: "asyncio.Future[Any]", seconds: float) -> None:
         """Returns when the work is done, or after so many seconds."""
 
 
@@ -37,7 +38,7 @@ class _RealClock:
     def now(self) -> float:
         return time.monotonic()
 
-    async def wait(self, work: "asyncio.Future[object]", seconds: float) -> None:
+    async def wait(self, work: "asyncio.Future[Any]", seconds: float) -> None:
         await asyncio.wait({work}, timeout=seconds)
 
 
@@ -92,11 +93,11 @@ async def watched(call: Awaitable[_T], what: str, look: Look, line: ProgressLine
       clock: for tests.
     """
     clock = _RealClock() if clock is None else clock
-    begin = told = clock.now()
+    begin = clock.now()
+    due = begin + _FIRST_S
     working = asyncio.ensure_future(call)
     looking: asyncio.Future[str] | None = None
     asked, news = begin, ""
-    said = False
     try:
         while not working.done():
             if looking is not None and not looking.done() and clock.now() - asked >= _ASKING_S:
@@ -107,16 +108,17 @@ async def watched(call: Awaitable[_T], what: str, look: Look, line: ProgressLine
             if looking.done() and not looking.cancelled():
                 news = news if looking.exception() is not None else looking.result()
             now = clock.now()
-            if not working.done() and (line.rewritten or not said or now - told >= _PLAIN_EVERY_S):
+            if not working.done() and now >= due:
                 line.tell(f"{what} for {seconds(now - begin)}" + (f": {news}" if news else ""))
-                said, told = True, now
+                due = now + (_TICK_S if line.rewritten else _PLAIN_EVERY_S)
         return working.result()
     finally:
         line.clear()
         working.cancel()
         if looking is not None:
             looking.cancel()
-        await asyncio.wait({working, looking} if looking is not None else {working})
+            await asyncio.wait({looking})
+        await asyncio.wait({working})
 
 
 def compiling(stub: nitsum_pb2_grpc.GenerationServiceStub, layout: str) -> Look:

@@ -247,7 +247,7 @@ class FakeEngine:
     def _loop(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and (self._held or not self._idle()):
+                while not self._closed and (self._held or self._idle()):
                     # Cancelled and late requests end also while nothing else moves.
                     self._lock.wait(0.005)
                     if self._waiting or self._running:
