@@ -31,7 +31,7 @@ from nitsum_jax.engine.step_store import StepStore
 from nitsum_jax.errors import UnavailableError
 
 _LOG = logging.getLogger(__name__)
-_BACKGROUND_NICENESS = 10
+_BACKGROUND_NICENESS, _LEAST_PRIORITY = 10, 19
 _CLOSING_S = 0.5
 _TAKEN = -1  # in place of the priority of a job: a thread has it
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -243,12 +243,13 @@ class Executables:
         """From now on, programs are launched by the engine's thread alone."""
         with self._trial_lock, self._changed:
             self._serving = True
-        # Serving goes before compiling what may be needed later: all threads but the first yield to it, and the first
-        # waits for what somebody asks for.  Linux gives each thread a priority of its own.
+        # Serving goes before compiling, whoever waits for it: where no stream runs, low priority costs no time.  Linux
+        # gives each thread a priority of its own, and the threads that XLA starts to compile inherit that.
         if sys.platform == "linux":
-            for thread in self._threads[1:]:
+            for thread in self._threads:
                 if thread.native_id is not None:
-                    os.setpriority(os.PRIO_PROCESS, thread.native_id, _BACKGROUND_NICENESS)
+                    niceness = os.getpriority(os.PRIO_PROCESS, thread.native_id) + _BACKGROUND_NICENESS
+                    os.setpriority(os.PRIO_PROCESS, thread.native_id, min(_LEAST_PRIORITY, niceness))
 
     def launch_trial(self, trial_run: TrialRun, *, idle: bool) -> None:
         """Launches one of the trials that wait for the engine's thread, without waiting for its end.

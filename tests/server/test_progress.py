@@ -119,9 +119,7 @@ def test_an_error_of_the_call_is_an_error_of_the_waiting() -> None:
     asyncio.run(scenario())
 
 
-def test_a_line_on_a_terminal_is_written_anew_and_never_wraps(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_a_line_on_a_terminal_is_written_anew_and_never_wraps(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     line = ProgressLine("tool", rewritten=True)
     line.tell("compiling a layout of many parts")
