@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -35,6 +35,8 @@ from nitsum_jax.models.loading import open_model
 from nitsum_jax.server import cli, compile_cache
 
 _POLL_S = 0.05
+_WARM_UP_S = 2.0  # the first steps find caches cold
+_TOKENS = 256
 # Few buckets: what is compiled before anything can be measured takes as long as what is measured.
 _MAX_BATCH, _PREFILL_CHUNK = 8, 32
 
@@ -74,11 +76,20 @@ class Gaps:
     longest: float
 
     @classmethod
-    def between(cls, times: dict[str, list[float]], begin_s: float, end_s: float) -> "Gaps":
-        """Of the gaps that end between two moments; a gap that lasts beyond the second one counts as far as it got."""
+    def between(cls, times: dict[str, list[float]], ended: set[str], begin_s: float, end_s: float) -> "Gaps":
+        """Of the gaps that end between two moments; one that lasts beyond the second counts as far as it got.
+
+        Args:
+          times: of the tokens, by stream.
+          ended: streams that have no more tokens to come.
+          begin_s: first moment.
+          end_s: second moment.
+        """
         gaps = []
-        for stream in times.values():
-            ends = [*(time_s for time_s in stream if time_s <= end_s), end_s]
+        for name, stream in times.items():
+            ends = [time_s for time_s in stream if time_s <= end_s]
+            if name not in ended:
+                ends.append(end_s)
             gaps += [1000 * (b - a) for a, b in itertools.pairwise(ends) if b > begin_s and b > a]
         gaps.sort()
         return cls(
@@ -96,7 +107,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.times: dict[str, list[float]] = {}
-        self.ended: list[str] = []
+        self.ended: set[str] = set()
         self._lock = threading.Lock()
 
     def take(self, deltas: Sequence[TokenDelta]) -> None:
@@ -104,53 +115,62 @@ class _Watch:
             for delta in deltas:
                 self.times.setdefault(delta.request_id, []).extend([delta.time_s] * len(delta.token_ids))
                 if delta.finish_reason is not None:
-                    self.ended.append(delta.request_id)
+                    self.ended.add(delta.request_id)
 
     def gaps(self, begin_s: float, end_s: float) -> Gaps:
         with self._lock:
-            return Gaps.between({name: list(times) for name, times in self.times.items()}, begin_s, end_s)
+            return Gaps.between(self.times, self.ended, begin_s, end_s)
+
+
+class _Streams:
+    """Keeps so many streams alive."""
+
+    def __init__(self, engine: Engine, watch: _Watch, count: int) -> None:
+        self._engine = engine
+        self._watch = watch
+        self._count = count
+        self._begun = 0
+
+    def until(self, condition: Callable[[], bool]) -> float:
+        """Goes on until something is the case; returns when that was."""
+        while not condition():
+            for _ in range(self._count - self._begun + len(self._watch.ended)):
+                self._engine.submit(Request(f"stream-{self._begun}", (1, 2 + self._begun % 16, 3), _TOKENS))
+                self._begun += 1
+            time.sleep(_POLL_S)
+        return time.monotonic()
+
+    def for_s(self, seconds: float) -> float:
+        """Goes on for some time; returns when that was over."""
+        end = time.monotonic() + seconds
+        return self.until(lambda: time.monotonic() >= end)
 
 
 def measure(options: Options) -> dict[str, Gaps]:
-    """Runs the benchmark: "before", "compiling" and "after".
+    """Runs the benchmark: "before" and "compiling".
 
     Raises:
-      RuntimeError: the layout does not compile, or the streams were too short.
+      RuntimeError: the layout does not compile.
     """
     watch = _Watch()
     with _engine(options, watch) as engine:
         cli.err(f"compiling {options.layout}")
         engine.wait_for_layouts()
         cli.err("watching the streams")
-        limit = engine.context_limit()
-        for index in range(options.streams):
-            engine.submit(Request(f"stream-{index}", (1, 2 + index, 3), limit))
-        while len(watch.times) < options.streams:
-            time.sleep(_POLL_S)
-        time.sleep(1.0)  # the first steps find caches cold
-        quiet = time.monotonic()
-        time.sleep(options.quiet_s)
-        begin = time.monotonic()
+        streams, executables = _Streams(engine, watch, options.streams), engine.cell.executables
+        quiet = streams.for_s(_WARM_UP_S)
+        begin = streams.for_s(options.quiet_s)
         cli.err(f"compiling {options.to} beside them")
         # Not by way of the engine: the allow-list keeps it from compiling anything before we ask.
         groups = engine.cell.groups(parse_layout(options.to, len(engine.cell.devices)))
-        engine.cell.executables.want(groups, ASKED_FOR)
-        while not all(map(engine.cell.executables.ready, groups)):
-            time.sleep(_POLL_S)
-            for group in groups:
-                if (failure := engine.cell.executables.failure(group)) is not None:
-                    raise RuntimeError(failure)
-        end = time.monotonic()
-        engine.cell.executables.wait(groups, everything=True)
-        after = time.monotonic()
-        time.sleep(options.quiet_s)
-        if watch.ended:
-            raise RuntimeError("a stream ended before the layout was compiled: choose a model of longer context")
-        return {
-            "before": watch.gaps(quiet, begin),
-            "compiling": watch.gaps(begin, end),
-            "after": watch.gaps(after, after + options.quiet_s),
-        }
+        executables.want(groups, ASKED_FOR)
+
+        def made() -> bool:
+            return any(map(executables.failure, groups)) or all(map(executables.ready, groups))
+
+        end = streams.until(made)
+        executables.wait(groups)
+        return {"before": watch.gaps(quiet, begin), "compiling": watch.gaps(begin, end)}
 
 
 @contextlib.contextmanager
@@ -194,7 +214,7 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_string("layout", "tp1x4", "in which the streams run", flag_values=values)
     flags.DEFINE_string("to", "tp4", "what is compiled meanwhile", flag_values=values)
     flags.DEFINE_integer("streams", 4, "how many run", lower_bound=1, flag_values=values)
-    flags.DEFINE_float("quiet_s", 10.0, "seconds to watch before and after", lower_bound=0.1, flag_values=values)
+    flags.DEFINE_float("quiet_s", 10.0, "seconds to watch before", lower_bound=0.1, flag_values=values)
     flags.DEFINE_float("kv_cache_gib", 0.5, "KV pool per device, GiB", lower_bound=0.001, flag_values=values)
     flags.DEFINE_string("json", None, "file for the results", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
