@@ -21,6 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from nitsum_jax.engine.load import InstanceLoad
+from nitsum_jax.engine.progress import CompileProgress
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.tokenizer import Tokenizer
@@ -122,6 +123,10 @@ class PacedEngine:
         return ("tp1",)
 
     ready_layouts = allowed_layouts
+
+    def compiling(self) -> CompileProgress:
+        """Nothing."""
+        return CompileProgress()
 
     def set_layout(self, layout: str) -> concurrent.futures.Future[Any]:
         """There is no other."""

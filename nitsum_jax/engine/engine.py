@@ -15,6 +15,7 @@ from nitsum_jax.engine.load import InstanceLoad, instance_loads
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.pacing import PaceStats
 from nitsum_jax.engine.policy import Policy
+from nitsum_jax.engine.progress import CompileProgress, Wanted
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
 from nitsum_jax.engine.timing import StepListener
@@ -97,6 +98,7 @@ class Engine:
         self._policy = policy
         self._accepting = True
         self._closed = threading.Lock()
+        self._preparing: dict[concurrent.futures.Future[SwitchReport], Wanted] = {}
         self._loop: Loop | None = None
         self._cell = build_cell(model, config, self._on_compiled)
         self.memory_report = self._cell.memory.text
@@ -185,6 +187,8 @@ class Engine:
         target = self._checked(layout)
         future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
         groups = self._cell.groups(target)
+        self._preparing[future] = Wanted(target, tuple(groups), time.monotonic())
+        future.add_done_callback(self._preparing.pop)
         self._cell.executables.want(groups, ASKED_FOR)
         self._running.wake()
 
@@ -213,6 +217,11 @@ class Engine:
         """Known layouts whose executables are compiled: a switch to them starts at once."""
         ready = self._cell.executables.ready
         return tuple(str(layout) for layout in self._cell.known_layouts() if all(map(ready, self._cell.groups(layout))))
+
+    def compiling(self) -> CompileProgress:
+        """What is compiled now, and how far the layouts are that somebody waits for."""
+        preparing = list(self._preparing.values())
+        return self._cell.executables.progress([*self._running.wanted_layouts(), *preparing])
 
     def wait_for_layouts(self, layouts: Sequence[str | Layout] | None = None) -> None:
         """Blocks until the executables of these layouts (all known ones if None) are compiled."""

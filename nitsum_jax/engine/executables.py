@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 
@@ -15,17 +16,25 @@ import jax
 from jax.sharding import Mesh
 
 from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.progress import (
+    Activity,
+    CompileProgress,
+    Group,
+    Wanted,
+    Worksheet,
+    distinct,
+    layout_progress,
+)
 from nitsum_jax.engine.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.step import Program, compile_step
 from nitsum_jax.engine.step_store import StepStore
 from nitsum_jax.errors import UnavailableError
 
 _LOG = logging.getLogger(__name__)
-_BACKGROUND_NICENESS = 10
+_BACKGROUND_NICENESS, _LEAST_PRIORITY = 10, 19
 _CLOSING_S = 0.5
+_TAKEN = -1  # in place of the priority of a job: a thread has it
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-Group = tuple[int, ...]
 
 # Priorities: what the first layout cannot do without, what somebody waits for, the buckets that make it faster, and
 # what may come next.
@@ -143,6 +152,7 @@ class Executables:
         self._blueprints: dict[tuple[int, StepShape], Blueprint] = {}
         self._store = StepStore.beside_jax_cache()
         self._compiling: set[tuple[int, StepShape]] = set()
+        self._sheet = Worksheet()
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, args=(index,), name=f"nitsum-compile-{index}", daemon=True)
@@ -193,6 +203,17 @@ class Executables:
         with self._changed:
             return dict(self._done[group])
 
+    def progress(self, wanted: Sequence[Wanted]) -> CompileProgress:
+        """What is compiled now, and how far these layouts are."""
+        now = time.monotonic()
+        with self._changed:
+            ready = {(group, shape) for group, shapes in self._done.items() for shape in shapes}
+            return CompileProgress(
+                self._sheet.making(),
+                sum(rank != _TAKEN for rank in self._asked.values()),
+                tuple(layout_progress(one, self._essential, self._sheet, ready, now) for one in distinct(wanted)),
+            )
+
     def wait(self, groups: Sequence[Group], *, everything: bool = False) -> None:
         """Blocks until these groups can serve, that is, their essential buckets (or all of them) are ready.
 
@@ -222,12 +243,13 @@ class Executables:
         """From now on, programs are launched by the engine's thread alone."""
         with self._trial_lock, self._changed:
             self._serving = True
-        # Serving goes before compiling what may be needed later: all threads but the first yield to it, and the first
-        # waits for what somebody asks for.  Linux gives each thread a priority of its own.
+        # Serving goes before compiling, whoever waits for it: where no stream runs, low priority costs no time.  Linux
+        # gives each thread a priority of its own, and the threads that XLA starts to compile inherit that.
         if sys.platform == "linux":
-            for thread in self._threads[1:]:
+            for thread in self._threads:
                 if thread.native_id is not None:
-                    os.setpriority(os.PRIO_PROCESS, thread.native_id, _BACKGROUND_NICENESS)
+                    niceness = os.getpriority(os.PRIO_PROCESS, thread.native_id) + _BACKGROUND_NICENESS
+                    os.setpriority(os.PRIO_PROCESS, thread.native_id, min(_LEAST_PRIORITY, niceness))
 
     def launch_trial(self, trial_run: TrialRun, *, idle: bool) -> None:
         """Launches one of the trials that wait for the engine's thread, without waiting for its end.
@@ -276,6 +298,7 @@ class Executables:
         mesh = self._mesh_of(job.group)
         devices = list(mesh.devices.flat)
         if not self._portable(devices[0]):
+            self._begin(job, Activity.COMPILING)
             return compile_step(self._program, job.shape, mesh)
         key = (len(devices), job.shape)
         with self._changed:
@@ -287,9 +310,11 @@ class Executables:
         if blueprint is not None:
             return self._load(blueprint, job, mesh)
         try:
+            self._begin(job, Activity.LOADING)
             blueprint = self._store.get(self._program, job.shape, devices[0], len(devices))
             if blueprint is not None:
                 return self._load(blueprint, job, mesh)
+            self._begin(job, Activity.COMPILING)
             with without_jax_cache() as name:
                 compiled = compile_step(self._program, job.shape, mesh, name=name)
             blueprint = Blueprint(compiled, devices)
@@ -303,11 +328,21 @@ class Executables:
                 self._changed.notify_all()
 
     def _load(self, blueprint: Blueprint, job: _Job, mesh: Mesh) -> jax.stages.Compiled:
+        self._begin(job, Activity.LOADING)
         try:
             return blueprint.load(list(mesh.devices.flat))
         except Exception as error:  # what worked for the probe may not work for a real step
             _LOG.warning("devices %s compile %s for themselves: %s", job.group, job.shape, error)
+            self._begin(job, Activity.COMPILING)
             return compile_step(self._program, job.shape, mesh)
+
+    def _begin(self, job: _Job, activity: Activity) -> None:
+        with self._changed:
+            self._sheet.begin((job.group, job.shape), activity)
+
+    def _end(self, job: _Job) -> None:
+        with self._changed:
+            self._sheet.end((job.group, job.shape), compiled=job.compiled is not None)
 
     def _portable(self, device: jax.Device) -> bool:
         others = [other for other in device.client.local_devices() if other != device]
@@ -319,13 +354,16 @@ class Executables:
             try:
                 if job.compiled is None:
                     job.compiled = self._make(job)
+                    self._end(job)  # before another thread may take it
                     finished = self._after_compiling(job)
                 else:
                     finished = self._try(job)
             except Exception as error:  # whatever XLA throws must not end the thread
+                self._end(job)
                 self._fail(job, error)
             if finished is not None:
                 with self._changed:
+                    self._sheet.end((job.group, job.shape), compiled=True)
                     self._done.setdefault(job.group, {})[job.shape] = finished
                     self._changed.notify_all()
             if not self._closed:
@@ -352,7 +390,7 @@ class Executables:
                     if job.compiled is not None:
                         return job
                     if self._asked.get((job.group, job.shape)) == job.priority:
-                        self._asked[(job.group, job.shape)] = -1  # taken: cannot be hastened any more
+                        self._asked[(job.group, job.shape)] = _TAKEN  # cannot be hastened any more
                         return job
                     continue  # asked for again with more haste; that entry came first
                 self._changed.wait()
@@ -368,6 +406,7 @@ class Executables:
     def _try(self, job: _Job) -> jax.stages.Compiled | None:
         assert job.compiled is not None
         if job.outputs is not None:
+            self._begin(job, Activity.TRYING)
             jax.block_until_ready(job.outputs)
             return job.compiled
         with self._changed:
@@ -377,7 +416,10 @@ class Executables:
         if run is None:
             return None
         with self._trial_lock:
-            outputs = None if self._serving else run(job.group, job.shape, job.compiled)
+            outputs = None
+            if not self._serving:
+                self._begin(job, Activity.TRYING)
+                outputs = run(job.group, job.shape, job.compiled)
         if outputs is not None:
             jax.block_until_ready(outputs)
             return job.compiled

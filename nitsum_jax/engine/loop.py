@@ -29,6 +29,7 @@ from nitsum_jax.engine.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.policy import Policy, PrefillChoice
+from nitsum_jax.engine.progress import Wanted
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
 from nitsum_jax.engine.sequence import Sequence
@@ -145,6 +146,10 @@ class Loop:
             self._switches.append(pending)
             self.wanted = pending.layout
         self.wake()
+
+    def wanted_layouts(self) -> list[Wanted]:
+        """The layouts of the switches that were asked for and are not done."""
+        return [Wanted(p.layout, tuple(self.cell.groups(p.layout)), p.since_s) for p in self._switches.copy()]
 
     def stop(self) -> None:
         """Ends everything that is alive, and the threads."""

@@ -82,6 +82,7 @@ class PendingSwitch:
           listed: whether it must be on the allow-list; what makes the best of the devices that are left need not be.
         """
         self.layout = layout
+        self.since_s = time.monotonic()
         self.paced_stall_s: float | None = None  # what a paced cell makes of the stall
         self._listed = listed
         self.future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()

@@ -15,7 +15,8 @@ from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.server import cli, identity_flags
 from nitsum_jax.server.client_channel import open_channel
 from nitsum_jax.server.explained import explained
-from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc
+from nitsum_jax.server.progress import ProgressLine, compiling, watched
+from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2_grpc
 from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-admin"
@@ -24,7 +25,8 @@ USAGE = """nitsum-admin COMMAND [VALUE] [flags]: looks after a running server.
   explain           the controller's last decision: what it saw, what it considered, what it chose and why
   pause             no decisions until resume; the layout stays
   resume            decides again
-  force LAYOUT      pauses the controller and changes the layout: tp2x4, tp4:prefill+tp1x4:decode, tp4/chat+tp1x4
+  force LAYOUT      pauses the controller and changes the layout: tp2x4, tp4:prefill+tp1x4:decode, tp4/chat+tp1x4; while
+                    its executables are compiled, how far that is comes on stderr
   lose DEVICE       takes a device out of use: its requests are computed anew elsewhere, their streams go on
   restore DEVICE    takes it back into use
   profile SECONDS   records a trace of JAX's profiler
@@ -58,7 +60,7 @@ async def main_async(argv: Sequence[str]) -> int:
         cli.parse(values, [argv[0], *(argument for argument in argv[1:] if argument.startswith("-"))], USAGE)
         command, value = _command(words)
         async with open_channel(values.server, identity_flags.read(values)) as channel:
-            answer = await _call(admin_pb2_grpc.AdminServiceStub(channel), command, value)
+            answer = await _call(channel, command, value)
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
@@ -84,7 +86,8 @@ def _command(words: Sequence[str]) -> tuple[str, str]:
     return words[0], words[1] if wanted == 2 else ""
 
 
-async def _call(stub: Any, command: str, value: str) -> Any:
+async def _call(channel: grpc.aio.Channel, command: str, value: str) -> Any:
+    stub = admin_pb2_grpc.AdminServiceStub(channel)
     if command == "explain":
         return await stub.GetControl(admin_pb2.GetControlRequest())
     if command in ("pause", "resume"):
@@ -92,7 +95,9 @@ async def _call(stub: Any, command: str, value: str) -> Any:
     if command == "reload_keys":
         return await stub.ReloadKeys(admin_pb2.ReloadKeysRequest())
     if command == "force":
-        return await stub.ForceLayout(admin_pb2.ForceLayoutRequest(layout=value))
+        look = compiling(nitsum_pb2_grpc.GenerationServiceStub(channel), value)
+        call = stub.ForceLayout(admin_pb2.ForceLayoutRequest(layout=value))
+        return await watched(call, f"switching to {value}", look, ProgressLine(_NAME))
     try:
         number = float(value) if command == "profile" else int(value)
     except ValueError:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Awaitable
 
 import grpc
 import grpc.aio
@@ -18,11 +19,13 @@ from nitsum_jax.server.client_calls import Failure, Outcome, generate
 from nitsum_jax.server.client_channel import open_channel
 from nitsum_jax.server.client_flags import ClientOptions, read_options
 from nitsum_jax.server.layout_plan import PlanRunner
+from nitsum_jax.server.progress import ProgressLine, compiling, seconds, watched
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-generate"
 _POLL_S = 0.2
+_WORTH_TELLING_S = 2.0
 
 
 def run() -> None:
@@ -60,6 +63,8 @@ class _Client:
         self._options = options
         self._exit_code = cli.EXIT_OK
         self._plan: PlanRunner | None = None
+        self._within_line = False
+        self._streaming = False
         self._stub: nitsum_pb2_grpc.GenerationServiceStub
 
     async def run(self) -> int:
@@ -77,9 +82,10 @@ class _Client:
     async def _generate(self) -> None:
         plan = PlanRunner(self._options.plan, self._switch)
         self._plan = plan
-        for planned in self._options.plan:
-            await self._prepare(planned.layout)
+        for layout in dict.fromkeys(planned.layout for planned in self._options.plan):
+            await self._prepare(layout)
         await plan.begin()
+        self._streaming = True
         slots = asyncio.Semaphore(self._options.concurrency or len(self._options.requests))
 
         async def one(index: int, request: nitsum_pb2.GenerateRequest) -> Outcome:
@@ -95,6 +101,7 @@ class _Client:
         finally:
             for task in tasks:
                 task.cancel()
+        self._streaming = False
         for missed in await plan.end():
             cli.err(f"{_NAME}: not switched to {missed.layout}: fewer than {missed.tokens} tokens came")
 
@@ -106,6 +113,7 @@ class _Client:
         if self._live:
             sys.stdout.write(text)
             sys.stdout.flush()
+            self._within_line = not text.endswith("\n") if text else self._within_line
         if self._plan is not None:
             self._plan.count(tokens)
 
@@ -114,6 +122,7 @@ class _Client:
             cli.out(json.dumps(outcome.as_json()))
         elif self._live:
             cli.out("")
+            self._within_line = False
         else:
             cli.out(f"[{outcome.index + 1}/{len(self._options.requests)}] {outcome.text}")
         if outcome.failure is not None:
@@ -124,20 +133,41 @@ class _Client:
 
     async def _prepare(self, layout: str) -> None:
         """Has a planned layout compiled before the streams begin: a switch in their midst should not wait for that."""
+        begin = time.monotonic()
+        call = self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
         with contextlib.suppress(grpc.aio.AioRpcError):  # what is wrong with the layout, the switch itself will say
-            await self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout, prepare=True))
+            await self._watched(call, f"compiling {layout}", layout)
+            if time.monotonic() - begin >= _WORTH_TELLING_S:
+                cli.err(f"{_NAME}: {layout} is compiled, after {seconds(time.monotonic() - begin)}")
 
     async def _switch(self, layout: str) -> None:
+        call = self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout))
         try:
-            report = await self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout))
+            report = await self._watched(call, f"switching to {layout}", layout)
         except grpc.aio.AioRpcError as error:
             self._fail(Failure.of(error, self._options.server), f"switch to {layout}: ")
             return
-        cli.err(
+        self._note(
             f"{_NAME}: switched {report.from_layout} -> {report.to_layout}: {report.sequences} sequences, "
             f"{report.kv_bytes_moved} KV bytes and {report.weight_bytes_moved} weight bytes moved, "
             f"stall {report.stall_ms:.1f} ms"
         )
+
+    async def _watched(
+        self, call: Awaitable[nitsum_pb2.SetLayoutResponse], what: str, layout: str
+    ) -> nitsum_pb2.SetLayoutResponse:
+        """Waits for a call to SetLayout, and tells how far it is."""
+        # On a terminal that shows the answers too, a line that is written anew would wipe them out.
+        rewritten = sys.stderr.isatty() and not (self._streaming and sys.stdout.isatty())
+        line = ProgressLine(_NAME, rewritten=rewritten, say=self._note)
+        return await watched(call, what, compiling(self._stub, layout), line)
+
+    def _note(self, line: str) -> None:
+        """Prints a line beside the output; on a terminal not in the midst of one of the answer's lines."""
+        if self._within_line and sys.stdout.isatty() and sys.stderr.isatty():
+            line = f"\n{line}"
+            self._within_line = False
+        cli.err(line)
 
     async def _status(self) -> None:
         try:
@@ -164,7 +194,7 @@ class _Client:
             await asyncio.sleep(_POLL_S)
 
     def _fail(self, failure: Failure, which: str = "") -> None:
-        cli.err(f"{_NAME}: {which}{failure.message} [{failure.code}]")
+        self._note(f"{_NAME}: {which}{failure.message} [{failure.code}]")
         if self._exit_code == cli.EXIT_OK:
             self._exit_code = failure.exit_code
 

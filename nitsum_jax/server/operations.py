@@ -118,6 +118,7 @@ class Operations:
                 compiles=stats.compiles,
                 prefix_share=_prefix_share(stats),
             ),
+            compiling=self._engine.compiling(),
         )
 
     def close(self) -> None:

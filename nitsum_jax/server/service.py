@@ -1,6 +1,7 @@
 """The gRPC methods: thin translations between messages, the bridge and the engine."""
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from nitsum_jax.server.status import reported
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.pacing import Pace
+    from nitsum_jax.engine.progress import CompileProgress
 
 SERVICE_NAME = nitsum_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name
 
@@ -76,6 +78,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 vocab_size=backend.model.vocab_size,
                 pace=_pace(backend.pace, stats),
                 control_cpu_seconds=0.0 if backend.control is None else backend.control.cpu_s,
+                compiling=_compiling(backend.engine.compiling()),
             )
         raise AssertionError("unreachable: reported() ends the call")
 
@@ -164,6 +167,14 @@ def _instances(layout: Layout, loads: Sequence[InstanceLoad]) -> list[nitsum_pb2
             message.running, message.kv_use = load.running, load.kv_use
         out.append(message)
     return out
+
+
+def _compiling(progress: "CompileProgress") -> nitsum_pb2.Compiling:
+    return nitsum_pb2.Compiling(
+        making=[nitsum_pb2.Making(**dataclasses.asdict(one)) for one in progress.making],
+        queued=progress.queued,
+        layouts=[nitsum_pb2.PendingLayout(**dataclasses.asdict(one)) for one in progress.layouts],
+    )
 
 
 def _pace(pace: "Pace | None", stats: EngineStats) -> nitsum_pb2.Pace | None:

@@ -4,9 +4,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks import decode, decode_table, matmul_forms, reference_worker, startup
+from benchmarks import compiling, decode, decode_table, matmul_forms, reference_worker, startup
 from benchmarks.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.server import compile_cache
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden.tiny_models import write_hf_folder
 
@@ -119,6 +120,7 @@ def test_matmul_forms_on_a_tiny_model(tmp_path: pathlib.Path, capsys: pytest.Cap
         (matmul_forms.read_options, "--rows=0", "rows"),
         (matmul_forms.read_options, "--dtypes=int8", "dtypes"),
         (startup.read_options, "--devices=0", "devices"),
+        (compiling.read_options, "--streams=0", "streams"),
         (startup.read_options, "--unknown=1", "unknown"),
     ],
 )
@@ -131,3 +133,27 @@ def test_too_long_for_the_context(tmp_path: pathlib.Path, capsys: pytest.Capture
     model = write_hf_folder("llama_gqa_tied", tmp_path / "model")
     assert decode.main(["decode", f"--model={model}", "--tokens=600"]) == 2
     assert "lower --tokens" in capsys.readouterr().err
+
+
+def test_gaps_between_two_tokens() -> None:
+    times = {"ended": [0.0, 1.0, 1.5], "stalled": [0.5, 2.0], "later": [9.0]}
+    gaps = compiling.Gaps.between(times, {"ended"}, begin_s=1.0, end_s=5.0)
+    # What ended stalls no more, and what stalls counts as far as it got.
+    assert (gaps.tokens, gaps.longest, gaps.p50) == (3, 3000.0, 1500.0)
+    assert gaps.mean == pytest.approx((500 + 1500 + 3000) / 3)
+    rows = compiling.table({"before": gaps, "compiling": gaps}).splitlines()
+    assert rows[-1] == "| compiling | 4 s | 1667 ms | 1500 ms | 3000 ms | 3000 ms | 1.0 |"
+
+
+def test_streams_are_watched_while_another_layout_is_compiled(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compile_cache, "enable", lambda folder: None)  # of this process, which has other tests to run
+    monkeypatch.setattr(compiling, "_WARM_UP_S", 0.1)
+    result = tmp_path / "result.json"
+    flags = ["--layout=tp1x2", "--to=tp2", "--streams=2", "--quiet_s=0.5", "--kv_cache_gib=0.01"]
+    assert compiling.main(["compiling", "--model=tiny-random", "--dtype=float32", *flags, f"--json={result}"]) == 0
+    rows = json.loads(result.read_text())
+    assert set(rows) == {"before", "compiling"}
+    assert all(row["tokens"] > 0 and row["p50"] <= row["longest"] for row in rows.values())
+    assert "| compiling |" in capsys.readouterr().out

@@ -3,13 +3,16 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
+from nitsum_jax.engine.executables import Executables
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.models.loading import OpenModel
@@ -341,6 +344,27 @@ def test_a_layout_can_be_prepared_before_it_is_asked_for(model: OpenModel) -> No
             harness.engine.prepare_layout("tp4")
 
 
+def test_it_is_told_for_which_layouts_somebody_waits(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, make = threading.Event(), Executables._make
+
+    def held(executables: Executables, job: Any) -> jax.stages.Compiled:
+        if len(job.group) == 2:
+            gate.wait(60)
+        return make(executables, job)
+
+    monkeypatch.setattr(Executables, "_make", held)
+    with Harness(model, layouts=("tp1x4", "tp2x2")) as harness:
+        engine = harness.engine
+        assert engine.compiling().layouts == ()
+        prepared, switched = engine.prepare_layout("tp2x2"), engine.set_layout("tp2x2")
+        (layout,) = engine.compiling().layouts  # two wait for the same
+        assert (layout.layout, layout.stage, layout.ready) == ("tp2x2", "compiling", 0)
+        assert layout.needed == 4  # the largest bucket of both phases, for two groups
+        gate.set()
+        assert prepared.result(60).to_layout == switched.result(60).to_layout == "tp2x2"
+        assert engine.compiling().layouts == ()
+
+
 def test_draining_finishes_what_is_alive_and_takes_no_more(model: OpenModel) -> None:
     with Harness(model, layouts=("tp4",)) as harness:
         names = [harness.submit((1, 2, 3), 50) for _ in range(12)]
@@ -423,6 +447,7 @@ def test_a_process_that_forgets_to_close_its_engine_ends_quietly(tmp_path: Path)
     # With compilations under way: threads inside XLA would take the interpreter down as it ends.
     code = """
 import sys
+import threading
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import start_engine
 from nitsum_jax.models.loading import open_model

@@ -1,10 +1,14 @@
 """Compiling in the background: once per size, kept on disk, loaded for other devices, and failing without harm."""
 
 import dataclasses
+import os
 import pathlib
 import pickle
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +17,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine import executables as module
-from nitsum_jax.engine.executables import Executables, Group, compile_counter
+from nitsum_jax.engine.executables import ASKED_FOR, Executables, Group, compile_counter
 from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.progress import CompileProgress, LayoutProgress, Wanted
 from nitsum_jax.engine.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.step import Program
 from nitsum_jax.engine.step_store import StepStore
+from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.meshes.mesh import TP_AXIS
 from tests.engine.rig import StepRig
 
@@ -231,6 +237,78 @@ def test_groups_of_one_size_are_compiled_once(program: Program, workshop: Worksh
     assert sorted(workshop.compiled) == [(1, PREFILL), (1, DECODE)]
     for group in groups:
         assert run_stand_in(executables.of(group)[DECODE], group).devices() == {jax.devices()[group[0]]}
+
+
+def test_it_is_told_how_far_a_layout_is(program: Program, workshop: Workshop) -> None:
+    executables = workshop.start(program, threads=1)
+    groups = ((0, 1), (2, 3))
+    wanted = Wanted(parse_layout("tp2x2", 4), groups, time.monotonic())
+    assert executables.progress([]) == CompileProgress()
+    executables.want(groups, 0)
+    while not (progress := executables.progress([wanted, wanted])).making:
+        time.sleep(0.001)  # until the thread is at the gate
+    (layout,) = progress.layouts  # once, whoever asks for it
+    assert (layout.layout, layout.stage, layout.needed, layout.compiled, layout.ready) == (
+        "tp2x2",
+        "compiling",
+        4,
+        0,
+        0,
+    )
+    (making,) = progress.making
+    assert (making.activity, making.tp, making.phase, making.size) == ("compiling", 2, "prefill", PREFILL.tokens)
+    assert progress.queued == 3
+    assert 0 <= making.seconds <= executables.progress([wanted]).layouts[0].seconds
+    workshop.gate.set()
+    executables.wait(groups)
+    progress = executables.progress([wanted])
+    assert (progress.making, progress.queued) == ((), 0)
+    assert dataclasses.replace(progress.layouts[0], seconds=0.0) == LayoutProgress("tp2x2", "switching", 4, 4, 4, 0.0)
+
+
+def test_what_waits_for_its_first_run_is_compiled_and_not_ready(program: Program, workshop: Workshop) -> None:
+    workshop.gate.set()
+    executables = Executables(program, (DECODE,), mesh_of, workshop.told.release, trials=True)
+    workshop.open.append(executables)
+    wanted = Wanted(parse_layout("tp2@0,1", 4), ((0, 1),), time.monotonic())
+    executables.provide(lambda group, shape, compiled: None)
+    executables.serve()
+    executables.want([(0, 1)], 0)
+    while not (layout := executables.progress([wanted]).layouts[0]).compiled:
+        time.sleep(0.001)
+    assert (layout.stage, layout.compiled, layout.ready) == ("compiling", 1, 0)
+    while not executables.ready((0, 1)):
+        executables.launch_trial(lambda group, shape, compiled: run_stand_in(compiled, group), idle=False)
+        time.sleep(0.001)
+    layout = executables.progress([wanted]).layouts[0]
+    assert (layout.stage, layout.compiled, layout.ready) == ("switching", 1, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
+def test_once_the_cell_serves_nothing_is_compiled_at_the_priority_of_its_streams(
+    program: Program, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def compile_noting(*arguments: Any, **options: Any) -> jax.stages.Compiled:
+        def note() -> None:
+            seen.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+
+        helper = threading.Thread(target=note)  # as XLA starts some
+        helper.start()
+        helper.join()
+        note()
+        return workshop.compile(*arguments, **options)
+
+    monkeypatch.setattr(module, "compile_step", compile_noting)
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    executables = workshop.start(program)
+    executables.serve()
+    executables.want([(0,), (0, 1)], ASKED_FOR)  # so that both threads take part
+    workshop.gate.set()
+    executables.wait([(0,), (0, 1)])
+    assert len(seen) == 8
+    assert all(niceness == min(mine + 10, 19) for niceness in seen)
 
 
 def test_a_second_start_compiles_nothing(program: Program, workshop: Workshop) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from nitsum_jax.engine.progress import CompileProgress, LayoutProgress, Making
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
@@ -106,6 +107,7 @@ class FakeEngine:
         self._running: list[_Live] = []
         self._cancelled: set[str] = set()
         self._switches: list[tuple[Layout, concurrent.futures.Future[FakeReport]]] = []
+        self._preparing: list[tuple[Layout, concurrent.futures.Future[FakeReport]]] = []
         self._layout = parse_layout("tp1x4", 4)
         self._held = False
         self._draining = False
@@ -117,7 +119,7 @@ class FakeEngine:
         self._thread.start()
 
     def hold(self) -> None:
-        """Makes no more steps until `release`."""
+        """Makes no more steps, and compiles and switches no more, until `release`."""
         with self._lock:
             self._held = True
 
@@ -169,7 +171,8 @@ class FakeEngine:
         parsed = parse_layout(layout, 4)
         future: concurrent.futures.Future[FakeReport] = concurrent.futures.Future()
         with self._lock:
-            future.set_result(FakeReport(str(self._layout), str(parsed), 0))
+            self._preparing.append((parsed, future))
+            self._lock.notify_all()
         return future
 
     def layout(self) -> Layout:
@@ -178,6 +181,13 @@ class FakeEngine:
 
     def allowed_layouts(self) -> tuple[str, ...]:
         return ("tp1x4", "tp2x2", "tp4", "tp2+tp1x2")
+
+    def compiling(self) -> CompileProgress:
+        with self._lock:
+            waited = [str(layout) for layout, _ in self._switches] + [str(layout) for layout, _ in self._preparing]
+        making = Making("compiling", 4, "decode", 32, 1.25)
+        layouts = tuple(LayoutProgress(layout, "compiling", 4, 2, 1, 3.5) for layout in waited)
+        return CompileProgress((making,), 7, layouts) if layouts else CompileProgress()
 
     def ready_layouts(self) -> tuple[str, ...]:
         return ("tp1x4", "tp2x2")
@@ -237,7 +247,7 @@ class FakeEngine:
     def _loop(self) -> None:
         while True:
             with self._lock:
-                while not self._closed and (self._held or not (self._waiting or self._running or self._switches)):
+                while not self._closed and (self._held or self._idle()):
                     # Cancelled and late requests end also while nothing else moves.
                     self._lock.wait(0.005)
                     if self._waiting or self._running:
@@ -246,11 +256,14 @@ class FakeEngine:
                     ended = [self._end(live, FinishReason.CANCELLED) for live in self._waiting + self._running]
                     self._waiting, self._running = [], []
                     self._emit(ended)
-                    for _, future in self._switches:
+                    for _, future in self._switches + self._preparing:
                         future.cancel()
                     return
                 self._emit(self._step())
             time.sleep(self._step_s)
+
+    def _idle(self) -> bool:
+        return not (self._waiting or self._running or self._switches or self._preparing)
 
     def _emit(self, deltas: list[TokenDelta]) -> None:
         if deltas:
@@ -275,6 +288,9 @@ class FakeEngine:
             self._counts["switches"] += 1
             future.set_result(report)
         self._switches.clear()
+        for layout, future in self._preparing:
+            future.set_result(FakeReport(str(self._layout), str(layout), 0))
+        self._preparing.clear()
         deltas = self._reap()
         while self._waiting and len(self._running) < self._max_batch:
             self._running.append(self._waiting.pop(0))

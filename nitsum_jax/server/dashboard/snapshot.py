@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Protocol
 
+from nitsum_jax.engine.progress import CompileProgress
 from nitsum_jax.server.journal import Decision, SwitchNote
 
 
@@ -71,6 +72,7 @@ class Snapshot:
       switches: the last ones, oldest first.
       decisions: likewise.
       totals: of the cell.
+      compiling: what is compiled now, and the layouts that somebody waits for.
     """
 
     time_s: float
@@ -84,6 +86,7 @@ class Snapshot:
     switches: tuple[SwitchNote, ...]
     decisions: tuple[Decision, ...]
     totals: Totals
+    compiling: CompileProgress = CompileProgress()
 
     def as_json(self) -> str:
         """One line of JSON with the fields as they are named here."""

@@ -138,6 +138,15 @@ class CellCollector(Collector):
         for (tp, role), count in Tally((i.tp, str(i.role)) for i in layout.instances).items():
             instances.add_metric((self._model, str(tp), role), count)
         yield from (info, instances)
+        compiling = self._engine.compiling()
+        for name, what, count in (
+            ("executables_compiling", "Executables that are being compiled or loaded.", len(compiling.making)),
+            ("executables_queued", "Executables that are yet to be compiled.", compiling.queued),
+            ("layouts_pending", "Layouts that somebody waits for.", len(compiling.layouts)),
+        ):
+            gauge = GaugeMetricFamily(f"nitsum_{name}", what, labels=("model_name",))
+            gauge.add_metric((self._model,), count)
+            yield gauge
 
 
 class SwitchMetrics:

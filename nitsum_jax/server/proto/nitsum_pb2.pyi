@@ -176,7 +176,7 @@ class GetLayoutRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLayoutResponse(_message.Message):
-    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers", "vocab_size", "pace", "control_cpu_seconds")
+    __slots__ = ("model", "layout", "instances", "allowed_layouts", "ready_layouts", "devices", "stats", "tiers", "vocab_size", "pace", "control_cpu_seconds", "compiling")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,7 @@ class GetLayoutResponse(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     PACE_FIELD_NUMBER: _ClassVar[int]
     CONTROL_CPU_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPILING_FIELD_NUMBER: _ClassVar[int]
     model: str
     layout: str
     instances: _containers.RepeatedCompositeFieldContainer[Instance]
@@ -199,7 +200,48 @@ class GetLayoutResponse(_message.Message):
     vocab_size: int
     pace: Pace
     control_cpu_seconds: float
-    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., control_cpu_seconds: _Optional[float] = ...) -> None: ...
+    compiling: Compiling
+    def __init__(self, model: _Optional[str] = ..., layout: _Optional[str] = ..., instances: _Optional[_Iterable[_Union[Instance, _Mapping]]] = ..., allowed_layouts: _Optional[_Iterable[str]] = ..., ready_layouts: _Optional[_Iterable[str]] = ..., devices: _Optional[_Iterable[str]] = ..., stats: _Optional[_Union[EngineStats, _Mapping]] = ..., tiers: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ..., pace: _Optional[_Union[Pace, _Mapping]] = ..., control_cpu_seconds: _Optional[float] = ..., compiling: _Optional[_Union[Compiling, _Mapping]] = ...) -> None: ...
+
+class Compiling(_message.Message):
+    __slots__ = ("making", "queued", "layouts")
+    MAKING_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    LAYOUTS_FIELD_NUMBER: _ClassVar[int]
+    making: _containers.RepeatedCompositeFieldContainer[Making]
+    queued: int
+    layouts: _containers.RepeatedCompositeFieldContainer[PendingLayout]
+    def __init__(self, making: _Optional[_Iterable[_Union[Making, _Mapping]]] = ..., queued: _Optional[int] = ..., layouts: _Optional[_Iterable[_Union[PendingLayout, _Mapping]]] = ...) -> None: ...
+
+class Making(_message.Message):
+    __slots__ = ("activity", "tp", "phase", "size", "seconds")
+    ACTIVITY_FIELD_NUMBER: _ClassVar[int]
+    TP_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    activity: str
+    tp: int
+    phase: str
+    size: int
+    seconds: float
+    def __init__(self, activity: _Optional[str] = ..., tp: _Optional[int] = ..., phase: _Optional[str] = ..., size: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class PendingLayout(_message.Message):
+    __slots__ = ("layout", "stage", "needed", "compiled", "ready", "seconds")
+    LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    NEEDED_FIELD_NUMBER: _ClassVar[int]
+    COMPILED_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    layout: str
+    stage: str
+    needed: int
+    compiled: int
+    ready: int
+    seconds: float
+    def __init__(self, layout: _Optional[str] = ..., stage: _Optional[str] = ..., needed: _Optional[int] = ..., compiled: _Optional[int] = ..., ready: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Pace(_message.Message):
     __slots__ = ("profile", "time_scale", "late_steps", "late_limit")

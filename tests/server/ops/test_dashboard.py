@@ -186,6 +186,34 @@ def test_a_person_sees_the_cell_live(tmp_path: Path) -> None:
 
 
 @needs_chromium
+def test_what_is_compiled_is_shown_for_as_long_as_somebody_waits() -> None:
+    async def scenario() -> None:
+        async with _busy() as open_:
+            open_.run.engine.hold()
+            call = open_.run.stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout="tp4"))
+            asking = asyncio.ensure_future(call)
+            loop = asyncio.get_running_loop()
+
+            def work(browser: Browser, url: str) -> None:
+                browser.open(url)
+                browser.wait("!document.querySelector('#compiling').hidden", 30)
+                text = browser.evaluate(_TEXT.format("'#compiling'"))
+                for words in ("compiling tp4", "1 of 4 executables ready", "decode of 32 at TP 4", "7 more queued"):
+                    assert words in text, words
+                bar = "document.querySelector('#compiling [role=progressbar]')"
+                assert browser.evaluate(f"{bar}.getAttribute('aria-valuenow')") == "38"  # 2 of 4 compiled, 1 tried
+                browser.size(320, 800, mobile=True)
+                assert browser.evaluate("document.documentElement.scrollWidth") <= 320
+                loop.call_soon_threadsafe(open_.run.engine.release)
+                browser.wait("document.querySelector('#compiling').hidden", 30)
+
+            await _look(open_, work)
+            await asking
+
+    asyncio.run(scenario())
+
+
+@needs_chromium
 def test_names_from_outside_are_text_and_a_lost_server_is_shown() -> None:
     async def scenario() -> None:
         async with _busy() as open_:
