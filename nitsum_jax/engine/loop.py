@@ -31,6 +31,7 @@ from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.policy import Policy, PrefillChoice
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
+from nitsum_jax.engine.sampling import NO_TOKEN
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.timing import StepLog
@@ -98,7 +99,7 @@ class Loop:
 
     def wake(self) -> None:
         """Has the engine's thread look around."""
-        self._events.put(_nothing)
+        self._events.put(lambda: None)
 
     def add(self, request: Request) -> None:
         """Queues a valid request.
@@ -307,6 +308,9 @@ class Loop:
             sequence.pending -= 1
             if sequence.finish is not None:
                 continue
+            if token == NO_TOKEN:
+                self._refuse_logits(sequence)
+                continue
             finish = sequence.accept(token, step.logprob(index))
             if sequence.home is not None:
                 sequence.home.note_pages(sequence)
@@ -322,6 +326,13 @@ class Loop:
                 self._deltas.append(
                     TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
                 )
+
+    def _refuse_logits(self, sequence: Sequence) -> None:
+        """A row's logits are no numbers: its request ends, and nobody shares its pages."""
+        self.counters.broken_logits += 1
+        if self.cell.prefixes is not None:
+            self.cell.prefixes.disown(sequence)
+        self._finish(sequence, FinishReason.ERROR, sequence.broken_logits())
 
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
@@ -485,7 +496,3 @@ class Loop:
         for sequence in write_off(instance, self._policy):
             self.counters.sent_back += 1
             self._admission.await_again(sequence)
-
-
-def _nothing() -> None:
-    """An event that only wakes the loop."""

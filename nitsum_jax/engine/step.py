@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine import likelihood, sampling
-from nitsum_jax.engine.attention import PoolShape, paged_attention, write_tokens
+from nitsum_jax.engine.attention import PoolShape, contained, paged_attention, write_tokens
 from nitsum_jax.engine.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -98,9 +98,9 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens, their
-      `likelihood.likelihoods` where rows ask for them, else zeros) and, with `with_logits`, f32[B, V padded] logits of
-      each row's last new token.
+      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens (NO_TOKEN where a logit
+      is NaN or infinite), their `likelihood.likelihoods` where rows ask for them, else zeros) and, with `with_logits`,
+      f32[B, V padded] logits of each row's last new token.
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
@@ -116,6 +116,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         new: list[jax.Array] = []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
             return paged_attention(q, k, v, pool, layer, table, inputs.context, program.pool)
 
@@ -125,13 +126,13 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         logits = model.logits(x[jnp.arange(shape.batch), last])
         if not shape.is_decode:
             history = _note_prompt(history, inputs, tokens)
-        sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks)
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, ranks)
         likelihoods = _likelihoods(logits, sampled, inputs, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
-        # feed the new keys and values, so the tie is made by hand: token ids are never negative, but the compiler
-        # cannot know.
-        context = inputs.context + jnp.any(sampled < 0).astype(jnp.int32)
+        # feed the new keys and values, so the tie is made by hand: nothing is below NO_TOKEN, but the compiler cannot
+        # know.
+        context = inputs.context + jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
         pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
         history = _note_sampled(history, inputs, sampled)
         outputs = (pool, history, sampled, likelihoods)
@@ -184,7 +185,9 @@ def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.Stat
     return state
 
 
-def _sample(logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: jax.Array, ranks: Ranks) -> jax.Array:
+def _sample(
+    logits: jax.Array, offset: jax.Array, vocab: int, inputs: StepInputs, history: jax.Array, ranks: Ranks
+) -> jax.Array:
     arrays = sampling.SamplingArrays(
         temperature=inputs.floats[:, 0],
         top_k=inputs.top_k,
@@ -204,11 +207,12 @@ def _sample(logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: j
         # Every rank samples from the whole vocabulary; they all find the same token.
         full = _whole(logits, ranks)
         rows = history[inputs.row]
-        return sampling.sample(full, arrays, rows[:, :-STEERING], rows[:, -STEERING:])
+        token = sampling.sample(full, arrays, rows[:, :-STEERING], rows[:, -STEERING:])
+        return jnp.where(sampling.sound(full, 0, vocab), token, sampling.NO_TOKEN)
 
     def greedy(logits: jax.Array) -> jax.Array:
-        value, token = sampling.greedy_local(logits, offset)
-        return sampling.combine(value, token, ranks.axis) if ranks.size > 1 else token
+        value, token = sampling.greedy_local(logits, offset, vocab)
+        return sampling.combine(value, token, ranks.axis if ranks.size > 1 else None)
 
     return jax.lax.cond(sampling.all_greedy(arrays), greedy, everything, logits)
 
@@ -240,6 +244,7 @@ def _note_prompt(history: jax.Array, inputs: StepInputs, tokens: jax.Array) -> j
 
 
 def _note_sampled(history: jax.Array, inputs: StepInputs, sampled: jax.Array) -> jax.Array:
-    """Puts the sampled tokens into the token history."""
+    """Puts the sampled tokens into the token history; a row without one goes nowhere, and until then it needs an id."""
+    sampled = jnp.maximum(sampled, 0)
     position = jnp.where(inputs.emit, inputs.context + inputs.new_tokens, jnp.int32(history.shape[1]))
     return history.at[inputs.row, position].set(sampled, mode="drop")

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from nitsum_jax.engine import sampling
 from nitsum_jax.engine.packing import steering
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.sampling import SamplingArrays, combine, greedy_local, gumbel_noise, sample
+from nitsum_jax.engine.sampling import NO_TOKEN, SamplingArrays, combine, greedy_local, gumbel_noise, sample, sound
 
 # Tests share few shapes, as every shape is a compile.
 ROWS, VOCAB, LENGTH = 64, 300, 24
@@ -344,7 +344,7 @@ def test_penalties_steer_sampled_rows_too() -> None:
     "fields",
     [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}, {"temperature": 1.0, "repetition": 1.5}],
 )
-def test_nan_and_infinities_give_valid_ids(fields: dict[str, Any]) -> None:
+def test_whatever_is_in_a_row_some_id_is_drawn(fields: dict[str, Any]) -> None:
     nan, inf = np.nan, np.inf
     logits = [
         [nan, nan, nan, nan, nan, nan],
@@ -393,15 +393,27 @@ def test_distributed_argmax_equals_argmax_of_the_row(tp: int) -> None:
     logits[1, 5] = np.nan
     logits[2] = np.nan
     logits[3, 60] = np.inf
+    logits[4, 150] = -np.inf
+    logits[5:, 290:] = -np.inf  # padding
 
     def local(part: jax.Array) -> jax.Array:
         offset = jax.lax.axis_index("tp") * part.shape[-1]
-        return combine(*greedy_local(part, offset), "tp")
+        return combine(*greedy_local(part, offset, 290), "tp")
 
     over = jax.shard_map(local, mesh=tp_mesh(tp), in_specs=P(None, "tp"), out_specs=P())
     got = jax.jit(over)(jnp.asarray(logits))
-    np.testing.assert_array_equal(got, np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=-1))
-    np.testing.assert_array_equal(got, jit_sample(jnp.asarray(logits), arrays(), history()))
+    broken = np.arange(ROWS) < 5
+    np.testing.assert_array_equal(got[broken], NO_TOKEN)
+    np.testing.assert_array_equal(got[~broken], np.argmax(logits, axis=-1)[~broken])
+    np.testing.assert_array_equal(got[~broken], jit_sample(jnp.asarray(logits), arrays(), history())[~broken])
+
+
+def test_a_row_is_sound_if_all_its_logits_but_the_padding_are_finite() -> None:
+    most = np.finfo(np.float32).max
+    rows = np.tile(np.array([0.0, -most, most, 1e-45, -0.0, -np.inf], np.float32), (5, 1))
+    rows[1, 0], rows[2, 3], rows[3, 4], rows[4, 5] = np.nan, np.inf, -np.inf, np.nan
+    assert sound(jnp.asarray(rows), 100, 105).tolist() == [True, False, False, False, True]
+    assert sound(jnp.asarray(rows), 100, 106).tolist() == [False] * 5
 
 
 # ---- bias and stop tokens
