@@ -19,7 +19,7 @@ from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.residency import choose_residency
-from nitsum_jax.engine.step import Program
+from nitsum_jax.engine.step import Program, StepState
 from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
@@ -146,12 +146,12 @@ class Cell:
         leaves = self.leaves(spec)
         pool = self.pool.lend(mesh, group)
         try:
-            outputs = compiled(leaves, pool, history, packed)
+            state, results = compiled(leaves, StepState(pool, history), packed)
         except Exception:
             self.pool.take_back(pool, group)
             raise
-        self.pool.take_back(outputs[0], group)
-        return outputs[1:]  # not the pool: the next step takes it
+        self.pool.take_back(state.pool, group)
+        return state.history, results  # not the pool: the next step takes it
 
     def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
         """Starts an instance; its devices' pools must be free and its executables ready."""

@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.dispatched import Arrival, Step
-from nitsum_jax.engine.history import HistoryMover
+from nitsum_jax.engine.history import STEERED_BY, HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.packing import STEERING, Packer, StepShape
+from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.step import Program
+from nitsum_jax.engine.step import Program, StepState
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Role
 from nitsum_jax.meshes.vshards import VshardMap
@@ -192,7 +192,7 @@ class Instance:
             sequence.landing = 0
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
             if sequence.steering is not None:
-                history[sequence.row, -STEERING:] = sequence.steering
+                history[sequence.row, STEERED_BY] = sequence.steering
             if sequence.prefilling:
                 self.prefills.append(sequence)
             if sequence.pending:
@@ -356,8 +356,9 @@ class Instance:
         step.number = self.steps
         try:
             step.packed = packer.done()
-            self._array, self._history, *results = executable(self._leaves, self._array, self.history, step.packed)
-            wanted = tuple(results if step.with_logprobs else results[:1])
+            state, results = executable(self._leaves, StepState(self._array, self.history), step.packed)
+            self._array, self._history = state.pool, state.history
+            wanted = (results.tokens, results.likelihoods) if step.with_logprobs else (results.tokens,)
             for result in wanted:
                 result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn

@@ -20,9 +20,9 @@ A row whose bare logits are not all finite says nothing: a step yields `NO_TOKEN
 (`sound`).  So that such a row disturbs nobody meanwhile, `sample` counts NaN as -inf and +inf as the largest float.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,9 @@ NO_TOKEN = -1
 _INF_BITS = 0x7F800000  # bit pattern of float32 +inf: the largest of all non-negative floats, as floats and as ints
 
 
-class SamplingArrays(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
     """Sampling parameters of a batch, one element per row (see `SamplingParams` for what they do).
 
     Attributes:

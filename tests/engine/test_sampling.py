@@ -1,5 +1,6 @@
 """Sampling against a numpy reference written from the definitions, and the invariances that seeds promise."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,8 @@ def arrays(batch: int = ROWS, **fields: Any) -> SamplingArrays:
     """Greedy rows with seeds 0, 1, ... at position 8 of a 4-token prompt, changed by `fields` (scalars or [B])."""
     base = SamplingArrays.greedy(batch)
     changes: dict[str, Any] = {"seed": np.arange(batch), "position": 8, "prompt_len": 4} | fields
-    return base._replace(
-        **{k: jnp.asarray(np.broadcast_to(v, batch).astype(getattr(base, k).dtype)) for k, v in changes.items()}
+    return dataclasses.replace(
+        base, **{k: jnp.asarray(np.broadcast_to(v, batch).astype(getattr(base, k).dtype)) for k, v in changes.items()}
     )
 
 
@@ -437,7 +438,7 @@ def test_bias_is_added_and_stop_tokens_wait_for_their_position() -> None:
     params = arrays(biased=biased & (np.arange(ROWS) != 3), stops_from=np.where(np.isin(np.arange(ROWS), (2, 3)), 9, 0))
     got = np.asarray(jit_sample(jnp.asarray(logits), params, history(), table))
     assert got[:6].tolist() == [11, 9, 299, 9, 7, 7]
-    at_nine = params._replace(position=params.position + 1)
+    at_nine = dataclasses.replace(params, position=params.position + 1)
     assert np.asarray(jit_sample(jnp.asarray(logits), at_nine, history(), table))[2:4].tolist() == [7, 7]
 
 

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.step import StepState
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import instance_mesh
 
@@ -58,18 +59,18 @@ class StepTimer:
         packed = self._packed(shape, context)
         where = NamedSharding(self._mesh, PartitionSpec())
         history = jax.device_put(np.zeros(self._cell.program.history_shape, np.int32), where)
-        pool = self._cell.pool.lend(self._mesh, self._group)
+        state = StepState(self._cell.pool.lend(self._mesh, self._group), history)
 
         def run(steps: int) -> float:
-            nonlocal pool, history
+            nonlocal state
             start = time.perf_counter()
             before: jax.Array | None = None
             for _ in range(steps):
-                pool, history, tokens, *_ = compiled(self._leaves, pool, history, packed)
+                state, results = compiled(self._leaves, state, packed)
                 if before is not None:  # as in an engine, two are in flight; with many, emulated devices deadlock
                     jax.block_until_ready(before)
-                before = tokens
-            jax.block_until_ready(tokens)
+                before = results.tokens
+            jax.block_until_ready(results.tokens)
             return (time.perf_counter() - start) / steps
 
         try:
@@ -77,7 +78,7 @@ class StepTimer:
             steps = min(max(2, round(_ROUND_S / run(1))), _MOST_STEPS)
             return statistics.median(run(steps) for _ in range(self._rounds))
         finally:
-            self._cell.pool.take_back(pool, self._group)
+            self._cell.pool.take_back(state.pool, self._group)
 
     def _packed(self, shape: StepShape, context: int) -> np.ndarray:
         program, vshards = self._cell.program, self._cell.vmap.num_vshards
