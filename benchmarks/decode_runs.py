@@ -21,7 +21,7 @@ from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import Request, SamplingParams, TokenDelta
 from nitsum_jax.engine.step import StepState
-from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.loading import OpenModel
 
 
@@ -153,7 +153,7 @@ class BareRunner:
         self._program = cell.program
         self._executables = cell.executables.of(cell.group(spec))
         self._leaves = cell.leaves(spec)
-        mesh = instance_mesh(cell.devices, spec, cell.vmap)
+        mesh = cell.geometries.of(spec.devices).mesh
         shape = (cell.program.pool.blocks * spec.tp, *cell.program.pool.block_shape)
         along = NamedSharding(mesh, PartitionSpec(TP_AXIS))
         self._pool = jnp.zeros(shape, cell.program.pool.storage_dtype, device=along)

@@ -26,7 +26,7 @@ from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.memory import keep_freed_memory
-from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.mesh import Geometries, Geometry
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.config import ModelConfig
@@ -44,9 +44,8 @@ class InstanceParts(TypedDict):
     """Arguments of an instance; see there."""
 
     spec: InstanceSpec
+    geometry: Geometry
     program: Program
-    vmap: VshardMap
-    mesh: Mesh
     leaves: tuple[jax.Array, ...]
     executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]]
     pool: KvPool
@@ -61,6 +60,7 @@ class Cell:
     Attributes:
       devices: N devices.
       vmap: which vshards lie where.
+      geometries: where each instance lies.
       program: what steps compute.
       memory: the memory plan.
       bank: the weights.
@@ -82,6 +82,7 @@ class Cell:
 
     devices: tuple[jax.Device, ...]
     vmap: VshardMap
+    geometries: Geometries
     program: Program
     memory: MemoryPlan
     bank: WeightBank
@@ -102,7 +103,7 @@ class Cell:
 
     def group(self, spec: InstanceSpec) -> Group:
         """An instance's devices in rank order: what its executables are compiled for."""
-        return self.vmap.ordered(spec.devices)
+        return self.geometries.of(spec.devices).order
 
     def groups(self, layout: Layout) -> list[Group]:
         """The groups of a layout."""
@@ -139,8 +140,7 @@ class Cell:
 
         It takes the pools of its devices, which nobody may have on loan, and gives them back as they were.
         """
-        spec = InstanceSpec(group)
-        mesh = instance_mesh(self.devices, spec, self.vmap)
+        spec, mesh = InstanceSpec(group), self.geometries.of(group).mesh
         history = jax.device_put(np.zeros(self.program.history_shape, np.int32), NamedSharding(mesh, PartitionSpec()))
         packed = Packer(shape, self.vmap.num_vshards, self.program.pages, self.program.max_batch).done()
         leaves = self.leaves(spec)
@@ -159,18 +159,16 @@ class Cell:
 
     def parts(self, spec: InstanceSpec) -> InstanceParts:
         """What the cell gives to an instance."""
-        mesh = instance_mesh(self.devices, spec, self.vmap)
-        group = self.group(spec)
+        geometry = self.geometries.of(spec.devices)
 
         def executables() -> dict[StepShape, jax.stages.Compiled]:
-            return self.executables.of(group)
+            return self.executables.of(geometry.order)
 
         leaves = self.leaves(spec)
         return InstanceParts(
             spec=spec,
+            geometry=geometry,
             program=self.program,
-            vmap=self.vmap,
-            mesh=mesh,
             leaves=leaves,
             executables=executables,
             pool=self.pool,
@@ -248,8 +246,10 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         model.config, cut, dtype, memory.pool, config.max_batch, max_model_len, matmul_choice(platform, dtype)
     )
 
+    geometries = Geometries(devices, vmap)
+
     def mesh_of(group: Group) -> Mesh:
-        return instance_mesh(devices, InstanceSpec(group), vmap)
+        return geometries.of(group).mesh
 
     # Compiling starts before the weights are read: both take seconds, and neither needs the other.
     prefill, decode = config.prefill_shapes(), config.decode_shapes()
@@ -261,7 +261,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
         essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
         trials=platform == "cpu" and not residency.lean,  # a trial needs the weights
     )
-    executables.want([vmap.ordered(spec.devices) for spec in first.instances], FIRST)
+    executables.want([geometries.of(spec.devices).order for spec in first.instances], FIRST)
     bank = WeightBank(devices, vmap)
     if model.vshards is not None:
         for name, vshard, device, array in model.place(cut, dtype, devices, residency.first):
@@ -283,6 +283,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     cell = Cell(
         devices,
         vmap,
+        geometries,
         program,
         memory,
         bank,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.history import STEERED_BY, HistoryMover
@@ -26,7 +26,7 @@ from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.step import Program, StepState
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Role
-from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.meshes.mesh import Geometry
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.policy import PrefillChoice
@@ -46,9 +46,8 @@ class Instance:
     def __init__(
         self,
         spec: InstanceSpec,
+        geometry: Geometry,
         program: Program,
-        vmap: VshardMap,
-        mesh: Mesh,
         leaves: tuple[jax.Array, ...],
         executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
@@ -60,9 +59,8 @@ class Instance:
 
         Args:
           spec: devices and role.
+          geometry: where these lie.
           program: what its steps compute.
-          vmap: where vshards lie.
-          mesh: its devices in rank order.
           leaves: wrapped parameters in the order of `Program.parameters`.
           executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
@@ -71,9 +69,8 @@ class Instance:
           on_step: called on the reader thread with every finished step.
         """
         self.spec = spec
-        self.order = vmap.ordered(spec.devices)
-        # Device of every vshard: where its blocks are taken from.
-        self.device_of = [vmap.device_of(spec.devices, vshard) for vshard in range(vmap.num_vshards)]
+        self.order = geometry.order
+        self.device_of = geometry.device_of
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
         self.outstanding: list[Step] = []
@@ -83,7 +80,7 @@ class Instance:
         self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
-        self._mesh = mesh
+        self._mesh = geometry.mesh
         self._leaves = leaves
         self._executables = executables
         self._pool = pool

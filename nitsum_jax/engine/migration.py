@@ -190,7 +190,7 @@ def _seat(
         there = ahead.get(id(sequence))
         from_here = routes.get(tuple(old))
         if from_here is None:
-            from_here = routes[tuple(old)] = [_route(tuple(old), tuple(host.device_of)) for host in hosts]
+            from_here = routes[tuple(old)] = [_route(tuple(old), host.device_of) for host in hosts]
         if there is not None:
             candidates = [there.host]
         else:

@@ -95,7 +95,7 @@ class PreCopy:
         pairs = [(s, instance) for instance in leaving for s in instance.rows.values()]
         chosen = choose_hosts([(s, instance.device_of) for s, instance in pairs], hosts, cell.pool)
         self._plans = [
-            _Plan(s, home, Ahead(host, tuple(hosts[host].device_of), s.admitted, np.zeros_like(s.table), 0))
+            _Plan(s, home, Ahead(host, hosts[host].device_of, s.admitted, np.zeros_like(s.table), 0))
             for (s, home), host in zip(pairs, chosen, strict=True)
             if host is not None
         ]

@@ -149,7 +149,7 @@ class PendingSwitch:
 
 
 def _host(cell: Cell, spec: InstanceSpec) -> Host:
-    return Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp)
+    return Host(cell.geometries.of(spec.devices).device_of, cell.program.max_batch, spec.tp)
 
 
 @dataclasses.dataclass
@@ -301,10 +301,6 @@ def _bytes_of(
         if there is not None:
             blocks += there.pages * moved_shards(old, hosts[there.host].device_of)
     return blocks * cell.pool.shape.block_bytes
-
-
-def _devices_of(cell: Cell, spec: InstanceSpec) -> list[int]:
-    return [cell.vmap.device_of(spec.devices, vshard) for vshard in range(cell.vmap.num_vshards)]
 
 
 def _evict(cell: Cell, place: Place) -> None:

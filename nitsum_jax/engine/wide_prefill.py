@@ -65,7 +65,7 @@ class WidePrefill:
         self._on_step = on_step
         self._guest: Guest | None = None
         size = min(cell.vmap.num_vshards, 1 << (len(cell.devices).bit_length() - 1))
-        self._group: Group = cell.vmap.ordered(tuple(range(size)))
+        self._group: Group = cell.geometries.of(range(size)).order
         if cell.wide_prefill is not None and size > 1:
             cell.executables.want([self._group], LIKELY)
 

@@ -12,7 +12,6 @@ from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step import StepState
 from nitsum_jax.meshes.layout import Instance
-from nitsum_jax.meshes.mesh import instance_mesh
 
 _ROUND_S = 0.1
 _MOST_STEPS = 50
@@ -33,7 +32,7 @@ class StepTimer:
         self._rounds = rounds
         self._spec = Instance(tuple(range(tp)))
         self._group = cell.group(self._spec)
-        self._mesh = instance_mesh(cell.devices, self._spec, cell.vmap)
+        self._mesh = cell.geometries.of(self._spec.devices).mesh
         self._leaves = cell.leaves(self._spec)
         self._executables = cell.executables.of(self._group)
         self._slots = cell.vmap.slots(tp)
