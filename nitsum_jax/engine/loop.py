@@ -25,13 +25,13 @@ from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.handover import HandOver
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance
+from nitsum_jax.engine.intake import Intake
 from nitsum_jax.engine.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
 from nitsum_jax.engine.policy import Policy, PrefillChoice
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.residency import give_up_others
-from nitsum_jax.engine.sampling import NO_TOKEN
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.engine.switch import PendingSwitch, perform_switch
 from nitsum_jax.engine.timing import StepLog
@@ -46,7 +46,6 @@ Sink = Callable[[Seq[TokenDelta]], None]
 _LONGEST_SLEEP_S = 3600.0
 # How long the steps in flight may take at the end.
 _LAST_STEPS_S = 10.0
-_STEP_FAILED = "the accelerator reported an error in this step"
 
 
 class Loop:
@@ -75,7 +74,6 @@ class Loop:
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
         self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._held: list[tuple[Instance, Step]] = []
         self._retired: list[Instance] = []
         self._switches: collections.deque[PendingSwitch] = collections.deque()
         self._closing = False
@@ -86,6 +84,17 @@ class Loop:
             cell, policy, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
         )
         self.handover = HandOver(cell, policy, self.pacer, deterministic=deterministic)
+        self._intake = Intake(
+            cell,
+            policy,
+            self.pacer,
+            self._admission,
+            self.counters,
+            self.log,
+            say=self._deltas.append,
+            finish=self._finish,
+            retire=self._retire,
+        )
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         policy.relaid(self.instances, time.monotonic())
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
@@ -176,25 +185,44 @@ class Loop:
         self._wide.close(_LAST_STEPS_S)
 
     def _turn(self) -> None:
+        """One round: takes in what has happened, decides who goes where, launches, and tells of it."""
+        if not self._take_events():
+            return
+        now = time.monotonic()
+        self._take_results(now)
+        self._schedule(now)
+        self._launch(now)
+        self._flush()
+        self.log.flush()
+        self._launch_trials()
+
+    def _take_events(self) -> bool:
+        """Waits for events, and does what they say; returns whether to go on."""
         timeout = self._timeout()
         try:
             event = self._events.get(timeout=timeout)
             while True:
                 if event is None:
                     self._closing = True
-                    return
+                    return False
                 event()
                 event = self._events.get_nowait()
         except queue.Empty:
-            pass
-        now = time.monotonic()
-        if self.pacer is not None:
-            for ready in self.pacer.due(now):
-                self._take_in_now(*ready)
+            return True
+
+    def _take_results(self, now_s: float) -> None:
+        """Takes in what is due by the clock: results that were held back, and deadlines.  Others came as events."""
+        self._intake.take_due(now_s)
         self._expire()
+
+    def _schedule(self, now_s: float) -> None:
+        """Changes the layout if that is due, and seats who waits."""
         self._advance_switch()
-        self._admission.admit(self.instances, now, switching=bool(self._switches))
-        self.handover.advance(self.instances, now)
+        self._admission.admit(self.instances, now_s, switching=bool(self._switches))
+        self.handover.advance(self.instances, now_s)
+
+    def _launch(self, now_s: float) -> None:
+        """Starts all steps that can be started."""
         # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
         # two in a row while the others wait.
         busy = True
@@ -203,15 +231,12 @@ class Loop:
             for instance in self.instances:
                 busy |= self._dispatch(instance)
             if not self.cell.drain and busy:
-                self.handover.advance(self.instances, now)
+                self.handover.advance(self.instances, now_s)
         while (launched := self._wide.advance(self._admission.make_room)) is not None:
             if isinstance(launched, Step):
                 self._launched(self._wide.guest(), launched)
             else:
                 self._policy.moved(*launched)
-        self._flush()
-        self.log.flush()
-        self._launch_trials()
 
     def _timeout(self) -> float | None:
         """How long the engine's thread may sleep, seconds."""
@@ -259,7 +284,8 @@ class Loop:
 
     def _flush(self) -> None:
         if self._deltas:
-            deltas, self._deltas = self._deltas, []
+            deltas = list(self._deltas)
+            self._deltas.clear()
             try:
                 self._sink(deltas)
             except Exception:  # whoever listens has a fault; that must not stop the streams of others
@@ -271,86 +297,7 @@ class Loop:
     # ---- results
 
     def _on_step(self, instance: Instance, step: Step) -> None:
-        self.post(lambda: self._take_in(instance, step))
-
-    def _take_in(self, instance: Instance, step: Step) -> None:
-        if self.pacer is None or not self.pacer.hold(instance, step, time.monotonic()):
-            self._take_in_now(instance, step)
-
-    def _take_in_now(self, instance: Instance, step: Step) -> None:
-        # After a switch, results of the old instances and of the new ones come on threads that race.
-        self._held.append((instance, step))
-        while (ready := next((item for item in self._held if item[1].due), None)) is not None:
-            self._held.remove(ready)
-            self._settle(*ready)
-
-    def _settle(self, instance: Instance, step: Step) -> None:
-        instance.outstanding.remove(step)
-        step.settle(instance)
-        self.counters.steps, now = self.counters.steps + 1, time.monotonic()
-        if step.tokens is None:
-            self._fail(instance, step)
-        else:
-            self._accept(step, step.tokens, now)
-            if self.pacer is not None:
-                self.pacer.delivered(step, now)
-            self.log.add(instance, step, now if self.pacer is not None else step.ready_s)
-        self._policy.settled(instance, step, now)
-        if instance.broken and not instance.in_flight and not instance.retired:
-            instance.abandon()
-
-    def _accept(self, step: Step, results: np.ndarray, now: float) -> None:
-        tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
-        for index, (sequence, emits, epoch, token) in enumerate(steps):
-            if not emits or epoch != sequence.epoch:
-                continue
-            sequence.pending -= 1
-            if sequence.finish is not None:
-                continue
-            if token == NO_TOKEN:
-                self._refuse_logits(sequence)
-                continue
-            finish = sequence.accept(token, step.logprob(index))
-            if sequence.home is not None:
-                sequence.home.note_pages(sequence)
-            if not sequence.delivered:
-                self._policy.first_token(sequence, now)
-            new, logprobs = sequence.take_undelivered()
-            self.counters.tokens += len(new)
-            if finish is not None:
-                self._retire(sequence)
-            elif sequence.home is None and not sequence.pending:
-                self._admission.await_again(sequence)  # sent back while this step ran
-            if new or finish is not None:
-                self._deltas.append(
-                    TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
-                )
-
-    def _refuse_logits(self, sequence: Sequence) -> None:
-        """A row's logits are no numbers: its request ends, and nobody shares its pages."""
-        self.counters.broken_logits += 1
-        if self.cell.prefixes is not None:
-            self.cell.prefixes.disown(sequence)
-        self._finish(sequence, FinishReason.ERROR, sequence.broken_logits())
-
-    def _fail(self, instance: Instance, step: Step) -> None:
-        """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
-        _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
-            instance.broken = True
-            for sequence in list(instance.rows.values()):
-                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
-            if self.cell.prefixes is not None:
-                self.cell.prefixes.forget(instance.order)
-        for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
-            if epoch != sequence.epoch:
-                continue
-            sequence.pending -= emits
-            if emits and sequence.finish is None and sequence.home not in (None, instance):
-                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
-            if sequence.finish is None and sequence.home is None and not sequence.pending:
-                self._admission.await_again(sequence)  # sent back while this step ran: it lost nothing more
+        self.post(lambda: self._intake.take(instance, step))
 
     # ---- ends
 
