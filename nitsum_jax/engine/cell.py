@@ -133,7 +133,7 @@ class Cell:
     def leaves(self, spec: InstanceSpec) -> tuple[jax.Array, ...]:
         """The parameters of an instance, wrapped, in the order that its steps take them."""
         wrapped = self.bank.wrap(spec)
-        return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
+        return tuple(wrapped[one.name][one.slot or 0] for one in self.program.parameters(spec.tp))
 
     def trial_run(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
         """Runs a step in which every row is padding; does not wait for it.

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.dispatched import Arrival, Step
+from nitsum_jax.engine.dispatched import Arrival, Chunk, Step
 from nitsum_jax.engine.history import STEERED_BY, HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.packing import Packer, StepShape
@@ -299,7 +299,7 @@ class Instance:
         packer = self._packer(shape)
         last = count == left
         self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
-        chunk = count, sequence.cached
+        chunk = Chunk(count, sequence.cached)
         sequence.cached += count
         if last:
             sequence.pending += 1

@@ -7,6 +7,7 @@ collectives of different instances cannot deadlock.
 
 import collections
 import dataclasses
+import enum
 import heapq
 import logging
 import queue
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -48,6 +50,22 @@ _LONGEST_SLEEP_S = 3600.0
 _LAST_STEPS_S = 10.0
 
 
+class _Phase(enum.Enum):
+    """Of the engine's thread."""
+
+    RUNNING = enum.auto()
+    CLOSING = enum.auto()
+    ENDED = enum.auto()
+
+
+class _Deadline(NamedTuple):
+    """When a sequence gives up; the number tells apart those at the same time."""
+
+    time_s: float
+    number: int
+    sequence: Sequence
+
+
 class Loop:
     """State of a running cell."""
 
@@ -73,11 +91,10 @@ class Loop:
         self.log = StepLog()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
-        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._deadlines: list[_Deadline] = []
         self._retired: list[Instance] = []
         self._switches: collections.deque[PendingSwitch] = collections.deque()
-        self._closing = False
-        self._ended = False
+        self._phase = _Phase.RUNNING
         self._wide = WidePrefill(cell, self._on_step)
         self.pacer = None if pace is None else Pacer(pace)
         self._admission = Admission(
@@ -127,7 +144,7 @@ class Loop:
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
         )
         with self.lock:
-            if self._ended:
+            if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")
             if request.id in self.alive:
                 raise PreconditionError(f"a request with id {request.id} is alive: choose another id")
@@ -136,7 +153,7 @@ class Loop:
         if request.deadline_s is not None:
             deadline = request.deadline_s
             # The sequence, not its id: that may live again by then.
-            self.post(lambda: heapq.heappush(self._deadlines, (deadline, id(sequence), sequence)))
+            self.post(lambda: heapq.heappush(self._deadlines, _Deadline(deadline, id(sequence), sequence)))
         self.wake()
 
     def cancel(self, request_id: str) -> None:
@@ -150,7 +167,7 @@ class Loop:
           UnavailableError: the loop has ended.
         """
         with self.lock:
-            if self._ended:
+            if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping: no layout switch any more")
             self._switches.append(pending)
             self.wanted = pending.layout
@@ -164,7 +181,7 @@ class Loop:
     # ---- the engine's thread
 
     def _run(self) -> None:
-        while not self._closing:
+        while self._phase is _Phase.RUNNING:
             try:
                 self._turn()
             except Exception as error:  # a bug here must not leave streams hanging
@@ -172,7 +189,7 @@ class Loop:
                 self._end_all(FinishReason.ERROR, f"internal error: {type(error).__name__}")
                 self._flush()
         with self.lock:
-            self._ended = True  # what came before is ended below, and nothing comes after
+            self._phase = _Phase.ENDED  # what came before is ended below, and nothing comes after
         self._end_all(FinishReason.CANCELLED, None)
         self._flush()
         for pending in self._switches:
@@ -203,7 +220,7 @@ class Loop:
             event = self._events.get(timeout=timeout)
             while True:
                 if event is None:
-                    self._closing = True
+                    self._phase = _Phase.CLOSING
                     return False
                 event()
                 event = self._events.get_nowait()
@@ -241,7 +258,7 @@ class Loop:
     def _timeout(self) -> float | None:
         """How long the engine's thread may sleep, seconds."""
         times = [
-            self._deadlines[0][0] if self._deadlines else None,
+            self._deadlines[0].time_s if self._deadlines else None,
             None if self.pacer is None else self.pacer.next_s(),
             self._policy.wake_s(),
         ]
@@ -303,8 +320,8 @@ class Loop:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, sequence = heapq.heappop(self._deadlines)
+        while self._deadlines and self._deadlines[0].time_s <= now:
+            sequence = heapq.heappop(self._deadlines).sequence
             if sequence.finish is None:
                 self._finish(sequence, FinishReason.DEADLINE, None)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,14 @@ class StepResults:
 StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array], tuple[StepState, StepResults]]
 
 
+class Parameter(NamedTuple):
+    """A parameter as a step takes it: its name, its slot (None: replicated) and its sharding."""
+
+    name: str
+    slot: int | None
+    spec: PartitionSpec
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Everything that a step's code depends on beside its bucket and its devices.
@@ -92,8 +101,8 @@ class Program:
         """Structure and abstract parameters of one rank's part of the model."""
         return _decoder(self, tp)
 
-    def parameters(self, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
-        """Name, slot (None: replicated) and sharding of every parameter, in the order a step takes them."""
+    def parameters(self, tp: int) -> list[Parameter]:
+        """Every parameter, in the order a step takes them."""
         return _parameters(self, tp)
 
 
@@ -114,15 +123,16 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 @functools.cache
-def _parameters(program: Program, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
+def _parameters(program: Program, tp: int) -> list[Parameter]:
     _, state = program.decoder(tp)
     specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
-    found: list[tuple[str, int | None, PartitionSpec]] = []
+    found: list[Parameter] = []
     for path, _ in nnx.to_flat_state(state):
         spec = specs[path].get_value()
         cut = TP_AXIS in spec
         parts = path[:-1] if cut else path
-        found.append((".".join(map(str, parts)), int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
+        name = ".".join(map(str, parts))
+        found.append(Parameter(name, int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
     return found
 
 
@@ -206,7 +216,7 @@ def compile_step(
     mapped = jax.shard_map(
         step_function(program, shape, tp, with_logits=with_logits),
         mesh=mesh,
-        in_specs=(tuple(spec for _, _, spec in parameters), state(along, everywhere), everywhere),
+        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere),
         out_specs=(
             state(along, everywhere),
             results(everywhere, everywhere, everywhere if with_logits else None),

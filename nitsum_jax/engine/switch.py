@@ -26,7 +26,7 @@ from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.migration import Ahead, Host, Moves, free, least_bytes, moved_shards, plan_moves
+from nitsum_jax.engine.migration import Ahead, Host, Moves, Traveller, free, least_bytes, moved_shards, plan_moves
 from nitsum_jax.engine.precopy import PreCopy
 from nitsum_jax.engine.residency import Prefetch
 from nitsum_jax.engine.rollback import Place, Snapshot
@@ -267,7 +267,7 @@ def _stop(cell: Cell, instances: Seq[Instance], pending: PendingSwitch) -> _Stop
 
 def _plan(cell: Cell, stopped: _Stopped) -> _Plan:
     """Second step: chooses an instance for every sequence, takes its blocks there, and remaps its table."""
-    travellers = [(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
+    travellers = [Traveller(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
     hosts = [_host(cell, spec) for spec in stopped.specs]
     minimum = least_bytes(travellers, hosts, cell.pool)
     ahead = _bytes_of(travellers, hosts, stopped.ahead, cell)
@@ -348,13 +348,13 @@ def _go_back(cell: Cell, before: Layout, stopped: _Stopped, fresh: list[Instance
     """Instead, if one of the steps before failed: the old instances go on."""
     places = stopped.snapshot.places
     copies_ahead = [(place.home.device_of, stopped.ahead.get(id(place.sequence))) for place in places]
-    back, victims, lost = stopped.snapshot.restore(fresh)
+    restored = stopped.snapshot.restore(fresh)
     for old, there_already in copies_ahead:
         if there_already is not None:
             there_already.release(old, cell.pool)
-    alive = {instance.spec: instance for instance in (*stopped.kept, *back)}
+    alive = {instance.spec: instance for instance in (*stopped.kept, *restored.alive)}
     specs = [spec for spec in before.instances if spec in alive]
-    return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], victims, None, lost)
+    return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], restored.victims, None, restored.lost)
 
 
 def _report(
@@ -386,9 +386,7 @@ def _report(
     )
 
 
-def _bytes_of(
-    travellers: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell
-) -> int:
+def _bytes_of(travellers: Seq[Traveller], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell) -> int:
     """What was copied ahead, bytes."""
     blocks = 0
     for sequence, old in travellers:
