@@ -20,7 +20,8 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import Request, SamplingParams, TokenDelta
-from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.engine.step import StepState
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.loading import OpenModel
 
 
@@ -152,7 +153,7 @@ class BareRunner:
         self._program = cell.program
         self._executables = cell.executables.of(cell.group(spec))
         self._leaves = cell.leaves(spec)
-        mesh = instance_mesh(cell.devices, spec, cell.vmap)
+        mesh = cell.geometries.of(spec.devices).mesh
         shape = (cell.program.pool.blocks * spec.tp, *cell.program.pool.block_shape)
         along = NamedSharding(mesh, PartitionSpec(TP_AXIS))
         self._pool = jnp.zeros(shape, cell.program.pool.storage_dtype, device=along)
@@ -177,20 +178,22 @@ class BareRunner:
         ]
         tables = self._tables([len(sequence) + tokens for sequence in known])
         history = jax.device_put(np.zeros(self._program.history_shape, np.int32), self._everywhere)
+        state = StepState(self._pool, history)
         for row, sequence in enumerate(known):
-            history = self._prefill(row, sequence, tables[row], history)
+            state = self._prefill(row, sequence, tables[row], state)
         shape = min(s for s in self._executables if s.is_decode and s.batch >= len(prompts))
         executable = self._executables[shape]
         inputs = list(self._decode_inputs(shape, list(map(len, known)), tables, tokens))
-        jax.block_until_ready(history)
+        jax.block_until_ready(state.history)
 
         start = time.perf_counter()
         results = []
         for packed in inputs:
-            self._pool, history, sampled, _ = executable(self._leaves, self._pool, history, packed)
-            results.append(sampled)
+            state, outcome = executable(self._leaves, state, packed)
+            results.append(outcome.tokens)
         read = [np.asarray(sampled) for sampled in results]
         seconds = time.perf_counter() - start
+        self._pool = state.pool
 
         mine = np.stack(read, axis=1)[: len(prompts)]
         theirs = np.array([o[lead : lead + tokens] for o, lead in zip(engine.outputs, engine.leads, strict=True)])
@@ -210,7 +213,7 @@ class BareRunner:
     def _packer(self, shape: StepShape) -> Packer:
         return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)
 
-    def _prefill(self, row: int, sequence: Sequence[int], table: np.ndarray, history: jax.Array) -> jax.Array:
+    def _prefill(self, row: int, sequence: Sequence[int], table: np.ndarray, state: StepState) -> StepState:
         buckets = sorted(shape for shape in self._executables if not shape.is_decode)
         done = 0
         while done < len(sequence):
@@ -226,9 +229,9 @@ class BareRunner:
                 emit=len(part) == left,
                 table=table,
             )
-            self._pool, history, *_ = self._executables[shape](self._leaves, self._pool, history, packer.done())
+            state, _ = self._executables[shape](self._leaves, state, packer.done())
             done += len(part)
-        return history
+        return state
 
     def _decode_inputs(
         self, shape: StepShape, lengths: Sequence[int], tables: Sequence[np.ndarray], tokens: int

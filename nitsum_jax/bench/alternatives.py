@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.meshes.layout import Instance, Layout
-from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.meshes.reshard import reshard
 
 
@@ -44,7 +44,7 @@ def device_put_ms(cell: Cell, before: Layout, after: Layout, kv_blocks: int) -> 
 
 
 def _sharding(cell: Cell, spec: Instance) -> NamedSharding:
-    return NamedSharding(instance_mesh(cell.devices, spec, cell.vmap), PartitionSpec(TP_AXIS))
+    return NamedSharding(cell.geometries.of(spec.devices).mesh, PartitionSpec(TP_AXIS))
 
 
 def _standard_arrays(cell: Cell, spec: Instance, blocks: int) -> list[jax.Array]:

@@ -29,6 +29,7 @@ class Counters:
     switches: int = 0
     sent_back: int = 0
     wide_prefills: int = 0
+    broken_logits: int = 0
 
 
 class Admission:

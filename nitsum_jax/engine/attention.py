@@ -9,6 +9,10 @@ Old tokens are taken in chunks of a fixed number of pages with a running maximum
 1805.02867).  A chunk that lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a
 row's result depends on its own context alone, not on the longest context of the batch, and one executable serves all
 context lengths.
+
+A token that is masked has weight 0, and 0 times NaN is NaN: what one broken token leaves in a block would reach whoever
+gets the block next.  So values are always finite (`contained`), and what is wrong with a token shows in its keys alone,
+which make no difference where they are masked.
 """
 
 import dataclasses
@@ -86,6 +90,17 @@ def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
     return stored
 
 
+def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `f32[..., A]` as `paged_attention` and `write_tokens` take them; what is finite stays as it is.
+
+    Where a token has an infinity or a NaN in keys or values, its keys become NaN, so that whoever attends to it gets
+    NaN, and its values 0.
+    """
+    most = jnp.float32(jnp.finfo(jnp.bfloat16).max)  # more would become an infinity in a bfloat16 pool
+    sound = jnp.all((jnp.abs(k) <= most) & (jnp.abs(v) <= most), axis=-1, keepdims=True)
+    return jnp.where(sound, k, jnp.float32(jnp.nan)), jnp.where(sound, v, jnp.float32(0))
+
+
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -100,7 +115,7 @@ def paged_attention(
 
     Args:
       q: f32[B, T, S, H/K, A], one device's S virtual shards.
-      k: f32[B, T, S, G/K, A] of the new tokens.
+      k: f32[B, T, S, G/K, A] of the new tokens, see `contained`.
       v: as k.
       pool: `[N, L, 2, W, G/K, A]` in storage type.
       layer: which layer of the pool.
@@ -149,7 +164,7 @@ def paged_attention(
         out = jnp.einsum("nru,nua->nra", weights, new_values)
     else:  # a token that sees itself alone has weight 1
         top = scores[..., 0]
-        total = jnp.ones_like(top)
+        total = jnp.where(jnp.isnan(top), top, jnp.float32(1))
         out = jnp.broadcast_to(new_values, queries.shape)
 
     chunk = shape.chunk_pages
@@ -205,7 +220,7 @@ def write_tokens(
 
     Args:
       pool: `[N, L, 2, W, G/K, A]` in storage type; donated by the caller, updated in place.
-      new: f32[B, T, S, L, 2, G/K, A].
+      new: f32[B, T, S, L, 2, G/K, A], see `contained`.
       table: i32[B, S, P].
       context: i32[B], position of each row's first new token.
       counts: i32[B], how many of the T tokens are real; the rest is not written.

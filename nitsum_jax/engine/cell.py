@@ -7,7 +7,7 @@ from typing import TypedDict
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, prefix_granule, resolve_dtype
 from nitsum_jax.engine.dispatched import Step
@@ -18,15 +18,15 @@ from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.prefix_cache import PrefixCache
-from nitsum_jax.engine.residency import choose_residency
-from nitsum_jax.engine.step import Program
+from nitsum_jax.engine.residency import Residency, choose_residency
+from nitsum_jax.engine.step import Program, StepState
 from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.memory import keep_freed_memory
-from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.mesh import Geometries, Geometry
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.config import ModelConfig
@@ -44,9 +44,8 @@ class InstanceParts(TypedDict):
     """Arguments of an instance; see there."""
 
     spec: InstanceSpec
+    geometry: Geometry
     program: Program
-    vmap: VshardMap
-    mesh: Mesh
     leaves: tuple[jax.Array, ...]
     executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]]
     pool: KvPool
@@ -61,6 +60,7 @@ class Cell:
     Attributes:
       devices: N devices.
       vmap: which vshards lie where.
+      geometries: where each instance lies.
       program: what steps compute.
       memory: the memory plan.
       bank: the weights.
@@ -82,6 +82,7 @@ class Cell:
 
     devices: tuple[jax.Device, ...]
     vmap: VshardMap
+    geometries: Geometries
     program: Program
     memory: MemoryPlan
     bank: WeightBank
@@ -102,7 +103,7 @@ class Cell:
 
     def group(self, spec: InstanceSpec) -> Group:
         """An instance's devices in rank order: what its executables are compiled for."""
-        return self.vmap.ordered(spec.devices)
+        return self.geometries.of(spec.devices).order
 
     def groups(self, layout: Layout) -> list[Group]:
         """The groups of a layout."""
@@ -132,26 +133,25 @@ class Cell:
     def leaves(self, spec: InstanceSpec) -> tuple[jax.Array, ...]:
         """The parameters of an instance, wrapped, in the order that its steps take them."""
         wrapped = self.bank.wrap(spec)
-        return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(spec.tp))
+        return tuple(wrapped[one.name][one.slot or 0] for one in self.program.parameters(spec.tp))
 
     def trial_run(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
         """Runs a step in which every row is padding; does not wait for it.
 
         It takes the pools of its devices, which nobody may have on loan, and gives them back as they were.
         """
-        spec = InstanceSpec(group)
-        mesh = instance_mesh(self.devices, spec, self.vmap)
+        spec, mesh = InstanceSpec(group), self.geometries.of(group).mesh
         history = jax.device_put(np.zeros(self.program.history_shape, np.int32), NamedSharding(mesh, PartitionSpec()))
         packed = Packer(shape, self.vmap.num_vshards, self.program.pages, self.program.max_batch).done()
         leaves = self.leaves(spec)
         pool = self.pool.lend(mesh, group)
         try:
-            outputs = compiled(leaves, pool, history, packed)
+            state, results = compiled(leaves, StepState(pool, history), packed)
         except Exception:
             self.pool.take_back(pool, group)
             raise
-        self.pool.take_back(outputs[0], group)
-        return outputs[1:]  # not the pool: the next step takes it
+        self.pool.take_back(state.pool, group)
+        return state.history, results  # not the pool: the next step takes it
 
     def instance(self, spec: InstanceSpec, on_step: Callable[[Instance, Step], None]) -> Instance:
         """Starts an instance; its devices' pools must be free and its executables ready."""
@@ -159,18 +159,16 @@ class Cell:
 
     def parts(self, spec: InstanceSpec) -> InstanceParts:
         """What the cell gives to an instance."""
-        mesh = instance_mesh(self.devices, spec, self.vmap)
-        group = self.group(spec)
+        geometry = self.geometries.of(spec.devices)
 
         def executables() -> dict[StepShape, jax.stages.Compiled]:
-            return self.executables.of(group)
+            return self.executables.of(geometry.order)
 
         leaves = self.leaves(spec)
         return InstanceParts(
             spec=spec,
+            geometry=geometry,
             program=self.program,
-            vmap=self.vmap,
-            mesh=mesh,
             leaves=leaves,
             executables=executables,
             pool=self.pool,
@@ -190,6 +188,57 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
+    site = _choose_layout(model.config, config)
+    plan = _plan_memory(model.config, config, site)
+    # Compiling starts before the weights are read: both take seconds, and neither needs the other.
+    executables = _compile(config, site, plan, on_ready)
+    bank = _load(model, site, plan)
+    return _assemble(config, site, plan, executables, bank)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """Where a model goes; nothing is allocated yet.
+
+    Attributes:
+      devices: N devices.
+      free: free bytes of one of them, or None if nobody knows.
+      dtype: of the weights.
+      cut: of the model.
+      vmap: which vshards lie where.
+      geometries: where each instance lies.
+      max_model_len: longest prompt and output together, in tokens.
+      first: the layout to start with.
+      allowed: the allow-list, if there is one.
+    """
+
+    devices: tuple[jax.Device, ...]
+    free: int | None
+    dtype: str
+    cut: ModelCut
+    vmap: VshardMap
+    geometries: Geometries
+    max_model_len: int
+    first: Layout
+    allowed: tuple[Layout, ...] | None
+
+    @property
+    def platform(self) -> str:
+        """The kind of the devices."""
+        return self.devices[0].platform
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What lies on the devices, and what runs there."""
+
+    residency: Residency
+    memory: MemoryPlan
+    program: Program
+
+
+def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
+    """First step: devices, cut, least TP and the layout of the start."""
     devices = discover(config.devices)
     platform = devices[0].platform
     if platform == "cpu":
@@ -198,106 +247,139 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
     if not is_power_of_two(vshards):
         raise InvalidInputError(f"vshards={vshards} is not a power of two: give 1, 2, 4, 8, ...")
-    cut = ModelCut.of(model.config, vshards)
-    max_model_len = _max_model_len(model.config, config.max_model_len)
-    chunk = min(config.prefill_chunk, max_model_len)
+    cut = ModelCut.of(model, vshards)
+    max_model_len = _max_model_len(model, config.max_model_len)
     free = free_bytes(devices[0])
-    shard_bytes, replicated = cut_bytes(model.config, cut, dtype)
-    workspace = workspace_bytes(model.config, cut, config.max_batch, chunk)
+    shard_bytes, _ = cut_bytes(model, cut, dtype)
+    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len))
     min_tp = 1
     if platform != "cpu" and free is not None:
         while min_tp < vshards and vshards // min_tp * shard_bytes + workspace > _WEIGHT_SHARE * free:
             min_tp *= 2
     vmap = VshardMap(vshards, min_tp)
     first, allowed = _layouts(config, len(devices), vmap)
+    return _Site(
+        devices=devices,
+        free=free,
+        dtype=dtype,
+        cut=cut,
+        vmap=vmap,
+        geometries=Geometries(devices, vmap),
+        max_model_len=max_model_len,
+        first=first,
+        allowed=allowed,
+    )
 
-    if allowed:
-        groups = [spec.devices for layout in allowed for spec in layout.instances]
+
+def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plan:
+    """Second step: which weights stay, and how large the KV pool is."""
+    count, vshards, min_tp = len(site.devices), site.vmap.num_vshards, site.vmap.min_tp
+    if site.allowed:
+        groups = [spec.devices for layout in site.allowed for spec in layout.instances]
         if config.wide_prefill_tokens is not None:
-            groups.append(tuple(range(min(vshards, 1 << (len(devices).bit_length() - 1)))))
+            groups.append(tuple(range(min(vshards, 1 << (count.bit_length() - 1)))))
     else:  # every run of neighbours; the smallest need as much as all others
-        groups = [tuple(range(start, start + min_tp)) for start in range(len(devices) - min_tp + 1)]
+        groups = [tuple(range(start, start + min_tp)) for start in range(count - min_tp + 1)]
+    shard_bytes, replicated = cut_bytes(model, site.cut, site.dtype)
     residency = choose_residency(
         config.residency,
         config.weight_budget_gib,
-        vmap=vmap,
-        devices=len(devices),
-        first=first,
+        vmap=site.vmap,
+        devices=count,
+        first=site.first,
         groups=groups,
         shard_bytes=shard_bytes,
         replicated_bytes=replicated,
     )
     weights = residency.bytes_per_device
-    shared = 1 if platform == "cpu" else len(devices)
+    shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
-        model.config,
-        cut,
-        dtype=dtype,
-        platform=platform,
-        devices=len(devices),
+        model,
+        site.cut,
+        dtype=site.dtype,
+        platform=site.platform,
+        devices=count,
         weights=weights,
         allocated=weights * shared,
-        free=free,
+        free=site.free,
         max_batch=config.max_batch,
-        max_model_len=max_model_len,
+        max_model_len=site.max_model_len,
         page_size=config.page_size,
-        chunk=chunk,
+        chunk=min(config.prefill_chunk, site.max_model_len),
         kv_cache_gib=config.kv_cache_gib,
     )
     program = Program(
-        model.config, cut, dtype, memory.pool, config.max_batch, max_model_len, matmul_choice(platform, dtype)
+        config=model,
+        cut=site.cut,
+        dtype=site.dtype,
+        pool=memory.pool,
+        max_batch=config.max_batch,
+        max_model_len=site.max_model_len,
+        matmul=matmul_choice(site.platform, site.dtype),
     )
+    return _Plan(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 
-    def mesh_of(group: Group) -> Mesh:
-        return instance_mesh(devices, InstanceSpec(group), vmap)
 
-    # Compiling starts before the weights are read: both take seconds, and neither needs the other.
+def _compile(config: EngineConfig, site: _Site, plan: _Plan, on_ready: Callable[[], None]) -> Executables:
+    """Begins to compile what the first layout needs."""
     prefill, decode = config.prefill_shapes(), config.decode_shapes()
     executables = Executables(
-        program,
+        plan.program,
         (*prefill, *decode),
-        mesh_of,
+        lambda group: site.geometries.of(group).mesh,
         on_ready,
         essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
-        trials=platform == "cpu" and not residency.lean,  # a trial needs the weights
+        trials=site.platform == "cpu" and not plan.residency.lean,  # a trial needs the weights
     )
-    executables.want([vmap.ordered(spec.devices) for spec in first.instances], FIRST)
-    bank = WeightBank(devices, vmap)
+    executables.want([site.geometries.of(spec.devices).order for spec in site.first.instances], FIRST)
+    return executables
+
+
+def _load(model: OpenModel, site: _Site, plan: _Plan) -> WeightBank:
+    """Third step: brings the weights to the devices."""
+    bank = WeightBank(site.devices, site.vmap)
     if model.vshards is not None:
-        for name, vshard, device, array in model.place(cut, dtype, devices, residency.first):
+        for name, vshard, device, array in model.place(site.cut, site.dtype, site.devices, plan.residency.first):
             if vshard is None:
                 bank.add_replicated(name, device, array)
             else:
                 bank.add_cut(name, vshard, device, array)
     else:
-        bank.load(model.weights(cut, dtype), residency.first)
-    granule = prefix_granule(config)
-    pool = KvPool(devices, memory.pool, prefix_vshards=None if granule is None else vshards)
-    histories = HistoryMover(devices, program.history_shape)
-    mover, wide = BlockMover(pool), config.wide_prefill_tokens
+        bank.load(model.weights(site.cut, site.dtype), plan.residency.first)
+    return bank
+
+
+def _assemble(config: EngineConfig, site: _Site, plan: _Plan, executables: Executables, bank: WeightBank) -> Cell:
+    """Fourth step: the KV pool, with all that moves and shares its blocks, and the whole."""
+    cpu, granule = site.platform == "cpu", prefix_granule(config)
+    pool = KvPool(site.devices, plan.memory.pool, prefix_vshards=None if granule is None else site.vmap.num_vshards)
+    histories = HistoryMover(site.devices, plan.program.history_shape)
+    mover = BlockMover(pool)
     # XLA:CPU runs copies on the thread that launches them, so waiting for the steps before is all the same, and their
     # tokens would come late.
-    drain = platform == "cpu" if config.drain_before_switch is None else config.drain_before_switch
-    prefixes = None if granule is None else PrefixCache(pool, mover, granule=granule, prompts_only=config.deterministic)
-    memory = dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}")
+    drain = cpu if config.drain_before_switch is None else config.drain_before_switch
+    prefixes = None
+    if granule is not None:
+        prefixes = PrefixCache(pool, mover, granule=granule, prompts_only=config.deterministic)
     cell = Cell(
-        devices,
-        vmap,
-        program,
-        memory,
-        bank,
-        pool,
-        mover,
-        HostMover(pool) if drain and platform == "cpu" else mover,
-        histories,
-        executables,
-        allowed,
-        first,
-        wide_prefill=wide,
-        lean=residency.lean,
+        devices=site.devices,
+        vmap=site.vmap,
+        geometries=site.geometries,
+        program=plan.program,
+        memory=plan.memory,
+        bank=bank,
+        pool=pool,
+        mover=mover,
+        switch_mover=HostMover(pool) if drain and cpu else mover,
+        histories=histories,
+        executables=executables,
+        allowed=site.allowed,
+        first=site.first,
+        wide_prefill=config.wide_prefill_tokens,
+        lean=plan.residency.lean,
         precopy=config.precopy,
-        tps=config.tps,
         drain=drain,
+        tps=config.tps,
         prefixes=prefixes,
     )
     executables.provide(cell.trial_run)

@@ -1,7 +1,7 @@
 """What an instance has dispatched, and what comes to it from others."""
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -13,6 +13,13 @@ from nitsum_jax.engine.sequence import Sequence
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.instance import Instance
+
+
+class Chunk(NamedTuple):
+    """Tokens of a prompt that a step computes, and the context before them; cost models take it as a bare pair."""
+
+    tokens: int
+    context: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -28,7 +35,7 @@ class Step:
       settled: whether its results were taken in, or never will be.
       epochs: of the sequences, when it was dispatched.
       packed: its inputs, while it is in flight.
-      chunk: of a prefill step, new tokens and the context before them.
+      chunk: of a prefill step.
       joined: whether it shares, for the cost model, a step with the chunk before it.
       context: of a decode step, tokens of KV cache that its sequences hold together before it.
       launched_s: when it was dispatched; all times are those of time.monotonic.
@@ -46,7 +53,7 @@ class Step:
     number: int = 0
     after: tuple["Step", ...] = ()
     settled: bool = False
-    chunk: tuple[int, int] | None = None
+    chunk: Chunk | None = None
     joined: bool = False
     context: int = 0
     launched_s: float = 0.0

@@ -54,6 +54,7 @@ class EngineStats:
       blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
       prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
       prefix_hit_tokens: of these, tokens that it had.
+      broken_logits: requests that failed because the model produced NaN or infinite logits.
     """
 
     waiting: int
@@ -79,6 +80,7 @@ class EngineStats:
     blocks_cached: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
+    broken_logits: int = 0
 
 
 class Engine:
@@ -267,6 +269,7 @@ class Engine:
             blocks_cached=self._cell.pool.idle,
             prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
             prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
+            broken_logits=loop.counters.broken_logits,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:

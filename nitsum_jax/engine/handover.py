@@ -12,7 +12,7 @@ import numpy as np
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.dispatched import Arrival
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.migration import Host, free, plan_moves
+from nitsum_jax.engine.migration import Host, Traveller, free, plan_moves
 from nitsum_jax.engine.pacing import Pacer
 from nitsum_jax.engine.policy import Policy, takes_decodes
 from nitsum_jax.engine.sequence import Sequence
@@ -31,8 +31,8 @@ def move_sequence(cell: Cell, sequence: Sequence, source: Instance, target: Inst
     Returns:
       False, with nothing changed, if there is no room.
     """
-    host = Host(tuple(target.device_of), target.free_rows, target.spec.tp)
-    moves = plan_moves([(sequence, source.device_of)], [host], cell.pool)
+    host = Host(target.device_of, target.free_rows, target.spec.tp)
+    moves = plan_moves([Traveller(sequence, source.device_of)], [host], cell.pool)
     if moves.assigned[0] is None:
         return False
     for lender in lenders:

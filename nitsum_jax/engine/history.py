@@ -1,7 +1,9 @@
-"""Token histories that go along when sequences change their instance, without waiting for tokens in flight.
+"""Token histories, and how they go along when sequences change their instance, without waiting for tokens in flight.
 
 The host knows the tokens that it has read; those of steps still in flight stand only in the history on the devices.
 A history is small (rows x longest context, 4 bytes each), so it travels whole and the wanted rows are picked there.
+
+A row is a sequence: its tokens, then what steers the choice of the next ones (see `packing`).
 """
 
 from collections.abc import Sequence
@@ -9,6 +11,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from nitsum_jax.engine.packing import STEERING
+
+# The two parts of a row: `history[row, TOKENS]` is i32[longest context + 1], `history[row, STEERED_BY]` i32[STEERING].
+TOKENS, STEERED_BY = slice(None, -STEERING), slice(-STEERING, None)
 
 
 def is_ready(array: jax.Array) -> bool:

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.dispatched import Arrival, Step
-from nitsum_jax.engine.history import HistoryMover
+from nitsum_jax.engine.dispatched import Arrival, Chunk, Step
+from nitsum_jax.engine.history import STEERED_BY, HistoryMover
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.packing import STEERING, Packer, StepShape
+from nitsum_jax.engine.packing import Packer, StepShape
 from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.step import Program
+from nitsum_jax.engine.step import Program, StepState
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Role
-from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.meshes.mesh import Geometry
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.policy import PrefillChoice
@@ -46,9 +46,8 @@ class Instance:
     def __init__(
         self,
         spec: InstanceSpec,
+        geometry: Geometry,
         program: Program,
-        vmap: VshardMap,
-        mesh: Mesh,
         leaves: tuple[jax.Array, ...],
         executables: Callable[[], Mapping[StepShape, jax.stages.Compiled]],
         pool: KvPool,
@@ -60,9 +59,8 @@ class Instance:
 
         Args:
           spec: devices and role.
+          geometry: where these lie.
           program: what its steps compute.
-          vmap: where vshards lie.
-          mesh: its devices in rank order.
           leaves: wrapped parameters in the order of `Program.parameters`.
           executables: tells which buckets there are by now; the largest of both phases are always there.
           pool: the cell's KV pool.
@@ -71,9 +69,8 @@ class Instance:
           on_step: called on the reader thread with every finished step.
         """
         self.spec = spec
-        self.order = vmap.ordered(spec.devices)
-        # Device of every vshard: where its blocks are taken from.
-        self.device_of = [vmap.device_of(spec.devices, vshard) for vshard in range(vmap.num_vshards)]
+        self.order = geometry.order
+        self.device_of = geometry.device_of
         self.rows: dict[int, Sequence] = {}
         self.prefills: collections.deque[Sequence] = collections.deque()
         self.outstanding: list[Step] = []
@@ -83,7 +80,7 @@ class Instance:
         self.broken = False  # a step failed, and its pool with it: nothing is dispatched until `abandon`
         self.steps = 0
         self._program = program
-        self._mesh = mesh
+        self._mesh = geometry.mesh
         self._leaves = leaves
         self._executables = executables
         self._pool = pool
@@ -192,7 +189,7 @@ class Instance:
             sequence.landing = 0
             history[sequence.row, : len(sequence.tokens)] = sequence.tokens
             if sequence.steering is not None:
-                history[sequence.row, -STEERING:] = sequence.steering
+                history[sequence.row, STEERED_BY] = sequence.steering
             if sequence.prefilling:
                 self.prefills.append(sequence)
             if sequence.pending:
@@ -302,7 +299,7 @@ class Instance:
         packer = self._packer(shape)
         last = count == left
         self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
-        chunk = count, sequence.cached
+        chunk = Chunk(count, sequence.cached)
         sequence.cached += count
         if last:
             sequence.pending += 1
@@ -356,8 +353,9 @@ class Instance:
         step.number = self.steps
         try:
             step.packed = packer.done()
-            self._array, self._history, *results = executable(self._leaves, self._array, self.history, step.packed)
-            wanted = tuple(results if step.with_logprobs else results[:1])
+            state, results = executable(self._leaves, StepState(self._array, self.history), step.packed)
+            self._array, self._history = state.pool, state.history
+            wanted = (results.tokens, results.likelihoods) if step.with_logprobs else (results.tokens,)
             for result in wanted:
                 result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn

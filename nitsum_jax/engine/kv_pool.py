@@ -105,13 +105,18 @@ class BlockAllocator:
             done = done[~kept]
         self._push(done)
 
-    def forget(self) -> None:
-        """What blocks hold is not known any more."""
-        if self._index is not None:
-            idle = self._idle_blocks()
+    def forget(self, blocks: np.ndarray | None = None) -> None:
+        """What these blocks i32[n] (None: all) hold is not known any more."""
+        if self._index is None:
+            return
+        idle = self._idle_blocks()
+        if blocks is None:
             self._index.drop_device(self._device)
-            self.idle = 0
-            self._push(idle)
+        else:
+            idle = np.intersect1d(idle, blocks)
+            self._index.drop(self._device, blocks)
+        self.idle -= len(idle)
+        self._push(idle)
 
     def _evict(self, count: int) -> None:
         assert self._index is not None

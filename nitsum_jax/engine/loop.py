@@ -7,6 +7,7 @@ collectives of different instances cannot deadlock.
 
 import collections
 import dataclasses
+import enum
 import heapq
 import logging
 import queue
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.executables import Group
 from nitsum_jax.engine.handover import HandOver
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance
+from nitsum_jax.engine.intake import Intake
 from nitsum_jax.engine.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
@@ -46,7 +49,22 @@ Sink = Callable[[Seq[TokenDelta]], None]
 _LONGEST_SLEEP_S = 3600.0
 # How long the steps in flight may take at the end.
 _LAST_STEPS_S = 10.0
-_STEP_FAILED = "the accelerator reported an error in this step"
+
+
+class _Phase(enum.Enum):
+    """Of the engine's thread."""
+
+    RUNNING = enum.auto()
+    CLOSING = enum.auto()
+    ENDED = enum.auto()
+
+
+class _Deadline(NamedTuple):
+    """When a sequence gives up; the number tells apart those at the same time."""
+
+    time_s: float
+    number: int
+    sequence: Sequence
 
 
 class Loop:
@@ -74,18 +92,27 @@ class Loop:
         self.log = StepLog()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._deltas: list[TokenDelta] = []
-        self._deadlines: list[tuple[float, int, Sequence]] = []
-        self._held: list[tuple[Instance, Step]] = []
+        self._deadlines: list[_Deadline] = []
         self._retired: list[Instance] = []
         self._switches: collections.deque[PendingSwitch] = collections.deque()
-        self._closing = False
-        self._ended = False
+        self._phase = _Phase.RUNNING
         self._wide = WidePrefill(cell, self._on_step)
         self.pacer = None if pace is None else Pacer(pace)
         self._admission = Admission(
             cell, policy, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
         )
         self.handover = HandOver(cell, policy, self.pacer, deterministic=deterministic)
+        self._intake = Intake(
+            cell,
+            policy,
+            self.pacer,
+            self._admission,
+            self.counters,
+            self.log,
+            say=self._deltas.append,
+            finish=self._finish,
+            retire=self._retire,
+        )
         self.instances = [cell.instance(spec, self._on_step) for spec in cell.first.instances]
         policy.relaid(self.instances, time.monotonic())
         self._thread = threading.Thread(target=self._run, name="nitsum-engine", daemon=True)
@@ -99,7 +126,7 @@ class Loop:
 
     def wake(self) -> None:
         """Has the engine's thread look around."""
-        self._events.put(_nothing)
+        self._events.put(lambda: None)
 
     def add(self, request: Request) -> None:
         """Queues a valid request.
@@ -118,7 +145,7 @@ class Loop:
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
         )
         with self.lock:
-            if self._ended:
+            if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")
             if request.id in self.alive:
                 raise PreconditionError(f"a request with id {request.id} is alive: choose another id")
@@ -127,7 +154,7 @@ class Loop:
         if request.deadline_s is not None:
             deadline = request.deadline_s
             # The sequence, not its id: that may live again by then.
-            self.post(lambda: heapq.heappush(self._deadlines, (deadline, id(sequence), sequence)))
+            self.post(lambda: heapq.heappush(self._deadlines, _Deadline(deadline, id(sequence), sequence)))
         self.wake()
 
     def cancel(self, request_id: str) -> None:
@@ -141,7 +168,7 @@ class Loop:
           UnavailableError: the loop has ended.
         """
         with self.lock:
-            if self._ended:
+            if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping: no layout switch any more")
             self._switches.append(pending)
             self.wanted = pending.layout
@@ -159,7 +186,7 @@ class Loop:
     # ---- the engine's thread
 
     def _run(self) -> None:
-        while not self._closing:
+        while self._phase is _Phase.RUNNING:
             try:
                 self._turn()
             except Exception as error:  # a bug here must not leave streams hanging
@@ -167,7 +194,7 @@ class Loop:
                 self._end_all(FinishReason.ERROR, f"internal error: {type(error).__name__}")
                 self._flush()
         with self.lock:
-            self._ended = True  # what came before is ended below, and nothing comes after
+            self._phase = _Phase.ENDED  # what came before is ended below, and nothing comes after
         self._end_all(FinishReason.CANCELLED, None)
         self._flush()
         for pending in self._switches:
@@ -180,25 +207,44 @@ class Loop:
         self._wide.close(_LAST_STEPS_S)
 
     def _turn(self) -> None:
+        """One round: takes in what has happened, decides who goes where, launches, and tells of it."""
+        if not self._take_events():
+            return
+        now = time.monotonic()
+        self._take_results(now)
+        self._schedule(now)
+        self._launch(now)
+        self._flush()
+        self.log.flush()
+        self._launch_trials()
+
+    def _take_events(self) -> bool:
+        """Waits for events, and does what they say; returns whether to go on."""
         timeout = self._timeout()
         try:
             event = self._events.get(timeout=timeout)
             while True:
                 if event is None:
-                    self._closing = True
-                    return
+                    self._phase = _Phase.CLOSING
+                    return False
                 event()
                 event = self._events.get_nowait()
         except queue.Empty:
-            pass
-        now = time.monotonic()
-        if self.pacer is not None:
-            for ready in self.pacer.due(now):
-                self._take_in_now(*ready)
+            return True
+
+    def _take_results(self, now_s: float) -> None:
+        """Takes in what is due by the clock: results that were held back, and deadlines.  Others came as events."""
+        self._intake.take_due(now_s)
         self._expire()
+
+    def _schedule(self, now_s: float) -> None:
+        """Changes the layout if that is due, and seats who waits."""
         self._advance_switch()
-        self._admission.admit(self.instances, now, switching=bool(self._switches))
-        self.handover.advance(self.instances, now)
+        self._admission.admit(self.instances, now_s, switching=bool(self._switches))
+        self.handover.advance(self.instances, now_s)
+
+    def _launch(self, now_s: float) -> None:
+        """Starts all steps that can be started."""
         # In turns: where instances share their processors, as emulated devices do, each gets every n-th step, and none
         # two in a row while the others wait.
         busy = True
@@ -207,20 +253,17 @@ class Loop:
             for instance in self.instances:
                 busy |= self._dispatch(instance)
             if not self.cell.drain and busy:
-                self.handover.advance(self.instances, now)
+                self.handover.advance(self.instances, now_s)
         while (launched := self._wide.advance(self._admission.make_room)) is not None:
             if isinstance(launched, Step):
                 self._launched(self._wide.guest(), launched)
             else:
                 self._policy.moved(*launched)
-        self._flush()
-        self.log.flush()
-        self._launch_trials()
 
     def _timeout(self) -> float | None:
         """How long the engine's thread may sleep, seconds."""
         times = [
-            self._deadlines[0][0] if self._deadlines else None,
+            self._deadlines[0].time_s if self._deadlines else None,
             None if self.pacer is None else self.pacer.next_s(),
             self._policy.wake_s(),
         ]
@@ -263,7 +306,8 @@ class Loop:
 
     def _flush(self) -> None:
         if self._deltas:
-            deltas, self._deltas = self._deltas, []
+            deltas = list(self._deltas)
+            self._deltas.clear()
             try:
                 self._sink(deltas)
             except Exception:  # whoever listens has a fault; that must not stop the streams of others
@@ -275,83 +319,14 @@ class Loop:
     # ---- results
 
     def _on_step(self, instance: Instance, step: Step) -> None:
-        self.post(lambda: self._take_in(instance, step))
-
-    def _take_in(self, instance: Instance, step: Step) -> None:
-        if self.pacer is None or not self.pacer.hold(instance, step, time.monotonic()):
-            self._take_in_now(instance, step)
-
-    def _take_in_now(self, instance: Instance, step: Step) -> None:
-        # After a switch, results of the old instances and of the new ones come on threads that race.
-        self._held.append((instance, step))
-        while (ready := next((item for item in self._held if item[1].due), None)) is not None:
-            self._held.remove(ready)
-            self._settle(*ready)
-
-    def _settle(self, instance: Instance, step: Step) -> None:
-        instance.outstanding.remove(step)
-        step.settle(instance)
-        self.counters.steps, now = self.counters.steps + 1, time.monotonic()
-        if step.tokens is None:
-            self._fail(instance, step)
-        else:
-            self._accept(step, step.tokens, now)
-            if self.pacer is not None:
-                self.pacer.delivered(step, now)
-            self.log.add(instance, step, now if self.pacer is not None else step.ready_s)
-        self._policy.settled(instance, step, now)
-        if instance.broken and not instance.in_flight and not instance.retired:
-            instance.abandon()
-
-    def _accept(self, step: Step, results: np.ndarray, now: float) -> None:
-        tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
-        steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
-        for index, (sequence, emits, epoch, token) in enumerate(steps):
-            if not emits or epoch != sequence.epoch:
-                continue
-            sequence.pending -= 1
-            if sequence.finish is not None:
-                continue
-            finish = sequence.accept(token, step.logprob(index))
-            if sequence.home is not None:
-                sequence.home.note_pages(sequence)
-            if not sequence.delivered:
-                self._policy.first_token(sequence, now)
-            new, logprobs = sequence.take_undelivered()
-            self.counters.tokens += len(new)
-            if finish is not None:
-                self._retire(sequence)
-            elif sequence.home is None and not sequence.pending:
-                self._admission.await_again(sequence)  # sent back while this step ran
-            if new or finish is not None:
-                self._deltas.append(
-                    TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
-                )
-
-    def _fail(self, instance: Instance, step: Step) -> None:
-        """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
-        _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
-            instance.broken = True
-            for sequence in list(instance.rows.values()):
-                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)
-            if self.cell.prefixes is not None:
-                self.cell.prefixes.forget(instance.order)
-        for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
-            if epoch != sequence.epoch:
-                continue
-            sequence.pending -= emits
-            if emits and sequence.finish is None and sequence.home not in (None, instance):
-                self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
-            if sequence.finish is None and sequence.home is None and not sequence.pending:
-                self._admission.await_again(sequence)  # sent back while this step ran: it lost nothing more
+        self.post(lambda: self._intake.take(instance, step))
 
     # ---- ends
 
     def _expire(self) -> None:
         now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            _, _, sequence = heapq.heappop(self._deadlines)
+        while self._deadlines and self._deadlines[0].time_s <= now:
+            sequence = heapq.heappop(self._deadlines).sequence
             if sequence.finish is None:
                 self._finish(sequence, FinishReason.DEADLINE, None)
 
@@ -490,7 +465,3 @@ class Loop:
         for sequence in write_off(instance, self._policy):
             self.counters.sent_back += 1
             self._admission.await_again(sequence)
-
-
-def _nothing() -> None:
-    """An event that only wakes the loop."""

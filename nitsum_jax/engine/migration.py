@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,18 +29,39 @@ class Host:
     tp: int
 
 
+class Traveller(NamedTuple):
+    """A sequence, and the device of every vshard that it lies on now."""
+
+    sequence: Sequence
+    devices: Seq[int]
+
+
+class Link(NamedTuple):
+    """Copies go from one device to another."""
+
+    source: int
+    target: int
+
+
+class Blocks(NamedTuple):
+    """What is copied over a link: block ids there, and where each goes here."""
+
+    old: list[np.ndarray]
+    new: list[np.ndarray]
+
+
 @dataclasses.dataclass
 class Moves:
     """The outcome of planning.
 
     Attributes:
       assigned: index of the host of each sequence, in the order given; None: there was no room, compute it anew.
-      blocks: (source device, target device) -> block ids there and here.
+      blocks: what is copied over each link.
       freed: device -> blocks that are free once the copies are dispatched.
     """
 
     assigned: list[int | None]
-    blocks: dict[tuple[int, int], tuple[list[np.ndarray], list[np.ndarray]]]
+    blocks: dict[Link, Blocks]
     freed: dict[int, list[np.ndarray]]
 
 
@@ -102,13 +124,13 @@ class Ahead:
         self.pages = 0
 
 
-def choose_hosts(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
+def choose_hosts(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
     """Which instance each sequence would go to, by the rules of `plan_moves`; takes nothing."""
     return _assign(sequences, hosts, pool, {})
 
 
 def plan_moves(
-    sequences: Seq[tuple[Sequence, Seq[int]]],
+    sequences: Seq[Traveller],
     hosts: Seq[Host],
     pool: KvPool,
     ahead: Mapping[int, Ahead] | None = None,
@@ -120,7 +142,7 @@ def plan_moves(
     in that order, the least urgent must go: then those admitted first are seated first.
 
     Args:
-      sequences: with the device of every vshard that they lie on now.
+      sequences: that travel.
       hosts: the new instances.
       pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
         `freed` is given back.  Pages that were taken in advance are taken there too, but not copied.
@@ -145,11 +167,11 @@ def plan_moves(
     return moves
 
 
-def _seat_beside_twins(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool, moves: Moves) -> None:
+def _seat_beside_twins(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, moves: Moves) -> None:
     """Who found no room for all its pages may find it for those that others have not brought: the oldest first."""
     homeless = [i for i, host in enumerate(moves.assigned) if host is None]
     counts = collections.Counter(host for host in moves.assigned if host is not None)
-    for index in sorted(homeless, key=lambda i: sequences[i][0].admitted):
+    for index in sorted(homeless, key=lambda i: sequences[i].sequence.admitted):
         sequence, old = sequences[index]
         for h, host in enumerate(hosts):
             if counts[h] < host.rows and _room_beside_twins(pool, sequence, old, host.device_of):
@@ -159,21 +181,19 @@ def _seat_beside_twins(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Hos
                 break
 
 
-def _assign(
-    sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]
-) -> list[int | None]:
+def _assign(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]) -> list[int | None]:
     # What was copied ahead has its place; the others come behind, the longest first.
     numbers = range(len(sequences))
-    by_size = sorted(numbers, key=lambda i: (id(sequences[i][0]) not in ahead, -sequences[i][0].pages, i))
+    by_size = sorted(numbers, key=lambda i: (id(sequences[i].sequence) not in ahead, -sequences[i].sequence.pages, i))
     assigned = _seat(by_size, sequences, hosts, pool, ahead)
     if None in assigned:
-        assigned = _seat(sorted(numbers, key=lambda i: sequences[i][0].admitted), sequences, hosts, pool, ahead)
+        assigned = _seat(sorted(numbers, key=lambda i: sequences[i].sequence.admitted), sequences, hosts, pool, ahead)
     return assigned
 
 
 def _seat(
     order: Seq[int],
-    sequences: Seq[tuple[Sequence, Seq[int]]],
+    sequences: Seq[Traveller],
     hosts: Seq[Host],
     pool: KvPool,
     ahead: Mapping[int, Ahead],
@@ -190,7 +210,7 @@ def _seat(
         there = ahead.get(id(sequence))
         from_here = routes.get(tuple(old))
         if from_here is None:
-            from_here = routes[tuple(old)] = [_route(tuple(old), tuple(host.device_of)) for host in hosts]
+            from_here = routes[tuple(old)] = [_route(tuple(old), host.device_of) for host in hosts]
         if there is not None:
             candidates = [there.host]
         else:
@@ -213,7 +233,7 @@ def _seat(
     return assigned
 
 
-def least_bytes(sequences: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], pool: KvPool) -> int:
+def least_bytes(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool) -> int:
     """Bytes that must move at least, whatever the assignment: a bound that knows neither balance nor room."""
     pages: collections.Counter[tuple[int, ...]] = collections.Counter()
     for sequence, old in sequences:
@@ -276,7 +296,7 @@ def _remap(
         shape = comes[:, unwritten].shape
         comes[:, unwritten] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)
         if len(sources):
-            lists = moves.blocks.setdefault((source, target), ([], []))
+            lists = moves.blocks.setdefault(Link(source, target), Blocks([], []))
             lists[0].append(sources)
             lists[1].append(targets)
         moves.freed.setdefault(source, []).append(was[:, by_page].T.reshape(-1))

@@ -18,9 +18,9 @@ import heapq
 import itertools
 import math
 from collections.abc import Sequence as Seq
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.dispatched import Chunk, Step
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import InvalidInputError
@@ -91,9 +91,18 @@ class _Round:
 
     decoding: int
     context: int
-    spans: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    spans: list[Chunk] = dataclasses.field(default_factory=list)
     last: Sequence | None = None
     seconds: float = 0.0
+
+
+class _Held(NamedTuple):
+    """Results that are not due; the number tells apart what is due at once."""
+
+    due_s: float
+    number: int
+    instance: Instance
+    step: Step
 
 
 class Pacer:
@@ -106,7 +115,7 @@ class Pacer:
         self.worst_s = 0.0
         self._free_s: dict[int, float] = {}  # device -> end of the last step on it
         self._rounds: dict[Instance, _Round] = {}
-        self._held: list[tuple[float, int, Instance, Step]] = []
+        self._held: list[_Held] = []
         self._arriving: list[float] = []
         self._numbers = itertools.count()
         self._before_s = self._turn_s = math.inf  # when results were asked for the last two times
@@ -124,24 +133,24 @@ class Pacer:
         """Keeps a step's results if they are not due; returns whether."""
         if step.paced_s <= now_s or step.tokens is None:
             return False
-        heapq.heappush(self._held, (step.paced_s, next(self._numbers), instance, step))
+        heapq.heappush(self._held, _Held(step.paced_s, next(self._numbers), instance, step))
         return True
 
     def due(self, now_s: float) -> list[tuple[Instance, Step]]:
         """Results that are due now; called once in every turn."""
         self._before_s, self._turn_s = self._turn_s, now_s
         out = []
-        while self._held and self._held[0][0] <= now_s:
-            _, _, instance, step = heapq.heappop(self._held)
-            out.append((instance, step))
+        while self._held and self._held[0].due_s <= now_s:
+            held = heapq.heappop(self._held)
+            out.append((held.instance, held.step))
         while self._arriving and self._arriving[0] <= now_s:
             heapq.heappop(self._arriving)
         return out
 
     def next_s(self) -> float | None:
         """When something is due next."""
-        first = [queue[0] for queue in (self._held, self._arriving) if queue]
-        return min((item if isinstance(item, float) else item[0] for item in first), default=None)
+        first = [held.due_s for held in self._held[:1]] + self._arriving[:1]
+        return min(first, default=None)
 
     def delivered(self, step: Step, now_s: float) -> None:
         """A step's results go out."""
@@ -187,7 +196,7 @@ class Pacer:
         self._rounds.pop(instance, None)
         return self.pace.times.step_s(instance.spec.tp, len(step.sequences), step.context)
 
-    def _chunk_s(self, instance: Instance, step: Step, chunk: tuple[int, int]) -> float:
+    def _chunk_s(self, instance: Instance, step: Step, chunk: Chunk) -> float:
         tp, step_s = instance.spec.tp, self.pace.times.step_s
         found = self._rounds.get(instance)
         if found is None or not step.joined:
@@ -196,8 +205,8 @@ class Pacer:
             found.seconds = step_s(tp, found.decoding, found.context) if decoding else 0.0
             self._rounds[instance] = found
         if found.last is step.sequences[0]:  # pieces of one chunk, which the buckets here are too small for
-            new, before = found.spans.pop()
-            chunk = new + chunk[0], before
+            begun = found.spans.pop()
+            chunk = Chunk(begun.tokens + chunk.tokens, begun.context)
         found.spans.append(chunk)
         found.last = step.sequences[0]
         before_s, found.seconds = found.seconds, step_s(tp, found.decoding, found.context, found.spans)

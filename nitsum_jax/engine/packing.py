@@ -10,17 +10,41 @@ behind the sequence's tokens in the token history.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
+from nitsum_jax.engine.sampling import SamplingArrays
+
+
+class _Column:
+    """The fixed columns; the floats travel as their bits.
+
+    Plain numbers: numpy takes twice as long for an index that is an enum.
+    """
+
+    ROW: Final = 0
+    CONTEXT: Final = 1
+    NEW_TOKENS: Final = 2
+    EMIT: Final = 3
+    PROMPT_LEN: Final = 4
+    SEED: Final = 5
+    TOP_K: Final = 6
+    BIASED: Final = 7
+    STOPS_FROM: Final = 8
+    LOGPROBS: Final = 9
+    TEMPERATURE: Final = 10
+    TOP_P: Final = 11
+    MIN_P: Final = 12
+    REPETITION: Final = 13
+    PRESENCE: Final = 14
+    FREQUENCY: Final = 15
+
 
 _COLUMNS = 16
-_ROW, _CONTEXT, _COUNT, _EMIT, _PROMPT_LEN, _SEED, _TOP_K, _BIASED, _STOPS_FROM, _LOGPROBS = range(10)
-_FLOATS = 10  # temperature, top_p, min_p, repetition, presence, frequency
 
 # Columns of a sequence's steering: ids with a bias (-1: none), their biases, stop ids (-1: none).
 STEERING = 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS
@@ -39,7 +63,9 @@ class StepShape:
         return self.tokens == 1
 
 
-class StepInputs(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
     """Unpacked inputs of a step.
 
     Attributes:
@@ -47,15 +73,10 @@ class StepInputs(NamedTuple):
       context: i32[B], tokens already in the pool.
       new_tokens: i32[B], new tokens of this step that are real (0 for padding).
       emit: bool[B], whether the step samples the token that follows.
-      prompt_len: i32[B].
-      seed: u32[B].
-      top_k: i32[B].
-      floats: f32[B, 6], temperature, top_p, min_p, repetition, presence and frequency penalty.
+      logprobs: bool[B], whether log probabilities are asked for.
       tokens: i32[B, T].
       table: i32[B, K, P], block ids, each on the device of its virtual shard.
-      biased: bool[B], whether the row has logit bias.
-      stops_from: i32[B], position from which stop tokens may be chosen.
-      logprobs: bool[B], whether log probabilities are asked for.
+      sampling: how the tokens that follow are chosen.
       steering: i32[B, STEERING] of a prefill step, i32[B, 0] of a decode step; see `steering`.
     """
 
@@ -63,15 +84,10 @@ class StepInputs(NamedTuple):
     context: jax.Array
     new_tokens: jax.Array
     emit: jax.Array
-    prompt_len: jax.Array
-    seed: jax.Array
-    top_k: jax.Array
-    floats: jax.Array
+    logprobs: jax.Array
     tokens: jax.Array
     table: jax.Array
-    biased: jax.Array
-    stops_from: jax.Array
-    logprobs: jax.Array
+    sampling: SamplingArrays
     steering: jax.Array
 
 
@@ -92,20 +108,33 @@ def tables_of(packed: np.ndarray, shape: StepShape, vshards: int, pages: int) ->
 def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
     """Takes a packed i32[B, columns] apart, inside a jitted step."""
     tokens, table = _COLUMNS + shape.tokens, _table_column(shape)
+
+    def bits(column: int, kind: jnp.dtype) -> jax.Array:
+        return jax.lax.bitcast_convert_type(packed[:, column], kind)
+
+    context, new_tokens = packed[:, _Column.CONTEXT], packed[:, _Column.NEW_TOKENS]
     return StepInputs(
-        row=packed[:, _ROW],
-        context=packed[:, _CONTEXT],
-        new_tokens=packed[:, _COUNT],
-        emit=packed[:, _EMIT] > 0,
-        prompt_len=packed[:, _PROMPT_LEN],
-        seed=jax.lax.bitcast_convert_type(packed[:, _SEED], jnp.uint32),
-        top_k=packed[:, _TOP_K],
-        floats=jax.lax.bitcast_convert_type(packed[:, _FLOATS:_COLUMNS], jnp.float32),
+        row=packed[:, _Column.ROW],
+        context=context,
+        new_tokens=new_tokens,
+        emit=packed[:, _Column.EMIT] > 0,
+        logprobs=packed[:, _Column.LOGPROBS] > 0,
         tokens=packed[:, _COLUMNS:tokens],
         table=packed[:, table:].reshape(shape.batch, vshards, pages),
-        biased=packed[:, _BIASED] > 0,
-        stops_from=packed[:, _STOPS_FROM],
-        logprobs=packed[:, _LOGPROBS] > 0,
+        sampling=SamplingArrays(
+            temperature=bits(_Column.TEMPERATURE, jnp.float32),
+            top_k=packed[:, _Column.TOP_K],
+            top_p=bits(_Column.TOP_P, jnp.float32),
+            min_p=bits(_Column.MIN_P, jnp.float32),
+            repetition=bits(_Column.REPETITION, jnp.float32),
+            presence=bits(_Column.PRESENCE, jnp.float32),
+            frequency=bits(_Column.FREQUENCY, jnp.float32),
+            seed=bits(_Column.SEED, jnp.uint32),
+            position=context + new_tokens,
+            prompt_len=packed[:, _Column.PROMPT_LEN],
+            biased=packed[:, _Column.BIASED] > 0,
+            stops_from=packed[:, _Column.STOPS_FROM],
+        ),
         steering=packed[:, tokens:table],
     )
 
@@ -115,23 +144,19 @@ def sampling_columns(
 ) -> np.ndarray:
     """The columns of a row that stay the same for all of a request's steps, i32[columns]; made once per request."""
     columns = np.zeros(_COLUMNS, np.int32)
-    columns[_PROMPT_LEN] = prompt_len
-    columns[_SEED] = np.array(seed, np.uint32).view(np.int32)
-    columns[_TOP_K] = min(sampling.top_k, 2**31 - 1)
-    columns[_BIASED] = bool(sampling.logit_bias)
-    columns[_STOPS_FROM] = prompt_len + min_tokens if min_tokens else 0
-    columns[_LOGPROBS] = logprobs
-    columns[_FLOATS:] = np.array(
-        [
-            sampling.temperature,
-            sampling.top_p,
-            sampling.min_p,
-            sampling.repetition_penalty,
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-        ],
-        np.float32,
-    ).view(np.int32)
+    columns[_Column.PROMPT_LEN] = prompt_len
+    columns[_Column.TOP_K] = min(sampling.top_k, 2**31 - 1)
+    columns[_Column.BIASED] = bool(sampling.logit_bias)
+    columns[_Column.STOPS_FROM] = prompt_len + min_tokens if min_tokens else 0
+    columns[_Column.LOGPROBS] = logprobs
+    columns.view(np.uint32)[_Column.SEED] = seed
+    floats = columns.view(np.float32)
+    floats[_Column.TEMPERATURE] = sampling.temperature
+    floats[_Column.TOP_P] = sampling.top_p
+    floats[_Column.MIN_P] = sampling.min_p
+    floats[_Column.REPETITION] = sampling.repetition_penalty
+    floats[_Column.PRESENCE] = sampling.presence_penalty
+    floats[_Column.FREQUENCY] = sampling.frequency_penalty
     return columns
 
 
@@ -154,7 +179,7 @@ class Packer:
         self._vshards = vshards
         self._pages = pages
         self._packed = np.zeros(packed_shape(shape, vshards, pages), np.int32)
-        self._packed[:, _ROW] = dummy_row
+        self._packed[:, _Column.ROW] = dummy_row
         self._used = 0
 
     def add(
@@ -182,10 +207,10 @@ class Packer:
         line = self._packed[self._used]
         self._used += 1
         line[:_COLUMNS] = columns
-        line[_ROW] = row
-        line[_CONTEXT] = context
-        line[_COUNT] = 1 if tokens is None else len(tokens)
-        line[_EMIT] = emit
+        line[_Column.ROW] = row
+        line[_Column.CONTEXT] = context
+        line[_Column.NEW_TOKENS] = 1 if tokens is None else len(tokens)
+        line[_Column.EMIT] = emit
         if tokens is not None:
             line[_COLUMNS : _COLUMNS + len(tokens)] = tokens
         start = _table_column(self._shape)

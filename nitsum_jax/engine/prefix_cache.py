@@ -149,6 +149,13 @@ class PrefixCache:
         self._index.add(sequence.keys[new], np.array(devices), sequence.table[:, new])
         sequence.entered = full
 
+    def disown(self, sequence: Sequence) -> None:
+        """What the pages of a sequence hold is wrong: nobody is to find it, wherever it lies."""
+        pages = self._index.find(sequence.keys)
+        for device, allocator in enumerate(self._pool.allocators):
+            blocks = self._index.blocks(pages, np.full(len(self._index.vshards), device))
+            allocator.forget(np.unique(blocks[blocks >= 0]))
+
     def forget(self, devices: Seq[int]) -> None:
         """What lies on these devices is not to be trusted any more."""
         for device in devices:

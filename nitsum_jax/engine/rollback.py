@@ -7,6 +7,7 @@ tables, rows and allocators as they were, and the old instances get their pools 
 import dataclasses
 import logging
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,27 @@ class Place:
     table: np.ndarray
 
 
+class Restored(NamedTuple):
+    """The cell after the way back.
+
+    Attributes:
+      alive: the old instances that live on.
+      victims: sequences that lost blocks and must be computed anew; their blocks are free again.
+      lost: devices that are lost.
+    """
+
+    alive: list[Instance]
+    victims: list[Sequence]
+    lost: list[int]
+
+
+class _Mended(NamedTuple):
+    """Devices that got a new pool, and those among them that could not."""
+
+    renewed: set[int]
+    lost: set[int]
+
+
 class Snapshot:
     """The cell before a switch."""
 
@@ -42,15 +64,11 @@ class Snapshot:
             for row, sequence in instance.rows.items()
         ]
 
-    def restore(self, fresh: Seq[Instance]) -> tuple[list[Instance], list[Sequence], list[int]]:
+    def restore(self, fresh: Seq[Instance]) -> Restored:
         """Goes back.
 
         Args:
           fresh: instances of the new layout that exist already.
-
-        Returns:
-          The old instances that live on, the sequences that lost blocks and must be computed anew (their blocks are
-          free again), and devices that are lost.
         """
         pool = self._cell.pool
         for instance in fresh:
@@ -74,10 +92,10 @@ class Snapshot:
             else:
                 instance.regain_pool()
                 alive.append(instance)
-        return alive, victims, sorted(lost)
+        return Restored(alive, victims, sorted(lost))
 
-    def _mend(self) -> tuple[set[int], set[int]]:
-        """Gives devices whose pool went with a failed copy a new one: (those, those among them that are lost)."""
+    def _mend(self) -> _Mended:
+        """Gives devices whose pool went with a failed copy a new one."""
         renewed: set[int] = set()
         lost: set[int] = set()
         for device in range(len(self._cell.devices)):
@@ -89,4 +107,4 @@ class Snapshot:
             except Exception as error:
                 _LOG.error("device %d is lost: %s", device, error)
                 lost.add(device)
-        return renewed, lost
+        return _Mended(renewed, lost)

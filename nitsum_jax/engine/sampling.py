@@ -16,13 +16,13 @@ No row is ever sorted.  A row whose cut lies among its `candidates` best tokens 
 ("narrow").  For the rest ("wide": plain temperature, min-p alone, a nucleus or k larger than that) the cut is found
 exactly by bisection over the bit patterns of the scaled logits.  Which path a row takes depends on that row only.
 
-NaN counts as -inf and +inf as the largest float, so every row yields an id inside the vocabulary: a NaN is never chosen
-while the row has a finite logit, and a row without any yields id 0.
+A row whose bare logits are not all finite says nothing: a step yields `NO_TOKEN` for it, and its request fails
+(`sound`).  So that such a row disturbs nobody meanwhile, `sample` counts NaN as -inf and +inf as the largest float.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +33,15 @@ from nitsum_jax.engine.request import MAX_LOGIT_BIAS
 # On a CPU (V=49152) a row with top-p 0.9 takes 0.2 ms from 128 candidates, 0.6 ms searched whole.
 CANDIDATES = 128
 
+# What a step says of a row with a logit that is NaN or infinite.
+NO_TOKEN = -1
+
 _INF_BITS = 0x7F800000  # bit pattern of float32 +inf: the largest of all non-negative floats, as floats and as ints
 
 
-class SamplingArrays(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingArrays:
     """Sampling parameters of a batch, one element per row (see `SamplingParams` for what they do).
 
     Attributes:
@@ -121,24 +126,47 @@ def all_greedy(params: SamplingArrays) -> jax.Array:
     return ~jnp.any((params.temperature > 0) | _has_penalty(params) | _is_steered(params))
 
 
-def greedy_local(logits: jax.Array, offset: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+def sound(logits: jax.Array, offset: jax.Array | int, vocab: int) -> jax.Array:
+    """Whether the bare logits of a row are all finite: bool[B].
+
+    Args:
+      logits: f32[B, Vlocal], one contiguous slice of the vocabulary, before anything is forbidden in it.
+      offset: i32 scalar, id of the slice's first entry.
+      vocab: V; entries behind it are padding, and do not count.
+    """
+    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1) + jnp.asarray(offset, jnp.int32)
+    # The greatest bits but the sign: one pass over integers.
+    size = lax.bitcast_convert_type(logits, jnp.int32) & jnp.int32(0x7FFFFFFF)
+    return jnp.max(jnp.where(ids < vocab, size, 0), axis=-1) < _INF_BITS
+
+
+def greedy_local(logits: jax.Array, offset: jax.Array | int, vocab: int) -> tuple[jax.Array, jax.Array]:
     """The best token of one contiguous slice of the vocabulary.
 
     Args:
       logits: f32[B, Vlocal].
       offset: i32 scalar, id of the slice's first entry.
+      vocab: V without padding.
 
     Returns:
-      (f32[B] best logit, i32[B] its id in the whole vocabulary, the lowest on ties).
+      (f32[B] best logit, +inf if the row is not sound; i32[B] its id in the whole vocabulary, the lowest on ties).
     """
     x = _clean(logits)
-    return jnp.max(x, axis=-1), _lowest_argmax(x) + jnp.asarray(offset, jnp.int32)
+    best = jnp.where(sound(logits, offset, vocab), jnp.max(x, axis=-1), jnp.inf)
+    return best, _lowest_argmax(x) + jnp.asarray(offset, jnp.int32)
 
 
-def combine(value: jax.Array, token: jax.Array, axis_name: str) -> jax.Array:
-    """Merges `greedy_local` results over a mesh axis: i32[B], the same id as an argmax of the whole row."""
-    best = lax.pmax(value, axis_name)
-    return lax.pmin(jnp.where(value == best, token, jnp.iinfo(jnp.int32).max), axis_name)
+def combine(value: jax.Array, token: jax.Array, axis_name: str | None) -> jax.Array:
+    """Merges `greedy_local` results over a mesh axis, if there is one.
+
+    Returns:
+      i32[B], the same id as an argmax of the whole row; NO_TOKEN where a slice is not sound.
+    """
+    best = value
+    if axis_name is not None:
+        best = lax.pmax(value, axis_name)
+        token = lax.pmin(jnp.where(value == best, token, jnp.iinfo(jnp.int32).max), axis_name)
+    return jnp.where(best == jnp.inf, NO_TOKEN, token)
 
 
 def penalise(logits: jax.Array, params: SamplingArrays, history: jax.Array) -> jax.Array:

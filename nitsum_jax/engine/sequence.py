@@ -130,6 +130,13 @@ class Sequence:
                 self.finish = FinishReason.LENGTH
         return self.finish
 
+    def broken_logits(self) -> str:
+        """What to tell its user when the model had no number to choose its next token by."""
+        return (
+            f"the model produced NaN or infinite logits for request {self.request.id} after {len(self.tokens)} tokens "
+            "of prompt and output: check the checkpoint for damaged weights, and try --dtype=float32"
+        )
+
     def take_undelivered(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
         """Output tokens not yet sent, with their log probabilities; from now on they count as delivered."""
         new, logprobs = tuple(self.tokens[self.prompt_len + self.delivered :]), tuple(self._logprobs)

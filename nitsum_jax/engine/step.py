@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine import likelihood, sampling
-from nitsum_jax.engine.attention import PoolShape, paged_attention, write_tokens
+from nitsum_jax.engine.attention import PoolShape, contained, paged_attention, write_tokens
+from nitsum_jax.engine.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
@@ -19,7 +21,46 @@ from nitsum_jax.models.decoder import Decoder
 from nitsum_jax.models.matmul import MatmulChoice
 from nitsum_jax.models.reduction import Ranks
 
-StepFunction = Callable[..., tuple[jax.Array, ...]]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepState:
+    """What steps hand on to the next ones on the device; a step is given it for good, and updates it in place.
+
+    Attributes:
+      pool: the KV pool, `[N, L, 2, W, G/K, A]` per device in storage type.
+      history: i32[rows, columns], the token history; see `history`.
+    """
+
+    pool: jax.Array
+    history: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepResults:
+    """What a step tells the host.
+
+    Attributes:
+      tokens: i32[B], sampled; NO_TOKEN where a logit is NaN or infinite.
+      likelihoods: i32[B, columns], `likelihood.likelihoods` where rows ask for them, else zeros.
+      logits: f32[B, V padded], of each row's last new token, from a step that was compiled with them.
+    """
+
+    tokens: jax.Array
+    likelihoods: jax.Array
+    logits: jax.Array | None = None
+
+
+StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array], tuple[StepState, StepResults]]
+
+
+class Parameter(NamedTuple):
+    """A parameter as a step takes it: its name, its slot (None: replicated) and its sharding."""
+
+    name: str
+    slot: int | None
+    spec: PartitionSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +102,8 @@ class Program:
         """Structure and abstract parameters of one rank's part of the model."""
         return _decoder(self, tp)
 
-    def parameters(self, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
-        """Name, slot (None: replicated) and sharding of every parameter, in the order a step takes them."""
+    def parameters(self, tp: int) -> list[Parameter]:
+        """Every parameter, in the order a step takes them."""
         return _parameters(self, tp)
 
 
@@ -83,15 +124,16 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 @functools.cache
-def _parameters(program: Program, tp: int) -> list[tuple[str, int | None, PartitionSpec]]:
+def _parameters(program: Program, tp: int) -> list[Parameter]:
     _, state = program.decoder(tp)
     specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
-    found: list[tuple[str, int | None, PartitionSpec]] = []
+    found: list[Parameter] = []
     for path, _ in nnx.to_flat_state(state):
         spec = specs[path].get_value()
         cut = TP_AXIS in spec
         parts = path[:-1] if cut else path
-        found.append((".".join(map(str, parts)), int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
+        name = ".".join(map(str, parts))
+        found.append(Parameter(name, int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
     return found
 
 
@@ -99,17 +141,14 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, pool, history, packed) to (pool, history, i32[B] sampled tokens, their
-      `likelihood.likelihoods` where rows ask for them, else zeros) and, with `with_logits`, f32[B, V padded] logits of
-      each row's last new token.
+      A function of (parameters, state, packed inputs) to (state, results).
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
     ranks = Ranks(tp, TP_AXIS)
 
-    def step(
-        leaves: tuple[jax.Array, ...], pool: jax.Array, history: jax.Array, packed: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepResults]:
+        pool, history = state.pool, state.history
         model = nnx.merge(graph, _state(program, tp, leaves))
         inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
         table = jax.lax.dynamic_slice_in_dim(inputs.table, ranks.index() * jnp.int32(slots), slots, axis=1)
@@ -117,6 +156,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         new: list[jax.Array] = []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
             return paged_attention(q, k, v, pool, layer, table, inputs.context, program.pool)
 
@@ -126,17 +166,18 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         logits = model.logits(x[jnp.arange(shape.batch), last])
         if not shape.is_decode:
             history = _note_prompt(history, inputs, tokens)
-        sampled = _sample(logits, model.vocab_offset(), inputs, history, ranks)
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, ranks)
         likelihoods = _likelihoods(logits, sampled, inputs, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
-        # feed the new keys and values, so the tie is made by hand: token ids are never negative, but the compiler
-        # cannot know.
-        context = inputs.context + jnp.any(sampled < 0).astype(jnp.int32)
+        # feed the new keys and values, so the tie is made by hand: nothing is below NO_TOKEN, but the compiler cannot
+        # know.
+        context = inputs.context + jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
         pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
         history = _note_sampled(history, inputs, sampled)
-        outputs = (pool, history, sampled, likelihoods)
-        return (*outputs, ranks.concat_last(logits)) if with_logits else outputs
+        return StepState(pool, history), StepResults(
+            sampled, likelihoods, ranks.concat_last(logits) if with_logits else None
+        )
 
     return step
 
@@ -151,17 +192,22 @@ def compile_step(
     tp = mesh.devices.size
     along, everywhere = PartitionSpec(TP_AXIS), PartitionSpec()
     parameters = program.parameters(tp)
-    _, state = program.decoder(tp)
+    _, modules = program.decoder(tp)
     abstract = []
-    for leaf, (_, slot, spec) in zip(jax.tree.leaves(state), parameters, strict=True):
+    for leaf, (_, slot, spec) in zip(jax.tree.leaves(modules), parameters, strict=True):
         first = leaf.shape[0] * (tp if slot is not None else 1)
         sharding = NamedSharding(mesh, spec)
         abstract.append(jax.ShapeDtypeStruct((first, *leaf.shape[1:]), leaf.dtype, sharding=sharding))
     pool = (program.pool.blocks * tp, *program.pool.block_shape)
+    # The same structures as in a step, with shapes and specs for leaves.
+    state: Callable[..., object] = StepState
+    results: Callable[..., object] = StepResults
     arguments = (
         tuple(abstract),
-        jax.ShapeDtypeStruct(pool, program.pool.storage_dtype, sharding=NamedSharding(mesh, along)),
-        jax.ShapeDtypeStruct(program.history_shape, jnp.int32, sharding=NamedSharding(mesh, everywhere)),
+        state(
+            pool=jax.ShapeDtypeStruct(pool, program.pool.storage_dtype, sharding=NamedSharding(mesh, along)),
+            history=jax.ShapeDtypeStruct(program.history_shape, jnp.int32, sharding=NamedSharding(mesh, everywhere)),
+        ),
         jax.ShapeDtypeStruct(
             packed_shape(shape, program.cut.num_vshards, program.pages),
             jnp.int32,
@@ -171,12 +217,15 @@ def compile_step(
     mapped = jax.shard_map(
         step_function(program, shape, tp, with_logits=with_logits),
         mesh=mesh,
-        in_specs=(tuple(spec for _, _, spec in parameters), along, everywhere, everywhere),
-        out_specs=(along, *[everywhere] * (4 if with_logits else 3)),
+        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere),
+        out_specs=(
+            state(along, everywhere),
+            results(everywhere, everywhere, everywhere if with_logits else None),
+        ),
         check_vma=False,
     )
     mapped.__name__ = name
-    return jax.jit(mapped, donate_argnums=(1, 2)).lower(*arguments).compile()
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile()
 
 
 def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:
@@ -185,33 +234,21 @@ def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.Stat
     return state
 
 
-def _sample(logits: jax.Array, offset: jax.Array, inputs: StepInputs, history: jax.Array, ranks: Ranks) -> jax.Array:
-    arrays = sampling.SamplingArrays(
-        temperature=inputs.floats[:, 0],
-        top_k=inputs.top_k,
-        top_p=inputs.floats[:, 1],
-        min_p=inputs.floats[:, 2],
-        repetition=inputs.floats[:, 3],
-        presence=inputs.floats[:, 4],
-        frequency=inputs.floats[:, 5],
-        seed=inputs.seed,
-        position=inputs.context + inputs.new_tokens,
-        prompt_len=inputs.prompt_len,
-        biased=inputs.biased,
-        stops_from=inputs.stops_from,
-    )
-
+def _sample(
+    logits: jax.Array, offset: jax.Array, vocab: int, inputs: StepInputs, history: jax.Array, ranks: Ranks
+) -> jax.Array:
     def everything(logits: jax.Array) -> jax.Array:
         # Every rank samples from the whole vocabulary; they all find the same token.
         full = _whole(logits, ranks)
         rows = history[inputs.row]
-        return sampling.sample(full, arrays, rows[:, :-STEERING], rows[:, -STEERING:])
+        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY])
+        return jnp.where(sampling.sound(full, 0, vocab), token, sampling.NO_TOKEN)
 
     def greedy(logits: jax.Array) -> jax.Array:
-        value, token = sampling.greedy_local(logits, offset)
-        return sampling.combine(value, token, ranks.axis) if ranks.size > 1 else token
+        value, token = sampling.greedy_local(logits, offset, vocab)
+        return sampling.combine(value, token, ranks.axis if ranks.size > 1 else None)
 
-    return jax.lax.cond(sampling.all_greedy(arrays), greedy, everything, logits)
+    return jax.lax.cond(sampling.all_greedy(inputs.sampling), greedy, everything, logits)
 
 
 def _likelihoods(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
@@ -237,10 +274,11 @@ def _note_prompt(history: jax.Array, inputs: StepInputs, tokens: jax.Array) -> j
     step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     position = jnp.where(step < inputs.new_tokens[:, None], inputs.context[:, None] + step, jnp.int32(columns))
     history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
-    return history.at[inputs.row, -STEERING:].set(inputs.steering)
+    return history.at[inputs.row, STEERED_BY].set(inputs.steering)
 
 
 def _note_sampled(history: jax.Array, inputs: StepInputs, sampled: jax.Array) -> jax.Array:
-    """Puts the sampled tokens into the token history."""
-    position = jnp.where(inputs.emit, inputs.context + inputs.new_tokens, jnp.int32(history.shape[1]))
+    """Puts the sampled tokens into the token history; a row without one goes nowhere, and until then it needs an id."""
+    sampled = jnp.maximum(sampled, 0)
+    position = jnp.where(inputs.emit, inputs.sampling.position, jnp.int32(history.shape[1]))
     return history.at[inputs.row, position].set(sampled, mode="drop")

@@ -26,11 +26,12 @@ from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.migration import Ahead, Host, free, least_bytes, moved_shards, plan_moves
+from nitsum_jax.engine.migration import Ahead, Host, Moves, Traveller, free, least_bytes, moved_shards, plan_moves
 from nitsum_jax.engine.precopy import PreCopy
 from nitsum_jax.engine.residency import Prefetch
 from nitsum_jax.engine.rollback import Place, Snapshot
 from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.engine.transfer import Copy
 from nitsum_jax.errors import NitsumError, PreconditionError
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Layout
@@ -150,7 +151,7 @@ class PendingSwitch:
 
 
 def _host(cell: Cell, spec: InstanceSpec) -> Host:
-    return Host(tuple(_devices_of(cell, spec)), cell.program.max_batch, spec.tp)
+    return Host(cell.geometries.of(spec.devices).device_of, cell.program.max_batch, spec.tp)
 
 
 @dataclasses.dataclass
@@ -185,82 +186,176 @@ def perform_switch(
     on_step: Callable[[Instance, Step], None],
 ) -> SwitchOutcome:
     """Carries a prepared switch out, or leads back to the old layout; the future gets its report after the copies."""
-    start = time.monotonic()
+    stopped = _stop(cell, instances, pending)
+    fresh: list[Instance] = []
+    try:
+        plan = _plan(cell, stopped)
+        launch = _copy(cell, plan)
+        _seat(cell, stopped, plan, fresh, on_step)
+    except Exception as error:
+        _LOG.exception("switching from %s to %s failed; %s stays", before, pending.layout, before)
+        pending.future.set_exception(PreconditionError(f"the switch failed and {before} stays: {error}"))
+        return _go_back(cell, before, stopped, fresh)
+    return _commit(cell, before, pending, stopped, plan, launch, fresh)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stopped:
+    """The cell when the instances that must go have stopped.
+
+    Attributes:
+      start_s: when the switch began.
+      kept: instances that the new layout keeps.
+      gone: those that it does not.
+      specs: what it brings.
+      running: token histories of steps that still run.
+      ahead: what was copied ahead, by id of the sequence.
+      snapshot: what there is to go back to.
+    """
+
+    start_s: float
+    kept: list[Instance]
+    gone: list[Instance]
+    specs: list[InstanceSpec]
+    running: list[jax.Array]
+    ahead: Mapping[int, Ahead]
+    snapshot: Snapshot
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Who goes where.
+
+    Attributes:
+      moves: the blocks that move, and the host of every place of the snapshot.
+      minimum: bytes that must move at least.
+      ahead: bytes that were copied ahead.
+    """
+
+    moves: Moves
+    minimum: int
+    ahead: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """The copies under way, and how long it took to launch them."""
+
+    copies: list[Copy]
+    seconds: float
+
+    @property
+    def bytes(self) -> int:
+        """What they move."""
+        return sum(copy.bytes for copy in self.copies)
+
+
+def _stop(cell: Cell, instances: Seq[Instance], pending: PendingSwitch) -> _Stopped:
+    """First step: instances that the new layout does not keep give their pools back, and all is noted."""
+    start_s = time.monotonic()
     wanted = set(pending.layout.instances)
     kept = [instance for instance in instances if instance.spec in wanted]
     gone = [instance for instance in instances if instance.spec not in wanted]
     there = {instance.spec for instance in kept}
     specs = [spec for spec in pending.layout.instances if spec not in there]
     running = [instance.history for instance in gone if not is_ready(instance.history)]
-    weights_before = pending.weights_before or 0
     for instance in gone:
         instance.lend_pool()
     cell.switch_mover.settle(device for instance in gone for device in instance.order)
     ahead = {} if pending.precopy is None else pending.precopy.take()
-    snapshot = Snapshot(cell, gone)
-    fresh: list[Instance] = []
-    try:
-        travellers = [(place.sequence, place.home.device_of) for place in snapshot.places]
-        hosts = [_host(cell, spec) for spec in specs]
-        minimum = least_bytes(travellers, hosts, cell.pool)
-        copied = _bytes_of(travellers, hosts, ahead, cell)
-        moves = plan_moves(travellers, hosts, cell.pool, ahead)
-        planned = time.monotonic()
-        copies = [
-            cell.switch_mover.move(source, target, np.concatenate(old), np.concatenate(new))
-            for (source, target), (old, new) in moves.blocks.items()
-        ]
-        launch_s = time.monotonic() - planned
-        for spec in specs:
-            cell.bank.fetch(spec)
-            fresh.append(cell.instance(spec, on_step))
-        seats = list(zip(snapshot.places, moves.assigned, strict=True))
-        for index, instance in enumerate(fresh):
-            instance.adopt([Arrival(p.sequence, p.home.history, p.row) for p, host in seats if host == index])
-    except Exception as error:
-        _LOG.exception("switching from %s to %s failed; %s stays", before, pending.layout, before)
-        pending.future.set_exception(PreconditionError(f"the switch failed and {before} stays: {error}"))
-        copies_ahead = [(place.home.device_of, ahead.get(id(place.sequence))) for place in snapshot.places]
-        back, victims, lost = snapshot.restore(fresh)
-        for old, there_already in copies_ahead:
-            if there_already is not None:
-                there_already.release(old, cell.pool)
-        alive = {instance.spec: instance for instance in (*kept, *back)}
-        specs = [spec for spec in before.instances if spec in alive]
-        return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], victims, None, lost)
-    # From here on nothing can fail.
+    return _Stopped(start_s, kept, gone, specs, running, ahead, Snapshot(cell, gone))
+
+
+def _plan(cell: Cell, stopped: _Stopped) -> _Plan:
+    """Second step: chooses an instance for every sequence, takes its blocks there, and remaps its table."""
+    travellers = [Traveller(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
+    hosts = [_host(cell, spec) for spec in stopped.specs]
+    minimum = least_bytes(travellers, hosts, cell.pool)
+    ahead = _bytes_of(travellers, hosts, stopped.ahead, cell)
+    return _Plan(plan_moves(travellers, hosts, cell.pool, stopped.ahead), minimum, ahead)
+
+
+def _copy(cell: Cell, plan: _Plan) -> _Launch:
+    """Third step: launches the copies, behind the steps in flight."""
+    start_s = time.monotonic()
+    copies = [
+        cell.switch_mover.move(source, target, np.concatenate(old), np.concatenate(new))
+        for (source, target), (old, new) in plan.moves.blocks.items()
+    ]
+    return _Launch(copies, time.monotonic() - start_s)
+
+
+def _seat(
+    cell: Cell, stopped: _Stopped, plan: _Plan, fresh: list[Instance], on_step: Callable[[Instance, Step], None]
+) -> None:
+    """Fourth step: the new instances take over pools and sequences; each is in `fresh` as soon as it exists."""
+    for spec in stopped.specs:
+        cell.bank.fetch(spec)
+        fresh.append(cell.instance(spec, on_step))
+    seats = list(zip(stopped.snapshot.places, plan.moves.assigned, strict=True))
+    for index, instance in enumerate(fresh):
+        instance.adopt([Arrival(p.sequence, p.home.history, p.row) for p, host in seats if host == index])
+
+
+def _commit(
+    cell: Cell,
+    before: Layout,
+    pending: PendingSwitch,
+    stopped: _Stopped,
+    plan: _Plan,
+    launch: _Launch,
+    fresh: list[Instance],
+) -> SwitchOutcome:
+    """Fifth step, in which nothing can fail: what the old instances held is let go, and the new ones are in force."""
+    places, moves = stopped.snapshot.places, plan.moves
     free(moves.freed, cell.pool)
-    homeless = []
-    for place, host in seats:
-        if host is None:
-            _evict(cell, place)
-            homeless.append(place.sequence)
-    outstanding = [step for instance in gone for step in instance.outstanding]
+    homeless = [place for place, host in zip(places, moves.assigned, strict=True) if host is None]
+    for place in homeless:
+        _evict(cell, place)
+    outstanding = [step for instance in stopped.gone for step in instance.outstanding]
     for instance in fresh:
         instance.follow(outstanding)
-    for instance in gone:
+    for instance in stopped.gone:
         instance.retire()
+    kv_bytes = launch.bytes + plan.ahead
     report = SwitchReport(
         from_layout=str(before),
         to_layout=str(pending.layout),
-        sequences=len(travellers),
-        kv_bytes_moved=sum(copy.bytes for copy in copies) + copied,
-        kv_bytes_ahead=copied,
-        weight_bytes_moved=cell.bank.counters.bytes_moved - weights_before,
+        sequences=len(places),
+        kv_bytes_moved=kv_bytes,
+        kv_bytes_ahead=plan.ahead,
+        weight_bytes_moved=cell.bank.counters.bytes_moved - (pending.weights_before or 0),
         stall_ms=0.0,
         requeued=len(homeless),
-        kv_bytes_minimum=min(minimum, sum(copy.bytes for copy in copies) + copied),  # shared pages move once
-        host_ms=1000 * (time.monotonic() - start - launch_s),
-        transfer_ms=1000 * launch_s,
+        kv_bytes_minimum=min(plan.minimum, kv_bytes),  # shared pages move once
+        host_ms=1000 * (time.monotonic() - stopped.start_s - launch.seconds),
+        transfer_ms=1000 * launch.seconds,
     )
-    flags = [copy.done for copy in copies if copy.done is not None]
-    arguments = (pending, report, start if travellers else None, running, flags)
-    reporter = threading.Thread(target=_report, args=arguments, name="nitsum-report", daemon=True)
-    by_spec = {instance.spec: instance for instance in (*kept, *fresh)}
-    ordered = [by_spec[spec] for spec in pending.layout.instances]
+    flags = [copy.done for copy in launch.copies if copy.done is not None]
+    arguments = (pending, report, stopped.start_s if places else None, stopped.running, flags)
+    by_spec = {instance.spec: instance for instance in (*stopped.kept, *fresh)}
     busiest = max((sum(map(len, old)) for old, _ in moves.blocks.values()), default=0)
-    tokens = busiest * cell.pool.shape.page_size / cell.vmap.num_vshards
-    return SwitchOutcome(pending.layout, ordered, homeless, reporter, fresh=fresh, kv_tokens_per_link=tokens)
+    return SwitchOutcome(
+        pending.layout,
+        [by_spec[spec] for spec in pending.layout.instances],
+        [place.sequence for place in homeless],
+        threading.Thread(target=_report, args=arguments, name="nitsum-report", daemon=True),
+        fresh=fresh,
+        kv_tokens_per_link=busiest * cell.pool.shape.page_size / cell.vmap.num_vshards,
+    )
+
+
+def _go_back(cell: Cell, before: Layout, stopped: _Stopped, fresh: list[Instance]) -> SwitchOutcome:
+    """Instead, if one of the steps before failed: the old instances go on."""
+    places = stopped.snapshot.places
+    copies_ahead = [(place.home.device_of, stopped.ahead.get(id(place.sequence))) for place in places]
+    restored = stopped.snapshot.restore(fresh)
+    for old, there_already in copies_ahead:
+        if there_already is not None:
+            there_already.release(old, cell.pool)
+    alive = {instance.spec: instance for instance in (*stopped.kept, *restored.alive)}
+    specs = [spec for spec in before.instances if spec in alive]
+    return SwitchOutcome(Layout(tuple(specs)), [alive[spec] for spec in specs], restored.victims, None, restored.lost)
 
 
 def _report(
@@ -292,9 +387,7 @@ def _report(
     )
 
 
-def _bytes_of(
-    travellers: Seq[tuple[Sequence, Seq[int]]], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell
-) -> int:
+def _bytes_of(travellers: Seq[Traveller], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell) -> int:
     """What was copied ahead, bytes."""
     blocks = 0
     for sequence, old in travellers:
@@ -302,10 +395,6 @@ def _bytes_of(
         if there is not None:
             blocks += there.pages * moved_shards(old, hosts[there.host].device_of)
     return blocks * cell.pool.shape.block_bytes
-
-
-def _devices_of(cell: Cell, spec: InstanceSpec) -> list[int]:
-    return [cell.vmap.device_of(spec.devices, vshard) for vshard in range(cell.vmap.num_vshards)]
 
 
 def _evict(cell: Cell, place: Place) -> None:

@@ -54,17 +54,16 @@ class StepLog:
         self._ends[instance] = end_s
         if not self.listeners:
             return
-        new, before = step.chunk or (0, 0)
-        decoding = 0 if step.chunk else len(step.sequences)
+        chunk = step.chunk
         timing = StepTiming(
             instance.spec.devices,
             instance.spec.tp,
             step.start_s,
             end_s,
-            decoding,
+            len(step.sequences) if chunk is None else 0,
             step.context,
-            (new,) if new else (),
-            (before,) if new else (),
+            () if chunk is None else (chunk.tokens,),
+            () if chunk is None else (chunk.context,),
         )
         self._timings.append(timing)
 

@@ -7,6 +7,7 @@ decode it, behind the last chunk and without waiting for it, and the first token
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 
@@ -56,6 +57,14 @@ class Guest(Instance):
                 host.regain_pool()
 
 
+class HandedOver(NamedTuple):
+    """A sequence went from one instance to another."""
+
+    sequence: Request
+    source: Instance
+    target: Instance
+
+
 class WidePrefill:
     """Decides which prompts are prefilled by the guest, and hands them over; used by the engine's thread alone."""
 
@@ -65,7 +74,7 @@ class WidePrefill:
         self._on_step = on_step
         self._guest: Guest | None = None
         size = min(cell.vmap.num_vshards, 1 << (len(cell.devices).bit_length() - 1))
-        self._group: Group = cell.vmap.ordered(tuple(range(size)))
+        self._group: Group = cell.geometries.of(range(size)).order
         if cell.wide_prefill is not None and size > 1:
             cell.executables.want([self._group], LIKELY)
 
@@ -110,11 +119,11 @@ class WidePrefill:
         assert self._guest is not None
         return self._guest
 
-    def advance(self, make_room: MakeRoom) -> Step | tuple[Request, Instance, Instance] | None:
+    def advance(self, make_room: MakeRoom) -> Step | HandedOver | None:
         """Starts the next chunk, or hands the sequence over if the last one was started.
 
         Returns:
-          The step; or who was handed over, from and to which instance; None if there is nothing to do now.
+          The step, or who was handed over; None if there is nothing to do now.
         """
         guest = self._guest
         sequence = self.sequence
@@ -138,8 +147,8 @@ class WidePrefill:
             self._guest.close()
             self._guest.wait_closed(timeout_s)
 
-    def _hand_over(self, guest: Guest, sequence: Request) -> tuple[Request, Instance, Instance] | None:
+    def _hand_over(self, guest: Guest, sequence: Request) -> HandedOver | None:
         for home in sorted(guest.hosts, key=lambda host: (len(host.rows) / host.spec.tp, -host.free_pages())):
             if takes_decodes(home) and move_sequence(self._cell, sequence, guest, home, guest.hosts):
-                return sequence, guest, home
+                return HandedOver(sequence, guest, home)
         return None

@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.cell import matmul_choice
-from nitsum_jax.engine.packing import STEERING, Packer, StepShape, sampling_columns, steering
+from nitsum_jax.engine.history import STEERED_BY
+from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import Program, compile_step
+from nitsum_jax.engine.step import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
@@ -102,7 +103,7 @@ class StepRig:
             steered = steering(row.sampling, row.stops)
             if shape.is_decode:
                 history[index, row.context] = row.tokens[0]
-                history[index, -STEERING:] = steered
+                history[index, STEERED_BY] = steered
             used = -(-(row.context + len(row.tokens)) // PAGE_SIZE)
             packer.add(
                 columns,
@@ -117,14 +118,14 @@ class StepRig:
         pool = jax.device_put(jnp.asarray(blocks), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
         placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
         step = self.compiled(shape, tp)
-        new_pool, new_history, *rest = step(self.leaves(tp), pool, placed, packer.done())
-        sampled, likelihoods, logits = map(np.asarray, rest)
-        by_rank = np.asarray(new_pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
+        state, results = step(self.leaves(tp), StepState(pool, placed), packer.done())
+        sampled, likelihoods, logits = map(np.asarray, (results.tokens, results.likelihoods, results.logits))
+        by_rank = np.asarray(state.pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
         merged = by_rank[0].copy()
         for vshard in range(self.cut.num_vshards):
             ids = self.table[:, vshard].reshape(-1)
             merged[ids] = by_rank[vshard * tp // self.cut.num_vshards][ids]
-        return Outcome(sampled, likelihoods, logits, merged, np.asarray(new_history))
+        return Outcome(sampled, likelihoods, logits, merged, np.asarray(state.history))
 
     def leaves(self, tp: int) -> tuple[jax.Array, ...]:
         """Parameters wrapped for devices 0 to TP-1."""

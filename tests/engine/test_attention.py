@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from nitsum_jax.engine.attention import (
     CHUNK_TOKENS,
     PoolShape,
+    contained,
     decode,
     encode,
     exp_nonpositive,
@@ -144,6 +145,30 @@ def test_blocks_behind_the_context_are_not_seen() -> None:
         stale[case.table[row, :, pages:]] = np.nan
     changed = dataclasses.replace(case, pool=np.where(np.isnan(stale), np.float32(1e30), stale))
     np.testing.assert_array_equal(changed.run(0), expected)
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_broken_token_reaches_those_that_see_it_and_nobody_else(length: int) -> None:
+    """It may lie in a block that somebody else had before, behind the context, or in the new tokens of another row."""
+    case = make_case([20, 130, 40], length=length)
+    expected = case.run(0)
+    for which in ("k", "v"):
+        for value in (np.nan, np.inf, -np.inf, 3.4e38):
+            new = {"k": case.k.copy(), "v": case.v.copy()}
+            new[which][0, -1, 0, 0, 3] = value  # the last new token of the first row, and one of its heads
+            pool = case.pool.copy()
+            # What such a token leaves behind in the pool: in a block of nobody's context, and in one of the last row's.
+            left_k, left_v = map(np.asarray, contained(jnp.full(WIDTH, value, jnp.float32), jnp.ones(WIDTH)))
+            assert np.isnan(left_k).all()
+            assert np.isfinite(left_v).all()
+            for block in (case.table[1, 0, -1], case.table[2, 0, 0]):
+                pool[block, 0, 0, 5], pool[block, 0, 1, 5] = left_k, left_v
+            k, v = map(np.asarray, contained(jnp.asarray(new["k"]), jnp.asarray(new["v"])))
+            got = dataclasses.replace(case, k=k, v=v, pool=pool).run(0)
+            np.testing.assert_array_equal(got[1], expected[1])
+            np.testing.assert_array_equal(got[0, :-1], expected[0, :-1])
+            assert np.isnan(got[0, -1, 0]).any()
+            assert np.isnan(got[2, :, 0]).any(axis=(-1, -2)).all()
 
 
 # ---- exponential and sum

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.migration import Host, Moves, free, least_bytes, moved_shards, plan_moves
+from nitsum_jax.engine.migration import Host, Moves, Traveller, free, least_bytes, moved_shards, plan_moves
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.meshes.layout import Layout, parse_layout
@@ -36,7 +36,7 @@ class World:
     """Sequences on a layout with their blocks taken from a pool."""
 
     pool: KvPool
-    sequences: list[tuple[Sequence, list[int]]]
+    sequences: list[Traveller]
 
     @classmethod
     def of(cls, layout: Layout, pages: Seq[int], blocks: int) -> "World":
@@ -53,7 +53,7 @@ class World:
             sequence.cached = count
             for vshard, device in enumerate(devices):
                 sequence.table[vshard, :count] = pool.allocators[device].take(count)
-            world.sequences.append((sequence, devices))
+            world.sequences.append(Traveller(sequence, devices))
         return world
 
     def blocks(self, places: Seq[Seq[int]]) -> list[tuple[int, int]]:
@@ -162,7 +162,7 @@ def test_each_goes_where_the_least_moves_while_there_is_room_for_all(case: tuple
     world, _, hosts = case
     roomy = [dataclasses.replace(host, rows=100) for host in hosts]
     for (sequence, old), _ in zip(world.sequences, range(1), strict=False):  # the first alone: balance allows any host
-        alone = World(world.pool, [(sequence, old)])
+        alone = World(world.pool, [Traveller(sequence, old)])
         if all(world.pool.allocators[d].free >= K * sequence.pages for d in range(DEVICES)):
             moves, _ = plan(alone, roomy)
             chosen = moves.assigned[0]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.engine.dispatched import Step
+from nitsum_jax.engine.dispatched import Chunk, Step
 from nitsum_jax.engine.kv_pool import BlockAllocator
 from nitsum_jax.engine.pacing import Pace, Pacer
 from nitsum_jax.engine.packing import StepShape
@@ -45,7 +45,7 @@ def pacer() -> Pacer:
 
 def chunk(instance: FakeInstance, new: int, before: int, *, joined: bool = False) -> Step:
     (sequence,) = instance.prefills
-    return Step(StepShape(1, 512), [sequence], [False], chunk=(new, before), joined=joined)
+    return Step(StepShape(1, 512), [sequence], [False], chunk=Chunk(new, before), joined=joined)
 
 
 def decode(instance: FakeInstance) -> Step:

@@ -69,18 +69,27 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
         assert inputs.row[index] == one["row"]
         assert inputs.context[index] == one["context"]
         assert inputs.emit[index] == one["emit"]
-        assert inputs.prompt_len[index] == one["prompt_len"]
-        assert inputs.seed[index] == one["seed"]
-        assert inputs.top_k[index] == min(sampling.top_k, 2**31 - 1)
-        floats = [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty]
-        floats += [sampling.presence_penalty, sampling.frequency_penalty]
-        assert inputs.floats[index].tobytes() == np.array(floats, np.float32).tobytes()
-        assert inputs.biased[index] == bool(sampling.logit_bias)
+        choice = inputs.sampling
+        assert choice.prompt_len[index] == one["prompt_len"]
+        assert choice.seed[index] == one["seed"]
+        assert choice.top_k[index] == min(sampling.top_k, 2**31 - 1)
+        floats = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "min_p": sampling.min_p,
+            "repetition": sampling.repetition_penalty,
+            "presence": sampling.presence_penalty,
+            "frequency": sampling.frequency_penalty,
+        }
+        for name, value in floats.items():
+            assert getattr(choice, name)[index].tobytes() == np.float32(value).tobytes(), name
+        assert choice.position[index] == inputs.context[index] + inputs.new_tokens[index]
+        assert choice.biased[index] == bool(sampling.logit_bias)
         assert inputs.logprobs[index] == one["logprobs"]
         prompt_len, least = one["prompt_len"], one["min_tokens"]
         assert isinstance(prompt_len, int)
         assert isinstance(least, int)
-        assert inputs.stops_from[index] == (prompt_len + least if least else 0)
+        assert choice.stops_from[index] == (prompt_len + least if least else 0)
         if not shape.is_decode:
             wanted_steering = steering(sampling, one["stops"])  # type: ignore[arg-type]
             assert inputs.steering[index].tolist() == wanted_steering.tolist()
@@ -95,7 +104,7 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
         assert inputs.row[index] == DUMMY
         assert inputs.new_tokens[index] == 0
         assert not inputs.emit[index]
-        assert inputs.floats[index, 0] == 0  # greedy, so that it does not call for sampling
+        assert inputs.sampling.temperature[index] == 0  # greedy, so that it does not call for sampling
 
 
 def test_a_decode_step_has_one_token_per_row() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.migration import Host, free, plan_moves
+from nitsum_jax.engine.migration import Host, Traveller, free, plan_moves
 from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.prefix_index import PrefixIndex, extend_keys
 from nitsum_jax.engine.request import Request
@@ -139,7 +139,7 @@ class World:
         new = instances_of(dice.choice(LAYOUTS))
         states = [allocator.state() for allocator in self.pool.allocators]
         tables = [sequence.table.copy() for sequence, _ in self.alive]
-        travellers = [(sequence, home.device_of) for sequence, home in self.alive]
+        travellers = [Traveller(sequence, home.device_of) for sequence, home in self.alive]
         moves = plan_moves(travellers, [Host(tuple(i.device_of), 6, i.tp) for i in new], self.pool)
         if dice.random() < 0.2:  # it fails
             for allocator, state in zip(self.pool.allocators, states, strict=True):

@@ -1,5 +1,6 @@
 """Sampling against a numpy reference written from the definitions, and the invariances that seeds promise."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from nitsum_jax.engine import sampling
 from nitsum_jax.engine.packing import steering
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.sampling import SamplingArrays, combine, greedy_local, gumbel_noise, sample
+from nitsum_jax.engine.sampling import NO_TOKEN, SamplingArrays, combine, greedy_local, gumbel_noise, sample, sound
 from nitsum_jax.meshes.mesh import TP_AXIS
 
 # Tests share few shapes, as every shape is a compile.
@@ -27,8 +28,8 @@ def arrays(batch: int = ROWS, **fields: Any) -> SamplingArrays:
     """Greedy rows with seeds 0, 1, ... at position 8 of a 4-token prompt, changed by `fields` (scalars or [B])."""
     base = SamplingArrays.greedy(batch)
     changes: dict[str, Any] = {"seed": np.arange(batch), "position": 8, "prompt_len": 4} | fields
-    return base._replace(
-        **{k: jnp.asarray(np.broadcast_to(v, batch).astype(getattr(base, k).dtype)) for k, v in changes.items()}
+    return dataclasses.replace(
+        base, **{k: jnp.asarray(np.broadcast_to(v, batch).astype(getattr(base, k).dtype)) for k, v in changes.items()}
     )
 
 
@@ -345,7 +346,7 @@ def test_penalties_steer_sampled_rows_too() -> None:
     "fields",
     [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}, {"temperature": 1.0, "repetition": 1.5}],
 )
-def test_nan_and_infinities_give_valid_ids(fields: dict[str, Any]) -> None:
+def test_whatever_is_in_a_row_some_id_is_drawn(fields: dict[str, Any]) -> None:
     nan, inf = np.nan, np.inf
     logits = [
         [nan, nan, nan, nan, nan, nan],
@@ -394,15 +395,27 @@ def test_distributed_argmax_equals_argmax_of_the_row(tp: int) -> None:
     logits[1, 5] = np.nan
     logits[2] = np.nan
     logits[3, 60] = np.inf
+    logits[4, 150] = -np.inf
+    logits[5:, 290:] = -np.inf  # padding
 
     def local(part: jax.Array) -> jax.Array:
         offset = jax.lax.axis_index(TP_AXIS) * part.shape[-1]
-        return combine(*greedy_local(part, offset), TP_AXIS)
+        return combine(*greedy_local(part, offset, 290), TP_AXIS)
 
     over = jax.shard_map(local, mesh=tp_mesh(tp), in_specs=P(None, TP_AXIS), out_specs=P())
     got = jax.jit(over)(jnp.asarray(logits))
-    np.testing.assert_array_equal(got, np.argmax(np.where(np.isnan(logits), -np.inf, logits), axis=-1))
-    np.testing.assert_array_equal(got, jit_sample(jnp.asarray(logits), arrays(), history()))
+    broken = np.arange(ROWS) < 5
+    np.testing.assert_array_equal(got[broken], NO_TOKEN)
+    np.testing.assert_array_equal(got[~broken], np.argmax(logits, axis=-1)[~broken])
+    np.testing.assert_array_equal(got[~broken], jit_sample(jnp.asarray(logits), arrays(), history())[~broken])
+
+
+def test_a_row_is_sound_if_all_its_logits_but_the_padding_are_finite() -> None:
+    most = np.finfo(np.float32).max
+    rows = np.tile(np.array([0.0, -most, most, 1e-45, -0.0, -np.inf], np.float32), (5, 1))
+    rows[1, 0], rows[2, 3], rows[3, 4], rows[4, 5] = np.nan, np.inf, -np.inf, np.nan
+    assert sound(jnp.asarray(rows), 100, 105).tolist() == [True, False, False, False, True]
+    assert sound(jnp.asarray(rows), 100, 106).tolist() == [False] * 5
 
 
 # ---- bias and stop tokens
@@ -426,7 +439,7 @@ def test_bias_is_added_and_stop_tokens_wait_for_their_position() -> None:
     params = arrays(biased=biased & (np.arange(ROWS) != 3), stops_from=np.where(np.isin(np.arange(ROWS), (2, 3)), 9, 0))
     got = np.asarray(jit_sample(jnp.asarray(logits), params, history(), table))
     assert got[:6].tolist() == [11, 9, 299, 9, 7, 7]
-    at_nine = params._replace(position=params.position + 1)
+    at_nine = dataclasses.replace(params, position=params.position + 1)
     assert np.asarray(jit_sample(jnp.asarray(logits), at_nine, history(), table))[2:4].tolist() == [7, 7]
 
 

@@ -14,9 +14,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import compile_step
+from nitsum_jax.engine.step import StepState, compile_step
 from nitsum_jax.errors import PreconditionError
-from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
+from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from tests.engine.harness import Harness
@@ -86,7 +86,7 @@ class LogitsOfPrompt:
     def __init__(self, harness: Harness, tp: int, shape: StepShape):
         cell = harness.engine._cell
         (spec,) = next(layout for layout in cell.known_layouts() if layout.instances[0].tp == tp).instances
-        self._mesh = instance_mesh(cell.devices, spec, cell.vmap)
+        self._mesh = cell.geometries.of(spec.devices).mesh
         self._shape = shape
         pages = shape.tokens // cell.program.pool.page_size
         pool = dataclasses.replace(cell.program.pool, blocks=pages * cell.vmap.num_vshards)
@@ -106,5 +106,5 @@ class LogitsOfPrompt:
         whole = (program.pool.blocks * tp, *program.pool.block_shape)
         pool = jax.jit(lambda: jnp.zeros(whole, program.pool.storage_dtype), out_shardings=along)()
         history = jax.device_put(np.zeros(program.history_shape, np.int32), everywhere)
-        *_, logits = self._step(self._leaves, pool, history, packer.done())
-        return np.asarray(logits)[0, : program.config.vocab_size]
+        _, results = self._step(self._leaves, StepState(pool, history), packer.done())
+        return np.asarray(results.logits)[0, : program.config.vocab_size]

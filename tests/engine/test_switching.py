@@ -5,13 +5,14 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
 from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.intake import Intake
 from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.engine.step import StepResults, StepState
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import LAYOUTS, Harness, eventually, tiny_model
 from tests.engine.reference import generate, random_prompts
@@ -204,11 +205,12 @@ class Fault:
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     @staticmethod
-    def _late(leaves: object, pool: jax.Array, history: jax.Array, packed: object) -> Any:
+    def _late(leaves: object, state: StepState, packed: object) -> Any:
         # As after a failed step: its inputs are gone, and its results cannot be read.
-        pool.delete()
-        history.delete()
-        return pool, history, _Unreadable()
+        state.pool.delete()
+        state.history.delete()
+        unreadable: Any = _Unreadable()
+        return state, StepResults(unreadable, unreadable)
 
 
 class _Unreadable:
@@ -267,15 +269,15 @@ def test_a_fault_of_our_own_ends_streams_but_not_the_engine(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     faults = iter([True])
-    real = type(harness.engine._running)._accept
+    real = Intake._accept
 
-    def accept(loop: Any, step: Step, results: np.ndarray, now: float) -> None:
+    def accept(intake: Intake, step: Step, results: np.ndarray, now: float) -> None:
         if next(faults, False):
             raise ZeroDivisionError("a bug")
-        real(loop, step, results, now)
+        real(intake, step, results, now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(harness.engine._running), "_accept", accept)
+        patch.setattr(Intake, "_accept", accept)
         with harness.paused():
             names = [harness.submit(prompt, 60) for prompt in PROMPTS[:4]]
         answers = harness.collect(names)

@@ -41,7 +41,7 @@ class FakeInstance(Instance):
 
     def __init__(self, spec: InstanceSpec, allocators: Sequence[BlockAllocator], vshards: int, pages: int):
         self.spec, self.order = spec, spec.devices
-        self.device_of = [spec.devices[k * spec.tp // vshards] for k in range(vshards)]
+        self.device_of = tuple(spec.devices[k * spec.tp // vshards] for k in range(vshards))
         self.rows, self.prefills, self.outstanding = {}, collections.deque(), []
         self.retired = self.lost = self.broken = False
         self.steps = 0

@@ -15,7 +15,7 @@ from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.cell import matmul_choice
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import Program, compile_step
+from nitsum_jax.engine.step import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
@@ -68,30 +68,30 @@ class TimedModel:
         """f32[V]: logits behind a prompt, i32[T], in one prefill step."""
         shape = StepShape(1, len(tokens))
         compiled = compile_step(self.program, shape, self._mesh, with_logits=True)
-        outputs = compiled(self.leaves, self._pool(), self._history(), self._packed(shape, 0, tokens.tolist()))
-        return np.asarray(outputs[-1])[0]
+        _, results = compiled(self.leaves, self._state(), self._packed(shape, 0, tokens.tolist()))
+        return np.asarray(results.logits)[0]
 
     def step_ms(self, shape: StepShape, context: int) -> float:
         """Milliseconds of a step behind `context` tokens: median of rounds of steps that the host does not wait for."""
         compiled = compile_step(self.program, shape, self._mesh)
         packed = self._packed(shape, context, None if shape.is_decode else [1] * shape.tokens)
-        pool, history = self._pool(), self._history()
+        state = self._state()
         times = []
         for steps in (_WARM_UP, *[_STEPS] * _ROUNDS):
             start = time.perf_counter()
             for _ in range(steps):
-                pool, history, tokens, _ = compiled(self.leaves, pool, history, packed)
-            jax.block_until_ready(tokens)
+                state, results = compiled(self.leaves, state, packed)
+            jax.block_until_ready(results.tokens)
             times.append((time.perf_counter() - start) / steps)
         return 1000 * statistics.median(times[1:])
 
-    def _pool(self) -> jax.Array:
+    def _state(self) -> StepState:
         shape = self.program.pool
-        where = NamedSharding(self._mesh, PartitionSpec(TP_AXIS))
-        return jnp.zeros((shape.blocks, *shape.block_shape), shape.storage_dtype, device=where)
-
-    def _history(self) -> jax.Array:
-        return jnp.zeros(self.program.history_shape, jnp.int32, device=NamedSharding(self._mesh, PartitionSpec()))
+        along, everywhere = (NamedSharding(self._mesh, spec) for spec in (PartitionSpec(TP_AXIS), PartitionSpec()))
+        return StepState(
+            pool=jnp.zeros((shape.blocks, *shape.block_shape), shape.storage_dtype, device=along),
+            history=jnp.zeros(self.program.history_shape, jnp.int32, device=everywhere),
+        )
 
     def _packed(self, shape: StepShape, context: int, tokens: list[int] | None) -> np.ndarray:
         vshards = self.program.cut.num_vshards

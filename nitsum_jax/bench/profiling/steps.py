@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.step import StepState
 from nitsum_jax.meshes.layout import Instance
-from nitsum_jax.meshes.mesh import instance_mesh
 
 _ROUND_S = 0.1
 _MOST_STEPS = 50
@@ -32,7 +32,7 @@ class StepTimer:
         self._rounds = rounds
         self._spec = Instance(tuple(range(tp)))
         self._group = cell.group(self._spec)
-        self._mesh = instance_mesh(cell.devices, self._spec, cell.vmap)
+        self._mesh = cell.geometries.of(self._spec.devices).mesh
         self._leaves = cell.leaves(self._spec)
         self._executables = cell.executables.of(self._group)
         self._slots = cell.vmap.slots(tp)
@@ -58,18 +58,18 @@ class StepTimer:
         packed = self._packed(shape, context)
         where = NamedSharding(self._mesh, PartitionSpec())
         history = jax.device_put(np.zeros(self._cell.program.history_shape, np.int32), where)
-        pool = self._cell.pool.lend(self._mesh, self._group)
+        state = StepState(self._cell.pool.lend(self._mesh, self._group), history)
 
         def run(steps: int) -> float:
-            nonlocal pool, history
+            nonlocal state
             start = time.perf_counter()
             before: jax.Array | None = None
             for _ in range(steps):
-                pool, history, tokens, *_ = compiled(self._leaves, pool, history, packed)
+                state, results = compiled(self._leaves, state, packed)
                 if before is not None:  # as in an engine, two are in flight; with many, emulated devices deadlock
                     jax.block_until_ready(before)
-                before = tokens
-            jax.block_until_ready(tokens)
+                before = results.tokens
+            jax.block_until_ready(results.tokens)
             return (time.perf_counter() - start) / steps
 
         try:
@@ -77,7 +77,7 @@ class StepTimer:
             steps = min(max(2, round(_ROUND_S / run(1))), _MOST_STEPS)
             return statistics.median(run(steps) for _ in range(self._rounds))
         finally:
-            self._cell.pool.take_back(pool, self._group)
+            self._cell.pool.take_back(state.pool, self._group)
 
     def _packed(self, shape: StepShape, context: int) -> np.ndarray:
         program, vshards = self._cell.program, self._cell.vmap.num_vshards

@@ -21,6 +21,7 @@ _FROM_STATS: Final = (
     ("layout_switches", "switches", "Switches of the layout."),
     ("compiles", "compiles", "XLA compilations of this process; after warm-up this must not grow."),
     ("num_preemptions", "sent_back", "Sequences that lost their blocks and were computed anew."),
+    ("broken_logits", "broken_logits", "Requests that failed because the model produced NaN or infinite logits."),
     ("wide_prefills", "wide_prefills", "Prompts prefilled at the widest TP in between the steps of others."),
     ("prefix_cache_queries", "prefix_queried_tokens", "Prompt tokens that were looked up in the prefix cache."),
     ("pace_late_steps", "pace_late_steps", "Steps of a paced cell that came later than their pace; see engine_steps."),
