@@ -111,6 +111,7 @@ class House:
         model: ServedModel,
         bridge: Bridge,
         control: Callable[[ServingEngine, Journal], ControlLoop] | None = None,
+        tiers: TierSet | None = None,
     ) -> Backend:
         """The model is loaded: begins to watch, and returns what the front ends serve.
 
@@ -119,11 +120,13 @@ class House:
           model: of the engine.
           bridge: between them.
           control: makes the controller of the engine; None: there is none.
+          tiers: with targets that are known by now; None: as they were.
         """
+        tiers = tiers or self._tiers
         tracer: RequestTracer | None = None
         if self._options.otlp_endpoint is not None:
             tracer = otlp_tracer(self._options.otlp_endpoint, model.name, nitsum_jax.__version__)
-        operations = Operations(engine, model.name, self._tiers, bridge, tracer=tracer, phase=lambda: self.state.phase)
+        operations = Operations(engine, model.name, tiers, bridge, tracer=tracer, phase=lambda: self.state.phase)
         self.desk.operations = operations
         self._feeding = asyncio.create_task(operations.feed.run())
         if control is not None:

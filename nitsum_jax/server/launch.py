@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from nitsum_jax.server.security.key_file import KeyFile
 
 _NAME = "nitsum-serve"
+AUTO = "auto"  # what --tiers says instead of a file, for targets that the machine can keep
 _LOG = logging.getLogger(__name__)
 
 Sink = Callable[[Sequence[TokenDelta]], None]
@@ -91,10 +92,12 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
 def tiers_of(options: LaunchOptions) -> TierSet:
     """The tiers that the flags name; their targets are those of the paced target, if there is one.
 
+    With --tiers=auto they may become longer once the machine is known (`Scheduled.tiers`).
+
     Raises:
       InvalidInputError: their file is wrong.
     """
-    return read_tiers(options.tiers) if options.tiers is not None else DEFAULT_TIERS
+    return DEFAULT_TIERS if options.tiers in (None, AUTO) else read_tiers(options.tiers)
 
 
 def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
@@ -131,6 +134,8 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
         profile=options.profile,
         pace=options.pace,
         time_scale=options.time_scale,
+        find_reach=True,
+        stretch=options.tiers == AUTO,
     )
     spare_the_collector()
     return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
@@ -210,7 +215,9 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
             await _stop(server, http, house)
             _leave(cli.EXIT_OK)
         loaded = await loading
-        backend = house.open(loaded.engine, loaded.model, bridge, _controller(options, loaded.scheduled))
+        scheduled = loaded.scheduled
+        tiers = None if scheduled is None else scheduled.tiers
+        backend = house.open(loaded.engine, loaded.model, bridge, _controller(options, scheduled), tiers)
         if loaded.scheduled is not None:
             backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
@@ -231,7 +238,7 @@ def _controller(
     from nitsum_jax.server.control_loop import ControlLoop
     from nitsum_jax.server.decision_log import DecisionLog
 
-    control, tiers = options.control, tiers_of(options)
+    control, tiers = options.control, scheduled.tiers
 
     def make(engine: ServingEngine, journal: Journal) -> ControlLoop:
         return ControlLoop(
@@ -347,6 +354,9 @@ def _announce(
         cli.out(line)
     if model_says := str(model.defaults):
         cli.out(f"where a request does not say: {model_says} (the model's; --generation_config=none leaves them out)")
+    if loaded.scheduled is not None:
+        for line in _of_tiers(loaded.scheduled, options.tiers == AUTO):
+            cli.out(line)
     if options.control.mode != "off":
         cli.out(f"planner {options.control.mode}: a decision every {options.control.interval_s:g} s at the latest")
     where = _address(server)
@@ -356,6 +366,19 @@ def _announce(
     cli.out(f'{_client_command()} --server={where} {safe}{chat}--prompt="Why is the sky blue?" --max_tokens=64')
     if base is not None:
         cli.out(f"Dashboard: {base}/dashboard")
+
+
+def _of_tiers(scheduled: "Scheduled", auto: bool) -> list[str]:
+    """What there is to say of targets: those that were found, and those that cannot be kept."""
+    from nitsum_jax.server.reach import unkept
+
+    if scheduled.reach is None:
+        return []
+    found = []
+    if auto:
+        targets = ", ".join(f"{tier.name} {tier.ttft_ms:g} / {tier.tpot_ms:g}" for tier in scheduled.tiers)
+        found = [f"tiers (TTFT / TPOT in ms; --tiers=auto): {targets}"]
+    return found + unkept(scheduled.tiers, scheduled.reach)
 
 
 def _address(server: GrpcServer) -> str:

@@ -216,7 +216,7 @@ def _define() -> flags.FlagValues:
         "tiers",
         None,
         "TOML file of latency tiers, a table [tiers.NAME] with ttft_ms and tpot_ms each; interactive, standard and "
-        "batch if not given",
+        "batch if not given; auto: these three, with longer targets where this machine cannot keep them",
     )
     text(
         "profile",

@@ -1,6 +1,7 @@
 """An engine that schedules by tiers: the settings, the cost model and the policy that belong together."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.cost_model import CostModel
@@ -15,6 +16,7 @@ from nitsum_jax.meshes.devices import discover
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.server import costs
+from nitsum_jax.server.reach import Reach, Tap, predicted_reach, stretched
 from nitsum_jax.server.scheduling import TieredScheduling
 from nitsum_jax.server.tiered_engine import check_tiers, tiered
 
@@ -28,12 +30,16 @@ class Scheduled:
       scheduling: its policy.
       cost: what the policy predicts with.
       pace: at whose pace it runs; None: at its own.
+      tiers: with their targets in force.
+      reach: what a request alone gets; None if it was not asked for.
     """
 
     engine: Engine
     scheduling: TieredScheduling
     cost: CostModel
     pace: Pace | None
+    tiers: TierSet
+    reach: Reach | None = None
 
     def planned_tps(self) -> tuple[int, ...]:
         """TPs that a planner may use: of those that it would use by itself, the ones that the cell can have."""
@@ -53,6 +59,8 @@ def start_scheduled(
     profile: str | None = None,
     pace: str | None = None,
     time_scale: float = 1.0,
+    find_reach: bool = False,
+    stretch: bool = False,
 ) -> Scheduled:
     """Starts an engine; takes as long as loading and compiling take.
 
@@ -65,6 +73,8 @@ def start_scheduled(
       profile: what the scheduling predicts with at first, a name or a file; None: the model's size will do.
       pace: profile at whose pace the cell runs.
       time_scale: of a paced cell, seconds here for a second of its target.
+      find_reach: find out what a request alone gets: a paced cell's profile knows, any other serves one or two.
+      stretch: make targets longer that the cell cannot keep.
 
     Raises:
       NitsumError: model, devices, layout, profile or memory do not fit.
@@ -75,13 +85,23 @@ def start_scheduled(
         cost = costs.predicted(config, model.config, profile, len(discover(config.devices)))
         config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
     scale = time_scale if pace is not None else 1.0
+    tap = Tap(sink, admitted)
     scheduling = TieredScheduling(
-        tiers, cost, config.max_queue, admitted=admitted, time_scale=scale, fused=pace is not None
+        tiers, cost, config.max_queue, admitted=tap.admitted, time_scale=scale, fused=pace is not None
     )
     config, first = _without_tiers(config, tiers.names)
     scheduling.keep_for(first)
-    engine = start_engine(model, config, sink, scheduling)
-    return Scheduled(tiered(engine, scheduling), scheduling, cost, config.pace)
+    engine = start_engine(model, config, tap, scheduling)
+    reach = None
+    if find_reach or stretch:
+        if pace is not None:
+            reach = predicted_reach(cost, {instance.tp for instance in engine.layout().instances})
+        else:
+            reach = tap.measure(engine, model.config.vocab_size, tiers.names[0], time.monotonic)
+        if reach is not None and stretch:
+            tiers = stretched(tiers, reach)
+        scheduling.begin(tiers)
+    return Scheduled(tiered(engine, scheduling), scheduling, cost, config.pace, tiers, reach)
 
 
 def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineConfig, CellPlan]:

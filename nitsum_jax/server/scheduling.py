@@ -76,6 +76,7 @@ class TieredScheduling:
         """
         self.capacity = capacity
         self.cost = cost
+        self._config = config
         self.scheduler = Scheduler(cost, tuple(tiers), config)
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
@@ -102,6 +103,12 @@ class TieredScheduling:
         self._looked_s = -math.inf
 
     # ---- for the server
+
+    def begin(self, tiers: TierSet) -> None:
+        """Forgets what earlier requests taught, and takes new targets for the same tiers; while no request is alive."""
+        self._tiers = tiers
+        self._outputs.clear()
+        self.scheduler = Scheduler(self.cost, tuple(tiers), self._config)
 
     def now_s(self) -> float:
         """The time on the clock of jobs and tiers."""
