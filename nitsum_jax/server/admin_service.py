@@ -8,6 +8,7 @@ from grpc.aio import ServicerContext
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.server.backend import Backend, ServerState
 from nitsum_jax.server.control_loop import ControlLoop
+from nitsum_jax.server.layout_change import outcome
 from nitsum_jax.server.profiling import Profiler
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc
 from nitsum_jax.server.security.key_file import KeyFile
@@ -57,7 +58,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             future = backend.engine.set_layout(message.layout)  # refuses first what cannot be
             if backend.control is not None and backend.control.mode != "off":
                 backend.control.pause()
-            report = await asyncio.wrap_future(future)
+            report = await outcome(future)
             return admin_pb2.ForceLayoutResponse(
                 from_layout=report.from_layout,
                 to_layout=report.to_layout,

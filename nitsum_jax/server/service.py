@@ -1,19 +1,19 @@
 """The gRPC methods: thin translations between messages, the bridge and the engine."""
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpc.aio import ServicerContext
 
 from nitsum_jax.engine.request import FinishReason
-from nitsum_jax.errors import InvalidInputError, UnavailableError
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.server.backend import EngineStats, InstanceLoad, ServerState
 from nitsum_jax.server.bridge import DeltaStream
 from nitsum_jax.server.calls import Call, check, encode, make_call
+from nitsum_jax.server.layout_change import outcome
 from nitsum_jax.server.output import End, Output, ToldToken
 from nitsum_jax.server.prompts import read_prompt, read_wanted
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
@@ -91,27 +91,12 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             if not message.layout:
                 raise InvalidInputError('layout is empty: give one such as "tp2+tp1x2"')
             change = backend.engine.prepare_layout if message.prepare else backend.engine.set_layout
-            future = change(message.layout)
-            waiting = asyncio.wrap_future(future)
-            waiting.add_done_callback(_look_at)
-            try:
-                # Shielded: half a switch is no state to leave a cell in, so a caller that leaves does not stop it.
-                report = await asyncio.shield(waiting)
-            except asyncio.CancelledError:
-                if future.cancelled():
-                    raise UnavailableError("the server is stopping: the layout was not changed") from None
-                raise
+            report = await outcome(change(message.layout))
             return nitsum_pb2.SetLayoutResponse(**{name: getattr(report, name) for name in _REPORT})
         raise AssertionError("unreachable: reported() ends the call")
 
     def _retry_after_s(self) -> float:
         return self._state.present().bridge.retry_after_s()
-
-
-def _look_at(future: "asyncio.Future[Any]") -> None:
-    """Takes note of an error whose caller has left, which asyncio would otherwise complain about."""
-    if not future.cancelled():
-        future.exception()
 
 
 async def _relay(output: Output, stream: DeltaStream, call: Call, context: ServicerContext) -> None:

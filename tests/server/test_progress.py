@@ -185,6 +185,7 @@ def test_the_administrator_is_told_too_and_may_leave(capsys: Capture) -> None:
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
+            await asyncio.sleep(0.2)  # until the server knows
             run.engine.release()
             await until(lambda: str(run.engine.layout()) == "tp4")  # what was asked for is done
         assert "nitsum-admin: switching to tp4 for 1 s: 1 of 4 executables ready" in err

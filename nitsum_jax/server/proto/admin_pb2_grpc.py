@@ -91,7 +91,8 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ForceLayout(self, request, context):
-        """Pauses the controller and changes the layout; returns when the switch is done.
+        """Pauses the controller and changes the layout; returns when the switch is done. It is completed even if the caller
+        leaves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
