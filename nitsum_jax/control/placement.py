@@ -128,6 +128,7 @@ class _Seating:
         self._travellers = travellers
         self._loads = [_Load(worker) for worker in instances]
         self._room = room
+        self._shares: dict[tuple[tuple[int, ...], int], float] = {}  # many come from few instances
         self._vshards = max([worker.tp for worker in instances] + [len(one.devices) for one in travellers], default=1)
 
     def seat(self, order: Sequence[int]) -> list[Seat | None]:
@@ -142,25 +143,28 @@ class _Seating:
     def _one(self, number: int) -> Seat | None:
         traveller = self._travellers[number]
         fitting = [i for i in range(len(self._loads)) if self._room.fits(number, i)]
-        prefilling = [i for i in fitting if self._loads[i].worker.plan.role == PREFILL]
-        parked = (
-            min(prefilling, key=lambda i: self._emptiness(traveller, i), default=None) if traveller.decodes else None
-        )
-        if parked is not None and (traveller.job.late or traveller.waited):
-            return Seat(parked, True)
-        if traveller.decodes:
-            able = [i for i in fitting if self._loads[i].worker.takes_decodes]
-        else:
+        if not traveller.decodes:
             able = [i for i in fitting if self._loads[i].worker.takes_prompts]
-            if not able and traveller.cached:
-                able = fitting
-        if able:
-            return Seat(min(able, key=lambda i: self._suits(traveller, i)), False)
-        return None if parked is None else Seat(parked, True)
+            return self._best(traveller, able or (fitting if traveller.cached else []))
+        if traveller.job.late or traveller.waited:
+            return self._parking(traveller, fitting) or self._best(traveller, fitting)
+        able = [i for i in fitting if self._loads[i].worker.takes_decodes]
+        return self._best(traveller, able) or self._parking(traveller, fitting)
+
+    def _best(self, traveller: Traveller, able: Sequence[int]) -> Seat | None:
+        return Seat(min(able, key=lambda i: self._suits(traveller, i)), False) if able else None
+
+    def _parking(self, traveller: Traveller, fitting: Sequence[int]) -> Seat | None:
+        prefilling = [i for i in fitting if self._loads[i].worker.plan.role == PREFILL]
+        return Seat(min(prefilling, key=lambda i: self._emptiness(traveller, i)), True) if prefilling else None
 
     def _moved(self, traveller: Traveller, instance: int) -> float:
-        after = self._loads[instance].worker.plan.devices
-        return sum(moves(traveller.devices, after, self._vshards).values())
+        key = traveller.devices, instance
+        share = self._shares.get(key)
+        if share is None:
+            after = self._loads[instance].worker.plan.devices
+            share = self._shares[key] = sum(moves(traveller.devices, after, self._vshards).values())
+        return share
 
     def _emptiness(self, traveller: Traveller, instance: int) -> tuple[float, float]:
         load = self._loads[instance]

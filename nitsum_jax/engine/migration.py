@@ -241,7 +241,8 @@ class _FreeBlocks:
         self._hosts = hosts
         self._rows = [host.rows for host in hosts]
         self._left = [allocator.free for allocator in pool.allocators]
-        self._routes: dict[tuple[int, ...], list[_Route]] = {}  # many sequences come from few instances
+        # Blocks by device for a page of who comes from some devices: many sequences come from few instances.
+        self._each: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._bound: dict[int, int | None] = {}
         for number, (sequence, _) in enumerate(sequences):
             there = ahead.get(id(sequence))
@@ -263,10 +264,13 @@ class _FreeBlocks:
     def _needs(self, sequence: int, host: int, done: int) -> list[tuple[int, int]]:
         """Blocks by device."""
         one, old = self._sequences[sequence]
-        routes = self._routes.get(tuple(old))
-        if routes is None:
-            routes = self._routes[tuple(old)] = [_route(tuple(old), other.device_of) for other in self._hosts]
-        return [(device, (part.stop - part.start) * (one.pages - done)) for device, part in routes[host].targets]
+        key = id(old), host
+        each = self._each.get(key)
+        if each is None:
+            targets = _route(tuple(old), self._hosts[host].device_of).targets
+            each = self._each[key] = [(device, part.stop - part.start) for device, part in targets]
+        pages = one.pages - done
+        return [(device, count * pages) for device, count in each]
 
     def _has_room(self, sequence: int, host: int, done: int) -> bool:
         needs = self._needs(sequence, host, done)
