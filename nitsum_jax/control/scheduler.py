@@ -22,12 +22,13 @@ Pure: times come in, decisions go out.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.chunks import Chunk, Chunks
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
+from nitsum_jax.control.placement import Seat, Traveller, Vacancies, seats
 from nitsum_jax.control.plan import DECODE, MIXED
 from nitsum_jax.control.predictions import REACH, Predictions
 from nitsum_jax.control.scheduler_config import SchedulerConfig
@@ -329,6 +330,12 @@ class Scheduler:
                 job.late = True
 
     # ---- hand-over and switches
+
+    def place(
+        self, travellers: Sequence[Traveller], instances: Sequence[Worker], room: Callable[[], Vacancies]
+    ) -> list[Seat | None]:
+        """Where those go whose instances a switch takes away; None: computed again (see `placement`)."""
+        return seats(self.cost, travellers, instances, room)
 
     def decode_worker(self, job: Job, workers: Sequence[Worker], now_s: float) -> Worker | None:
         """Where a request whose prompt is computed should decode; None if it should stay where it is for now.

@@ -2,14 +2,12 @@
 
 import collections
 import dataclasses
-import functools
-import math
 from collections.abc import Callable
 
 from nitsum_jax.control.cell import CellModel, ModelWorker
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import PREFILL, CellPlan
-from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.control.placement import Traveller, WorkerRoom, moves
+from nitsum_jax.control.plan import CellPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,18 +35,6 @@ class Switched:
     kv_bytes: float
     sequences: int
     requeued: int
-
-
-@functools.cache
-def moves(before: tuple[int, ...], after: tuple[int, ...], num_vshards: int) -> dict[tuple[int, int], float]:
-    """Share of a sequence's KV cache that goes over each pair of devices when it changes its instance."""
-    vmap = VshardMap(num_vshards)
-    links: dict[tuple[int, int], float] = collections.defaultdict(float)
-    for vshard in range(num_vshards):
-        source, target = vmap.device_of(before, vshard), vmap.device_of(after, vshard)
-        if source != target:
-            links[source, target] += 1 / num_vshards
-    return dict(links)
 
 
 class SwitchingCell(CellModel):
@@ -106,15 +92,12 @@ class SwitchingCell(CellModel):
                 kept[instance.group].plan = instance
         fresh = {i.group: self.make_worker(i) for i in after.instances if i.group not in kept}
         self.workers = [kept.get(i.group) or fresh[i.group] for i in after.instances]
-        waiting = {job.id for worker in gone for job in worker.outgoing.values()}
-        travellers = [(job, worker.plan.devices) for worker in gone for job in _take_all(worker)]
+        travellers = [traveller for worker in gone for traveller in _take_all(worker)]
         self._stranded = [job for job in self._stranded if job.worker is not None]
-        links: dict[tuple[int, int], float] = collections.defaultdict(float)
         self.settle()
-        to_kept, requeued = self._place(travellers, waiting, set(map(id, kept.values())), links)
+        links: dict[tuple[int, int], float] = collections.defaultdict(float)
+        requeued = self._place(travellers, list(fresh.values()), links)
         stall_s = self._stall_s(gone, links) if gone else 0.0
-        for worker, job, decodes in to_kept:
-            self.at(self.now_s + stall_s, self._join if decodes else self._take_up, worker, job)
         if self._stranded:
             self.at(self.now_s + stall_s, self._retry_stranded)
         for worker in fresh.values():
@@ -138,111 +121,38 @@ class SwitchingCell(CellModel):
             )
             self.on_switch(report)
 
-    def _place(
-        self,
-        travellers: list[tuple[Job, tuple[int, ...]]],
-        waiting: set[str],
-        kept: set[int],
-        links: dict[tuple[int, int], float],
-    ) -> tuple[list[tuple[ModelWorker, Job, bool]], int]:
-        """Gives requests their new instances, longest first.
-
-        Who waited for an instance to decode, and who is late, does not get into one by a switch: it stays in an
-        instance that only prefills, if there is one with room, until the scheduler lets it in.
+    def _place(self, travellers: list[Traveller], fresh: list[ModelWorker], links: dict[tuple[int, int], float]) -> int:
+        """Gives requests their new instances, by the scheduler's rule; those that are kept take nobody.
 
         Args:
-          travellers: with the devices that they were on.
-          waiting: of these, the ids of those that waited for an instance to decode.
-          kept: instances (`id`) that go on meanwhile.
+          travellers: requests of instances that have gone.
+          fresh: instances that come.
           links: bytes of each pair of devices; added to.
 
         Returns:
-          Those that go to instances that were kept, which do not wait for the copies (with whether they decode), and
-          how many requests found no room.
+          How many found no room.
         """
-        requeued = 0
-        to_kept: list[tuple[ModelWorker, Job, bool]] = []
-        promised: dict[int, tuple[int, int]] = {}
-        vshards = max(self.cost.tps[-1], max(worker.tp for worker in self.workers))
-        for job, devices in sorted(travellers, key=lambda item: (-item[0].cached, item[0].id)):
-            decodes = job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1
-            kept_out = decodes and (job.late or job.id in waiting)
-            parking = self._parking(job, devices, vshards) if kept_out else None
-            worker = parking or self._best(job, decodes, devices, vshards, promised)
-            if worker is None:
-                requeued += 1
+        found = self.scheduler.place(travellers, fresh, lambda: WorkerRoom(travellers, fresh))
+        vshards = max([self.cost.tps[-1], *(worker.tp for worker in fresh), *(len(t.devices) for t in travellers)])
+        for traveller, seat in zip(travellers, found, strict=True):
+            job = traveller.job
+            if seat is None:
                 self.send_back(job)
                 continue
+            worker = fresh[seat.instance]
             if job.cached:
-                for link, share in moves(devices, worker.plan.devices, vshards).items():
+                for link, share in moves(traveller.devices, worker.plan.devices, vshards).items():
                     links[link] += share * job.cached * self.cost.profile.kv_bytes_per_token
-            if parking is not None:
-                parking.park(job)
+            if seat.parked:
+                worker.park(job)
                 self.strand(job)
-            elif id(worker) in kept and job.cached:
-                worker.incoming += 1
-                worker.used_blocks += worker.pages(job.cached if decodes else job.target)
-                count, tokens = promised.get(worker.index, (0, 0))
-                promised[worker.index] = count + 1, tokens + job.cached
-                to_kept.append((worker, job, decodes))
-            elif decodes:
+            elif traveller.decodes:
                 worker.reserve(job)
                 worker.arrive(job)
                 self._enter(worker, job)
             else:
                 worker.seat(job)
-        return to_kept, requeued
-
-    def _take_up(self, worker: ModelWorker, job: Job) -> None:
-        """A request whose prompt is computed in part has its KV cache here: the rest follows."""
-        worker.incoming -= 1
-        worker.used_blocks -= worker.pages(job.target)
-        worker.seat(job)
-        if worker.stopping:
-            self._drained()
-        else:
-            self.nudge(worker)
-
-    def _parking(self, job: Job, devices: tuple[int, ...], vshards: int) -> ModelWorker | None:
-        """The instance that only prefills, has room and is the emptiest; of these the one to which least must move."""
-        best, best_score = None, (math.inf, math.inf)
-        for worker in self.workers:
-            if worker.plan.role != PREFILL or worker.jobs >= worker.max_batch:
-                continue
-            if worker.pages(job.cached) > worker.free_blocks:
-                continue
-            moved = sum(moves(devices, worker.plan.devices, vshards).values())
-            score = round(worker.used_blocks / worker.capacity_blocks, 1), moved
-            if score < best_score:
-                best, best_score = worker, score
-        return best
-
-    def _best(
-        self,
-        job: Job,
-        decodes: bool,
-        devices: tuple[int, ...],
-        vshards: int,
-        promised: dict[int, tuple[int, int]],
-    ) -> ModelWorker | None:
-        best, best_score = None, (math.inf,) * 4
-        for worker in self.workers:
-            if not (worker.takes_decodes if decodes else worker.takes_prompts) or worker.jobs >= worker.max_batch:
-                continue
-            need = job.cached + 1 if decodes else job.target
-            if worker.pages(need) > worker.free_blocks:
-                continue
-            own = not worker.plan.tiers or job.tier.name in worker.plan.tiers
-            tightest = min(math.inf if job.late else job.tier.tpot_ms / 1000, worker.tightest_tpot_s())
-            count, tokens = promised.get(worker.index, (0, 0))
-            sequences, context = len(worker.decoding) + count + 1, worker.context + tokens + job.cached
-            load = self.cost.step_s(worker.tp, sequences, context) / tightest
-            moved = sum(moves(devices, worker.plan.devices, vshards).values())
-            crowd = (context + worker.prefill_left) / worker.capacity_blocks
-            score = (float(load > 1), float(not own), round(crowd, 1), moved)
-            if score < best_score:
-                best, best_score = worker, score
-        return best
+        return found.count(None)
 
     def _stall_s(self, gone: list[ModelWorker], links: dict[tuple[int, int], float]) -> float:
         if not self.device_put:
@@ -253,12 +163,20 @@ class SwitchingCell(CellModel):
         return profile.switch_host_s + (weights + max(links.values(), default=0.0)) / profile.device_put_bytes_per_s
 
 
-def _take_all(worker: ModelWorker) -> list[Job]:
+def _take_all(worker: ModelWorker) -> list[Traveller]:
     jobs = [*worker.prefills, *worker.decoding.values()]
     for job in jobs:
         worker.leave(job)
-    stranded = list(worker.outgoing.values())
-    for job in stranded:
+    waiting = list(worker.outgoing.values())
+    for job in waiting:
         worker.departed(job)
         job.worker = None
-    return jobs + stranded
+    devices = worker.plan.devices
+    return [
+        *(Traveller(job, devices, job.cached, _decodes(job)) for job in jobs),
+        *(Traveller(job, devices, job.cached, _decodes(job), waited=True) for job in waiting),
+    ]
+
+
+def _decodes(job: Job) -> bool:
+    return job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1

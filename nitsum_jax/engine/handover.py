@@ -31,7 +31,7 @@ def move_sequence(cell: Cell, sequence: Sequence, source: Instance, target: Inst
     Returns:
       False, with nothing changed, if there is no room.
     """
-    host = Host(target.device_of, target.free_rows, target.spec.tp)
+    host = Host(target.spec, target.device_of, target.free_rows, target.total_pages(), target.page_size)
     moves = plan_moves([Traveller(sequence, source.device_of)], [host], cell.pool)
     if moves.assigned[0] is None:
         return False

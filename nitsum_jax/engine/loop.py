@@ -372,7 +372,7 @@ class Loop:
             if (
                 not ended
                 and not pending.stopping
-                and not pending.copied_ahead(self.cell, self.instances, self._wide.running)
+                and not pending.copied_ahead(self.cell, self.instances, self._wide.running, self._policy.place)
             ):
                 if not any(instance.in_flight for instance in self.instances):
                     self.wake()  # no step will end and bring the next round about
@@ -389,7 +389,7 @@ class Loop:
                     pending.precopy.give_up()
                 continue
             self._retired = [instance for instance in (*self._retired, *self.instances) if instance.in_flight]
-            outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step)
+            outcome = perform_switch(self.cell, self.layout, self.instances, pending, self._on_step, self._policy.place)
             self.layout, self.instances = outcome.layout, outcome.instances
             self._relaid()
             if self.pacer is not None and outcome.fresh:

@@ -4,14 +4,15 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from nitsum_jax.engine.kv_pool import KvPool
 from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,14 +20,23 @@ class Host:
     """What placing needs to know of an instance.
 
     Attributes:
+      spec: devices and role.
       device_of: device of every vshard.
       rows: sequences that it can take.
-      tp: its degree of tensor parallelism.
+      pages: of its devices when empty.
+      page_size: tokens in a page.
     """
 
+    spec: InstanceSpec
     device_of: tuple[int, ...]
     rows: int
-    tp: int
+    pages: int
+    page_size: int
+
+    @property
+    def tp(self) -> int:
+        """Degree of tensor parallelism."""
+        return self.spec.tp
 
 
 class Traveller(NamedTuple):
@@ -124,9 +134,36 @@ class Ahead:
         self.pages = 0
 
 
-def choose_hosts(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool) -> list[int | None]:
-    """Which instance each sequence would go to, by the rules of `plan_moves`; takes nothing."""
-    return _assign(sequences, hosts, pool, {})
+class Vacancies(Protocol):
+    """What is free at the hosts; sequences and hosts go by their numbers."""
+
+    # ruff: noqa: D102
+    def fits(self, sequence: int, host: int, /) -> bool: ...
+    def take(self, sequence: int, host: int, /) -> None: ...
+
+
+Seats = Callable[[Seq[Traveller], Seq[Host], Callable[[], Vacancies]], list[int | None]]
+"""Gives each sequence a host that it fits, or None; the callable begins to count what is free.  See `Policy.place`."""
+
+
+def choose_hosts(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, seats: Seats) -> list[int | None]:
+    """Which instance each sequence would go to; takes nothing."""
+    return seats(sequences, hosts, lambda: _FreeBlocks(sequences, hosts, pool, {}))
+
+
+def fewest_bytes(sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+    """The rule of who knows no more of sequences than their bytes.
+
+    Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
+    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.  If some find no room
+    in that order, the least urgent must go: then those admitted first are seated first.
+    """
+    numbers = range(len(sequences))
+    assigned = _fewest_bytes(sorted(numbers, key=lambda i: (-sequences[i].sequence.pages, i)), sequences, hosts, room())
+    if None in assigned:
+        by_age = sorted(numbers, key=lambda i: sequences[i].sequence.admitted)
+        assigned = _fewest_bytes(by_age, sequences, hosts, room())
+    return assigned
 
 
 def plan_moves(
@@ -134,12 +171,9 @@ def plan_moves(
     hosts: Seq[Host],
     pool: KvPool,
     ahead: Mapping[int, Ahead] | None = None,
+    seats: Seats = fewest_bytes,
 ) -> Moves:
     """Assigns sequences to instances and takes the blocks that they need there.
-
-    Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
-    fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.  If some find no room
-    in that order, the least urgent must go: then those admitted first are seated first.
 
     Args:
       sequences: that travel.
@@ -147,12 +181,13 @@ def plan_moves(
       pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
         `freed` is given back.  Pages that were taken in advance are taken there too, but not copied.
       ahead: by id of the sequence, what was copied before; such a sequence goes where its copies are.
+      seats: chooses among the hosts that have room.
 
     Returns:
       What to copy and to free.  A sequence without room keeps its old table.
     """
     ahead = ahead or {}
-    moves = Moves(_assign(sequences, hosts, pool, ahead), {}, {})
+    moves = Moves(seats(sequences, hosts, lambda: _FreeBlocks(sequences, hosts, pool, ahead)), {}, {})
     ways: dict[tuple[tuple[int, ...], int], list[Sequence]] = {}
     for (sequence, old), h in zip(sequences, moves.assigned, strict=True):
         there = ahead.get(id(sequence))
@@ -163,70 +198,105 @@ def plan_moves(
     for (old, h), members in ways.items():
         _remap(members, old, hosts[h].device_of, pool, moves, ahead)
     if pool.index is not None:
-        _seat_beside_twins(sequences, hosts, pool, moves)
+        _seat_beside_twins(sequences, hosts, pool, moves, seats)
     return moves
 
 
-def _seat_beside_twins(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, moves: Moves) -> None:
+def _seat_beside_twins(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, moves: Moves, seats: Seats) -> None:
     """Who found no room for all its pages may find it for those that others have not brought: the oldest first."""
     homeless = [i for i, host in enumerate(moves.assigned) if host is None]
     counts = collections.Counter(host for host in moves.assigned if host is not None)
     for index in sorted(homeless, key=lambda i: sequences[i].sequence.admitted):
         sequence, old = sequences[index]
-        for h, host in enumerate(hosts):
-            if counts[h] < host.rows and _room_beside_twins(pool, sequence, old, host.device_of):
-                counts[h] += 1
-                moves.assigned[index] = h
-                _remap([sequence], old, host.device_of, pool, moves, {})
-                break
+        (h,) = seats([sequences[index]], hosts, _BesideTwins(sequences[index], hosts, pool, counts).counted)
+        if h is not None:
+            counts[h] += 1
+            moves.assigned[index] = h
+            _remap([sequence], old, hosts[h].device_of, pool, moves, {})
 
 
-def _assign(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]) -> list[int | None]:
-    # What was copied ahead has its place; the others come behind, the longest first.
-    numbers = range(len(sequences))
-    by_size = sorted(numbers, key=lambda i: (id(sequences[i].sequence) not in ahead, -sequences[i].sequence.pages, i))
-    assigned = _seat(by_size, sequences, hosts, pool, ahead)
-    if None in assigned:
-        assigned = _seat(sorted(numbers, key=lambda i: sequences[i].sequence.admitted), sequences, hosts, pool, ahead)
-    return assigned
+class _BesideTwins:
+    """Room for one sequence where others have brought pages of it."""
+
+    def __init__(self, traveller: Traveller, hosts: Seq[Host], pool: KvPool, counts: Mapping[int, int]):
+        self._traveller, self._hosts, self._pool, self._counts = traveller, hosts, pool, counts
+
+    def counted(self) -> "_BesideTwins":
+        return self  # of one sequence nothing is to be counted
+
+    def fits(self, sequence: int, host: int) -> bool:
+        del sequence
+        one, old = self._traveller
+        there = self._hosts[host]
+        return self._counts.get(host, 0) < there.rows and _room_beside_twins(self._pool, one, old, there.device_of)
+
+    def take(self, sequence: int, host: int) -> None: ...
 
 
-def _seat(
-    order: Seq[int],
-    sequences: Seq[Traveller],
-    hosts: Seq[Host],
-    pool: KvPool,
-    ahead: Mapping[int, Ahead],
-) -> list[int | None]:
-    """Gives each sequence in its turn a host, or None for want of room; takes nothing."""
+class _FreeBlocks:
+    """Rows and blocks that are free; what was copied ahead has its place, and no other one."""
+
+    def __init__(self, sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]):
+        self._sequences = sequences
+        self._hosts = hosts
+        self._rows = [host.rows for host in hosts]
+        self._left = [allocator.free for allocator in pool.allocators]
+        # Blocks by device for a page of who comes from some devices: many sequences come from few instances.
+        self._each: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._bound: dict[int, int | None] = {}
+        for number, (sequence, _) in enumerate(sequences):
+            there = ahead.get(id(sequence))
+            if there is not None:
+                fits = self._has_room(number, there.host, there.pages)
+                self._bound[number] = there.host if fits else None
+                if fits:
+                    self._take(number, there.host, there.pages)
+
+    def fits(self, sequence: int, host: int) -> bool:
+        if sequence in self._bound:
+            return self._bound[sequence] == host
+        return self._has_room(sequence, host, 0)
+
+    def take(self, sequence: int, host: int) -> None:
+        if sequence not in self._bound:
+            self._take(sequence, host, 0)
+
+    def _needs(self, sequence: int, host: int, done: int) -> list[tuple[int, int]]:
+        """Blocks by device."""
+        one, old = self._sequences[sequence]
+        key = id(old), host
+        each = self._each.get(key)
+        if each is None:
+            targets = _route(tuple(old), self._hosts[host].device_of).targets
+            each = self._each[key] = [(device, part.stop - part.start) for device, part in targets]
+        pages = one.pages - done
+        return [(device, count * pages) for device, count in each]
+
+    def _has_room(self, sequence: int, host: int, done: int) -> bool:
+        needs = self._needs(sequence, host, done)
+        return self._rows[host] > 0 and all(self._left[device] >= blocks for device, blocks in needs)
+
+    def _take(self, sequence: int, host: int, done: int) -> None:
+        self._rows[host] -= 1
+        for device, blocks in self._needs(sequence, host, done):
+            self._left[device] -= blocks
+
+
+def _fewest_bytes(order: Seq[int], sequences: Seq[Traveller], hosts: Seq[Host], room: Vacancies) -> list[int | None]:
+    """Gives each sequence in its turn a host, or None for want of room."""
     assigned: list[int | None] = [None] * len(sequences)
     whole = sum(host.tp for host in hosts)
-    share = [-(-len(sequences) * host.tp // whole) for host in hosts] if hosts else []
+    share = [-(-len(sequences) * host.tp // whole) for host in hosts]
     counts = [0] * len(hosts)
-    left = [allocator.free for allocator in pool.allocators]
-    routes: dict[tuple[int, ...], list[_Route]] = {}  # many sequences come from few instances
     for index in order:
-        sequence, old = sequences[index]
-        there = ahead.get(id(sequence))
-        from_here = routes.get(tuple(old))
-        if from_here is None:
-            from_here = routes[tuple(old)] = [_route(tuple(old), host.device_of) for host in hosts]
-        if there is not None:
-            candidates = [there.host]
-        else:
-            keys = [
-                (count >= most, len(route.vshards), count / host.tp, h)
-                for h, (count, most, route, host) in enumerate(zip(counts, share, from_here, hosts, strict=True))
-            ]
-            candidates = [key[-1] for key in sorted(keys)]
-        pages = sequence.pages - (0 if there is None else there.pages)
-        for h in candidates:
-            needed = from_here[h].targets
-            if counts[h] < hosts[h].rows and all(
-                left[device] >= (part.stop - part.start) * pages for device, part in needed
-            ):
-                for device, part in needed:
-                    left[device] -= (part.stop - part.start) * pages
+        old = sequences[index].devices
+        keys = sorted(
+            (count >= most, moved_shards(old, host.device_of), count / host.tp, h)
+            for h, (count, most, host) in enumerate(zip(counts, share, hosts, strict=True))
+        )
+        for *_, h in keys:
+            if room.fits(index, h):
+                room.take(index, h)
                 counts[h] += 1
                 assigned[index] = h
                 break

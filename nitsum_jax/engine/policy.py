@@ -1,8 +1,8 @@
 """What the engine asks a policy, and what it tells it.
 
 The engine knows how: blocks, rows, steps, copies.  A policy knows who and when: which request an instance takes,
-whether its next step works on a prompt and how far, where a prompt that is done goes on, who is sent back when blocks
-run out.
+whether its next step works on a prompt and how far, where a prompt that is done goes on, where a switch puts whom, who
+is sent back when blocks run out.
 All calls but `push` come on the engine's thread, between launches, so they must be short and must not wait.
 """
 
@@ -13,6 +13,7 @@ from typing import Protocol
 
 from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.migration import Host, Traveller, Vacancies
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.meshes.layout import Role
 
@@ -92,6 +93,15 @@ class Policy(Protocol):
 
     def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
         """Which of these instances, all with room, takes over a sequence whose prompt is done; None: none yet."""
+
+    def place(self, sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+        """Which new instance of a switch takes each sequence of those that go; None: it is computed anew.
+
+        Args:
+          sequences: that travel.
+          hosts: instances that come; those that stay take nobody.
+          room: begins to count what is free; only where a sequence fits may it go.
+        """
 
     def victim(self, instance: Instance) -> Sequence:
         """Who in an instance gives up its blocks for others."""

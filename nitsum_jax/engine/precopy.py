@@ -16,7 +16,7 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.migration import Ahead, Host, Traveller, choose_hosts
+from nitsum_jax.engine.migration import Ahead, Host, Seats, Traveller, choose_hosts
 from nitsum_jax.engine.sequence import Sequence as Request
 from nitsum_jax.engine.transfer import PIECES
 
@@ -81,19 +81,20 @@ class _Taken:
 class PreCopy:
     """The copies for one switch; used by the engine's thread alone."""
 
-    def __init__(self, cell: Cell, leaving: Iterable[Instance], hosts: Sequence[Host]):
+    def __init__(self, cell: Cell, leaving: Iterable[Instance], hosts: Sequence[Host], seats: Seats):
         """Assigns the sequences to their new instances; copies nothing yet.
 
         Args:
           cell: whose pool it is.
           leaving: instances that the switch takes away.
           hosts: instances that it brings.
+          seats: says who goes where.
         """
         self._cell = cell
         self._since = time.monotonic()
         self._flags: list[jax.Array] = []
         pairs = [(s, instance) for instance in leaving for s in instance.rows.values()]
-        chosen = choose_hosts([Traveller(s, instance.device_of) for s, instance in pairs], hosts, cell.pool)
+        chosen = choose_hosts([Traveller(s, instance.device_of) for s, instance in pairs], hosts, cell.pool, seats)
         self._plans = [
             _Plan(s, home, Ahead(host, hosts[host].device_of, s.admitted, np.zeros_like(s.table), 0))
             for (s, home), host in zip(pairs, chosen, strict=True)

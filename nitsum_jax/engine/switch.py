@@ -10,6 +10,7 @@ Nothing in this waits for a device: pools and token histories are futures.  Unti
 their blocks are whole, so an error at any stage leads back to the old layout (see `rollback`).
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import logging
@@ -26,7 +27,17 @@ from nitsum_jax.engine.dispatched import Arrival, Step
 from nitsum_jax.engine.executables import ASKED_FOR
 from nitsum_jax.engine.history import is_ready
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.migration import Ahead, Host, Moves, Traveller, free, least_bytes, moved_shards, plan_moves
+from nitsum_jax.engine.migration import (
+    Ahead,
+    Host,
+    Moves,
+    Seats,
+    Traveller,
+    free,
+    least_bytes,
+    moved_shards,
+    plan_moves,
+)
 from nitsum_jax.engine.precopy import PreCopy
 from nitsum_jax.engine.residency import Prefetch
 from nitsum_jax.engine.rollback import Place, Snapshot
@@ -121,7 +132,7 @@ class PendingSwitch:
             self.future.set_exception(PreconditionError(f"the weights of {self.layout}: {self._prefetch.error}"))
         return self._prefetch.done
 
-    def copied_ahead(self, cell: Cell, instances: Seq[Instance], guest: Instance | None) -> bool:
+    def copied_ahead(self, cell: Cell, instances: Seq[Instance], guest: Instance | None, seats: Seats) -> bool:
         """Copies KV blocks ahead, if the cell is to; returns whether enough of it is done for the switch to begin."""
         if not cell.precopy:
             return True
@@ -129,7 +140,7 @@ class PendingSwitch:
             wanted, there = set(self.layout.instances), {instance.spec for instance in instances}
             leaving = [instance for instance in instances if instance.spec not in wanted]
             hosts = [_host(cell, spec) for spec in self.layout.instances if spec not in there]
-            self.precopy = PreCopy(cell, leaving, hosts)
+            self.precopy = PreCopy(cell, leaving, hosts, seats)
         return self.precopy.advance(instances, guest)
 
     def slowed_down(self, cell: Cell, instances: Seq[Instance]) -> bool:
@@ -151,7 +162,9 @@ class PendingSwitch:
 
 
 def _host(cell: Cell, spec: InstanceSpec) -> Host:
-    return Host(cell.geometries.of(spec.devices).device_of, cell.program.max_batch, spec.tp)
+    device_of, pool = cell.geometries.of(spec.devices).device_of, cell.pool
+    pages = min(pool.allocators[device].total // count for device, count in collections.Counter(device_of).items())
+    return Host(spec, device_of, cell.program.max_batch, pages, pool.shape.page_size)
 
 
 @dataclasses.dataclass
@@ -184,12 +197,13 @@ def perform_switch(
     instances: Seq[Instance],
     pending: PendingSwitch,
     on_step: Callable[[Instance, Step], None],
+    seats: Seats,
 ) -> SwitchOutcome:
     """Carries a prepared switch out, or leads back to the old layout; the future gets its report after the copies."""
     stopped = _stop(cell, instances, pending)
     fresh: list[Instance] = []
     try:
-        plan = _plan(cell, stopped)
+        plan = _plan(cell, stopped, seats)
         launch = _copy(cell, plan)
         _seat(cell, stopped, plan, fresh, on_step)
     except Exception as error:
@@ -266,13 +280,13 @@ def _stop(cell: Cell, instances: Seq[Instance], pending: PendingSwitch) -> _Stop
     return _Stopped(start_s, kept, gone, specs, running, ahead, Snapshot(cell, gone))
 
 
-def _plan(cell: Cell, stopped: _Stopped) -> _Plan:
+def _plan(cell: Cell, stopped: _Stopped, seats: Seats) -> _Plan:
     """Second step: chooses an instance for every sequence, takes its blocks there, and remaps its table."""
     travellers = [Traveller(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
     hosts = [_host(cell, spec) for spec in stopped.specs]
     minimum = least_bytes(travellers, hosts, cell.pool)
     ahead = _bytes_of(travellers, hosts, stopped.ahead, cell)
-    return _Plan(plan_moves(travellers, hosts, cell.pool, stopped.ahead), minimum, ahead)
+    return _Plan(plan_moves(travellers, hosts, cell.pool, stopped.ahead, seats), minimum, ahead)
 
 
 def _copy(cell: Cell, plan: _Plan) -> _Launch:

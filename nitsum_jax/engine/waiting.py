@@ -2,11 +2,12 @@
 
 import bisect
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 
 from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.migration import Host, Traveller, Vacancies, fewest_bytes
 from nitsum_jax.engine.policy import PrefillChoice, Room, takes_prompts
 from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError
@@ -74,6 +75,9 @@ class FifoPolicy:
     def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
         del sequence, now_s
         return min(instances, key=_load, default=None)
+
+    def place(self, sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+        return fewest_bytes(sequences, hosts, room)
 
     def victim(self, instance: Instance) -> Sequence:
         return max(instance.rows.values(), key=lambda s: s.admitted)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 
+from nitsum_jax.control import placement
 from nitsum_jax.control.controller import CellView
 from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
@@ -26,6 +27,8 @@ from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.control.worker import Worker
 from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.migration import Host, Vacancies
+from nitsum_jax.engine.migration import Traveller as Leaving
 from nitsum_jax.engine.policy import PrefillChoice, Room
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.sequence import Sequence
@@ -346,6 +349,23 @@ class TieredScheduling:
         workers = [self._workers[instance] for instance in instances if instance in self._workers]
         worker = self.scheduler.decode_worker(self._jobs[sequence], workers, now_s / self._scale)
         return None if worker is None else self._live(worker).instance
+
+    def place(self, sequences: Seq[Leaving], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+        workers = [self._planned(number, host) for number, host in enumerate(hosts)]
+        seats = self.scheduler.place([self._traveller(one.sequence) for one in sequences], workers, room)
+        return [None if seat is None else seat.instance for seat in seats]
+
+    def _planned(self, number: int, host: Host) -> Worker:
+        """An instance that a switch will bring."""
+        group = host.spec.devices, host.spec.role.value
+        plan = InstancePlan(*group, self._kept_for.get(group, ()))
+        return Worker(number, plan, host.pages * host.page_size, host.page_size, host.rows)
+
+    def _traveller(self, sequence: Sequence) -> placement.Traveller:
+        job, home = self._jobs[sequence], sequence.home
+        assert home is not None
+        waited = job.worker is not None and job.id in job.worker.outgoing
+        return placement.Traveller(job, home.spec.devices, sequence.cached, not sequence.prefilling, waited)
 
     def victim(self, instance: Instance) -> Sequence:
         def harm(sequence: Sequence) -> tuple[bool, float, int]:

@@ -28,7 +28,7 @@ def device_map(layout: Layout, index: int) -> list[int]:
 
 
 def hosts_of(layout: Layout, rows: int) -> list[Host]:
-    return [Host(tuple(device_map(layout, i)), rows, spec.tp) for i, spec in enumerate(layout.instances)]
+    return [Host(spec, tuple(device_map(layout, i)), rows, 1000, 1) for i, spec in enumerate(layout.instances)]
 
 
 @dataclasses.dataclass

@@ -18,6 +18,7 @@ from nitsum_jax.engine.prefix_cache import PrefixCache
 from nitsum_jax.engine.prefix_index import PrefixIndex, extend_keys
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.meshes.vshards import VshardMap
 
@@ -140,7 +141,9 @@ class World:
         states = [allocator.state() for allocator in self.pool.allocators]
         tables = [sequence.table.copy() for sequence, _ in self.alive]
         travellers = [Traveller(sequence, home.device_of) for sequence, home in self.alive]
-        moves = plan_moves(travellers, [Host(tuple(i.device_of), 6, i.tp) for i in new], self.pool)
+        moves = plan_moves(
+            travellers, [Host(InstanceSpec(i.order), tuple(i.device_of), 6, BLOCKS, PAGE) for i in new], self.pool
+        )
         if dice.random() < 0.2:  # it fails
             for allocator, state in zip(self.pool.allocators, states, strict=True):
                 allocator.restore(state)
