@@ -5,7 +5,8 @@ what the engine tells.  Two things differ from the model of a cell.  Steps are l
 deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own:
 the chunks that the scheduler composes beside a decode step go before it, one after the other.
 
-All but `push` runs on the engine's thread.
+All but `push`, `now_s`, `plan` and `keep_for` runs on the engine's thread.  What other threads are to see of jobs and
+workers is copied here first (`control.cell_view`).
 """
 
 import collections
@@ -13,10 +14,10 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 
-from nitsum_jax.control.controller import CellView
+from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
@@ -32,7 +33,7 @@ from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError
 from nitsum_jax.server.live_worker import LiveWorker
 
-Listener = Callable[[float, Job], None]
+Listener = Callable[[float, JobView], None]
 _LOOK_AGAIN_S = 0.25
 _OUTPUT_WEIGHT = 1 / 16
 
@@ -43,7 +44,7 @@ class TieredScheduling:
     Attributes:
       scheduler: who decides.
       cost: what it predicts with.
-      listeners: whom to tell of requests that came, and of those that ended by themselves: (time, job).
+      listeners: whom to tell of requests that came, and of those that ended by themselves: (time, the request then).
       learns_outputs: whether expected output lengths follow what requests made; a controller that knows better sets it
         to False and calls `scheduler.expect_output`.
     """
@@ -114,27 +115,28 @@ class TieredScheduling:
 
     def plan(self) -> CellPlan:
         """The instances in force, with the tiers that they are kept for; on any thread."""
-        return CellPlan(tuple(worker.plan for worker in list(self._workers.values())))
+        workers = self._workers  # never changed in place
+        return CellPlan(tuple(worker.plan for worker in workers.values()))
 
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
-        """What a controller sees; on any thread, though workers and backlog change meanwhile."""
+        """What a controller sees, made on the engine's thread for whatever thread."""
         workers = tuple(self._workers.values())
-        plan = CellPlan(tuple(worker.plan for worker in workers))
-        return CellView(plan, workers, self.scheduler.backlog, num_devices, lost, allowed)
+        return CellView.of(self.plan(), num_devices, workers, self.scheduler.backlog, lost=lost, allowed=allowed)
+
+    def count_late(self, ids: Collection[str]) -> int:
+        """How many of these requests are alive and late."""
+        alive = (self._sequences.get(name) for name in ids)
+        return sum(self._jobs[sequence].late for sequence in alive if sequence is not None)
 
     def keep_for(self, plan: CellPlan) -> None:
         """Says which tiers instances are kept for, those that are there and those that a switch will bring."""
         self._kept_for = {instance.group: instance.tiers for instance in plan.instances}
-        for worker in list(self._workers.values()):
+        for worker in self._workers.values():
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
 
     def expect_output(self, tier: str, tokens: float) -> None:
         """Says how long outputs of a tier are expected to be; with `learns_outputs` off, for a controller."""
         self.scheduler.expect_output(tier, tokens)
-
-    def waiting_by_tier(self) -> Mapping[str, int]:
-        """Requests of each tier that wait and can still make it; on any thread."""
-        return {tier.name: self.scheduler.backlog.waiting(tier.name) for tier in self._tiers}
 
     # ---- the queue
 
@@ -162,8 +164,9 @@ class TieredScheduling:
             self.scheduler.admit(job, now)
             job.expected_output = min(job.expected_output, request.max_tokens)
             self._offered.append(job)
+            seen = JobView.of(job)
             for listener in self.arrived_listeners:
-                listener(now, job)
+                listener(now, seen)
         return arrived
 
     def waiting(self) -> Iterable[Sequence]:
@@ -397,8 +400,9 @@ class TieredScheduling:
         self._outputs[name] = mean + _OUTPUT_WEIGHT * (job.generated - mean)
         if self.learns_outputs:
             self.scheduler.expect_output(name, self._outputs[name])
+        seen = JobView.of(job)
         for listener in self.finished_listeners:
-            listener(job.finish_s, job)
+            listener(job.finish_s, seen)
 
     def relaid(self, instances: Seq[Instance], now_s: float) -> None:
         workers = {}
@@ -422,6 +426,8 @@ class TieredScheduling:
                 else:
                     self._arrive(job, sequence, worker)
         self._workers = workers
+        for worker in workers.values():  # `keep_for` may have come meanwhile and seen those before
+            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
         self._stale = dict.fromkeys(workers.values())
 
     def _arrive(self, job: Job, sequence: Sequence, worker: LiveWorker) -> None:
