@@ -34,7 +34,6 @@ class Controller(Protocol):
     def finished(self, now_s: float, job: JobView) -> None: ...
     def urgent(self, now_s: float, count_late: CountLate) -> bool: ...
     def tick(self, now_s: float, view: CellView) -> Decision | None: ...
-    def expected_output(self, tier: str) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -165,10 +164,6 @@ class AdaptiveController:
         self._next_look_s = now_s + _LOOK_S
         ended = sum(self._young.values())
         return ended + count_late(self._young.keys()) > share * len(self._young)
-
-    def expected_output(self, tier: str) -> float:
-        """Mean output of a tier, tokens."""
-        return self._estimator.output(tier)
 
     def inputs(self, now_s: float, view: CellView, *, thrifty: bool = False) -> PlanInputs:
         """What a decision would be made from now."""

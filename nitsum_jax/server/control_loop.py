@@ -68,14 +68,12 @@ class ControlledScheduling(Protocol):
 
     arrived_listeners: list[Listener]
     finished_listeners: list[Listener]
-    learns_outputs: bool
 
     @property
     def time_scale(self) -> float: ...
     def now_s(self) -> float: ...
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView: ...
     def count_late(self, ids: Collection[str]) -> int: ...
-    def expect_output(self, tier: str, tokens: float) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,7 +139,6 @@ class ControlLoop:
         self._controller = AdaptiveController(
             cost, tiers, config=config, planner=planner, now_s=scheduling.now_s(), decide=self._ask
         )
-        self._tiers = tiers
         self._allowed = engine.allowed_layouts()
         self._news: collections.deque[tuple[bool, float, JobView]] = collections.deque()
         self._stop = threading.Event()
@@ -170,7 +167,6 @@ class ControlLoop:
         """Begins to watch and, unless it is off, to decide."""
         if self._mode is Mode.OFF:
             return
-        self._scheduling.learns_outputs = False
         self._scheduling.arrived_listeners.append(lambda now, job: self._news.append((True, now, job)))
         self._scheduling.finished_listeners.append(lambda now, job: self._news.append((False, now, job)))
         self._thread.start()
@@ -245,8 +241,6 @@ class ControlLoop:
                 self._controller.finished(now, job)
 
     def _tick(self, now: float) -> None:
-        for tier in self._tiers:
-            self._scheduling.expect_output(tier.name, self._controller.expected_output(tier.name))
         if self._paused or (self._switching is not None and not self._switching.done()):
             return
         devices, lost = len(self._engine.device_names), self._engine.lost_devices()

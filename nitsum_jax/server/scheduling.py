@@ -35,7 +35,6 @@ from nitsum_jax.server.live_worker import LiveWorker
 
 Listener = Callable[[float, JobView], None]
 _LOOK_AGAIN_S = 0.25
-_OUTPUT_WEIGHT = 1 / 16
 
 
 class TieredScheduling:
@@ -45,8 +44,6 @@ class TieredScheduling:
       scheduler: who decides.
       cost: what it predicts with.
       listeners: whom to tell of requests that came, and of those that ended by themselves: (time, the request then).
-      learns_outputs: whether expected output lengths follow what requests made; a controller that knows better sets it
-        to False and calls `scheduler.expect_output`.
     """
 
     # ruff: noqa: D102
@@ -80,7 +77,6 @@ class TieredScheduling:
         self.scheduler = Scheduler(cost, tuple(tiers), config)
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
-        self.learns_outputs = True
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
@@ -97,7 +93,6 @@ class TieredScheduling:
         self._look_for_late = False  # something changed: a late request may go somewhere
         self._wakes: list[float] = []
         self._indices = itertools.count()
-        self._outputs: dict[str, float] = {}
         self._version = 0
         self._seen_s = 0.0
         self._looked_s = -math.inf
@@ -133,10 +128,6 @@ class TieredScheduling:
         self._kept_for = {instance.group: instance.tiers for instance in plan.instances}
         for worker in self._workers.values():
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
-
-    def expect_output(self, tier: str, tokens: float) -> None:
-        """Says how long outputs of a tier are expected to be; with `learns_outputs` off, for a controller."""
-        self.scheduler.expect_output(tier, tokens)
 
     # ---- the queue
 
@@ -180,7 +171,8 @@ class TieredScheduling:
             held = self._held(self._sequences[job.id], room)
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
             if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
-                self._wake_for(job, now)
+                for time_s in self.scheduler.wakes(job, now):
+                    heapq.heappush(self._wakes, time_s)
                 self._look_for_late = True
                 continue
             self.scheduler.backlog.remove(job)
@@ -243,13 +235,6 @@ class TieredScheduling:
             return None
         soon = self._seen_s + _LOOK_AGAIN_S
         return (min(soon, self._wakes[0]) if self._wakes else soon) * self._scale
-
-    def _wake_for(self, job: Job, now: float) -> None:
-        """Has requests looked at again when another instance may take one, and when it is late."""
-        spill = job.arrival_s + self.scheduler.config.spill_after * (job.latest_start_s - job.arrival_s)
-        for time_s in (spill, job.latest_start_s):
-            if time_s > now:
-                heapq.heappush(self._wakes, time_s + 1e-4)
 
     def _wake(self, now: float) -> None:
         due = len(self.scheduler.backlog) > 0 and now - self._looked_s >= _LOOK_AGAIN_S
@@ -344,11 +329,7 @@ class TieredScheduling:
         return None if worker is None else self._live(worker).instance
 
     def victim(self, instance: Instance) -> Sequence:
-        def harm(sequence: Sequence) -> tuple[bool, float, int]:
-            job = self._jobs.get(sequence)
-            return job is not None and job.late, sequence.arrival_s, sequence.admitted
-
-        return max(instance.rows.values(), key=harm)
+        return self._sequences[self.scheduler.victim(self._jobs[sequence] for sequence in instance.rows.values()).id]
 
     def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
         first = sequence in self._unseated
@@ -395,11 +376,7 @@ class TieredScheduling:
         job.generated = job.output_tokens = max(1, len(sequence.tokens) - sequence.prompt_len)
         if sequence.finish not in (FinishReason.STOP, FinishReason.LENGTH):
             return
-        name = job.tier.name
-        mean = self._outputs.get(name, float(job.generated))
-        self._outputs[name] = mean + _OUTPUT_WEIGHT * (job.generated - mean)
-        if self.learns_outputs:
-            self.scheduler.expect_output(name, self._outputs[name])
+        self.scheduler.ended(job)
         seen = JobView.of(job)
         for listener in self.finished_listeners:
             listener(job.finish_s, seen)

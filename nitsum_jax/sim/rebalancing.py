@@ -45,10 +45,6 @@ class _LoadController:
         """It keeps its intervals."""
         return False
 
-    def expected_output(self, tier: str) -> float:
-        """It expects nothing."""
-        return 128.0
-
 
 def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Decision:
     inputs = PlanInputs(now_s, view.plan, view.num_devices, view.lost, ())

@@ -16,7 +16,6 @@ from nitsum_jax.control.cell import MAX_BATCH, ModelWorker, Run, Span
 from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.controller import Controller
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.estimate import WorkloadEstimator
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planner import Decision
@@ -205,8 +204,6 @@ class _Driver:
         self.cell.device_put = policy.device_put
         self.cell.on_switch = self.switched
         self.controller = policy.controller() if policy.controller is not None else None
-        # What a server would know of output lengths: those of the requests that have ended.
-        self.lengths = WorkloadEstimator(self.by_name)
         self.urgent = False
         self.compiled = {instance.devices for instance in policy.plan.instances}
 
@@ -310,8 +307,7 @@ class _Driver:
 
     def finished(self, job: Job) -> None:
         self.outcome.finished.append(job)
-        self.lengths.finished(self.cell.now_s, job.tier.name, job.output_tokens)
-        self.scheduler.expect_output(job.tier.name, self.lengths.output(job.tier.name))
+        self.scheduler.ended(job)
         if self.controller is not None:
             self.controller.finished(self.cell.now_s, JobView.of(job))
             self._look()

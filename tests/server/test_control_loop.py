@@ -88,7 +88,6 @@ class FakeScheduling:
     def __init__(self, engine: FakeEngine) -> None:
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
-        self.learns_outputs = True
         self.seen_on: set[str] = set()  # threads
         self._engine = engine
 
@@ -102,8 +101,6 @@ class FakeScheduling:
     def count_late(self, ids: Collection[str]) -> int:
         self.seen_on.add(threading.current_thread().name)
         return 0
-
-    def expect_output(self, tier: str, tokens: float) -> None: ...
 
     def tight_chat(self, rate: float = 60.0, seconds: float = 2.0) -> None:
         """Requests as of the last seconds, all at once."""

@@ -45,9 +45,6 @@ class _InTurn:
     def urgent(self, now_s: float, count_late: CountLate) -> bool:
         return False
 
-    def expected_output(self, tier: str) -> float:
-        return 100.0
-
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         if not self._plans:
             return None
