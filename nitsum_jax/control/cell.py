@@ -238,12 +238,8 @@ class CellModel:
             return
         self._place_late()
         # Who is turned away now may do for an instance of other tiers later, or be late.
-        if not job.late and job.latest_start_s > self.now_s:
-            share = self.scheduler.config.spill_after
-            spill = job.arrival_s + share * (job.latest_start_s - job.arrival_s)
-            if spill > self.now_s:
-                self.at(spill + 1e-6, self._wake_idle)
-            self.at(job.latest_start_s + 1e-6, self._wake_idle)
+        for time_s in self.scheduler.wakes(job, self.now_s):
+            self.at(time_s, self._wake_idle)
 
     def _wake_idle(self) -> None:
         self.scheduler.backlog.demote(self.now_s)
@@ -384,8 +380,7 @@ class CellModel:
             self.on_finish(job)
 
     def _preempt(self, worker: ModelWorker) -> None:
-        """Takes the KV cache of whom it harms least: late ones, then who came last."""
-        victim = max(worker.decoding.values(), key=lambda job: (job.late, job.arrival_s, job.id))
+        victim = self.scheduler.victim(worker.decoding.values())
         if worker.jobs == 1:
             worker.leave(victim)
             del self.alive[victim.id]

@@ -1,49 +1,27 @@
 """The control loop without its clock: watches requests, and says at its ticks which plan the cell should have."""
 
 import collections
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
-from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.cell import MAX_BATCH
+from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import EstimatorConfig, WorkloadEstimator
 from nitsum_jax.control.fleet import MINIATURE
-from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planner import Decision, PlanInputs, Planner, PlannerConfig
 from nitsum_jax.control.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
-from nitsum_jax.control.worker import Worker
 
-_WAITING = 400  # requests that are told to the planner at the most
 _YOUNG = 64  # of the last requests so many are looked at for those that are late already,
 _LOOK_S = 0.25  # so often
 _FRESH = 24  # arrivals since the load changed from which a replay can be made
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CellView:
-    """A cell as a controller sees it.
-
-    Attributes:
-      plan: in force.
-      workers: its instances.
-      backlog: requests that no instance has taken.
-      num_devices: of the cell.
-      lost: devices that cannot be used.
-      allowed: layouts that may be used (see `PlanInputs`); empty: all.
-    """
-
-    plan: CellPlan
-    workers: Sequence[Worker]
-    backlog: Backlog
-    num_devices: int
-    lost: tuple[int, ...] = ()
-    allowed: tuple[str, ...] = ()
+CountLate = Callable[[Collection[str]], int]
+"""Tells how many of the requests of these ids are alive and late by now."""
 
 
 class Controller(Protocol):
@@ -52,11 +30,10 @@ class Controller(Protocol):
     # ruff: noqa: D102
     @property
     def interval_s(self) -> float: ...
-    def arrived(self, now_s: float, job: Job) -> None: ...
-    def finished(self, now_s: float, job: Job) -> None: ...
-    def urgent(self, now_s: float) -> bool: ...
+    def arrived(self, now_s: float, job: JobView) -> None: ...
+    def finished(self, now_s: float, job: JobView) -> None: ...
+    def urgent(self, now_s: float, count_late: CountLate) -> bool: ...
     def tick(self, now_s: float, view: CellView) -> Decision | None: ...
-    def expected_output(self, tier: str) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,7 +104,7 @@ class AdaptiveController:
         self._misses = 0
         self._seen = 0
         self._arrivals = 0
-        self._young: collections.deque[Job] = collections.deque(maxlen=_YOUNG)  # came since the last tick
+        self._young: collections.OrderedDict[str, bool] = collections.OrderedDict()  # came since the last tick: late?
         self._changes = 0  # of the load, at the last tick
         self._next_look_s = now_s
 
@@ -141,29 +118,38 @@ class AdaptiveController:
         """What it knows of the load."""
         return self._estimator
 
-    def arrived(self, now_s: float, job: Job) -> None:
+    def arrived(self, now_s: float, job: JobView) -> None:
         """A request came."""
-        self._estimator.arrived(now_s, job.tier.name, job.prompt_tokens)
+        self._estimator.arrived(now_s, job.tier, job.prompt_tokens)
         self._seen += 1
-        self._young.append(job)
+        self._young[job.id] = False
+        if len(self._young) > _YOUNG:
+            self._young.popitem(last=False)
         self._arrivals += 1
         if self._arrivals % self._stride == 0:
-            self._recent.append((now_s, job.tier.name, job.prompt_tokens, job.id))
+            self._recent.append((now_s, job.tier, job.prompt_tokens, job.id))
             self._watched[job.id] = None
             if len(self._watched) > 4 * (self._recent.maxlen or 1):
                 self._watched.popitem(last=False)
 
-    def finished(self, now_s: float, job: Job) -> None:
+    def finished(self, now_s: float, job: JobView) -> None:
         """A request ended."""
-        self._estimator.finished(now_s, job.tier.name, job.generated)
+        self._estimator.finished(now_s, job.tier, job.generated)
         if job.id in self._watched:
             self._outputs[job.id] = job.generated
         if len(self._outputs) > 4 * (self._recent.maxlen or 1):
             self._outputs.popitem(last=False)
-        self._misses += job.late or not job.met()
+        if job.id in self._young:
+            self._young[job.id] = job.late
+        self._misses += job.late or not job.met
 
-    def urgent(self, now_s: float) -> bool:
-        """Whether something happened for which the next tick should not be waited for."""
+    def urgent(self, now_s: float, count_late: CountLate) -> bool:
+        """Whether something happened for which the next tick should not be waited for.
+
+        Args:
+          now_s: the time.
+          count_late: asked a few times a second at the most.
+        """
         if now_s - self._last_tick_s < self.config.urgent_s or self._seen < 10:
             return False
         share = self.config.urgent_share
@@ -176,11 +162,8 @@ class AdaptiveController:
         if now_s < self._next_look_s:
             return False
         self._next_look_s = now_s + _LOOK_S
-        return sum(job.late for job in self._young) > share * len(self._young)
-
-    def expected_output(self, tier: str) -> float:
-        """Mean output of a tier, tokens."""
-        return self._estimator.output(tier)
+        ended = sum(self._young.values())
+        return ended + count_late(self._young.keys()) > share * len(self._young)
 
     def inputs(self, now_s: float, view: CellView, *, thrifty: bool = False) -> PlanInputs:
         """What a decision would be made from now."""
@@ -203,8 +186,8 @@ class AdaptiveController:
             ]
             recent = tuple(again[-(self._recent.maxlen or 1) :])
         waiting = tuple(
-            Arrival(job.arrival_s, job.tier.name, job.target - job.cached, max(1, round(job.expected_output)))
-            for job in _waiting(view)
+            Arrival(job.arrival_s, job.tier, job.left_tokens, max(1, round(job.expected_output)))
+            for job in view.waiting
         )
         return PlanInputs(
             now_s,
@@ -243,14 +226,3 @@ class AdaptiveController:
     def _work_left_at(self, now_s: float) -> float:
         saved = self._work_left + self.config.work_rate * (now_s - self._last_tick_s)
         return min(saved, self.config.work_saved)
-
-
-def _waiting(view: CellView) -> list[Job]:
-    """Requests in time that have no first token yet, those that came first first."""
-    jobs: list[Job] = []
-    with contextlib.suppress(RuntimeError):  # in a live cell the engine may change the backlog meanwhile
-        jobs += list(view.backlog.jobs())
-    for worker in view.workers:
-        jobs += list(worker.prefills)
-    jobs = [job for job in jobs if not job.late and job.first_token_s is None and job.target > job.cached]
-    return sorted(jobs, key=lambda job: (job.arrival_s, job.id))[:_WAITING]

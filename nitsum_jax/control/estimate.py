@@ -84,6 +84,28 @@ class _Lengths:
         return tuple(ordered[min(count - 1, int((i + 0.5) * count / _QUANTILES))] for i in range(_QUANTILES))
 
 
+class OutputLengths:
+    """Expected output lengths by tier, from those of requests that have ended."""
+
+    def __init__(self, tiers: Iterable[str], config: EstimatorConfig = EstimatorConfig(), first: float = 128.0):
+        """Knows nothing yet; `first` stands for output lengths until the first request of a tier has ended."""
+        self._lengths = {tier: _Lengths(config) for tier in tiers}
+        self._first = first
+
+    def ended(self, tier: str, tokens: int) -> None:
+        """A request ended by itself."""
+        self._lengths[tier].add(tokens)
+
+    def expected(self, tier: str) -> float:
+        """Expected output length, tokens."""
+        lengths = self._lengths[tier]
+        if not len(lengths):
+            return self._first
+        # Few observations are short ones: long outputs end last.
+        weight = min(1.0, len(lengths) / 32)
+        return weight * lengths.mean() + (1 - weight) * max(self._first, lengths.mean())
+
+
 class _Arrivals:
     def __init__(self, config: EstimatorConfig, now_s: float):
         self._config = config
@@ -160,8 +182,7 @@ class WorkloadEstimator:
         """Knows nothing yet; `output` stands for output lengths until the first request of a tier has ended."""
         self._arrivals = {tier: _Arrivals(config, now_s) for tier in tiers}
         self._prompts = {tier: _Lengths(config) for tier in self._arrivals}
-        self._outputs = {tier: _Lengths(config) for tier in self._arrivals}
-        self._output = output
+        self._outputs = OutputLengths(self._arrivals, config, output)
 
     @property
     def settled_s(self) -> int:
@@ -181,16 +202,11 @@ class WorkloadEstimator:
 
     def finished(self, now_s: float, tier: str, output_tokens: int) -> None:
         """A request ended by itself."""
-        self._outputs[tier].add(output_tokens)
+        self._outputs.ended(tier, output_tokens)
 
     def output(self, tier: str) -> float:
         """Expected output length, tokens."""
-        lengths = self._outputs[tier]
-        if not len(lengths):
-            return self._output
-        # Few observations are short ones: long outputs end last.
-        weight = min(1.0, len(lengths) / 32)
-        return weight * lengths.mean() + (1 - weight) * max(self._output, lengths.mean())
+        return self._outputs.expected(tier)
 
     def loads(self, now_s: float) -> tuple[TierLoad, ...]:
         """The load of every tier that has been seen."""

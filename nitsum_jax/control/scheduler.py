@@ -22,11 +22,12 @@ Pure: times come in, decisions go out.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.chunks import Chunk, Chunks
 from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.estimate import OutputLengths
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.placement import Seat, Traveller, Vacancies, seats
 from nitsum_jax.control.plan import DECODE, MIXED
@@ -37,9 +38,11 @@ from nitsum_jax.control.tiers import Tier
 from nitsum_jax.control.urgency import ANY, Urgency, urgency
 from nitsum_jax.control.worker import Worker
 
+_JUST_AFTER_S = 1e-6
+
 
 class Scheduler:
-    """The policy of one cell; it keeps the backlog and nothing else."""
+    """The policy of one cell; it keeps the backlog, and what it has learnt of output lengths."""
 
     def __init__(self, cost: CostModel, tiers: Sequence[Tier], config: SchedulerConfig = SchedulerConfig()):
         """Makes a scheduler for these tiers."""
@@ -50,7 +53,8 @@ class Scheduler:
         self._turns = 0
         self.predict = Predictions(cost, self.tiers, config)
         self._chunks = Chunks(cost, config, self.tiers)
-        self._expected = {tier.name: 128.0 for tier in tiers}
+        self._outputs = OutputLengths(tier.name for tier in tiers)
+        self._told: dict[str, float] = {}
         sheds = config.order == "deadline" and config.shed_window_s > 0
         self._drains = {tier.name: Drain(config.shed_window_s) for tier in tiers} if sheds else {}
         self._shed_s = -math.inf
@@ -58,8 +62,17 @@ class Scheduler:
     # ---- knowledge
 
     def expect_output(self, tier: str, tokens: float) -> None:
-        """Tells how long outputs of a tier are expected to be; requests that come from now on are judged by it."""
-        self._expected[tier] = max(1.0, tokens)
+        """Tells how long outputs of a tier are, which are then not learnt; for requests that come from now on."""
+        self._told[tier] = tokens
+
+    def ended(self, job: Job) -> None:
+        """A request ended by itself: others of its tier are expected to make as many tokens."""
+        self._outputs.ended(job.tier.name, job.generated)
+
+    def expected_output(self, tier: str) -> float:
+        """How many tokens a request of a tier is expected to make."""
+        told = self._told.get(tier)
+        return max(1.0, self._outputs.expected(tier) if told is None else told)
 
     def forget_times(self) -> None:
         """The cost model says otherwise by now: what was worked out with it is forgotten."""
@@ -70,7 +83,7 @@ class Scheduler:
 
     def admit(self, job: Job, now_s: float) -> None:
         """Takes a new request into the backlog."""
-        job.expected_output = self._expected[job.tier.name]
+        job.expected_output = self.expected_output(job.tier.name)
         job.due_s = job.ttft_deadline_s
         job.latest_start_s = job.due_s - self.predict.prefill_s(self.cost.tps[-1], job.prompt_tokens)
         self.backlog.push(job)
@@ -85,6 +98,18 @@ class Scheduler:
             job.due_s = now_s + 2 * prefill_s
         job.latest_start_s = job.due_s - prefill_s
         self.backlog.push(job)
+
+    def wakes(self, job: Job, now_s: float) -> list[float]:
+        """When to look again at a request that no instance takes now: once others may, and once it is late."""
+        if job.late:
+            return []
+        spill_s = job.arrival_s + self.config.spill_after * (job.latest_start_s - job.arrival_s)
+        return [time_s + _JUST_AFTER_S for time_s in (spill_s, job.latest_start_s) if time_s > now_s]
+
+    @staticmethod
+    def victim(jobs: Iterable[Job]) -> Job:
+        """Who of an instance gives up its KV cache for want of room: late ones first, then who came last."""
+        return max(jobs, key=lambda job: (job.late, job.arrival_s, job.id))
 
     def first_worker(
         self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None

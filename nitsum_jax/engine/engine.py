@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
@@ -24,6 +25,8 @@ from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError,
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.loading import OpenModel
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +181,23 @@ class Engine:
     def on_step(self, listener: StepListener) -> None:
         """Has a listener told of finished steps, in batches, on the engine's thread; it must be quick."""
         self._running.log.listeners.append(listener)
+
+    def ask(self, call: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        """Has the engine's thread call something quick between two turns; what it says is the future's result.
+
+        A future of an engine that ends meanwhile may stay undone.
+        """
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+        def run() -> None:
+            if answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(call())
+                except Exception as error:  # the caller's fault, not the engine's
+                    answer.set_exception(error)
+
+        self._running.post(run)
+        return answer
 
     def prepare_layout(self, layout: str | Layout) -> "concurrent.futures.Future[SwitchReport]":
         """Compiles what a layout needs; the future is done, with an empty report, when a switch would start at once.

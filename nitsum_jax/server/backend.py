@@ -10,7 +10,7 @@ import concurrent.futures
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import UnavailableError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.pacing import Pace
     from nitsum_jax.engine.progress import CompileProgress
     from nitsum_jax.server.control_loop import ControlLoop
+
+T = TypeVar("T")
 
 
 class EngineStats(Protocol):
@@ -88,6 +90,7 @@ class ServingEngine(Protocol):
     def lose_device(self, device: int) -> None: ...
     def restore_device(self, device: int) -> None: ...
     def lost_devices(self) -> tuple[int, ...]: ...
+    def ask(self, call: Callable[[], T]) -> concurrent.futures.Future[T]: ...  # on the engine's thread
     def ready_layouts(self) -> tuple[str, ...]: ...
     def compiling(self) -> "CompileProgress": ...
     def context_limit(self) -> int: ...

@@ -2,7 +2,9 @@
 
 Concurrency, told once. The engine's thread tells of requests by appending to a deque, which costs it a microsecond. A
 thread of this module takes them in, a few times a second, and at its ticks asks the planner, which is another process.
-So a control loop never delays a step, and whatever goes wrong in it leaves the layout as it is.
+What it knows of the cell are copies (`control.cell_view`), which the engine's thread makes between two steps when it is
+asked to: no job, worker or queue is read while it may change. So a control loop never delays a step by more than such
+a copy, and whatever goes wrong in it leaves the layout as it is.
 
 Times here are on the clock of tiers and profile (`TieredScheduling.now_s`), which a paced cell stretches.
 """
@@ -14,13 +16,13 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
-from nitsum_jax.control.controller import AdaptiveController, CellView, ControllerConfig
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, place
 from nitsum_jax.control.planner import Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.tiers import Tier
@@ -34,8 +36,10 @@ _LOG = logging.getLogger(__name__)
 _LOOK_S = 0.25
 _LIKELY = 2  # other plans of a decision whose executables are compiled ahead
 _LEAVE_S = 5.0
+_ENGINE_S = 2.0  # wait for the engine's thread, which may be amid a switch
 
-Listener = Callable[[float, Job], None]
+T = TypeVar("T")
+Listener = Callable[[float, JobView], None]
 
 
 class Mode(enum.StrEnum):
@@ -56,6 +60,7 @@ class ControlledEngine(Protocol):
     def prepare_layout(self, layout: str) -> "concurrent.futures.Future[Any]": ...
     def allowed_layouts(self) -> tuple[str, ...]: ...
     def lost_devices(self) -> tuple[int, ...]: ...
+    def ask(self, call: Callable[[], T]) -> "concurrent.futures.Future[T]": ...
 
 
 class ControlledScheduling(Protocol):
@@ -63,13 +68,12 @@ class ControlledScheduling(Protocol):
 
     arrived_listeners: list[Listener]
     finished_listeners: list[Listener]
-    learns_outputs: bool
 
     @property
     def time_scale(self) -> float: ...
     def now_s(self) -> float: ...
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView: ...
-    def expect_output(self, tier: str, tokens: float) -> None: ...
+    def count_late(self, ids: Collection[str]) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -135,9 +139,8 @@ class ControlLoop:
         self._controller = AdaptiveController(
             cost, tiers, config=config, planner=planner, now_s=scheduling.now_s(), decide=self._ask
         )
-        self._tiers = tiers
         self._allowed = engine.allowed_layouts()
-        self._news: collections.deque[tuple[bool, float, Job]] = collections.deque()
+        self._news: collections.deque[tuple[bool, float, JobView]] = collections.deque()
         self._stop = threading.Event()
         self._paused = False
         self._last: Decision | None = None
@@ -164,7 +167,6 @@ class ControlLoop:
         """Begins to watch and, unless it is off, to decide."""
         if self._mode is Mode.OFF:
             return
-        self._scheduling.learns_outputs = False
         self._scheduling.arrived_listeners.append(lambda now, job: self._news.append((True, now, job)))
         self._scheduling.finished_listeners.append(lambda now, job: self._news.append((False, now, job)))
         self._thread.start()
@@ -223,7 +225,7 @@ class ControlLoop:
             try:
                 now = self._scheduling.now_s()
                 self._take_in()
-                if now < next_tick_s and not controller.urgent(now):
+                if now < next_tick_s and not controller.urgent(now, self._count_late):
                     continue
                 next_tick_s = now + controller.interval_s
                 self._tick(now)
@@ -239,11 +241,12 @@ class ControlLoop:
                 self._controller.finished(now, job)
 
     def _tick(self, now: float) -> None:
-        for tier in self._tiers:
-            self._scheduling.expect_output(tier.name, self._controller.expected_output(tier.name))
         if self._paused or (self._switching is not None and not self._switching.done()):
             return
-        view = self._scheduling.view(len(self._engine.device_names), self._engine.lost_devices(), self._allowed)
+        devices, lost = len(self._engine.device_names), self._engine.lost_devices()
+        view = self._on_engine(lambda: self._scheduling.view(devices, lost, self._allowed))
+        if view is None:
+            return
         before = view.plan
         decision = self._controller.tick(now, view)
         if decision is None:
@@ -258,6 +261,20 @@ class ControlLoop:
         if apply:
             self._apply(before, decision.choice)
         self._prepare(decision)
+
+    def _count_late(self, ids: Collection[str]) -> int:
+        asked = tuple(ids)
+        return self._on_engine(lambda: self._scheduling.count_late(asked)) or 0
+
+    def _on_engine(self, call: Callable[[], T]) -> T | None:
+        """What the engine's thread answers; None if it is busy with something else for long, or has ended."""
+        answer = self._engine.ask(call)
+        try:
+            return answer.result(_ENGINE_S)
+        except concurrent.futures.TimeoutError:
+            answer.cancel()
+            _LOG.info("the engine's thread was busy for %g s: nothing is decided now", _ENGINE_S)
+            return None
 
     def _ask(self, inputs: PlanInputs) -> Decision | None:
         if isinstance(self._cost, CorrectedCost):

@@ -5,7 +5,8 @@ what the engine tells.  Two things differ from the model of a cell.  Steps are l
 deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own:
 the chunks that the scheduler composes beside a decode step go before it, one after the other.
 
-All but `push` runs on the engine's thread.
+All but `push`, `now_s`, `plan` and `keep_for` runs on the engine's thread.  What other threads are to see of jobs and
+workers is copied here first (`control.cell_view`).
 """
 
 import collections
@@ -13,11 +14,11 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 
 from nitsum_jax.control import placement
-from nitsum_jax.control.controller import CellView
+from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
@@ -35,9 +36,8 @@ from nitsum_jax.engine.sequence import Sequence
 from nitsum_jax.errors import OverloadedError
 from nitsum_jax.server.live_worker import LiveWorker
 
-Listener = Callable[[float, Job], None]
+Listener = Callable[[float, JobView], None]
 _LOOK_AGAIN_S = 0.25
-_OUTPUT_WEIGHT = 1 / 16
 
 
 class TieredScheduling:
@@ -46,9 +46,7 @@ class TieredScheduling:
     Attributes:
       scheduler: who decides.
       cost: what it predicts with.
-      listeners: whom to tell of requests that came, and of those that ended by themselves: (time, job).
-      learns_outputs: whether expected output lengths follow what requests made; a controller that knows better sets it
-        to False and calls `scheduler.expect_output`.
+      listeners: whom to tell of requests that came, and of those that ended by themselves: (time, the request then).
     """
 
     # ruff: noqa: D102
@@ -83,7 +81,6 @@ class TieredScheduling:
         self.scheduler = Scheduler(cost, tuple(tiers), config)
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
-        self.learns_outputs = True
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
@@ -100,7 +97,6 @@ class TieredScheduling:
         self._look_for_late = False  # something changed: a late request may go somewhere
         self._wakes: list[float] = []
         self._indices = itertools.count()
-        self._outputs: dict[str, float] = {}
         self._version = 0
         self._seen_s = 0.0
         self._looked_s = -math.inf
@@ -124,27 +120,24 @@ class TieredScheduling:
 
     def plan(self) -> CellPlan:
         """The instances in force, with the tiers that they are kept for; on any thread."""
-        return CellPlan(tuple(worker.plan for worker in list(self._workers.values())))
+        workers = self._workers  # never changed in place
+        return CellPlan(tuple(worker.plan for worker in workers.values()))
 
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
-        """What a controller sees; on any thread, though workers and backlog change meanwhile."""
+        """What a controller sees, made on the engine's thread for whatever thread."""
         workers = tuple(self._workers.values())
-        plan = CellPlan(tuple(worker.plan for worker in workers))
-        return CellView(plan, workers, self.scheduler.backlog, num_devices, lost, allowed)
+        return CellView.of(self.plan(), num_devices, workers, self.scheduler.backlog, lost=lost, allowed=allowed)
+
+    def count_late(self, ids: Collection[str]) -> int:
+        """How many of these requests are alive and late."""
+        alive = (self._sequences.get(name) for name in ids)
+        return sum(self._jobs[sequence].late for sequence in alive if sequence is not None)
 
     def keep_for(self, plan: CellPlan) -> None:
         """Says which tiers instances are kept for, those that are there and those that a switch will bring."""
         self._kept_for = {instance.group: instance.tiers for instance in plan.instances}
-        for worker in list(self._workers.values()):
+        for worker in self._workers.values():
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
-
-    def expect_output(self, tier: str, tokens: float) -> None:
-        """Says how long outputs of a tier are expected to be; with `learns_outputs` off, for a controller."""
-        self.scheduler.expect_output(tier, tokens)
-
-    def waiting_by_tier(self) -> Mapping[str, int]:
-        """Requests of each tier that wait and can still make it; on any thread."""
-        return {tier.name: self.scheduler.backlog.waiting(tier.name) for tier in self._tiers}
 
     # ---- the queue
 
@@ -172,8 +165,9 @@ class TieredScheduling:
             self.scheduler.admit(job, now)
             job.expected_output = min(job.expected_output, request.max_tokens)
             self._offered.append(job)
+            seen = JobView.of(job)
             for listener in self.arrived_listeners:
-                listener(now, job)
+                listener(now, seen)
         return arrived
 
     def waiting(self) -> Iterable[Sequence]:
@@ -187,7 +181,8 @@ class TieredScheduling:
             held = self._held(self._sequences[job.id], room)
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
             if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
-                self._wake_for(job, now)
+                for time_s in self.scheduler.wakes(job, now):
+                    heapq.heappush(self._wakes, time_s)
                 self._look_for_late = True
                 continue
             self.scheduler.backlog.remove(job)
@@ -250,13 +245,6 @@ class TieredScheduling:
             return None
         soon = self._seen_s + _LOOK_AGAIN_S
         return (min(soon, self._wakes[0]) if self._wakes else soon) * self._scale
-
-    def _wake_for(self, job: Job, now: float) -> None:
-        """Has requests looked at again when another instance may take one, and when it is late."""
-        spill = job.arrival_s + self.scheduler.config.spill_after * (job.latest_start_s - job.arrival_s)
-        for time_s in (spill, job.latest_start_s):
-            if time_s > now:
-                heapq.heappush(self._wakes, time_s + 1e-4)
 
     def _wake(self, now: float) -> None:
         due = len(self.scheduler.backlog) > 0 and now - self._looked_s >= _LOOK_AGAIN_S
@@ -368,11 +356,7 @@ class TieredScheduling:
         return placement.Traveller(job, home.spec.devices, sequence.cached, not sequence.prefilling, waited)
 
     def victim(self, instance: Instance) -> Sequence:
-        def harm(sequence: Sequence) -> tuple[bool, float, int]:
-            job = self._jobs.get(sequence)
-            return job is not None and job.late, sequence.arrival_s, sequence.admitted
-
-        return max(instance.rows.values(), key=harm)
+        return self._sequences[self.scheduler.victim(self._jobs[sequence] for sequence in instance.rows.values()).id]
 
     def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
         first = sequence in self._unseated
@@ -419,13 +403,10 @@ class TieredScheduling:
         job.generated = job.output_tokens = max(1, len(sequence.tokens) - sequence.prompt_len)
         if sequence.finish not in (FinishReason.STOP, FinishReason.LENGTH):
             return
-        name = job.tier.name
-        mean = self._outputs.get(name, float(job.generated))
-        self._outputs[name] = mean + _OUTPUT_WEIGHT * (job.generated - mean)
-        if self.learns_outputs:
-            self.scheduler.expect_output(name, self._outputs[name])
+        self.scheduler.ended(job)
+        seen = JobView.of(job)
         for listener in self.finished_listeners:
-            listener(job.finish_s, job)
+            listener(job.finish_s, seen)
 
     def relaid(self, instances: Seq[Instance], now_s: float) -> None:
         workers = {}
@@ -449,6 +430,8 @@ class TieredScheduling:
                 else:
                     self._arrive(job, sequence, worker)
         self._workers = workers
+        for worker in workers.values():  # `keep_for` may have come meanwhile and seen those before
+            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
         self._stale = dict.fromkeys(workers.values())
 
     def _arrive(self, job: Job, sequence: Sequence, worker: LiveWorker) -> None:

@@ -7,13 +7,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from nitsum_jax.control.controller import CellView
+from nitsum_jax.control.cell_view import CellView, JobView, WorkerView
+from nitsum_jax.control.controller import CountLate
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.planner import Decision, PlanInputs
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.control.worker import Worker
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,19 +35,15 @@ class _LoadController:
 
     interval_s = 1.0
 
-    def arrived(self, now_s: float, job: Job) -> None:
+    def arrived(self, now_s: float, job: JobView) -> None:
         """Not needed."""
 
-    def finished(self, now_s: float, job: Job) -> None:
+    def finished(self, now_s: float, job: JobView) -> None:
         """Not needed."""
 
-    def urgent(self, now_s: float) -> bool:
+    def urgent(self, now_s: float, count_late: CountLate) -> bool:
         """It keeps its intervals."""
         return False
-
-    def expected_output(self, tier: str) -> float:
-        """It expects nothing."""
-        return 128.0
 
 
 def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Decision:
@@ -90,8 +85,7 @@ class RoleBalancer(_LoadController):
         decode = [worker for worker in view.workers if worker.plan.role == DECODE]
         if not prefill or not decode:
             return None
-        waiting = sum(job.target for job in view.backlog.jobs() if not job.late)
-        prefill_load = self._prefill_load(prefill, waiting)
+        prefill_load = self._prefill_load(prefill, view.backlog_tokens)
         decode_load = max(map(self._decode_load, decode))
         low, high = self._limits.low, self._limits.high
         moved, role = None, ""
@@ -109,10 +103,10 @@ class RoleBalancer(_LoadController):
         )
         return _decision(now_s, view, plan, loads)
 
-    def _units(self, workers: Sequence[Worker]) -> dict[int, list[Worker]]:
+    def _units(self, workers: Sequence[WorkerView]) -> dict[int, list[WorkerView]]:
         """The instances of a role by unit."""
         size = max(self._tps) if self._tps else workers[0].tp
-        found: dict[int, list[Worker]] = {}
+        found: dict[int, list[WorkerView]] = {}
         for worker in workers:
             found.setdefault(worker.plan.devices[0] // size, []).append(worker)
         return found
@@ -125,17 +119,17 @@ class RoleBalancer(_LoadController):
         kept = [instance for instance in plan.instances if instance not in instances]
         return CellPlan(tuple(sorted((*kept, *new), key=lambda i: (i.devices[0], i.devices))))
 
-    def _prefill_load(self, workers: Sequence[Worker], waiting: int) -> float:
+    def _prefill_load(self, workers: Sequence[WorkerView], waiting: int) -> float:
         tokens = (waiting + sum(worker.prefill_left for worker in workers)) // len(workers)
         return self._cost.prefill_s(workers[0].tp, tokens) / self._ttft_s if tokens else 0.0
 
-    def _decode_load(self, worker: Worker) -> float:
-        count = len(worker.decoding)
+    def _decode_load(self, worker: WorkerView) -> float:
+        count = worker.decoding
         if not count:
             return 0.0
-        tightest = worker.tightest_tpot_s()
+        tightest = worker.tightest_tpot_s
         step = self._cost.step_s(worker.tp, count, worker.context) / tightest if tightest < math.inf else 0.0
-        return max(step, worker.used_blocks / worker.capacity_blocks)
+        return max(step, worker.used_share)
 
 
 def _spared(load: float, units: int) -> float:
@@ -172,7 +166,7 @@ class AllOrNothing(_LoadController):
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         """Compares the requests in the cell with its two limits."""
-        load = (len(view.backlog) + sum(worker.jobs for worker in view.workers)) / view.num_devices
+        load = (view.backlog + sum(worker.jobs for worker in view.workers)) / view.num_devices
         spread, joined = self._plans
         choice = spread if load > self._limits.up else joined if load < self._limits.down else view.plan
         return _decision(now_s, view, choice, f"{load:.1f} requests per device")

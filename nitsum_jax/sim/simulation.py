@@ -7,15 +7,15 @@ its arguments: two of the same agree bit for bit.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import tqdm
 
 from nitsum_jax.control.cell import MAX_BATCH, ModelWorker, Run, Span
-from nitsum_jax.control.controller import CellView, Controller
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import Controller
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.estimate import WorkloadEstimator
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planner import Decision
@@ -204,8 +204,6 @@ class _Driver:
         self.cell.device_put = policy.device_put
         self.cell.on_switch = self.switched
         self.controller = policy.controller() if policy.controller is not None else None
-        # What a server would know of output lengths: those of the requests that have ended.
-        self.lengths = WorkloadEstimator(self.by_name)
         self.urgent = False
         self.compiled = {instance.devices for instance in policy.plan.instances}
 
@@ -256,13 +254,13 @@ class _Driver:
         tier = self.by_name[request.tier]
         job = Job(str(number), tier, request.arrival_s, request.prompt_tokens, request.output_tokens)
         if self.controller is not None:
-            self.controller.arrived(request.arrival_s, job)
+            self.controller.arrived(request.arrival_s, JobView.of(job))
         self.cell.add(job)
         self._look()
 
     def _look(self) -> None:
         """Lets the controller tick between its intervals if it finds that urgent."""
-        if self.controller is not None and not self.urgent and self.controller.urgent(self.cell.now_s):
+        if self.controller is not None and not self.urgent and self.controller.urgent(self.cell.now_s, self._late):
             self.urgent = True
             self.cell.at(self.cell.now_s, self._tick)
 
@@ -273,7 +271,9 @@ class _Driver:
         if cell.switching:
             return
         cell.settle()
-        view = CellView(cell.plan, cell.workers, self.scheduler.backlog, self.num_devices, allowed=self.policy.allowed)
+        view = CellView.of(
+            cell.plan, self.num_devices, cell.workers, self.scheduler.backlog, allowed=self.policy.allowed
+        )
         decision = self.controller.tick(cell.now_s, view)
         if decision is None:
             return
@@ -284,6 +284,11 @@ class _Driver:
             fresh = {instance.devices for instance in decision.choice.instances} - self.compiled
             self.compiled |= fresh
             cell.switch(decision.choice, self.compile_s if fresh else 0.0)
+
+    def _late(self, ids: Collection[str]) -> int:
+        """How many of these requests are alive and late."""
+        alive = self.cell.alive
+        return sum(alive[name].late for name in ids if name in alive)
 
     def _missed(self) -> int:
         """Requests that have missed their targets for certain."""
@@ -302,10 +307,9 @@ class _Driver:
 
     def finished(self, job: Job) -> None:
         self.outcome.finished.append(job)
-        self.lengths.finished(self.cell.now_s, job.tier.name, job.output_tokens)
-        self.scheduler.expect_output(job.tier.name, self.lengths.output(job.tier.name))
+        self.scheduler.ended(job)
         if self.controller is not None:
-            self.controller.finished(self.cell.now_s, job)
+            self.controller.finished(self.cell.now_s, JobView.of(job))
             self._look()
         if self.log is not None:
             self.log.finished(job)

@@ -2,10 +2,13 @@
 
 import itertools
 import random
+from collections.abc import Collection
 
 import pytest
 
-from nitsum_jax.control.controller import AdaptiveController, CellView, ControllerConfig
+from nitsum_jax.control.backlog import Backlog
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, homogeneous
@@ -20,6 +23,10 @@ COST = CostModel(roofline_profile())
 CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=4), Tier("code", ttft_ms=2000, tpot_ms=100)
 
 
+def nobody(ids: Collection[str]) -> int:
+    return 0
+
+
 class Run:
     """A cell under a load, with a controller or without."""
 
@@ -32,7 +39,7 @@ class Run:
         self.cell.on_switch = self.switches.append
         self.controller = controller
         if controller:
-            self.cell.on_finish = lambda job: controller.finished(self.cell.now_s, job)
+            self.cell.on_finish = lambda job: controller.finished(self.cell.now_s, JobView.of(job))
 
     def step(self, worker: Worker, *_: object) -> None: ...
 
@@ -45,10 +52,13 @@ class Run:
 
     def tick(self, now_s: float) -> None:
         assert self.controller
-        view = CellView(self.cell.plan, self.cell.workers, self.scheduler.backlog, 8)
+        view = CellView.of(self.cell.plan, 8, self.cell.workers, self.scheduler.backlog)
         decision = self.controller.tick(now_s, view)
         if decision and decision.switch:
             self.cell.switch(decision.choice)
+
+    def count_late(self, ids: Collection[str]) -> int:
+        return sum(self.cell.alive[name].late for name in ids if name in self.cell.alive)
 
     def play(self, arrivals: list[tuple[float, Tier, int, int]]) -> None:
         tick_s = 0.0
@@ -59,11 +69,11 @@ class Run:
                     self.tick(tick_s)
                 tick_s -= self.controller.interval_s
             self.cell.run_until(time_s)
-            if self.controller and self.controller.urgent(time_s):
+            if self.controller and self.controller.urgent(time_s, self.count_late):
                 self.tick(time_s)
             job = Job(str(i), tier, time_s, prompt, output)
             if self.controller:
-                self.controller.arrived(time_s, job)
+                self.controller.arrived(time_s, JobView.of(job))
             self.cell.add(job)
         self.cell.run_until(float("inf"))
 
@@ -106,36 +116,50 @@ def test_misses_bring_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     for i in range(20):
         job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
-        controller.arrived(6.0, job)
-        controller.finished(6.0, job)
-    assert controller.urgent(6.0)
-    controller.tick(6.0, CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8))
-    assert not controller.urgent(6.5)
+        controller.arrived(6.0, JobView.of(job))
+        controller.finished(6.0, JobView.of(job))
+    assert controller.urgent(6.0, nobody)
+    controller.tick(6.0, CellView(homogeneous(8, 1), 8))
+    assert not controller.urgent(6.5, nobody)
 
 
 def test_requests_that_are_given_up_bring_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
-    jobs = [Job(str(i), CHAT, 6.0, 100, 10) for i in range(20)]
+    for i in range(20):
+        controller.arrived(6.0, JobView.of(Job(str(i), CHAT, 6.0, 100, 10)))
+    late: set[str] = set()
+
+    def count_late(ids: Collection[str]) -> int:
+        return len(late.intersection(ids))
+
+    assert not controller.urgent(6.0, count_late)
+    late.update(map(str, range(5)))
+    assert not controller.urgent(6.1, count_late)  # it looks a few times a second
+    assert controller.urgent(6.5, count_late)
+
+
+def test_who_was_late_and_has_ended_still_counts() -> None:
+    controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(urgent_share=0.2))
+    jobs = [Job(str(i), CHAT, 6.0, 100, 10, first_token_s=6.1, finish_s=6.1, late=i < 3) for i in range(20)]
     for job in jobs:
-        controller.arrived(6.0, job)
-    assert not controller.urgent(6.0)
-    for job in jobs[:5]:
-        job.late = True
-    assert not controller.urgent(6.1)  # it looks a few times a second
-    assert controller.urgent(6.5)
+        controller.arrived(6.0, JobView.of(job))
+    for job in jobs[:3]:
+        controller.finished(6.2, JobView.of(job))
+    assert not controller.urgent(6.5, nobody)
+    assert controller.urgent(7.0, lambda ids: 2)  # 3 of 20 that have ended, 2 that are there
 
 
 def test_a_change_of_the_load_brings_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
-    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    view = CellView(homogeneous(8, 1), 8)
     for i in range(100):
-        controller.arrived(i / 5, Job(f"a{i}", CHAT, i / 5, 100, 10))
+        controller.arrived(i / 5, JobView.of(Job(f"a{i}", CHAT, i / 5, 100, 10)))
     controller.tick(20.0, view)
     urgent_s = []
     for i in range(200):
         now_s = 20 + i / 50
-        controller.arrived(now_s, Job(f"b{i}", CHAT, now_s, 100, 10))
-        if controller.urgent(now_s):
+        controller.arrived(now_s, JobView.of(Job(f"b{i}", CHAT, now_s, 100, 10)))
+        if controller.urgent(now_s, nobody):
             urgent_s.append(now_s)
     assert urgent_s
     assert urgent_s[0] < 24
@@ -145,20 +169,20 @@ def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(warm_up_s=10.0))
     for i in range(20):
         job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
-        controller.arrived(6.0, job)
-        controller.finished(6.0, job)
-    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+        controller.arrived(6.0, JobView.of(job))
+        controller.finished(6.0, JobView.of(job))
+    view = CellView(homogeneous(8, 1), 8)
     assert controller.tick(6.0, view) is None  # too early for a decision
-    assert controller.urgent(10.0)
+    assert controller.urgent(10.0, nobody)
     assert controller.tick(10.0, view) is not None
-    assert not controller.urgent(11.5)
+    assert not controller.urgent(11.5, nobody)
 
 
 def test_the_planner_is_told_how_many_requests_an_instance_holds() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     plan = homogeneous(8, 4)
     workers = [Worker(i, instance, 100_000, 16, 32) for i, instance in enumerate(plan.instances)]
-    view = CellView(plan, workers, Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    view = CellView.of(plan, 8, workers, Backlog())
     assert controller.inputs(1.0, view).max_batch == 32
 
 
@@ -172,15 +196,15 @@ def test_who_has_planned_a_lot_is_thrifty_until_the_load_changes() -> None:
 
     config = ControllerConfig(work_rate=100.0, work_saved=1800.0, work_owed=2000.0)
     controller = AdaptiveController(COST, (CHAT, CODE), config=config, decide=decide)
-    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE)).backlog, 8)
+    view = CellView(homogeneous(8, 1), 8)
 
     def play(start_s: float, rate: int, seconds: int) -> None:
         for i in range(rate * seconds):
             now_s = start_s + i / rate
             job = Job(f"{now_s}", CHAT, now_s - 5, 100, 10, generated=10, first_token_s=now_s - 1, finish_s=now_s)
-            controller.arrived(now_s, job)
-            controller.finished(now_s, job)  # it missed its target, as they all do
-            if controller.urgent(now_s) or i % (5 * rate) == 0:
+            controller.arrived(now_s, JobView.of(job))
+            controller.finished(now_s, JobView.of(job))  # it missed its target, as they all do
+            if controller.urgent(now_s, nobody) or i % (5 * rate) == 0:
                 controller.tick(now_s, view)
 
     play(0.0, 20, 120)
@@ -202,12 +226,12 @@ def test_who_has_planned_a_lot_is_thrifty_until_the_load_changes() -> None:
 def test_replays_are_made_of_what_came_since_the_load_changed() -> None:
     batch = Tier("batch", ttft_ms=60_000, tpot_ms=1000)  # nobody uses it, which says nothing of the others
     controller = AdaptiveController(COST, (CHAT, CODE, batch))
-    view = CellView(homogeneous(8, 1), [], Scheduler(COST, (CHAT, CODE, batch)).backlog, 8)
+    view = CellView(homogeneous(8, 1), 8)
     for i in range(100):
-        controller.arrived(i / 5, Job(f"a{i}", CHAT, i / 5, 100, 10))
+        controller.arrived(i / 5, JobView.of(Job(f"a{i}", CHAT, i / 5, 100, 10)))
     for i in range(400):
         now_s = 20 + i / 50
-        controller.arrived(now_s, Job(f"b{i}", CODE, now_s, 3000, 10))
+        controller.arrived(now_s, JobView.of(Job(f"b{i}", CODE, now_s, 3000, 10)))
     inputs = controller.inputs(28.0, view)
     before = [arrival.tier for arrival in inputs.recent if arrival.time_s < 20]
     # Only chat came then; those since the change (and from the second in which it was found) stand there again.

@@ -266,3 +266,34 @@ def test_everybody_ends_in_a_split_however_crowded_it_is(rate: float) -> None:
     serve(cell, jobs)
     assert len(steps.done) == len(jobs)
     assert not cell.alive
+
+
+def test_late_requests_give_up_their_cache_first_and_then_who_came_last() -> None:
+    early, last, late = Job("a", CHAT, 0.0, 100), Job("b", CHAT, 2.0, 100), Job("c", CHAT, 1.0, 100, late=True)
+    assert Scheduler.victim([early, last, late]) is late
+    assert Scheduler.victim([early, last]) is last
+
+
+def test_who_finds_no_instance_is_looked_at_when_others_may_take_it_and_when_it_is_late() -> None:
+    scheduler = _scheduler(SchedulerConfig(spill_after=0.5))
+    one = Job("a", CHAT, 0.0, 500)
+    scheduler.admit(one, 0.0)
+    spill_s, late_s = scheduler.wakes(one, 0.0)
+    assert (spill_s, late_s) == pytest.approx((one.latest_start_s / 2, one.latest_start_s), abs=1e-5)
+    assert late_s > one.latest_start_s  # at that time itself it could still begin
+    assert scheduler.wakes(one, spill_s) == [late_s]
+    one.late = True
+    assert scheduler.wakes(one, 0.0) == []  # it waits for room alone
+
+
+def test_outputs_are_expected_to_be_as_those_that_ended_unless_somebody_says_otherwise() -> None:
+    scheduler = _scheduler()
+    for number in range(40):
+        scheduler.ended(Job(str(number), CHAT, 0.0, 100, generated=20 + 20 * (number % 2)))
+    came = Job("a", CHAT, 0.0, 100), Job("b", CODE, 0.0, 100)
+    for job_ in came:
+        scheduler.admit(job_, 0.0)
+    assert [job_.expected_output for job_ in came] == [30, 128]  # nobody of the other tier has ended
+    scheduler.expect_output(CHAT.name, 77)
+    scheduler.ended(Job("c", CHAT, 0.0, 100, generated=1000))
+    assert scheduler.expected_output(CHAT.name) == 77

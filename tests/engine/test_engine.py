@@ -46,6 +46,12 @@ def harness(shared: Harness) -> Iterator[Harness]:
     shared.assert_balanced()
 
 
+def test_what_the_engine_is_asked_is_answered_on_its_thread(harness: Harness) -> None:
+    assert harness.engine.ask(lambda: threading.current_thread().name).result(10) == "nitsum-engine"
+    with pytest.raises(ZeroDivisionError):  # the asker's fault stays the asker's
+        harness.engine.ask(lambda: 1 // 0).result(10)
+
+
 # ---- answers
 
 

@@ -5,12 +5,14 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from nitsum_jax.engine.progress import CompileProgress, LayoutProgress, Making
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 
+T = TypeVar("T")
 Script = Callable[[Request], Sequence[int]]
 PAGE = 16
 
@@ -202,6 +204,11 @@ class FakeEngine:
 
     def lost_devices(self) -> tuple[int, ...]:
         return tuple(sorted(self._lost))
+
+    def ask(self, call: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        answer.set_result(call())
+        return answer
 
     def context_limit(self) -> int:
         return min(self._context, self._blocks_total * PAGE)

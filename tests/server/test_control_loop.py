@@ -4,14 +4,15 @@ import concurrent.futures
 import json
 import pathlib
 import random
+import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
 
 import pytest
 
-from nitsum_jax.control.backlog import Backlog
-from nitsum_jax.control.controller import CellView, ControllerConfig
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import ControllerConfig
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, homogeneous
@@ -19,6 +20,7 @@ from nitsum_jax.control.planner import PlanInputs, Planner
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.server import control_loop
 from nitsum_jax.server.control_loop import ControlLoop, Listener, Mode
 from nitsum_jax.server.decision_log import DecisionLog
 from nitsum_jax.server.journal import Journal
@@ -27,6 +29,7 @@ from tests.control.profiles import roofline_profile
 
 COST = CostModel(roofline_profile())
 CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100)
+T = TypeVar("T")
 CONFIG = ControllerConfig(interval_s=0.1, warm_up_s=0.2, dwell_s=0.0)
 
 
@@ -45,6 +48,9 @@ class FakeEngine:
         self.lost: tuple[int, ...] = ()
         self.refuses: Exception | None = None
         self.calls = 0
+        self.answers = True
+        self.unanswered = 0
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "engine")
         self.device_names = tuple(f"device {i}" for i in range(8))
 
     def set_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
@@ -59,6 +65,12 @@ class FakeEngine:
 
     def prepare_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
         self.prepared.append(layout)
+        return concurrent.futures.Future()
+
+    def ask(self, call: Callable[[], T]) -> "concurrent.futures.Future[T]":
+        if self.answers:
+            return self.thread.submit(call)
+        self.unanswered += 1
         return concurrent.futures.Future()
 
     def allowed_layouts(self) -> tuple[str, ...]:
@@ -76,16 +88,19 @@ class FakeScheduling:
     def __init__(self, engine: FakeEngine) -> None:
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
-        self.learns_outputs = True
+        self.seen_on: set[str] = set()  # threads
         self._engine = engine
 
     def now_s(self) -> float:
         return time.monotonic()
 
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
-        return CellView(self._engine.plan, (), Backlog(), num_devices, lost, allowed)
+        self.seen_on.add(threading.current_thread().name)
+        return CellView(self._engine.plan, num_devices, lost=lost, allowed=allowed)
 
-    def expect_output(self, tier: str, tokens: float) -> None: ...
+    def count_late(self, ids: Collection[str]) -> int:
+        self.seen_on.add(threading.current_thread().name)
+        return 0
 
     def tight_chat(self, rate: float = 60.0, seconds: float = 2.0) -> None:
         """Requests as of the last seconds, all at once."""
@@ -94,9 +109,9 @@ class FakeScheduling:
             job = Job(str(i), CHAT, now, generator.randint(200, 1500), 150, generated=150)
             job.first_token_s, job.finish_s = now + 0.1, now + 0.9
             for listener in self.arrived_listeners:
-                listener(now, job)
+                listener(now, JobView.of(job))
             for listener in self.finished_listeners:
-                listener(now, job)
+                listener(now, JobView.of(job))
 
 
 def in_process(loop: ControlLoop) -> None:
@@ -114,8 +129,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
+def engine() -> Iterator[FakeEngine]:
+    fake = FakeEngine()
+    yield fake
+    fake.thread.shutdown()
 
 
 @pytest.fixture
@@ -153,6 +170,28 @@ def test_it_changes_a_layout_that_is_too_slow(engine: FakeEngine, scheduling: Fa
     assert told.decision is not None
     assert "predicted to meet" in told.decision["reason"]
     wait_for(lambda: engine.prepared)  # likely next ones are compiled ahead
+
+
+def test_the_cell_is_looked_at_on_the_engines_thread_alone(
+    engine: FakeEngine, scheduling: FakeScheduling, start: Start
+) -> None:
+    start(Mode.ON)
+    scheduling.tight_chat()
+    wait_for(lambda: engine.asked)
+    assert scheduling.seen_on == {"engine_0"}
+
+
+def test_an_engine_that_is_busy_for_long_gets_no_decision(
+    engine: FakeEngine, scheduling: FakeScheduling, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_loop, "_ENGINE_S", 0.05)
+    engine.answers = False
+    loop = start(Mode.ON)
+    scheduling.tight_chat()
+    wait_for(lambda: engine.unanswered > 1)
+    assert loop.explain().decision is None
+    engine.answers = True
+    wait_for(lambda: engine.asked)  # and it goes on once the engine answers
 
 
 def test_advice_is_given_and_not_followed(engine: FakeEngine, scheduling: FakeScheduling, start: Start) -> None:

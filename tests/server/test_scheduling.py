@@ -1,6 +1,7 @@
 """Scheduling by tiers over real instances and sequences, under a virtual clock and a profile's step times."""
 
 import collections
+import dataclasses
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from nitsum_jax.control.cell import CellModel
+from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job, met
 from nitsum_jax.control.plan import CellPlan, InstancePlan
@@ -137,13 +139,19 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
         scheduling.keep_for(
             CellPlan((InstancePlan((0, 1, 2, 3), tiers=("tight",)), InstancePlan((4, 5, 6, 7), tiers=("relaxed",))))
         )
-        scheduling.finished_listeners.append(lambda now, job: seen[job.tier.name].update(job.instances))
+        seated = scheduling.seated
+
+        def note(sequence: Live, instance: Instance, now_s: float) -> None:
+            seen[sequence.request.tier].add(instance.spec.devices[0])
+            seated(sequence, instance, now_s)
+
+        scheduling.seated = note  # type: ignore[method-assign]
         return scheduling
 
     outcome = Outcome(policy_of, load(4, 5), layout="tp4x2")
     assert isinstance(outcome.cell.policy, TieredScheduling)
     assert [plan.tiers for plan in outcome.cell.policy.plan().instances] == [("tight",), ("relaxed",)]
-    assert seen == {"tight": {0}, "relaxed": {1}}
+    assert seen == {"tight": {0}, "relaxed": {4}}
 
 
 def _held(there: object, sequence: Live, instance: object) -> int:
@@ -214,8 +222,32 @@ def test_who_comes_with_a_switch_to_an_instance_that_only_prefills_does_not_slow
     for sequence in successor.rows.values():
         sequence.home = successor
     scheduling.relaid([successor, decoder], 1.0)
-    worker = scheduling.view(8).workers[0]
-    assert (len(worker.decoding), len(worker.outgoing)) == (0, 1)
-    (job,) = worker.outgoing.values()
-    scheduling.moved(scheduling._sequences[job.id], successor, decoder)
-    assert (worker.jobs, len(scheduling.view(8).workers[1].decoding)) == (0, 1)
+    here, there = scheduling.view(8).workers
+    assert (here.jobs, here.decoding, there.jobs) == (1, 0, 0)  # it waits to go on
+    (sequence,) = scheduling._sequences.values()
+    scheduling.moved(sequence, successor, decoder)
+    here, there = scheduling.view(8).workers
+    assert (here.jobs, there.decoding) == (0, 1)
+
+
+def test_what_other_threads_are_given_of_requests_and_instances_does_not_change_any_more() -> None:
+    cell: FakeCell
+    scheduling = TieredScheduling(TIERS, COST, 100, clock=lambda: cell.now_s)
+    views: list[CellView] = []
+    told: list[JobView] = []
+
+    def arrived(now_s: float, job: JobView) -> None:
+        told.append(job)
+        views.append(scheduling.view(8))
+
+    scheduling.arrived_listeners.append(arrived)
+    scheduling.finished_listeners.append(lambda _, job: told.append(job))
+    cell = FakeCell(lambda clock: scheduling, COST, "tp8", 4000)
+    cell.add(0.0, 300, 50, "tight")
+    cell.run()
+    came, ended = told
+    (view,) = views
+    assert (came.generated, ended.generated, ended.met) == (0, 50, True)
+    assert [job.id for job in view.waiting] == [came.id]  # as it was when it came, though it has ended by now
+    assert (view.backlog, view.backlog_tokens, scheduling.view(8).backlog) == (1, 300, 0)
+    assert hash(view) == hash(dataclasses.replace(view))  # all of it is immutable

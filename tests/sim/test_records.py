@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.controller import AdaptiveController, CellView
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import AdaptiveController
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.planner import PlanInputs, PlannerConfig
-from nitsum_jax.control.scheduler import Scheduler
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.logs import LogFolder, read_folder, request_record
 from nitsum_jax.sim.records import (
@@ -160,11 +160,11 @@ def test_a_run_writes_the_same_bytes_twice(tmp_path: pathlib.Path) -> None:
 
 def test_a_decision_can_be_made_again_from_the_log(tmp_path: pathlib.Path) -> None:
     cost = cost_model()
-    scheduler = Scheduler(cost, tuple(TIERS))
     controller = AdaptiveController(cost, TIERS, planner=PlannerConfig(satisfied=1.1))  # all plans are compared
     for i, r in enumerate(workload(seconds=10).requests):
-        controller.arrived(r.arrival_s, Job(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens))
-    decision = controller.tick(10.0, CellView(MIXED, [], scheduler.backlog, DEVICES))
+        job = Job(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens)
+        controller.arrived(r.arrival_s, JobView.of(job))
+    decision = controller.tick(10.0, CellView(MIXED, DEVICES))
     assert decision is not None
     with LogFolder(tmp_path) as log:
         log.decided(decision)

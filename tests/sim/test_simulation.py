@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from nitsum_jax.control.controller import CellView
+from nitsum_jax.control.cell_view import CellView, JobView
+from nitsum_jax.control.controller import CountLate
 from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, InstancePlan, homogeneous
 from nitsum_jax.control.planner import Decision, PlanInputs
 from nitsum_jax.control.tiers import TierSet
@@ -36,17 +36,14 @@ class _InTurn:
         self._plans = list(plans)
         self.heard: list[tuple[str, float]] = []
 
-    def arrived(self, now_s: float, job: Job) -> None:
+    def arrived(self, now_s: float, job: JobView) -> None:
         self.heard.append(("arrived", now_s))
 
-    def finished(self, now_s: float, job: Job) -> None:
+    def finished(self, now_s: float, job: JobView) -> None:
         self.heard.append(("finished", now_s))
 
-    def urgent(self, now_s: float) -> bool:
+    def urgent(self, now_s: float, count_late: CountLate) -> bool:
         return False
-
-    def expected_output(self, tier: str) -> float:
-        return 100.0
 
     def tick(self, now_s: float, view: CellView) -> Decision | None:
         if not self._plans:
