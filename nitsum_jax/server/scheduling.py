@@ -106,7 +106,6 @@ class TieredScheduling:
     def begin(self, tiers: TierSet) -> None:
         """Forgets what earlier requests taught, and takes new targets for the same tiers; while no request is alive."""
         self._tiers = tiers
-        self._outputs.clear()
         self.scheduler = Scheduler(self.cost, tuple(tiers), self._config)
 
     def now_s(self) -> float:
