@@ -145,7 +145,7 @@ class CellModel:
     def __init__(
         self,
         cost: CostModel,
-        scheduler: Scheduler,
+        scheduler: "Scheduler[ModelWorker]",
         plan: CellPlan,
         *,
         recorder: Recorder,
@@ -231,7 +231,6 @@ class CellModel:
         self.settle()
         worker = self.scheduler.first_worker(job, self.workers, self.now_s)
         if worker is not None:
-            assert isinstance(worker, ModelWorker)
             self.scheduler.backlog.remove(job)
             self._seat(worker, job)
             self.nudge(worker)
@@ -255,7 +254,6 @@ class CellModel:
         self.settle()
         while (placed := self.scheduler.place_late(self.workers, self.now_s)) is not None:
             job, worker = placed
-            assert isinstance(worker, ModelWorker)
             self._seat(worker, job)
             if worker is not beginning:
                 self.nudge(worker)
@@ -406,7 +404,6 @@ class CellModel:
         if target is None:
             self.strand(job)
             return
-        assert isinstance(target, ModelWorker)
         target.reserve(job)
         target.incoming += 1
         source.sending += 1

@@ -49,7 +49,6 @@ class CorrectedCost(CostModel):
           weight: of a new measurement in the mean, once there are many.
         """
         super().__init__(profile)
-        self.version = 0
         self._weight = weight
         self._decode = {tp: _Ratio() for tp in self.tps}
         self._prefill = {tp: _Ratio() for tp in self.tps}
@@ -93,6 +92,10 @@ class CorrectedCost(CostModel):
                 self._decode[tp] = _Ratio(math.log(decode), _TRUSTED)
                 self._prefill[tp] = _Ratio(math.log(prefill), _TRUSTED)
         self._ratios.clear()
+
+    def learnt(self) -> dict[int, tuple[float, float]]:
+        """The ratios of every TP."""
+        return {tp: self.ratios(tp) for tp in self.tps}
 
     def ratios(self, tp: int) -> tuple[float, float]:
         """Measured over predicted seconds of decoding and of prompts; those of the nearest TP that was measured."""

@@ -26,6 +26,7 @@ class CostModel:
       profile: what it reads.
       tps: TPs that the profile has, ascending.
       page_size: tokens in a KV block.
+      version: grows when predictions have changed so much that what was worked out from them is stale; here never.
     """
 
     def __init__(self, profile: Profile) -> None:
@@ -34,6 +35,16 @@ class CostModel:
         self.page_size = profile.page_size
         self._steps = _ByTp(profile)
         self._mixed = profile.mixed_steps
+        self.version = 0
+
+    def observe(
+        self, tp: int, seconds: float, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """Told what a step took.  This model does nothing with it: it stays with its profile (see `CorrectedCost`)."""
+
+    def learnt(self) -> dict[int, tuple[float, float]]:
+        """Per TP, measured over predicted seconds of decoding and of prompts; empty here, where nothing is learnt."""
+        return {}
 
     def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()) -> float:
         """Seconds of one step; 0 if there is nothing to do.

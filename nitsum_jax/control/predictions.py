@@ -5,6 +5,7 @@ Pure: everything follows from the cost model and what the instance holds.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
@@ -16,6 +17,8 @@ from nitsum_jax.control.worker import Worker
 
 REACH = 0.96
 """Share of its time per token that a request alone in an instance may take to be in time there."""
+
+W = TypeVar("W", bound=Worker)
 
 
 class Predictions:
@@ -125,9 +128,7 @@ class Predictions:
         tps = {worker.tp for worker in workers if worker.takes_decodes}
         return {tp for tp in tps if self.cost.step_s(tp, 1, job.target) <= most_s}
 
-    def reachable(
-        self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
-    ) -> bool:
+    def reachable(self, job: Job, workers: Sequence[W], now_s: float, held: Mapping[W, int] | None = None) -> bool:
         """Whether some instance could meet a request's targets if nobody decoded there; in a switch, yes.
 
         Args:

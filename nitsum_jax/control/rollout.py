@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from nitsum_jax.control.cell import MAX_BATCH, CellModel
+from nitsum_jax.control.cell import MAX_BATCH, CellModel, ModelWorker
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
 from nitsum_jax.control.job import Job
@@ -110,7 +110,7 @@ def rollout(
       max_batch: most requests of an instance.
     """
     known = {tier.name: tier for tier in tiers}
-    scheduler = Scheduler(cost, tuple(known.values()))
+    scheduler: Scheduler[ModelWorker] = Scheduler(cost, tuple(known.values()))
     for load in loads:
         scheduler.expect_output(load.tier, load.output)
     first = len(arrivals) // 4

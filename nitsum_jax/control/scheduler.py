@@ -23,6 +23,7 @@ Pure: times come in, decisions go out.
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 from nitsum_jax.control.backlog import Backlog
 from nitsum_jax.control.chunks import Chunk, Chunks
@@ -40,9 +41,14 @@ from nitsum_jax.control.worker import Worker
 
 _JUST_AFTER_S = 1e-6
 
+W = TypeVar("W", bound=Worker)
 
-class Scheduler:
-    """The policy of one cell; it keeps the backlog, and what it has learnt of output lengths."""
+
+class Scheduler(Generic[W]):
+    """The policy of one cell, whose instances are all of one kind of worker.
+
+    It keeps the backlog, and what it has learnt of output lengths.
+    """
 
     def __init__(self, cost: CostModel, tiers: Sequence[Tier], config: SchedulerConfig = SchedulerConfig()):
         """Makes a scheduler for these tiers."""
@@ -112,8 +118,8 @@ class Scheduler:
         return max(jobs, key=lambda job: (job.late, job.arrival_s, job.id))
 
     def first_worker(
-        self, job: Job, workers: Sequence[Worker], now_s: float, held: Mapping[Worker, int] | None = None
-    ) -> Worker | None:
+        self, job: Job, workers: Sequence[W], now_s: float, held: Mapping[W, int] | None = None
+    ) -> W | None:
         """The instance that should take a request that has just come, if one should take it now.
 
         Args:
@@ -124,7 +130,8 @@ class Scheduler:
         """
         held = held or {}
         most = max(held.values(), default=0)
-        best, best_score = None, (math.inf, math.inf, math.inf)
+        best: W | None = None
+        best_score = (math.inf, math.inf, math.inf)
         rank = urgency(job)
         for worker in workers:
             before = self._turn(worker)
@@ -186,7 +193,7 @@ class Scheduler:
             other.late = True
         return True
 
-    def place_late(self, workers: Sequence[Worker], now_s: float) -> tuple[Job, Worker] | None:
+    def place_late(self, workers: Sequence[W], now_s: float) -> tuple[Job, W] | None:
         """Takes a late request out of the backlog, and says which instance takes it: where it ends first.
 
         It goes to no instance where it would cost a request in time a target, unless it has waited for its patience
@@ -362,7 +369,7 @@ class Scheduler:
         """Where those go whose instances a switch takes away; None: computed again (see `placement`)."""
         return seats(self.cost, travellers, instances, room)
 
-    def decode_worker(self, job: Job, workers: Sequence[Worker], now_s: float) -> Worker | None:
+    def decode_worker(self, job: Job, workers: Sequence[W], now_s: float) -> W | None:
         """Where a request whose prompt is computed should decode; None if it should stay where it is for now.
 
         That is so where there is no room, and where a step with it would take longer than those in time allow: it
@@ -404,9 +411,10 @@ class Scheduler:
                 count += 1
         return ahead >= self.config.decode_ahead * count
 
-    def _least_loaded(self, job: Job, workers: Sequence[Worker]) -> tuple[Worker | None, float, float]:
+    def _least_loaded(self, job: Job, workers: Sequence[W]) -> tuple[W | None, float, float]:
         """The instance that suits best for decoding, how full a step with the request is there, and its seconds."""
-        best, best_score = None, (math.inf,) * 4
+        best: W | None = None
+        best_score: tuple[float, ...] = (math.inf,) * 4
         best_load = best_s = 0.0
         for worker in workers:
             if not worker.takes_decodes or len(worker.decoding) >= worker.max_batch:

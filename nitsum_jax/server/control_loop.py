@@ -21,7 +21,6 @@ from typing import Any, Protocol, TypeVar
 
 from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.controller import AdaptiveController, ControllerConfig
-from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.plan import CellPlan, place
 from nitsum_jax.control.planner import Decision, PlanInputs, PlannerConfig
@@ -277,8 +276,7 @@ class ControlLoop:
             return None
 
     def _ask(self, inputs: PlanInputs) -> Decision | None:
-        if isinstance(self._cost, CorrectedCost):
-            self._ratios = {tp: self._cost.ratios(tp) for tp in self._cost.tps}
+        self._ratios = self._cost.learnt() or None
         start = time.monotonic()
         try:
             decision = self._process.decide(inputs, self._ratios)

@@ -19,7 +19,6 @@ from collections.abc import Sequence as Seq
 
 from nitsum_jax.control import placement
 from nitsum_jax.control.cell_view import CellView, JobView
-from nitsum_jax.control.corrected_cost import CorrectedCost
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
@@ -66,7 +65,7 @@ class TieredScheduling:
 
         Args:
           tiers: those that requests may name.
-          cost: a `CorrectedCost` learns from the engine's steps.
+          cost: told what the engine's steps take.
           capacity: most requests that may wait.
           admitted: told id and time of every request that an instance takes, on the engine's thread.
           time_scale: seconds of the engine's clock for one of the tiers and the cost model (see `engine.pacing`).
@@ -78,7 +77,7 @@ class TieredScheduling:
         self.capacity = capacity
         self.cost = cost
         self._config = config
-        self.scheduler = Scheduler(cost, tuple(tiers), config)
+        self.scheduler: Scheduler[LiveWorker] = Scheduler(cost, tuple(tiers), config)
         self.arrived_listeners: list[Listener] = []
         self.finished_listeners: list[Listener] = []
         self._tiers = tiers
@@ -179,13 +178,13 @@ class TieredScheduling:
             job = self._offered.popleft()
             held = self._held(self._sequences[job.id], room)
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
-            if worker is None or not room.fits(self._sequences[job.id], self._live(worker).instance):
+            if worker is None or not room.fits(self._sequences[job.id], worker.instance):
                 for time_s in self.scheduler.wakes(job, now):
                     heapq.heappush(self._wakes, time_s)
                 self._look_for_late = True
                 continue
             self.scheduler.backlog.remove(job)
-            return self._sequences[job.id], self._live(worker).instance
+            return self._sequences[job.id], worker.instance
         while self._stale:
             live = next(iter(self._stale))
             found = self.scheduler.pull(live, now) if live.instance in self._workers else None
@@ -203,14 +202,14 @@ class TieredScheduling:
         placed = self.scheduler.place_late(tuple(self._workers.values()), now)
         if placed is not None:
             job, worker = placed
-            sequence, instance = self._sequences[job.id], self._live(worker).instance
+            sequence, instance = self._sequences[job.id], worker.instance
             if room.fits(sequence, instance):
                 return sequence, instance
             self.scheduler.backlog.push(job)
         self._look_for_late = False
         return None
 
-    def _held(self, sequence: Sequence, room: Room) -> dict[Worker, int]:
+    def _held(self, sequence: Sequence, room: Room) -> dict[LiveWorker, int]:
         """Tokens of a sequence's beginning that lie at instances which could take it."""
         workers = [worker for worker in self._workers.values() if worker.takes_prompts]
         if len(workers) < 2:
@@ -275,7 +274,7 @@ class TieredScheduling:
         return PrefillChoice(self._sequences[job.id], tokens, joined=worker.begun)
 
     def _compose(self, worker: LiveWorker, instance: Instance) -> None:
-        if isinstance(self.cost, CorrectedCost) and self.cost.version != self._version:
+        if self.cost.version != self._version:
             self._version = self.cost.version
             self.scheduler.forget_times()
         worker.begun = False
@@ -323,7 +322,7 @@ class TieredScheduling:
         if worker is not None:
             worker.settled(now_s / self._scale)
             self._stale[worker] = None
-        if isinstance(self.cost, CorrectedCost) and step.tokens is not None:
+        if step.tokens is not None:
             seconds = (step.ready_s - step.start_s) / self._scale
             if step.chunk is None:
                 self.cost.observe(instance.spec.tp, seconds, len(step.sequences), step.context)
@@ -335,7 +334,7 @@ class TieredScheduling:
     def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
         workers = [self._workers[instance] for instance in instances if instance in self._workers]
         worker = self.scheduler.decode_worker(self._jobs[sequence], workers, now_s / self._scale)
-        return None if worker is None else self._live(worker).instance
+        return None if worker is None else worker.instance
 
     def place(self, sequences: Seq[Leaving], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
         workers = [self._planned(number, host) for number, host in enumerate(hosts)]
@@ -371,8 +370,9 @@ class TieredScheduling:
 
     def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None:
         job = self._jobs[sequence]
-        if job.worker is not None:
-            self._live(job.worker).drop(job)
+        for worker in self._workers.values():
+            if job.worker is worker:
+                worker.drop(job)
         self._arrive(job, sequence, self._workers[target])
         for instance in (source, target):
             if instance in self._workers:
@@ -391,7 +391,7 @@ class TieredScheduling:
         if job.first_token_s > job.ttft_deadline_s:
             job.late = True
         if job.worker is not None:
-            self._live(job.worker).retime(job)
+            job.worker.retime(job)
 
     def ended(self, sequence: Sequence, now_s: float) -> None:
         job = self._jobs.pop(sequence, None)
@@ -448,8 +448,3 @@ class TieredScheduling:
         group = spec.devices, str(spec.role)
         plan = InstancePlan(*group, self._kept_for.get(group, ()))
         return LiveWorker(next(self._indices), plan, instance, instance.page_size, instance.max_batch)
-
-    @staticmethod
-    def _live(worker: object) -> LiveWorker:
-        assert isinstance(worker, LiveWorker)
-        return worker

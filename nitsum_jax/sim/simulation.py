@@ -192,7 +192,7 @@ class _Driver:
         self.step_log = log if log_steps else None
         self.outcome = Outcome(policy.name, workload.seconds, offered=len(workload.requests))
         self.by_name = {tier.name: tier for tier in tiers}
-        self.scheduler = Scheduler(cost, tuple(tiers), policy.scheduler)
+        self.scheduler: Scheduler[ModelWorker] = Scheduler(cost, tuple(tiers), policy.scheduler)
         self.cell = SwitchingCell(
             cost,
             self.scheduler,

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import pytest
 
 from nitsum_jax.control.backlog import Backlog
+from nitsum_jax.control.cell import ModelWorker
 from nitsum_jax.control.cell_view import CellView, JobView
 from nitsum_jax.control.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.cost_model import CostModel
@@ -33,7 +34,7 @@ class Run:
     def __init__(self, first: CellPlan, controller: AdaptiveController | None):
         self.met = self.ended = 0
         self.switches: list[Switched] = []
-        self.scheduler = Scheduler(COST, (CHAT, CODE))
+        self.scheduler: Scheduler[ModelWorker] = Scheduler(COST, (CHAT, CODE))
         resident = controller.planner.resident_tp if controller else None
         self.cell = SwitchingCell(COST, self.scheduler, first, recorder=self, resident_tp=resident)
         self.cell.on_switch = self.switches.append

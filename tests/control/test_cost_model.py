@@ -223,3 +223,14 @@ def test_unknown_tp_is_named() -> None:
     ):
         with pytest.raises(InvalidInputError, match="profile roofline has no TP 8: use one of 2, 4"):
             call()
+
+
+def test_a_model_that_stays_with_its_profile_is_told_of_steps_like_one_that_learns() -> None:
+    plain, learning = CostModel(roofline_profile()), CorrectedCost(roofline_profile())
+    tp, before = plain.tps[0], plain.step_s(plain.tps[0], 8, 4000)
+    for cost in (plain, learning):
+        cost.observe(tp, 2 * before, 8, 4000)
+    assert (plain.step_s(tp, 8, 4000), plain.version, plain.learnt()) == (before, 0, {})
+    assert learning.step_s(tp, 8, 4000) == pytest.approx(2 * before)
+    assert learning.version > 0
+    assert learning.learnt()[tp][0] == pytest.approx(2)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from nitsum_jax.control.cell import CellModel
+from nitsum_jax.control.cell import CellModel, ModelWorker
 from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.estimate import TierLoad
 from nitsum_jax.control.job import Job
@@ -47,7 +47,7 @@ def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -
             self.met += job.met()
 
     tally = Tally()
-    scheduler = Scheduler(COST, tuple(TIERS.values()))
+    scheduler: Scheduler[ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
     for load in loads(chat, code):
         scheduler.expect_output(load.tier, load.output)
     cell = CellModel(COST, scheduler, place(shapes, 8), recorder=tally)

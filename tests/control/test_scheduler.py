@@ -69,7 +69,8 @@ def test_an_instance_refuses_whom_it_would_fail() -> None:
 def test_who_is_too_fast_for_an_instance_keeps_nobody_out_of_it(waits: bool) -> None:
     """A switch may leave requests in an instance that is too slow for them."""
     fast = Tier("fast", ttft_ms=500, tpot_ms=1000 * COST.step_s(1, 1, 1000) / 2)
-    scheduler, worker = Scheduler(COST, (fast, *TIERS)), _worker()
+    scheduler: Scheduler[Worker] = Scheduler(COST, (fast, *TIERS))
+    worker = _worker()
     _decoding(worker, 3, 0.0, fast)
     left_over = list(worker.decoding.values())
     relaxed = job(0, CODE, 1.0)

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitsum_jax.control.cell import ModelWorker
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, place
 from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
@@ -69,7 +70,8 @@ def _jobs(draw: random.Random, tiers: tuple[Tier, ...], devices: int, load: floa
 
 
 def _serve(plan: CellPlan, tiers: tuple[Tier, ...], jobs: list[Job], config: SchedulerConfig) -> Outcome:
-    scheduler, watch = Scheduler(COST, tiers, config), _Watch()
+    scheduler: Scheduler[ModelWorker] = Scheduler(COST, tiers, config)
+    watch = _Watch()
     for tier in tiers:
         scheduler.expect_output(tier.name, sum(job.output_tokens for job in jobs) / len(jobs))
     cell = SwitchingCell(COST, scheduler, plan, recorder=watch)
@@ -166,7 +168,8 @@ def test_an_idle_server_serves_at_once_whom_it_cannot_serve_in_time() -> None:
     slow = Tier("slow", ttft_ms=5000, tpot_ms=FLOOR_MS / 2)
     job = Job("0", slow, 0.0, 100, 10)
     _serve(homogeneous(4, 1), (slow,), [job], SchedulerConfig())
-    scheduler, steps = Scheduler(COST, (slow,)), Steps()
+    scheduler: Scheduler[ModelWorker] = Scheduler(COST, (slow,))
+    steps = Steps()
     cell = SwitchingCell(COST, scheduler, homogeneous(4, 1), recorder=steps)
     cell.add(job)
     cell.run_until(math.inf)
