@@ -2,7 +2,7 @@
 # make test             the whole suite by two processes (WORKERS=0: in one); a part with ARGS="tests/meshes -k layout"
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
-# make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator.md)
+# make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
 # make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
@@ -60,7 +60,7 @@ format: $(DEV)
 	$(BIN)/ruff format .
 
 bench: $(RUNTIME)
-	$(BIN)/python benchmarks/decode.py $(ARGS)
+	$(BIN)/python benchmarks/engine/decode.py $(ARGS)
 
 # The stubs of the gRPC service; they are committed, so that only who changes the .proto needs the compiler.
 proto: $(DEV)

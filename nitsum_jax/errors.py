@@ -23,3 +23,13 @@ class OverloadedError(NitsumError, RuntimeError):
 
 class UnavailableError(NitsumError, RuntimeError):
     """The server is starting, draining or closed (UNAVAILABLE)."""
+
+
+MAX_DETAIL = 400
+"""Longest status text, in characters: a status travels in HTTP/2 headers, whose size is limited."""
+
+
+def one_line(text: str, limit: int = MAX_DETAIL) -> str:
+    """The text without line breaks, cut to `limit` characters."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 3] + "..."

@@ -24,12 +24,12 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import EngineStats, start_engine
 from nitsum_jax.engine.request import FinishReason, SamplingParams, TokenDelta, TokenLogprob
-from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError
 from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.models.loading import open_model
-from nitsum_jax.server.calls import (
+from nitsum_jax.runtime.calls import (
     Call,
     ChatPrompt,
     TextPrompt,
@@ -40,10 +40,10 @@ from nitsum_jax.server.calls import (
     make_call,
     prompt_ids,
 )
-from nitsum_jax.server.compile_cache import OFF, enable
-from nitsum_jax.server.launch import served_model
-from nitsum_jax.server.output import Output, Piece
-from nitsum_jax.server.scheduled import start_scheduled
+from nitsum_jax.runtime.startup.compile_cache import OFF, enable
+from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
+from nitsum_jax.runtime.startup.served_model import served_model
+from nitsum_jax.runtime.streams.output import Output, Piece
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""

@@ -1,6 +1,6 @@
-"""Prints nitsum_jax/sim/azure_2023.py: figures derived from the Azure traces of 2023.
+"""Prints nitsum_jax/sim/workloads/azure_2023.py: figures derived from the Azure traces of 2023.
 
-Usage: python tools/azure_figures.py FOLDER > nitsum_jax/sim/azure_2023.py
+Usage: python tools/azure_figures.py FOLDER > nitsum_jax/sim/workloads/azure_2023.py
 FOLDER holds AzureLLMInferenceTrace_conv.csv and _code.csv, or azure_2023_conv.csv and azure_2023_code.csv.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import least_squares
 
-from nitsum_jax.sim.synthetic import ModulatedArrivals
-from nitsum_jax.sim.traces import read_trace
-from nitsum_jax.sim.workload import Workload, index_of_dispersion
+from nitsum_jax.sim.workloads.synthetic import ModulatedArrivals
+from nitsum_jax.sim.workloads.traces import read_trace
+from nitsum_jax.sim.workloads.workload import Workload, index_of_dispersion
 
 NAMES = {
     "conv": ("AzureLLMInferenceTrace_conv.csv", "azure_2023_conv.csv"),

@@ -13,10 +13,10 @@ from typing import Any
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import FinishReason, SamplingParams, TokenLogprob
-from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.llm import LLM, Completion
-from nitsum_jax.server.calls import Wanted
-from nitsum_jax.server.output import End, Piece
+from nitsum_jax.runtime.calls import Wanted
+from nitsum_jax.runtime.streams.output import End, Piece
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = ROOT / "docs" / "python.md"

@@ -5,8 +5,8 @@ import math
 import random
 from collections.abc import Iterator
 
-from nitsum_jax.server.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
-from nitsum_jax.server.journal import Decision, SwitchNote
+from nitsum_jax.runtime.control.layout_log import Decision, SwitchNote
+from nitsum_jax.server.operations.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
 
 _TIERS = (("interactive", 0.5, 0.05), ("standard", 2.0, 0.1), ("batch", 60.0, 1.0))
 _SECONDS = 600

@@ -15,11 +15,11 @@ if __name__ == "__main__":  # started by its path: the root of the repository is
 
 from starlette.applications import Starlette
 
-from nitsum_jax.server.backend import Phase, ServerState
-from nitsum_jax.server.dashboard.feed import Feed
-from nitsum_jax.server.dashboard.snapshot import Snapshot
 from nitsum_jax.server.http.server import HttpServer
-from nitsum_jax.server.ops_routes import dashboard_routes
+from nitsum_jax.server.operations.dashboard.feed import Feed
+from nitsum_jax.server.operations.dashboard.snapshot import Snapshot
+from nitsum_jax.server.operations.routes import dashboard_routes
+from nitsum_jax.server.state import Phase, ServerState
 from tools.browser import Browser, find_chromium
 from tools.sample_cell import sample
 

@@ -7,9 +7,8 @@ from nitsum_jax.bench import switch
 from nitsum_jax.bench.demo import main as demo
 from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.bench.serve import main as serve
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.server import cli
-from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-bench"
 COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {

@@ -21,16 +21,17 @@ from absl import flags
 from nitsum_jax.bench.alternatives import device_put_ms, memcpy_gbps
 from nitsum_jax.bench.streams import Streams
 from nitsum_jax.bench.switch_report import draw, table
+from nitsum_jax.bench.switch_rows import Measured, Row
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
-from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.devices import emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.meshes.memory import spare_the_collector
 from nitsum_jax.models.loading import OpenModel, open_model
+from nitsum_jax.runtime.startup.compile_cache import enable
 from nitsum_jax.server import cli
-from nitsum_jax.server.compile_cache import enable
 
 # Tokens of every stream before a switch and after it, from which the usual gap is taken.
 _BEFORE, _AFTER = 8, 8
@@ -55,61 +56,6 @@ class Options:
     quick: bool
     precopy: bool
     cache_dir: str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One switch, as it goes to the JSON file; milliseconds, bytes, GB/s.
-
-    Attributes:
-      stall_ms_p50: median over the streams of how long each stood still because of the switch.
-      stall_ms_p99: the same, 99th percentile.
-      decode_step_ms: mean gap between a stream's tokens in the new layout.
-      transfer_gbps: the copies that the streams waited for.
-      memcpy_gbps: a plain copy of as many bytes (of 1 MB at least).
-      alternatives: milliseconds by name; `rebuild` leaves the draining out, and takes compiled steps from the cache if
-        there is one.
-    """
-
-    from_layout: str
-    to_layout: str
-    live_sequences: int
-    context_tokens: int
-    weight_bytes_moved: int
-    kv_bytes_moved: int
-    kv_bytes_minimum: int
-    stall_ms_p50: float
-    stall_ms_p99: float
-    decode_step_ms: float
-    transfer_gbps: float
-    memcpy_gbps: float
-    alternatives: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """A row and what the table says beyond it.
-
-    Attributes:
-      row: the JSON row.
-      decode_step_before_ms: mean gap between a stream's tokens in the old layout.
-      gap_ms_p99: longest time between two tokens of a stream around the switch, 99th percentile of the streams.
-      kv_bytes_ahead: of the bytes moved, those that went ahead of the switch.
-      host_ms: part of the engine's stall that plans, remaps, wraps and seats.
-      transfer_ms: part of it that copies.
-    """
-
-    row: Row
-    decode_step_before_ms: float
-    gap_ms_p99: float
-    kv_bytes_ahead: int
-    host_ms: float
-    transfer_ms: float
-
-    def with_alternatives(self, **milliseconds: float) -> "Measured":
-        """With these beside those that there are."""
-        alternatives = self.row.alternatives | milliseconds
-        return dataclasses.replace(self, row=dataclasses.replace(self.row, alternatives=alternatives))
 
 
 def read_options(argv: Sequence[str]) -> Options:

@@ -1,12 +1,9 @@
 """The table and the picture of nitsum-bench switch."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from nitsum_jax.bench.switch_rows import Measured
 from nitsum_jax.errors import PreconditionError
-
-if TYPE_CHECKING:
-    from nitsum_jax.bench.switch import Measured
 
 _COLUMNS = (
     *(
@@ -36,7 +33,7 @@ _COLUMNS = (
 )
 
 
-def table(items: Sequence["Measured"]) -> str:
+def table(items: Sequence[Measured]) -> str:
     """The rows as a Markdown table."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     for item in items:
@@ -66,7 +63,7 @@ def table(items: Sequence["Measured"]) -> str:
     return "\n".join(lines)
 
 
-def draw(items: Sequence["Measured"], path: str) -> None:
+def draw(items: Sequence[Measured], path: str) -> None:
     """Stalls beside a decode step and the alternatives, on a logarithmic axis.
 
     Raises:

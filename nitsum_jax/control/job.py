@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from nitsum_jax.control.tiers import Tier
-    from nitsum_jax.control.worker import Worker
+
+
+class Holder(Protocol):
+    """Where a job is, as far as policies ask it; `Worker` is one."""
+
+    @property
+    def free_blocks(self) -> int:
+        """Pages that are free."""
+
+    @property
+    def capacity_blocks(self) -> int:
+        """All of its pages."""
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -54,7 +65,7 @@ class Job:
     late: bool = False
     first_token_s: float | None = None
     finish_s: float | None = None
-    worker: Worker | None = None
+    worker: Holder | None = None
     offset: int = 0
     instances: list[int] = dataclasses.field(default_factory=list)
     recomputed: int = 0

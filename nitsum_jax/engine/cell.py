@@ -10,17 +10,17 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.config import EngineConfig, prefix_granule, resolve_dtype
-from nitsum_jax.engine.dispatched import Step
-from nitsum_jax.engine.executables import FIRST, Executables, Group
-from nitsum_jax.engine.history import HistoryMover
+from nitsum_jax.engine.executables.compiling import FIRST, Executables, Group
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
-from nitsum_jax.engine.packing import Packer, StepShape
-from nitsum_jax.engine.prefix_cache import PrefixCache
-from nitsum_jax.engine.residency import Residency, choose_residency
-from nitsum_jax.engine.step import Program, StepState
-from nitsum_jax.engine.transfer import BlockMover, HostMover, Mover
+from nitsum_jax.engine.kv.history import HistoryMover
+from nitsum_jax.engine.kv.kv_pool import KvPool
+from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory, workspace_bytes
+from nitsum_jax.engine.kv.prefix_cache import PrefixCache
+from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
+from nitsum_jax.engine.step.dispatched import Step
+from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.program import Program, StepState
+from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
@@ -31,8 +31,8 @@ from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.loading import OpenModel
-from nitsum_jax.models.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.pack import cut_bytes
 
 _LOG = logging.getLogger(__name__)
@@ -387,7 +387,7 @@ def _assemble(config: EngineConfig, site: _Site, plan: _Plan, executables: Execu
 
 
 def matmul_choice(platform: str, dtype: str) -> MatmulChoice:
-    """The forms of matrix products that benchmarks/matmul_forms.py finds fastest.
+    """The forms of matrix products that benchmarks/engine/matmul_forms.py finds fastest.
 
     A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend
     on what else ran on the machine at start-up.

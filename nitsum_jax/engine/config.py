@@ -3,8 +3,8 @@
 import dataclasses
 import pathlib
 
-from nitsum_jax.engine.pacing import Pace
-from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.batching.pacing import Pace
+from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 
 _DTYPES = ("auto", "float32", "bfloat16")

@@ -9,18 +9,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from nitsum_jax.engine.batching.load import InstanceLoad, instance_loads
+from nitsum_jax.engine.batching.pacing import PaceStats
+from nitsum_jax.engine.batching.step_log import StepListener
+from nitsum_jax.engine.batching.waiting import FifoPolicy
 from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
-from nitsum_jax.engine.executables import ASKED_FOR, LIKELY, compile_counter
-from nitsum_jax.engine.load import InstanceLoad, instance_loads
+from nitsum_jax.engine.executables.compiling import ASKED_FOR, LIKELY, compile_counter
+from nitsum_jax.engine.executables.progress import CompileProgress, Wanted
 from nitsum_jax.engine.loop import Loop
-from nitsum_jax.engine.pacing import PaceStats
 from nitsum_jax.engine.policy import Policy
-from nitsum_jax.engine.progress import CompileProgress, Wanted
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
-from nitsum_jax.engine.switch import PendingSwitch, SwitchReport
-from nitsum_jax.engine.timing import StepListener
-from nitsum_jax.engine.waiting import FifoPolicy
+from nitsum_jax.engine.switching.switch import PendingSwitch, SwitchReport
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig

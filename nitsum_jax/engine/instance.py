@@ -11,30 +11,26 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.dispatched import Arrival, Chunk, Step
-from nitsum_jax.engine.history import STEERED_BY, HistoryMover
-from nitsum_jax.engine.kv_pool import KvPool
-from nitsum_jax.engine.packing import Packer, StepShape
-from nitsum_jax.engine.prefix_cache import PrefixCache
-from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.step import Program, StepState
+from nitsum_jax.engine.kv.history import STEERED_BY, HistoryMover
+from nitsum_jax.engine.kv.kv_pool import KvPool
+from nitsum_jax.engine.kv.prefix_cache import PrefixCache
+from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.step.dispatched import Arrival, Chunk, PrefillChoice, Step
+from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.meshes.layout import Instance as InstanceSpec
 from nitsum_jax.meshes.layout import Role
 from nitsum_jax.meshes.mesh import Geometry
 
-if TYPE_CHECKING:
-    from nitsum_jax.engine.policy import PrefillChoice
-
 MAX_IN_FLIGHT = 2
 # Gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
 MakeRoom = Callable[["Instance", Sequence, int], bool]
-Choose = Callable[["Instance"], "PrefillChoice | None"]
+Choose = Callable[["Instance"], PrefillChoice | None]
 
 
 class Instance:
@@ -281,7 +277,7 @@ class Instance:
             return []
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
-    def _dispatch_prefill(self, choice: "PrefillChoice", make_room: MakeRoom) -> bool:
+    def _dispatch_prefill(self, choice: PrefillChoice, make_room: MakeRoom) -> bool:
         sequence = choice.sequence
         if self._prefixes is not None:
             before = sequence.cached

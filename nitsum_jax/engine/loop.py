@@ -21,24 +21,24 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nitsum_jax.engine.admission import Admission, Counters
+from nitsum_jax.engine.batching.admission import Admission, Counters
+from nitsum_jax.engine.batching.handover import HandOver
+from nitsum_jax.engine.batching.intake import Intake
+from nitsum_jax.engine.batching.loss import layout_with, layout_without, write_off
+from nitsum_jax.engine.batching.pacing import Pace, Pacer
+from nitsum_jax.engine.batching.step_log import StepLog
+from nitsum_jax.engine.batching.wide_prefill import WidePrefill
 from nitsum_jax.engine.cell import Cell
-from nitsum_jax.engine.dispatched import Step
-from nitsum_jax.engine.executables import Group
-from nitsum_jax.engine.handover import HandOver
+from nitsum_jax.engine.executables.compiling import Group
+from nitsum_jax.engine.executables.progress import Wanted
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance
-from nitsum_jax.engine.intake import Intake
-from nitsum_jax.engine.loss import layout_with, layout_without, write_off
-from nitsum_jax.engine.pacing import Pace, Pacer
-from nitsum_jax.engine.packing import StepShape
-from nitsum_jax.engine.policy import Policy, PrefillChoice
-from nitsum_jax.engine.progress import Wanted
+from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.policy import Policy, leave_instance
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
-from nitsum_jax.engine.residency import give_up_others
-from nitsum_jax.engine.sequence import Sequence
-from nitsum_jax.engine.switch import PendingSwitch, perform_switch
-from nitsum_jax.engine.timing import StepLog
-from nitsum_jax.engine.wide_prefill import WidePrefill
+from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
+from nitsum_jax.engine.step.packing import StepShape
+from nitsum_jax.engine.switching.residency import give_up_others
+from nitsum_jax.engine.switching.switch import PendingSwitch, perform_switch
 from nitsum_jax.errors import PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout
 
@@ -350,10 +350,7 @@ class Loop:
         self._deltas.append(delta)
 
     def _retire(self, sequence: Sequence) -> None:
-        home = sequence.home
-        if home is not None:
-            home.leave(sequence)
-            self._policy.left(sequence, home)
+        leave_instance(sequence, self._policy)
         with self.lock:
             ended = self.alive.pop(sequence.request.id, None)
         if ended is not None:

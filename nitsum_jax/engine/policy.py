@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from nitsum_jax.engine.dispatched import Step
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.migration import Host, Traveller, Vacancies
-from nitsum_jax.engine.sequence import Sequence
+from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
+from nitsum_jax.engine.switching.migration import Host, Traveller, Vacancies
 from nitsum_jax.meshes.layout import Role
 
 
@@ -29,21 +29,6 @@ class Room:
 
     fits: Callable[[Sequence, Instance], bool]
     held: Callable[[Sequence, Instance], int]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PrefillChoice:
-    """A prefill step.
-
-    Attributes:
-      sequence: whose prompt.
-      tokens: at most so many; None: as many as a step can take.
-      joined: whether it is, for the cost model, a part of the same step as the chunk before it.
-    """
-
-    sequence: Sequence
-    tokens: int | None = None
-    joined: bool = False
 
 
 class Policy(Protocol):
@@ -134,3 +119,12 @@ def takes_prompts(instance: Instance) -> bool:
 def takes_decodes(instance: Instance) -> bool:
     """Whether sequences stay there when their prompt is done."""
     return instance.spec.role != Role.PREFILL and not instance.broken
+
+
+def leave_instance(sequence: Sequence, policy: Policy) -> None:
+    """Takes a sequence out of the instance that it is in, if it is in one, and tells the policy."""
+    home = sequence.home
+    if home is not None:
+        assert isinstance(home, Instance)
+        home.leave(sequence)
+        policy.left(sequence, home)

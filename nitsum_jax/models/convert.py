@@ -14,7 +14,7 @@ from absl import app, flags
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.models.checkpoint.orbax_io import save_orbax
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsWriter
-from nitsum_jax.models.config_hf import config_to_hf
+from nitsum_jax.models.config_readers.hf import config_to_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import add_generation_config
 from nitsum_jax.models.loading import OpenModel, open_model

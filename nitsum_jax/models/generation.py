@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import gguf
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.tokenizer import GENERATION_CONFIG_FILE
+from nitsum_jax.models.text.tokenizer import GENERATION_CONFIG_FILE
 
 _GGUF_KEYS = {
     gguf.Keys.General.SAMPLING_TEMP: "temperature",

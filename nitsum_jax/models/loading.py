@@ -18,14 +18,14 @@ from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_he
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_gguf import config_from_gguf
-from nitsum_jax.models.config_hf import config_from_hf
+from nitsum_jax.models.config_readers.gguf import config_from_gguf
+from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import generation_of_gguf, read_generation_config
 from nitsum_jax.models.pack import check_tensors, pack
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
-from nitsum_jax.models.special_ids import valid_ids
-from nitsum_jax.models.tokenizer import Tokenizer
+from nitsum_jax.models.text.special_ids import valid_ids
+from nitsum_jax.models.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from nitsum_jax.models.checkpoint.orbax_io import OrbaxCheckpoint

@@ -1,11 +1,11 @@
-"""Puts step times together from kernel times: what docs/profiles.md describes under "Derived profiles"."""
+"""Puts step times together from kernel times: what docs/simulator/profiles.md describes under "Derived profiles"."""
 
 import dataclasses
 import math
 
 import numpy as np
 
-from nitsum_jax.control.profile import Profile, TpProfile
+from nitsum_jax.control.model.profile import Profile, TpProfile
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles import smooth
 from nitsum_jax.profiles.kernels import Kernels

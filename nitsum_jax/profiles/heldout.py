@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.profiles.derive import Assumptions, dense_s, derive, head_s
 from nitsum_jax.profiles.kernels import Kernels
 from nitsum_jax.profiles.shapes import MODELS, Device, ModelShape

@@ -2,7 +2,7 @@
 
 import importlib.resources
 
-from nitsum_jax.control.profile import Profile, parse_profile, read_profile
+from nitsum_jax.control.model.profile import Profile, parse_profile, read_profile
 from nitsum_jax.errors import InvalidInputError
 
 _SUFFIX = ".json"

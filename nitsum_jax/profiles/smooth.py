@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import isotonic_regression
 
-from nitsum_jax.control.grids import Line, Plane
+from nitsum_jax.control.model.grids import Line, Plane
 
 _ROUNDS = 50
 _DIGITS = 4

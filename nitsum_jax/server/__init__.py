@@ -1,1 +1,1 @@
-"""gRPC service, launcher and client: the room that drives an engine with real time."""
+"""The network: gRPC and HTTP services, security, operation, the launcher and the clients.  Nothing else."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.status import one_line
+from nitsum_jax.errors import InvalidInputError, one_line
 
 EXIT_OK = 0
 EXIT_FAILED = 1

@@ -8,28 +8,28 @@ import re
 import sys
 from collections.abc import Sequence
 
-from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.tiers import Tier, TierSet, read_tiers
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
-from nitsum_jax.sim.audit_tool import run_audit
-from nitsum_jax.sim.baselines import Setting
-from nitsum_jax.sim.bound import candidates, upper_bound
-from nitsum_jax.sim.logs import LogFolder, request_record, switch_record
-from nitsum_jax.sim.metrics import Metrics, measure, summary, table, to_json
-from nitsum_jax.sim.named import policies_named
 from nitsum_jax.sim.options import HelpRequested, Options
-from nitsum_jax.sim.records import STEPS, SUMMARY, read_steps
-from nitsum_jax.sim.replay import replay
+from nitsum_jax.sim.policies.baselines import Setting
+from nitsum_jax.sim.policies.bound import candidates, upper_bound
+from nitsum_jax.sim.policies.named import policies_named
+from nitsum_jax.sim.policies.search import Grid, capacity, run, sample, tournament
 from nitsum_jax.sim.report.page import write_report
-from nitsum_jax.sim.search import Grid, capacity, run, sample, tournament
-from nitsum_jax.sim.simulation import Outcome, Policy, simulate
-from nitsum_jax.sim.summary import Figures, figures_of
-from nitsum_jax.sim.tables import RequestTable, StepTable
-from nitsum_jax.sim.workload import Workload, scale_rate
-from nitsum_jax.sim.workload_flags import workload_of
+from nitsum_jax.sim.runs.audit_tool import run_audit
+from nitsum_jax.sim.runs.logs import LogFolder, request_record, switch_record
+from nitsum_jax.sim.runs.metrics import Metrics, measure, summary, table, to_json
+from nitsum_jax.sim.runs.records import STEPS, SUMMARY, read_steps
+from nitsum_jax.sim.runs.replay import replay
+from nitsum_jax.sim.runs.simulation import Outcome, Policy, simulate
+from nitsum_jax.sim.runs.summary import Figures, figures_of
+from nitsum_jax.sim.runs.tables import RequestTable, StepTable
+from nitsum_jax.sim.workloads.workload import Workload, scale_rate
+from nitsum_jax.sim.workloads.workload_flags import workload_of
 
 BOUND = "+bound"
 DEFAULT_TIERS = TierSet((Tier("chat", ttft_ms=500, tpot_ms=50), Tier("code", ttft_ms=10_000, tpot_ms=200)))
@@ -203,7 +203,7 @@ class _Tool:
         found = upper_bound(self.setting, self.workload, candidates(self.setting, self.used))
         _out(
             f"upper bound: goodput {found.goodput:.2f}/s, attainment {found.attainment:.1%}; the best layout of every"
-            f" window: {found.best_goodput:.2f}/s, {found.best_attainment:.1%} (docs/simulator.md)"
+            f" window: {found.best_goodput:.2f}/s, {found.best_attainment:.1%} (docs/simulator/simulator.md)"
         )
 
     def _capacity(self, name: str, policy: Policy) -> list[pathlib.Path]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from nitsum_jax.control.cell import MAX_BATCH
+from nitsum_jax.control.model.cell import MAX_BATCH
 from nitsum_jax.errors import InvalidInputError
 
 USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
@@ -63,8 +63,8 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_multi_string,
         "trace",
         None,
-        "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/workloads.md); or a stand-in's name instead of a file."
-        f" Without any: {' and '.join(DEFAULT_TRACES)}, drawn from the seed.",
+        "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/simulator/workloads.md); or a stand-in's name instead"
+        f" of a file. Without any: {' and '.join(DEFAULT_TRACES)}, drawn from the seed.",
     )
     add(flags.DEFINE_string, "tiers", None, "TOML file with the tiers' targets; chat and code have some without it.")
     add(flags.DEFINE_integer, "devices", 8, "Devices of the cell.", lower_bound=1)
@@ -109,8 +109,8 @@ def _define() -> flags.FlagValues:
         flags.DEFINE_string,
         "audit",
         None,
-        "Check the logs in this folder of a finished run (docs/logs.md); profile and targets are those that its"
-        " summary names unless --profile and --tiers are given. Exit status 1 if something is wrong.",
+        "Check the logs in this folder of a finished run (docs/simulator/logs.md); profile and targets are those that"
+        " its summary names unless --profile and --tiers are given. Exit status 1 if something is wrong.",
     )
     return values
 

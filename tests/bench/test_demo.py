@@ -8,11 +8,11 @@ from nitsum_jax.bench.demo.report import ADAPTIVE, Entry, gain, tables, to_json
 from nitsum_jax.bench.demo.screen import Screen, attainments
 from nitsum_jax.bench.serve.player import Played, Run
 from nitsum_jax.bench.serve.results import results_of
-from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.server.proto import nitsum_pb2
-from nitsum_jax.sim.baselines import Setting
-from nitsum_jax.sim.workload import TraceRequest, Workload
+from nitsum_jax.sim.policies.baselines import Setting
+from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
 
 
 def _setting() -> Setting:

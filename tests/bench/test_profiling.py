@@ -10,9 +10,9 @@ import pytest
 
 from nitsum_jax.bench.profiling import main, measure
 from nitsum_jax.bench.profiling.steps import StepTimer
-from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.profile import read_profile
-from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.profile import read_profile
+from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models

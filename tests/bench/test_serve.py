@@ -11,7 +11,7 @@ from nitsum_jax.bench.serve.session import Session, capped, drive
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import InvalidInputError, PreconditionError
-from nitsum_jax.sim.workload import TraceRequest, Workload
+from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
 from tests.server.harness import running
 
 _REQUESTS = tuple(TraceRequest(0.02 * i, 5 + i, 3 + i % 4, "interactive" if i % 2 else "batch") for i in range(20))

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nitsum_jax.bench import main, switch_report
-from nitsum_jax.bench.switch import Measured, Row, read_options
+from nitsum_jax.bench.switch import read_options
+from nitsum_jax.bench.switch_rows import Measured, Row
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models

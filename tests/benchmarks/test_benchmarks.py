@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks import compiling, decode, decode_table, matmul_forms, reference_worker, startup
-from benchmarks.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
+from benchmarks.engine import compiling, decode, decode_table, matmul_forms, reference_worker, startup
+from benchmarks.engine.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.errors import InvalidInputError, PreconditionError
-from nitsum_jax.server import compile_cache
+from nitsum_jax.runtime.startup import compile_cache
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden.tiny_models import write_hf_folder
 

@@ -2,12 +2,12 @@
 
 import pathlib
 
-from benchmarks import fidelity
+from benchmarks.server import fidelity
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.control.tiers import Tier, TierSet
-from nitsum_jax.sim.metrics import Metrics, measure
-from nitsum_jax.sim.records import RequestRecord
-from nitsum_jax.sim.tables import RequestTable
+from nitsum_jax.sim.runs.metrics import Metrics, measure
+from nitsum_jax.sim.runs.records import RequestRecord
+from nitsum_jax.sim.runs.tables import RequestTable
 
 TIERS = TierSet((Tier("chat", 1000, 200),))
 

@@ -3,8 +3,8 @@ import pathlib
 
 import pytest
 
-from benchmarks import frontend, frontend_server
-from benchmarks.frontend_clients import Window
+from benchmarks.server import frontend, frontend_server
+from benchmarks.server.frontend_clients import Window
 
 
 def test_both_front_ends_bring_all_tokens(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,7 +28,7 @@ def test_the_engine_keeps_its_pace() -> None:
 
 def test_a_window_lasts_while_all_streams_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     now = iter([10.0, 14.0])
-    monkeypatch.setattr("benchmarks.frontend_clients.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("benchmarks.server.frontend_clients.time.perf_counter", lambda: next(now))
     window = Window(streams=2, tokens=9)
     window.begin()
     window.add(5)  # the other one has not begun

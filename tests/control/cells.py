@@ -5,14 +5,14 @@ import math
 import random
 from collections.abc import Sequence
 
-from nitsum_jax.control.cell import Span
-from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.cell import Span
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import CellPlan
-from nitsum_jax.control.scheduler import Scheduler, SchedulerConfig
-from nitsum_jax.control.switching import SwitchingCell
+from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
-from nitsum_jax.control.worker import Worker
 from tests.control.profiles import roofline_profile
 
 CHAT = Tier("chat", ttft_ms=500, tpot_ms=25)

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from nitsum_jax.control.grids import Line, Plane
-from nitsum_jax.control.profile import Profile, TpProfile
+from nitsum_jax.control.model.grids import Line, Plane
+from nitsum_jax.control.model.profile import Profile, TpProfile
 
 LAYERS, WIDTH, KV_BYTES, WEIGHTS = 32, 4096, 131_072, 16e9
 FLOPS, BYTES = 600e12, 2.6e12  # what one device reaches

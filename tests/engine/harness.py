@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nitsum_jax.engine import executables
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
+from nitsum_jax.engine.executables import compiling
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta
-from nitsum_jax.engine.switch import SwitchReport
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.golden import tiny_models
 
@@ -211,7 +211,7 @@ def _pass_on(
 
 def wait_for_closed_engines() -> None:
     """Waits until no engine that was closed compiles any more."""
-    for one in list(executables._OPEN):
+    for one in list(compiling._OPEN):
         if one._closed:
             one.close(wait_s=None)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-from nitsum_jax.engine.step_store import StepStore
+from nitsum_jax.engine.executables.step_store import StepStore
 from tests.engine.harness import wait_for_closed_engines
 
 # For XLA:CPU.  A step of a tiny model compiles in a quarter of the time, and runs slower and rounds differently.

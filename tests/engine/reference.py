@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_hf import config_from_hf
+from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.decoder import Decoder, causal_attend
+from nitsum_jax.models.layers.decoder import Decoder, causal_attend
+from nitsum_jax.models.layers.reduction import Ranks
 from nitsum_jax.models.pack import pack
-from nitsum_jax.models.reduction import Ranks
 from tests.golden import tiny_models
 
 Params = dict[tuple[str, int | None], np.ndarray]

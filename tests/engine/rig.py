@@ -12,12 +12,12 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.cell import matmul_choice
-from nitsum_jax.engine.history import STEERED_BY
-from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns, steering
+from nitsum_jax.engine.kv.history import STEERED_BY
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import Program, StepState, compile_step
+from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns, steering
+from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from nitsum_jax.engine.config import EngineConfig, resolve_dtype
-from nitsum_jax.engine.memory import MemoryPlan, plan_memory, workspace_bytes
-from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory, workspace_bytes
+from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.cuts import ModelCut
 from tests.engine.reference import tiny_config

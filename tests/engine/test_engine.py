@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import pytest
 
-from nitsum_jax.engine.executables import Executables
+from nitsum_jax.engine.executables.compiling import Executables
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.models.loading import OpenModel

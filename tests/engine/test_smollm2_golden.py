@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import StepState, compile_step
+from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.step.program import StepState, compile_step
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.loading import OpenModel, open_model

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nitsum_jax.models.chat import encode_chat
-from nitsum_jax.models.tokenizer import Tokenizer
+from nitsum_jax.models.text.chat import encode_chat
+from nitsum_jax.models.text.tokenizer import Tokenizer
 from tests.golden import smollm2_prompts, tiny_models
 
 HERE = Path(__file__).parent

@@ -14,7 +14,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.models.loading import open_model
 from nitsum_jax.models.pack import pack
-from tests.models.checkpoint_helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf
+from tests.models.checkpoint.helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3"])

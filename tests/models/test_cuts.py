@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.cuts import ModelCut
-from tests.models.checkpoint_helpers import tiny_config
+from tests.models.checkpoint.helpers import tiny_config
 
 
 def test_groups_are_split_where_they_divide() -> None:

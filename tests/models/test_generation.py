@@ -11,7 +11,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.models.loading import open_model
 from tests.golden import tiny_models
-from tests.models.checkpoint_helpers import random_tensors, tiny_config, write_gguf
+from tests.models.checkpoint.helpers import random_tensors, tiny_config, write_gguf
 
 V = 1000
 

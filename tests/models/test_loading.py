@@ -15,14 +15,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.pack import pack
 from nitsum_jax.models.registry import KnownModel
-from tests.models.checkpoint_helpers import (
-    CHAT_TEMPLATE,
-    DictSource,
-    random_tensors,
-    tiny_config,
-    write_gguf,
-    write_hf,
-)
+from tests.models.checkpoint.helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config()
 TENSORS = random_tensors(CONFIG)

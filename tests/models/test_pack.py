@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import checkpoint_shapes, cut_bytes, cut_shapes, matrix_dtype, pack, unpack
-from tests.models.checkpoint_helpers import DictSource, bf16, random_tensors, tiny_config
+from tests.models.checkpoint.helpers import DictSource, bf16, random_tensors, tiny_config
 
 VARIANTS: list[dict[str, Any]] = [
     {"architecture": "llama", "tied_head": True},

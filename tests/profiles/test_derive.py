@@ -7,8 +7,8 @@ import pytest
 
 from nitsum_jax.bench.profiling import main
 from nitsum_jax.bench.profiling.options import read_options
-from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.profile import Profile, read_profile
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.profile import Profile, read_profile
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles import load_profile, profile_names
 from nitsum_jax.profiles.derive import Assumptions, derive

@@ -1,7 +1,7 @@
 """Points that interpolation was not given are predicted within 10 % (median).
 
 Two models at one TP each by default, from heldout.json.  NITSUM_CALIBRATION=DIR, a folder of kernel tables as
-docs/profiles.md describes, checks every table and whole steps of every model.
+docs/simulator/profiles.md describes, checks every table and whole steps of every model.
 """
 
 import json
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nitsum_jax.control.cost_model import CostModel
-from nitsum_jax.control.grids import Line
-from nitsum_jax.control.profile import Profile, TpProfile
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.grids import Line
+from nitsum_jax.control.model.profile import Profile, TpProfile
 from nitsum_jax.profiles import smooth
 from nitsum_jax.profiles.heldout import Errors, every_other, kernel_errors, step_errors, thinned
 from nitsum_jax.profiles.shapes import DEVICES, Device

@@ -69,7 +69,9 @@ def test_only_the_package_is_packaged() -> None:
     include = PYPROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     found = setuptools.find_namespace_packages(str(ROOT), include=include)
     assert {name.partition(".")[0] for name in found} == {"nitsum_jax"}
-    assert {f"nitsum_jax.{room}" for room in ("control", "engine", "meshes", "models", "server")} <= set(found)
+    assert {f"nitsum_jax.{room}" for room in ("control", "engine", "meshes", "models", "runtime", "server")} <= set(
+        found
+    )
 
 
 def test_test_folders_are_namespace_packages() -> None:

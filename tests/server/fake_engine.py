@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from nitsum_jax.engine.progress import CompileProgress, LayoutProgress, Making
+from nitsum_jax.engine.executables.progress import CompileProgress, LayoutProgress, Making
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout

@@ -7,8 +7,8 @@ import sys
 import time
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.launch import Admitted, Loaded, Sink, main
-from nitsum_jax.server.launch_flags import LaunchOptions
+from nitsum_jax.server.launch.flags import LaunchOptions
+from nitsum_jax.server.launch.main import Admitted, Loaded, Sink, main
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import says, served_model
 

@@ -14,13 +14,13 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.engine.request import Request
-from nitsum_jax.models.chat import render_chat
 from nitsum_jax.models.generation import GenerationDefaults
-from nitsum_jax.models.tokenizer import Tokenizer
-from nitsum_jax.server.backend import Backend, ServedModel
-from nitsum_jax.server.bridge import Bridge
+from nitsum_jax.models.text.chat import render_chat
+from nitsum_jax.models.text.tokenizer import Tokenizer
+from nitsum_jax.runtime.backend import Backend, ServedModel
+from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from nitsum_jax.server.server import GrpcServer
 from tests.server.fake_engine import FakeEngine, Script
 
 EOS = 256

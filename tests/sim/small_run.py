@@ -4,18 +4,18 @@ import dataclasses
 import pathlib
 from typing import cast
 
-from nitsum_jax.control.cell import Recorder
-from nitsum_jax.control.cost_model import CostModel
 from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.cell import Recorder
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, homogeneous
-from nitsum_jax.control.scheduler import Scheduler
-from nitsum_jax.control.switching import SwitchingCell
+from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
-from nitsum_jax.sim import metrics
-from nitsum_jax.sim.logs import LogFolder, RunLogs, read_folder
-from nitsum_jax.sim.schedules import constant
-from nitsum_jax.sim.synthetic import LognormalLengths, Stream, generate
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.runs import metrics
+from nitsum_jax.sim.runs.logs import LogFolder, RunLogs, read_folder
+from nitsum_jax.sim.workloads.schedules import constant
+from nitsum_jax.sim.workloads.synthetic import LognormalLengths, Stream, generate
+from nitsum_jax.sim.workloads.workload import Workload
 from tests.control.profiles import roofline_profile
 
 DEVICES = 4

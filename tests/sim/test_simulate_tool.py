@@ -6,9 +6,9 @@ import pathlib
 import pytest
 
 from nitsum_jax.sim.main import main
-from nitsum_jax.sim.metrics import measure, tiers_of
-from nitsum_jax.sim.records import read_requests
-from nitsum_jax.sim.tables import RequestTable
+from nitsum_jax.sim.runs.metrics import measure, tiers_of
+from nitsum_jax.sim.runs.records import read_requests
+from nitsum_jax.sim.runs.tables import RequestTable
 
 PROFILE = "--profile=llama-3.1-8b-h100"
 SMALL = (PROFILE, "--devices=2", "--seconds=4", "--noprogress", "--rate_scale=1.5")

@@ -3,10 +3,10 @@
 import dataclasses
 
 from nitsum_jax.control.tiers import Tier, TierSet
-from nitsum_jax.sim.schedules import constant
-from nitsum_jax.sim.stand_ins import stand_in_stream
-from nitsum_jax.sim.synthetic import PoissonArrivals, generate
-from nitsum_jax.sim.workload import Workload, concatenate
+from nitsum_jax.sim.workloads.schedules import constant
+from nitsum_jax.sim.workloads.stand_ins import stand_in_stream
+from nitsum_jax.sim.workloads.synthetic import PoissonArrivals, generate
+from nitsum_jax.sim.workloads.workload import Workload, concatenate
 
 TIERS = TierSet((Tier("chat", 500, 12), Tier("code", 10000, 200)))
 

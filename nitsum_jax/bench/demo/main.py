@@ -20,15 +20,14 @@ from nitsum_jax.bench.demo.server import child, settled
 from nitsum_jax.bench.serve.player import Player
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.bench.serve.session import Session, drive
-from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.tiers import tiers_toml
-from nitsum_jax.errors import InvalidInputError, UnavailableError
+from nitsum_jax.errors import InvalidInputError, UnavailableError, one_line
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.server import cli
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2, nitsum_pb2_grpc
-from nitsum_jax.server.status import one_line
-from nitsum_jax.sim.baselines import Setting
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.policies.baselines import Setting
+from nitsum_jax.sim.workloads.workload import Workload
 
 DEVICES = 8
 _MAX_BATCH = 64

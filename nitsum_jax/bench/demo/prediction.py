@@ -3,12 +3,12 @@
 import dataclasses
 
 from nitsum_jax.meshes.layout import parse_shapes
-from nitsum_jax.sim.baselines import Setting, adaptive, best_static, static
-from nitsum_jax.sim.logs import request_record
-from nitsum_jax.sim.metrics import Metrics, measure
-from nitsum_jax.sim.simulation import Policy, simulate
-from nitsum_jax.sim.tables import RequestTable
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.policies.baselines import Setting, adaptive, best_static, static
+from nitsum_jax.sim.runs.logs import request_record
+from nitsum_jax.sim.runs.metrics import Metrics, measure
+from nitsum_jax.sim.runs.simulation import Policy, simulate
+from nitsum_jax.sim.runs.tables import RequestTable
+from nitsum_jax.sim.workloads.workload import Workload
 
 
 def predict(setting: Setting, workload: Workload, policy: Policy, max_batch: int) -> Metrics:

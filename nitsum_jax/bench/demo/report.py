@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from nitsum_jax.bench.serve.results import Results
-from nitsum_jax.sim.metrics import Metrics
+from nitsum_jax.sim.runs.metrics import Metrics
 
 ADAPTIVE = "adaptive"
 

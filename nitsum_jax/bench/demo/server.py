@@ -37,7 +37,7 @@ async def child(flags: Sequence[str], log: pathlib.Path, ready_s: float) -> Asyn
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "nitsum_jax.server.launch",
+            "nitsum_jax.server.launch.main",
             f"--port={port}",
             *flags,
             stdout=file,

@@ -15,7 +15,7 @@ from absl import flags
 
 from nitsum_jax.bench.gpu_check import ceilings, checks, shapes
 from nitsum_jax.bench.gpu_check.timed_step import TimedModel
-from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.server import cli

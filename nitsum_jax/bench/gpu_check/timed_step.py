@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.attention import PoolShape
 from nitsum_jax.engine.cell import matmul_choice
-from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import Program, StepState, compile_step
+from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import Instance
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap

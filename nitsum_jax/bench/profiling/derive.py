@@ -2,7 +2,7 @@
 
 import pathlib
 
-from nitsum_jax.control.profile import write_profile
+from nitsum_jax.control.model.profile import write_profile
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles import heldout
 from nitsum_jax.profiles.derive import Assumptions, derive

@@ -1,14 +1,13 @@
-"""nitsum-profile: step-time profiles, measured or derived; docs/profiles.md describes both."""
+"""nitsum-profile: step-time profiles, measured or derived; docs/simulator/profiles.md describes both."""
 
 import sys
 from collections.abc import Sequence
 
 from nitsum_jax.bench.profiling.derive import check_all, derive_all
 from nitsum_jax.bench.profiling.options import read_options
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.profiles.shapes import MODELS, find_device, find_model
 from nitsum_jax.server import cli
-from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-profile"
 

@@ -15,20 +15,20 @@ from nitsum_jax.bench.profiling import links, live
 from nitsum_jax.bench.profiling.options import Options
 from nitsum_jax.bench.profiling.steps import StepTimer
 from nitsum_jax.bench.streams import Streams
-from nitsum_jax.control.grids import Line, Plane
-from nitsum_jax.control.profile import Profile, TpProfile, write_profile
+from nitsum_jax.control.model.grids import Line, Plane
+from nitsum_jax.control.model.profile import Profile, TpProfile, write_profile
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
-from nitsum_jax.engine.packing import StepShape
+from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.pack import cut_bytes
 from nitsum_jax.profiles import smooth
+from nitsum_jax.runtime.startup.compile_cache import enable
 from nitsum_jax.server import cli
-from nitsum_jax.server.compile_cache import enable
 
 _LONGEST = 2048
 _CONTEXTS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)

@@ -8,9 +8,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.cell import Cell
-from nitsum_jax.engine.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.request import SamplingParams
-from nitsum_jax.engine.step import StepState
+from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.step.program import StepState
 from nitsum_jax.meshes.layout import Instance
 
 _ROUND_S = 0.1

@@ -12,12 +12,12 @@ from nitsum_jax.bench.serve.plot import save_plot
 from nitsum_jax.bench.serve.results import Results, write_json
 from nitsum_jax.bench.serve.session import Progress, Session, capped, drive
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
-from nitsum_jax.errors import InvalidInputError, UnavailableError
-from nitsum_jax.server import cli, identity_flags
-from nitsum_jax.server.client_channel import open_channel
-from nitsum_jax.server.status import one_line
-from nitsum_jax.sim.records import REQUESTS, to_line
-from nitsum_jax.sim.workload_flags import workload_of
+from nitsum_jax.errors import InvalidInputError, UnavailableError, one_line
+from nitsum_jax.server import cli
+from nitsum_jax.server.client import identity_flags
+from nitsum_jax.server.client.channel import open_channel
+from nitsum_jax.sim.runs.records import REQUESTS, to_line
+from nitsum_jax.sim.workloads.workload_flags import workload_of
 
 USAGE = """nitsum-bench serve sends requests as a trace says, however slow the answers are (open loop), over gRPC.
 

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from nitsum_jax.sim.workload import TraceRequest
+from nitsum_jax.sim.workloads.workload import TraceRequest
 
 _TIMEOUT_S = 3600.0
 

@@ -8,8 +8,8 @@ import numpy as np
 from nitsum_jax.bench.serve.results import Results
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.records import RequestRecord
 from nitsum_jax.sim.report import style
+from nitsum_jax.sim.runs.records import RequestRecord
 
 _BINS = 30
 

@@ -10,9 +10,9 @@ from nitsum_jax.bench.serve.player import Played, Run
 from nitsum_jax.control.job import met
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import PreconditionError
-from nitsum_jax.sim.metrics import Metrics, TierMetrics, measure
-from nitsum_jax.sim.records import RequestRecord
-from nitsum_jax.sim.tables import RequestTable
+from nitsum_jax.sim.runs.metrics import Metrics, TierMetrics, measure
+from nitsum_jax.sim.runs.records import RequestRecord
+from nitsum_jax.sim.runs.tables import RequestTable
 
 LATE_SHARE = 0.05
 """A client that sends later than this share of the tightest TTFT target (99th percentile) was itself the bottleneck."""

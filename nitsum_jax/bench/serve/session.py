@@ -10,7 +10,7 @@ from nitsum_jax.bench.serve.results import Results, results_of
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from nitsum_jax.sim.workload import TraceRequest, Workload
+from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
 
 Progress = Callable[[int, int, int], None]
 

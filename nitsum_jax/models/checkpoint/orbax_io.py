@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_hf import config_from_hf, config_to_hf
+from nitsum_jax.models.config_readers.hf import config_from_hf, config_to_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.pack import (
     PlannedParam,

@@ -10,12 +10,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nitsum_jax.server.backend import Phase, ServerState
-from nitsum_jax.server.callers import sane_id
+from nitsum_jax.runtime.callers import sane_id
+from nitsum_jax.runtime.streams.outputs import ClientLeftError
 from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openapi import openapi
-from nitsum_jax.server.outputs import ClientLeftError
+from nitsum_jax.server.state import Phase, ServerState
 
 REQUEST_ID = b"x-request-id"
 _STARTING_RETRY_S = 5.0

@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
+from nitsum_jax.runtime.streams.outputs import ClientLeftError
 from nitsum_jax.server.http.errors import ApiError
-from nitsum_jax.server.outputs import ClientLeftError
 
 MAX_BODY_BYTES = 4 * 2**20
 """As long as a gRPC message may be."""

@@ -10,13 +10,14 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 from starlette.types import Receive, Scope, Send
 
-from nitsum_jax.server.backend import Backend, ServerState
+from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
 from nitsum_jax.server.http.body import read_object
 from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
 from nitsum_jax.server.http.plan import Plan, plan_chat, plan_completion
 from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
 from nitsum_jax.server.http.shapes import DONE, ChatShape, CompletionShape, Shape, Whole
-from nitsum_jax.server.outputs import ClientLeftError, Outputs
+from nitsum_jax.server.state import ServerState
 
 _JSON = (b"content-type", b"application/json")
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]

@@ -8,10 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
+from nitsum_jax.errors import (
+    InvalidInputError,
+    NitsumError,
+    OverloadedError,
+    PreconditionError,
+    UnavailableError,
+    one_line,
+)
+from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.server.http.fields import UNKNOWN, UNSUPPORTED
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
-from nitsum_jax.server.status import DeadlineError, GenerationError, one_line
 
 _LOG = logging.getLogger(__name__)
 _MAX_PARAM = 100

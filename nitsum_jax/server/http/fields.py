@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, mode
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS
-from nitsum_jax.server.calls import (
+from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     MAX_STOP_CHARS,
     MAX_STOP_IDS,

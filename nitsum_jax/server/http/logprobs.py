@@ -4,13 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from nitsum_jax.server.output import ToldToken
+from nitsum_jax.runtime.streams.output import ToldToken
 
 _LEAST = -9999.0  # JSON has no infinity; this is what OpenAI writes
 
 
 class TokenBytes(Protocol):
-    """What a token says; see `nitsum_jax.models.tokenizer.Tokenizer.token_bytes`."""
+    """What a token says; see `nitsum_jax.models.text.tokenizer.Tokenizer.token_bytes`."""
 
     def __call__(self, token_id: int, skip_special: bool = False) -> bytes:
         """Its bytes."""

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from nitsum_jax.server.backend import Backend
+from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.server.http import requests, responses
 from nitsum_jax.server.http.fields import TOKEN_ID
 from nitsum_jax.server.http.tiers import accepted

@@ -6,8 +6,8 @@ import uuid
 from collections.abc import Sequence
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.backend import Backend
-from nitsum_jax.server.calls import (
+from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     Call,
     ChatPrompt,

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from nitsum_jax.models.generation import GenerationDefaults
-from nitsum_jax.server.calls import MAX_OUTPUTS
+from nitsum_jax.runtime.calls import MAX_OUTPUTS
 from nitsum_jax.server.http.fields import (
     MAX_TIER_CHARS,
     BiasField,

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
+from nitsum_jax.runtime.streams.output import End, Piece, ToldToken
+from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from nitsum_jax.server.http.plan import Plan
-from nitsum_jax.server.output import End, Piece, ToldToken
-from nitsum_jax.server.outputs import Outputs
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"

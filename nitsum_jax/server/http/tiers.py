@@ -6,7 +6,7 @@ tier of the server that has such a name itself goes before that.
 
 from collections.abc import Sequence
 
-from nitsum_jax.server.calls import default_tier
+from nitsum_jax.runtime.calls import default_tier
 from nitsum_jax.server.http.errors import ApiError
 
 OPENAI_TIERS = ("auto", "default", "flex", "priority")

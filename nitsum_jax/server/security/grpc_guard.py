@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from nitsum_jax.errors import NitsumError
-from nitsum_jax.server.callers import sane_id
+from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.runtime.callers import sane_id
+from nitsum_jax.server.grpc.status import status_of
 from nitsum_jax.server.security.errors import RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.guard import Guard, Need
-from nitsum_jax.server.status import one_line, status_of
 
 _NEEDS = {
     "/grpc.health.v1.Health/Check": Need.NOTHING,

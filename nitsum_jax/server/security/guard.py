@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Final
 
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.server.callers import Caller, calling
+from nitsum_jax.runtime.callers import Caller, calling
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role
 from nitsum_jax.server.security.limits import Limits, Place

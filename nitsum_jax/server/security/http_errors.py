@@ -5,9 +5,15 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
+from nitsum_jax.errors import (
+    InvalidInputError,
+    NitsumError,
+    OverloadedError,
+    PreconditionError,
+    UnavailableError,
+    one_line,
+)
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
-from nitsum_jax.server.status import one_line
 
 _KINDS: Final = (
     # class, HTTP status, OpenAI's type and code

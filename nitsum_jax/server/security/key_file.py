@@ -5,9 +5,8 @@ import logging
 import pathlib
 from collections.abc import Iterable
 
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.errors import InvalidInputError, one_line
 from nitsum_jax.server.security.keys import KeyRing, read_keys
-from nitsum_jax.server.status import one_line
 
 _LOG = logging.getLogger(__name__)
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError
+from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, one_line
 from nitsum_jax.server import cli
 from nitsum_jax.server.security.keys import ApiKey, Role, digest_of, entry, new_secret, parse_keys, read_keys
-from nitsum_jax.server.status import one_line
 
 _NAME = "nitsum-keys"
 USAGE = """nitsum-keys makes API keys for nitsum-serve --api_keys=FILE.

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from nitsum_jax.sim.logs import RunLogs
-from nitsum_jax.sim.metrics import over_time
 from nitsum_jax.sim.report import style
 from nitsum_jax.sim.report.runs import Run
 from nitsum_jax.sim.report.spans import Span, nice_interval, spans_of
-from nitsum_jax.sim.tables import RequestTable
+from nitsum_jax.sim.runs.logs import RunLogs
+from nitsum_jax.sim.runs.metrics import over_time
+from nitsum_jax.sim.runs.tables import RequestTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,9 +8,9 @@ from typing import Any
 
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.logs import RunLogs, read_folder
-from nitsum_jax.sim.metrics import tiers_of
-from nitsum_jax.sim.records import REQUESTS, STEPS, SUMMARY, SWITCHES, read_summary
+from nitsum_jax.sim.runs.logs import RunLogs, read_folder
+from nitsum_jax.sim.runs.metrics import tiers_of
+from nitsum_jax.sim.runs.records import REQUESTS, STEPS, SUMMARY, SWITCHES, read_summary
 
 
 @dataclasses.dataclass(frozen=True)

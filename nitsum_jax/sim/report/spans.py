@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.meshes.layout import MOST_DEVICES, parse_layout
-from nitsum_jax.sim.logs import RunLogs
-from nitsum_jax.sim.tables import StepTable, rows_by
+from nitsum_jax.sim.runs.logs import RunLogs
+from nitsum_jax.sim.runs.tables import StepTable, rows_by
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

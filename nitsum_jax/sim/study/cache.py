@@ -9,19 +9,7 @@ from typing import Any
 
 import nitsum_jax.control
 
-_CORE = (
-    "backlog",
-    "cell",
-    "cost_model",
-    "grids",
-    "job",
-    "plan",
-    "scheduler",
-    "shedding",
-    "switching",
-    "tiers",
-    "worker",
-)
+_PLANNING = "planning"
 
 
 class Cache:
@@ -59,8 +47,9 @@ def key_of(**parts: object) -> str:
 def code_digest(planner: bool) -> str:
     """A digest of the code that results depend on: the model of a cell, with or without what adaptive control adds."""
     folder = pathlib.Path(nitsum_jax.control.__path__[0])
-    names = sorted(path.stem for path in folder.glob("*.py")) if planner else _CORE
+    paths = [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
     digest = hashlib.sha256()
-    for name in names:
-        digest.update((folder / f"{name}.py").read_bytes())
+    for path in paths:
+        if planner or path.parts[0] != _PLANNING:
+            digest.update(path.as_posix().encode() + (folder / path).read_bytes())
     return digest.hexdigest()[:16]

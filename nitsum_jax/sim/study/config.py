@@ -1,6 +1,6 @@
 """The study's config file: which models, targets and loads.
 
-study.toml and quick.toml beside this file are two of them; docs/simulator.md describes the entries.
+study.toml and quick.toml beside this file are two of them; docs/simulator/simulator.md describes the entries.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.workload import TraceRequest, Workload, concatenate, mix, retier, scale_rate, window
+from nitsum_jax.sim.workloads.workload import TraceRequest, Workload, concatenate, mix, retier, scale_rate, window
 
 _LEAST_SHARE = 1 / 3
 

@@ -14,7 +14,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.study.config import StudyConfig, read_study
 from nitsum_jax.sim.study.runner import StudyCell, run_cell
 from nitsum_jax.sim.study.sources import FILES, open_traces
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.workloads.workload import Workload
 
 _CONFIG = flags.DEFINE_string(
     "config", "study", "A TOML file, or `study` or `quick` for those that come with the package."

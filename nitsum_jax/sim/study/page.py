@@ -49,8 +49,15 @@ def write_page(results: Sequence[Result], folder: pathlib.Path, missing: int = 0
     images.mkdir(parents=True, exist_ok=True)
     capacity_plot(results, images / "capacity.svg")
     for result in results:
-        attainment_plot(result, images / f"{result['name']}.svg")
+        path = folder / plot_path(result)
+        path.parent.mkdir(exist_ok=True)
+        attainment_plot(result, path)
     (folder / "goodput.md").write_text(page(results, missing), encoding="utf-8")
+
+
+def plot_path(result: Result) -> str:
+    """Where the plot of a result lies, seen from the page: a folder per model, so that none gets long."""
+    return f"goodput/{result['name'].replace('_', '/', 1)}.svg"
 
 
 def page(results: Sequence[Result], missing: int = 0) -> str:
@@ -60,7 +67,7 @@ def page(results: Sequence[Result], missing: int = 0) -> str:
         "# What adaptive tensor parallelism is worth",
         "",
         "Written by `make study`; every figure comes from simulated runs of a cell of 8 devices, with step times from",
-        "the profiles named.  Policies, searches and the bound are described in [simulator.md](../simulator.md).",
+        "the profiles named.  Policies, searches and the bound: [simulator.md](../simulator/simulator.md).",
         "Settings of adaptive control are the same everywhere; every baseline is searched for its best settings on the",
         "very workload it is measured on, which adaptive control does not know beforehand.",
         "",
@@ -172,7 +179,7 @@ def _cell(result: Result) -> list[str]:
         "",
         f"Profile {result['profile']}; targets TTFT / TPOT in ms: {targets}; {result['seconds']:.0f} s of requests.",
         "",
-        f"![attainment](goodput/{result['name']}.svg)",
+        f"![attainment]({plot_path(result)})",
         "",
     ]
     levels = list(result["levels"])

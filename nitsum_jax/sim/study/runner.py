@@ -7,20 +7,20 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from nitsum_jax.control.cost_model import CostModel
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.profile import to_json
 from nitsum_jax.control.plan import CellPlan, InstancePlan
-from nitsum_jax.control.profile import to_json
 from nitsum_jax.profiles.library import load_profile
-from nitsum_jax.sim import baselines
-from nitsum_jax.sim.baselines import Setting
-from nitsum_jax.sim.bound import candidates, upper_bound
-from nitsum_jax.sim.search import Capacity, Grid, best_by_capacity, capacity, crossing, run, sample, tournament
-from nitsum_jax.sim.simulation import Policy
+from nitsum_jax.sim.policies import baselines
+from nitsum_jax.sim.policies.baselines import Setting
+from nitsum_jax.sim.policies.bound import candidates, upper_bound
+from nitsum_jax.sim.policies.search import Capacity, Grid, best_by_capacity, capacity, crossing, run, sample, tournament
+from nitsum_jax.sim.runs.simulation import Policy
+from nitsum_jax.sim.runs.summary import Figures
 from nitsum_jax.sim.study.cache import Cache, code_digest, key_of
 from nitsum_jax.sim.study.config import Case, Mix, StudyConfig, phases_of
 from nitsum_jax.sim.study.loads import Load
-from nitsum_jax.sim.summary import Figures
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.workloads.workload import Workload
 
 LOWEST = -24
 """Level below which a policy is said not to reach the target at all."""

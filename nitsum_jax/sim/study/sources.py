@@ -3,9 +3,9 @@
 import pathlib
 from collections.abc import Mapping
 
-from nitsum_jax.sim.stand_ins import open_trace
-from nitsum_jax.sim.traces import TraceFlag, read_trace
-from nitsum_jax.sim.workload import Workload
+from nitsum_jax.sim.workloads.stand_ins import open_trace
+from nitsum_jax.sim.workloads.traces import TraceFlag, read_trace
+from nitsum_jax.sim.workloads.workload import Workload
 
 FILES = {"conv": "azure_2023_conv.csv", "code": "azure_2023_code.csv"}
 _STAND_INS = {"conv": "azure-conv-like", "code": "azure-code-like"}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from nitsum_jax.engine.request import Request
-from nitsum_jax.models.chat import render_chat
-from nitsum_jax.server.backend import Phase
+from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.server.http.body import MAX_BODY_BYTES
 from nitsum_jax.server.http.requests import ChatRequest
+from nitsum_jax.server.state import Phase
 from tests.server.harness import says
 from tests.server.http.harness import CHAT, COMPLETIONS, HELLO, serving, the_error
 

@@ -14,8 +14,8 @@ import httpx2
 import openai
 import pytest
 
-from nitsum_jax.server.launch import main
-from nitsum_jax.server.launch_flags import read_options
+from nitsum_jax.server.launch.flags import read_options
+from nitsum_jax.server.launch.main import main
 
 _ROOT = Path(__file__).resolve().parents[3]
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from nitsum_jax.engine.request import Request
-from nitsum_jax.server.calls import derived_seed
+from nitsum_jax.runtime.calls import derived_seed
 from tests.server.harness import EOS, TOKENIZER, says, until
 from tests.server.http.harness import HELLO, serving
 

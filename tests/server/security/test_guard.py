@@ -11,10 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from nitsum_jax.server.callers import current_caller
-from nitsum_jax.server.guarded import guarded
-from nitsum_jax.server.journal import Journal
-from nitsum_jax.server.ops_flags import OpsOptions
+from nitsum_jax.runtime.callers import current_caller
+from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.proto import (
     admin_pb2,
     admin_pb2_grpc,
@@ -23,14 +22,15 @@ from nitsum_jax.server.proto import (
     nitsum_pb2,
     nitsum_pb2_grpc,
 )
+from nitsum_jax.server.security.engine_access import guarded
 from nitsum_jax.server.security.errors import DeniedError
 from nitsum_jax.server.security.guard import Guard, Policy
 from nitsum_jax.server.security.http_guard import HttpGuard
 from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role, digest_of, entry
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import ask, echo, refusal, says, until
-from tests.server.ops.house import opened
-from tests.server.ops.http import fetch
+from tests.server.operations.http import fetch
+from tests.server.operations.ports import opened
 
 SECRETS = {name: f"nk_{name}" for name in ("user", "fast", "slow", "few", "monitor", "admin")}
 

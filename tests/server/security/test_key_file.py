@@ -8,12 +8,12 @@ from pathlib import Path
 import grpc
 import pytest
 
-from nitsum_jax.server import admin_cli
-from nitsum_jax.server.ops_flags import OpsOptions
+from nitsum_jax.server.client import admin
+from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.security.keys import entry
 from tests.server.harness import refusal, until
-from tests.server.ops.house import opened
-from tests.server.ops.http import fetch
+from tests.server.operations.http import fetch
+from tests.server.operations.ports import opened
 from tests.server.security.test_guard import SECRETS, bearer, generate, key_list
 
 
@@ -27,7 +27,7 @@ def test_keys_are_read_again_while_the_server_runs(tmp_path: Path, capsys: pytes
 
             async def reload(*more: str) -> int:
                 flags = [f"--server={open_.run.address}", f"--api_key_file={secret}", *more]
-                return await admin_cli.main_async(["nitsum-admin", "reload_keys", *flags])
+                return await admin.main_async(["nitsum-admin", "reload_keys", *flags])
 
             stub = open_.run.stub
             open_.run.engine.hold()

@@ -8,13 +8,13 @@ import grpc
 import pytest
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server.ops_flags import OpsOptions
+from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc
 from nitsum_jax.server.security.errors import RateLimitedError
 from nitsum_jax.server.security.limits import Limits
 from tests.server.harness import refusal, until
-from tests.server.ops.house import Open, opened
-from tests.server.ops.http import Reply, fetch
+from tests.server.operations.http import Reply, fetch
+from tests.server.operations.ports import Open, opened
 
 
 def test_places_grow_and_are_given_back() -> None:

@@ -10,13 +10,13 @@ import pytest
 import trustme
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.server import client
-from nitsum_jax.server.ops_flags import OpsOptions
+from nitsum_jax.server.client import generate
+from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from nitsum_jax.server.security.keys import ApiKey, digest_of, entry
 from nitsum_jax.server.security.tls import TlsFiles, tls_of
-from tests.server.ops.house import opened
-from tests.server.ops.http import fetch
+from tests.server.operations.http import fetch
+from tests.server.operations.ports import opened
 
 
 class Papers:
@@ -129,9 +129,9 @@ def test_the_client_speaks_tls_and_shows_its_key(papers: Papers, capsys: pytest.
         async with opened(OpsOptions(api_keys=str(papers.folder / "keys.toml"), tls=tls)) as open_:
             flags = ["nitsum-generate", f"--server=localhost:{open_.run.server.port}", "--prompt=hello", "--wait"]
             flags += [f"--tls_ca={papers.ca_file}", f"--tls_cert={cert}", f"--tls_key={key}"]
-            assert await client.main_async([*flags, f"--api_key_file={papers.folder / 'key'}"]) == 0
+            assert await generate.main_async([*flags, f"--api_key_file={papers.folder / 'key'}"]) == 0
             assert capsys.readouterr().out == "hello\n"
-            assert await client.main_async(flags) == 1
+            assert await generate.main_async(flags) == 1
             assert "UNAUTHENTICATED" in capsys.readouterr().err
 
     asyncio.run(scenario())

@@ -1,0 +1,1 @@
+"""What steps and switches cost, and a cell in modelled time."""

@@ -1,0 +1,1 @@
+"""Which layout is best for a load: candidates, predictions, replays, and when to decide."""

@@ -1,0 +1,1 @@
+"""Planning for a cell of several nodes, whose candidates cannot be listed."""

@@ -1,0 +1,1 @@
+"""Which request is next, where it goes, and how long its chunks are."""

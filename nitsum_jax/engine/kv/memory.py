@@ -1,0 +1,131 @@
+"""Where the memory of a device goes: weights, KV pool, workspace.  Computed before anything is allocated."""
+
+import dataclasses
+
+from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.errors import PreconditionError
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.cuts import ModelCut
+
+_GIB = 1 << 30
+# Of what is free after weights and workspace; the rest is left to the runtime and, on a CPU, to everybody else.
+_SHARE = {"cpu": 0.4}
+_DEFAULT_SHARE = 0.9
+_CPU_LIMIT = 1 * _GIB
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes per device.
+
+    Attributes:
+      weights: of the vshards and replicated parameters that a device holds.
+      workspace: temporary arrays of the largest step, an estimate.
+      pool: shape of the KV pool.
+      tokens: tokens of context that one device holds at TP 1; an instance of TP t holds t times as many.
+      free: what the device said was free, or None.
+      text: the plan in one line per item.
+    """
+
+    weights: int
+    workspace: int
+    pool: PoolShape
+    tokens: int
+    free: int | None
+    text: str
+
+
+def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int) -> int:
+    """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling."""
+    vocab = cut.vocab * cut.num_vshards
+    rows = max(batch, chunk)
+    widest = cut.d_mlp * 2 + (cut.q_heads + 2 * cut.kv_heads) * config.head_dim
+    attention = cut.q_heads * cut.num_vshards * chunk * (chunk + 128)
+    return 4 * (4 * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention)
+
+
+def plan_memory(
+    config: ModelConfig,
+    cut: ModelCut,
+    *,
+    dtype: str,
+    platform: str,
+    devices: int,
+    weights: int,
+    allocated: int,
+    free: int | None,
+    max_batch: int,
+    max_model_len: int,
+    page_size: int,
+    chunk: int,
+    kv_cache_gib: float | None,
+) -> MemoryPlan:
+    """Sizes the KV pool.
+
+    Args:
+      config: the model.
+      cut: its vshards.
+      dtype: of weights and KV.
+      platform: "cpu", "gpu" or "tpu".  The devices of a CPU share one memory.
+      devices: how many.
+      weights: bytes of weights per device.
+      allocated: bytes of weights of all devices together (emulated devices share copies).
+      free: free bytes of a device (of the machine, on a CPU), or None if nobody knows.
+      max_batch: sequences of an instance.
+      max_model_len: their greatest length, tokens.
+      page_size: tokens per block.
+      chunk: tokens of the largest prefill step.
+      kv_cache_gib: what the user asked for, or None.
+
+    Raises:
+      PreconditionError: weights, workspace and pool do not fit.
+    """
+    workspace = workspace_bytes(config, cut, max_batch, chunk)
+    one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype)
+    page = one.block_bytes * cut.num_vshards  # all vshards of a page: what TP 1 keeps on one device
+    useful = max_batch * one.pages(max_model_len) * page
+    left = None
+    if free is not None:
+        left = (free - allocated) // devices - workspace if platform == "cpu" else free - weights - workspace
+        if left <= 0:
+            raise PreconditionError(
+                f"{_gib(weights)} GiB of weights and {_gib(workspace)} GiB of workspace do not fit in {_gib(free)} "
+                "GiB: use more devices, a smaller model, --dtype=bfloat16 or a smaller --max_batch"
+            )
+    if kv_cache_gib is not None:
+        size = int(kv_cache_gib * _GIB)
+        if left is not None and size > left:
+            raise PreconditionError(
+                f"a KV cache of {kv_cache_gib:g} GiB per device does not fit: {_gib(max(0, left))} GiB are left per "
+                "device beside weights and workspace; lower --kv_cache_gib"
+            )
+    else:
+        size = useful if left is None else min(useful, int(left * _SHARE.get(platform, _DEFAULT_SHARE)))
+        if platform == "cpu":
+            size = min(size, _CPU_LIMIT)
+    blocks = size // page * cut.num_vshards
+    smallest = one.chunk_pages * page
+    if blocks * one.block_bytes < smallest:
+        raise PreconditionError(
+            f"a KV cache of {_gib(size)} GiB per device is too small: it must hold {one.chunk_pages * page_size} "
+            f"tokens, {_gib(smallest)} GiB; raise --kv_cache_gib"
+        )
+    pool = dataclasses.replace(one, blocks=blocks)
+    tokens = blocks // cut.num_vshards * page_size
+    text = "\n".join(
+        [
+            f"memory per device: weights {_gib(weights)} GiB, KV cache {_gib(blocks * one.block_bytes)} GiB "
+            f"({tokens} tokens at TP 1, {dtype}, pages of {page_size}), workspace about {_gib(workspace)} GiB"
+            + (
+                ""
+                if free is None
+                else f"; free before: {_gib(free)} GiB{' for all devices' if platform == 'cpu' else ''}"
+            ),
+            f"cut: {cut.describe()}",
+        ]
+    )
+    return MemoryPlan(weights, workspace, pool, tokens, free, text)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}"

@@ -1,0 +1,152 @@
+"""One request on its way through the engine."""
+
+import dataclasses
+import time
+from typing import Protocol
+
+import numpy as np
+
+from nitsum_jax.engine.request import FinishReason, Request, TokenLogprob
+from nitsum_jax.engine.step.packing import sampling_columns, steering
+
+
+class Home(Protocol):
+    """Where a request is; `Instance` is one."""
+
+    def leave(self, sequence: "Sequence") -> None:
+        """Lets it go, with its row and its blocks."""
+
+    def note_pages(self, sequence: "Sequence") -> None:
+        """It may have filled a page."""
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """State of a request, changed by the engine's thread alone.
+
+    Attributes:
+      request: what was asked.
+      seed: of its random keys.
+      tokens: prompt and output that the host knows.
+      limit: tokens of prompt and output at which it ends.
+      cached: tokens whose keys and values are in the pool once all dispatched steps have run.
+      pending: sampled tokens of dispatched steps that the host has not read yet.
+      target: prefill reaches to here; the step that gets there samples the next token.
+      table: i32[K, P]; the first `pages` columns are blocks, each on the device of its vshard.
+      pages: pages held.
+      row: row in its instance's token history, or -1.
+      delivered: output tokens that went out; they are not sent again when they are made a second time.
+      admitted: order of admission, for choosing whom to send back.
+      readmitted: whether it lost its blocks once and is computed again.
+      shared: tokens of its prompt that the prefix cache had when it was computed for the first time.
+      finish: why it ended; None while it lives.
+      home: the instance it is in, or None.
+      epoch: results of steps that were dispatched in an earlier epoch count for nothing.
+      arrival_s: when it was submitted (time.monotonic).
+      ready_s: its KV cache is on its way to its instance until then, in a paced cell; it decodes no earlier.
+      landing: pages that it brought or shares may still be on their way, until this step of its home has been taken
+        in; 0: they are there.
+      keys: of its full pages, as far as somebody asked (see `prefix_index`).
+      entered: pages that are in the prefix index, or were offered to it.
+    """
+
+    request: Request
+    seed: int
+    tokens: list[int]
+    table: np.ndarray
+    limit: int
+    cached: int = 0
+    pending: int = 0
+    target: int = 0
+    pages: int = 0
+    row: int = -1
+    delivered: int = 0
+    admitted: int = -1
+    readmitted: bool = False
+    shared: int = 0
+    finish: FinishReason | None = None
+    home: "Home | None" = None
+    epoch: int = 0
+    arrival_s: float = dataclasses.field(default_factory=time.monotonic)
+    ready_s: float = 0.0
+    landing: int = 0
+    keys: list[bytes] = dataclasses.field(default_factory=list)
+    entered: int = 0
+
+    def __post_init__(self) -> None:
+        request = self.request
+        self.columns = sampling_columns(
+            request.sampling,
+            self.seed,
+            self.prompt_len,
+            min_tokens=request.min_tokens,
+            logprobs=request.logprobs is not None,
+        )
+        self.stops = frozenset(request.stop_token_ids)
+        forbidden = tuple(self.stops) if request.min_tokens else ()
+        steered = bool(forbidden or request.sampling.logit_bias)
+        self.steering = steering(request.sampling, forbidden) if steered else None
+        self._logprobs: list[TokenLogprob] = []  # of output tokens that have not gone out yet
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens with those still in flight."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether tokens are left to be prefilled."""
+        return self.cached < self.target
+
+    @property
+    def may_decode(self) -> bool:
+        """Whether another decode step may be dispatched."""
+        if self.finish is not None or self.cached < self.target or len(self.tokens) + self.pending >= self.limit:
+            return False
+        return not self.ready_s or self.ready_s <= time.monotonic()
+
+    def start_prefill(self, *, again: bool) -> None:
+        """Prepares for (re)computation from the first token.
+
+        Args:
+          again: make the output anew too, token by token as the first time (it is not sent again).  Keys and values
+            that a prefill step makes differ in the last bits from those of a decode step, which deterministic mode
+            must not let show.
+        """
+        if again:
+            del self.tokens[self.prompt_len :]
+            self.keys.clear()
+        self.cached = 0
+        self.entered = 0
+        self.target = len(self.tokens)
+
+    def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
+        """Takes a sampled token in; ends the sequence where it must end, and returns why."""
+        if token in self.stops:
+            self.finish = FinishReason.STOP
+        else:
+            self.tokens.append(token)
+            if logprob is not None and len(self.tokens) > self.prompt_len + self.delivered:
+                self._logprobs.append(logprob)
+            if len(self.tokens) >= self.limit:
+                self.finish = FinishReason.LENGTH
+        return self.finish
+
+    def broken_logits(self) -> str:
+        """What to tell its user when the model had no number to choose its next token by."""
+        return (
+            f"the model produced NaN or infinite logits for request {self.request.id} after {len(self.tokens)} tokens "
+            "of prompt and output: check the checkpoint for damaged weights, and try --dtype=float32"
+        )
+
+    def take_undelivered(self) -> tuple[tuple[int, ...], tuple[TokenLogprob, ...]]:
+        """Output tokens not yet sent, with their log probabilities; from now on they count as delivered."""
+        new, logprobs = tuple(self.tokens[self.prompt_len + self.delivered :]), tuple(self._logprobs)
+        self._logprobs.clear()
+        self.delivered += len(new)
+        return new, logprobs

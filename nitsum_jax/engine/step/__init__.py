@@ -1,0 +1,1 @@
+"""What one step computes, what goes in, and what comes out."""

@@ -1,0 +1,250 @@
+"""Attention of new tokens over a paged KV pool.
+
+A block is `page_size` tokens of one virtual shard's KV heads with all layers: the pool of a device is
+`[blocks, L, 2, W, G/K, A]`.  Keys and values of the tokens of the present step are not in the pool yet: they are
+attended to directly and written in one go at the end of the step, so that within a step the pool is only read, then
+written in place.
+
+Old tokens are taken in chunks of a fixed number of pages with a running maximum and sum (online softmax, arXiv
+1805.02867).  A chunk that lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a
+row's result depends on its own context alone, not on the longest context of the batch, and one executable serves all
+context lengths.
+
+A token that is masked has weight 0, and 0 times NaN is NaN: what one broken token leaves in a block would reach whoever
+gets the block next.  So values are always finite (`contained`), and what is wrong with a token shows in its keys alone,
+which make no difference where they are masked.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from nitsum_jax.models.layers.fixed_sums import computed_once, sum_of_weights
+
+CHUNK_TOKENS = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolShape:
+    """Shape of one device's pool.
+
+    Attributes:
+      blocks: N, number of blocks.
+      layers: L.
+      page_size: W, tokens per block.
+      kv_heads: G/K, KV heads of one virtual shard.
+      head_dim: A.
+      dtype: float32 or bfloat16.  bfloat16 lies in the pool as uint16: XLA:CPU widens whole bfloat16 operands of a
+        scatter to float32, which would copy the pool; integers it leaves alone.
+    """
+
+    blocks: int
+    layers: int
+    page_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def storage_dtype(self) -> jnp.dtype:
+        """The type in which the pool is stored."""
+        return jnp.dtype(jnp.uint16 if self.dtype == "bfloat16" else jnp.float32)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Shape of one block, `[L, 2, W, G/K, A]`."""
+        return (self.layers, 2, self.page_size, self.kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block."""
+        size = self.storage_dtype.itemsize
+        for n in self.block_shape:
+            size *= n
+        return size
+
+    @property
+    def chunk_pages(self) -> int:
+        """Pages that attention takes at a time."""
+        return max(1, CHUNK_TOKENS // self.page_size)
+
+    def pages(self, tokens: int) -> int:
+        """Pages of a block table that holds `tokens` tokens, rounded up to whole chunks."""
+        chunk = self.chunk_pages * self.page_size
+        return -(-tokens // chunk) * self.chunk_pages
+
+
+def encode(values: jax.Array, shape: PoolShape) -> jax.Array:
+    """float32 -> the pool's storage type."""
+    if shape.dtype == "bfloat16":
+        return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+    return values
+
+
+def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
+    """The pool's storage type -> float32."""
+    if shape.dtype == "bfloat16":
+        # A shift, not a bfloat16 conversion: XLA:CPU vectorises it.
+        return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
+    return stored
+
+
+def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `f32[..., A]` as `paged_attention` and `write_tokens` take them; what is finite stays as it is.
+
+    Where a token has an infinity or a NaN in keys or values, its keys become NaN, so that whoever attends to it gets
+    NaN, and its values 0.
+    """
+    most = jnp.float32(jnp.finfo(jnp.bfloat16).max)  # more would become an infinity in a bfloat16 pool
+    sound = jnp.all((jnp.abs(k) <= most) & (jnp.abs(v) <= most), axis=-1, keepdims=True)
+    return jnp.where(sound, k, jnp.float32(jnp.nan)), jnp.where(sound, v, jnp.float32(0))
+
+
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pool: jax.Array,
+    layer: int,
+    table: jax.Array,
+    context: jax.Array,
+    shape: PoolShape,
+) -> jax.Array:
+    """Attends T new tokens per row to the row's context in the pool and, causally, to themselves.
+
+    Args:
+      q: f32[B, T, S, H/K, A], one device's S virtual shards.
+      k: f32[B, T, S, G/K, A] of the new tokens, see `contained`.
+      v: as k.
+      pool: `[N, L, 2, W, G/K, A]` in storage type.
+      layer: which layer of the pool.
+      table: i32[B, S, P], blocks of each row and shard in order.
+      context: i32[B], tokens in the pool per row.
+      shape: the pool's shape.
+
+    Returns:
+      f32[B, T, S, H/K, A].
+    """
+    batch, length, slots, heads, width = q.shape
+    groups = k.shape[3]
+    per_group = heads // groups
+    # Sequences, virtual shards and KV heads make one batch axis n of the products.  It is never 1: XLA writes a
+    # product without a batch differently, and rounds it differently, and a shard alone on its device must get the bits
+    # it gets in company.
+    whole = batch * slots * groups
+    copies = 2 if whole == 1 else 1
+
+    def merged(x: jax.Array) -> jax.Array:
+        """`[B, S, G/K, rows, A] -> [n, rows, A]`."""
+        x = x.reshape(whole, *x.shape[3:])
+        return jnp.concatenate([x] * copies) if copies > 1 else x
+
+    def fetch(pages: jax.Array, which: int) -> jax.Array:
+        """Keys (0) or values (1) of i32[B, S, pages]: f32[n, tokens, A]."""
+        index = pages * jnp.int32(shape.layers * 2) + jnp.int32(layer * 2 + which)
+        stored = flat.at[index].get(mode="promise_in_bounds")
+        x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
+        return merged(x.transpose(0, 1, 3, 2, 4))
+
+    rows = per_group * length
+    scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(width**-0.5)
+    queries = merged(scaled.transpose(0, 2, 3, 4, 1, 5).reshape(batch, slots, groups, rows, width))
+    new_keys = merged(k.transpose(0, 2, 3, 1, 4))
+    new_values = merged(v.transpose(0, 2, 3, 1, 4))
+
+    # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
+    scores = jnp.einsum("nra,nua->nru", queries, new_keys)
+    if length > 1:
+        seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
+        scores = jnp.where(seen, scores, -jnp.inf)
+        top = jnp.max(scores, axis=-1)
+        weights = exp_nonpositive(scores - top[..., None])
+        total = sum_of_weights(weights)
+        out = jnp.einsum("nru,nua->nra", weights, new_values)
+    else:  # a token that sees itself alone has weight 1
+        top = scores[..., 0]
+        total = jnp.where(jnp.isnan(top), top, jnp.float32(1))
+        out = jnp.broadcast_to(new_values, queries.shape)
+
+    chunk = shape.chunk_pages
+    tokens = chunk * shape.page_size
+    # A row is a page of keys or values of one layer.  No axis is split further: an axis of length 1 (one KV head in a
+    # virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it in its
+    # place.
+    flat = pool.reshape(shape.blocks * shape.layers * 2, shape.page_size * groups * width)
+    reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
+    reach = jnp.concatenate([reach] * copies)[:, None, None]
+
+    def attend_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, out = carry
+        pages = jax.lax.dynamic_slice_in_dim(table, index * chunk, chunk, axis=2)
+        position = index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
+        scores = jnp.einsum("nra,nta->nrt", queries, fetch(pages, 0))
+        scores = jnp.where(position[None, None, :] < reach, scores, -jnp.inf)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
+        shrink = computed_once(exp_nonpositive(top - new_top))
+        weights = exp_nonpositive(scores - new_top[..., None])
+        total = total * shrink + sum_of_weights(weights)
+        out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(pages, 1))
+        return new_top, total, out
+
+    chunks = (jnp.max(context) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
+    _, total, out = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, (top, total, out))
+    out = (out / total[..., None])[:whole].reshape(batch, slots, groups, per_group, length, width)
+    return out.transpose(0, 4, 1, 2, 3, 5).reshape(batch, length, slots, heads, width)
+
+
+def exp_nonpositive(x: jax.Array) -> jax.Array:
+    """e**x for x <= 0 (-inf included) within 2 units in the last place; below -87 it is 0.
+
+    The exponential of XLA:CPU gives other bits in a large array than in a small one, because one loop is vectorised
+    and the other is not.  How large the arrays of a device are depends on the layout, so the softmax needs one of its
+    own: Cody-Waite reduction and the polynomial of Cephes' expf, made of operations that are rounded alike everywhere.
+    """
+    bounded = jnp.maximum(x, jnp.float32(-87.0))
+    power = jnp.floor(bounded * jnp.float32(1.44269504088896341) + jnp.float32(0.5))
+    r = bounded - power * jnp.float32(0.693359375) - power * jnp.float32(-2.12194440e-4)
+    y = jnp.full_like(r, 1.9875691500e-4)
+    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        y = y * r + jnp.float32(coefficient)
+    y = y * (r * r) + r + jnp.float32(1)
+    scale = jax.lax.bitcast_convert_type((power.astype(jnp.int32) + 127) << 23, jnp.float32)
+    return jnp.where(x < -87, jnp.float32(0), y * scale)
+
+
+def write_tokens(
+    pool: jax.Array, new: jax.Array, table: jax.Array, context: jax.Array, counts: jax.Array, shape: PoolShape
+) -> jax.Array:
+    """Writes the keys and values of a step's tokens, all layers at once.
+
+    Args:
+      pool: `[N, L, 2, W, G/K, A]` in storage type; donated by the caller, updated in place.
+      new: f32[B, T, S, L, 2, G/K, A], see `contained`.
+      table: i32[B, S, P].
+      context: i32[B], position of each row's first new token.
+      counts: i32[B], how many of the T tokens are real; the rest is not written.
+      shape: the pool's shape.
+
+    Returns:
+      The pool.
+    """
+    batch, length, slots = new.shape[:3]
+    step = jnp.arange(length, dtype=jnp.int32)[None, :]
+    position = context[:, None] + step
+    page = jnp.minimum(position // shape.page_size, table.shape[2] - 1)
+    block = jnp.take_along_axis(table, page[:, None, :], axis=2, mode="promise_in_bounds").transpose(0, 2, 1)
+    # Out of bounds is dropped.
+    block = jnp.where((step < counts[:, None])[:, :, None], block, jnp.int32(shape.blocks))
+    offset = jnp.broadcast_to((position % shape.page_size)[:, :, None], block.shape)
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3, 4), inserted_window_dims=(0, 3), scatter_dims_to_operand_dims=(0, 3)
+    )
+    return jax.lax.scatter(
+        pool,
+        jnp.stack([block.reshape(-1), offset.reshape(-1)], axis=-1),
+        encode(new, shape).reshape(batch * length * slots, shape.layers, 2, shape.kv_heads, shape.head_dim),
+        dimensions,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )

@@ -1,0 +1,284 @@
+"""One step of an instance as a pure function: tokens in, the KV pool updated, the next token of every row out."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
+from nitsum_jax.engine.step import logprobs, sampling
+from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
+from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.meshes.mesh import TP_AXIS
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.layers.decoder import Decoder
+from nitsum_jax.models.layers.matmul import MatmulChoice
+from nitsum_jax.models.layers.reduction import Ranks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepState:
+    """What steps hand on to the next ones on the device; a step is given it for good, and updates it in place.
+
+    Attributes:
+      pool: the KV pool, `[N, L, 2, W, G/K, A]` per device in storage type.
+      history: i32[rows, columns], the token history; see `history`.
+    """
+
+    pool: jax.Array
+    history: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepResults:
+    """What a step tells the host.
+
+    Attributes:
+      tokens: i32[B], sampled; NO_TOKEN where a logit is NaN or infinite.
+      likelihoods: i32[B, columns], `likelihood.likelihoods` where rows ask for them, else zeros.
+      logits: f32[B, V padded], of each row's last new token, from a step that was compiled with them.
+    """
+
+    tokens: jax.Array
+    likelihoods: jax.Array
+    logits: jax.Array | None = None
+
+
+StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array], tuple[StepState, StepResults]]
+
+
+class Parameter(NamedTuple):
+    """A parameter as a step takes it: its name, its slot (None: replicated) and its sharding."""
+
+    name: str
+    slot: int | None
+    spec: PartitionSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Everything that a step's code depends on beside its bucket and its devices.
+
+    Attributes:
+      config: the model.
+      cut: how it is cut in virtual shards.
+      dtype: type of weights, float32 or bfloat16.
+      pool: shape of one device's KV pool.
+      max_batch: rows of the token history, without the dummy row.
+      max_model_len: longest prompt and output together, in tokens.
+      matmul: form of the matrix products.
+    """
+
+    config: ModelConfig
+    cut: ModelCut
+    dtype: str
+    pool: PoolShape
+    max_batch: int
+    max_model_len: int
+    matmul: MatmulChoice = MatmulChoice()
+
+    @property
+    def pages(self) -> int:
+        """P, pages of a block table."""
+        return self.pool.pages(self.max_model_len)
+
+    @property
+    def history_shape(self) -> tuple[int, int]:
+        """Shape of an instance's token history: tokens, then the steering of the sequence (see `packing`).
+
+        The last row is the dummy of padding rows.
+        """
+        return self.max_batch + 1, self.max_model_len + 1 + STEERING
+
+    def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
+        """Structure and abstract parameters of one rank's part of the model."""
+        return _decoder(self, tp)
+
+    def parameters(self, tp: int) -> list[Parameter]:
+        """Every parameter, in the order a step takes them."""
+        return _parameters(self, tp)
+
+
+@functools.cache
+def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
+    # Cached: building the modules of a model takes seconds, and every bucket and group of devices asks for them.
+    def make() -> Decoder:
+        return Decoder(
+            program.config,
+            program.cut,
+            slots=program.cut.num_vshards // tp,
+            dtype=jnp.dtype(program.dtype),
+            ranks=Ranks(tp, TP_AXIS),
+            matmul=program.matmul,
+        )
+
+    return nnx.split(nnx.eval_shape(make))
+
+
+@functools.cache
+def _parameters(program: Program, tp: int) -> list[Parameter]:
+    _, state = program.decoder(tp)
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    found: list[Parameter] = []
+    for path, _ in nnx.to_flat_state(state):
+        spec = specs[path].get_value()
+        cut = TP_AXIS in spec
+        parts = path[:-1] if cut else path
+        name = ".".join(map(str, parts))
+        found.append(Parameter(name, int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
+    return found
+
+
+def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: bool = False) -> StepFunction:
+    """The step as one rank runs it, under `jax.shard_map`.
+
+    Returns:
+      A function of (parameters, state, packed inputs) to (state, results).
+    """
+    graph, _ = program.decoder(tp)
+    slots = program.cut.num_vshards // tp
+    ranks = Ranks(tp, TP_AXIS)
+
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepResults]:
+        pool, history = state.pool, state.history
+        model = nnx.merge(graph, _state(program, tp, leaves))
+        inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
+        table = jax.lax.dynamic_slice_in_dim(inputs.table, ranks.index() * jnp.int32(slots), slots, axis=1)
+        tokens = history[inputs.row, inputs.context][:, None] if shape.is_decode else inputs.tokens
+        new: list[jax.Array] = []
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            k, v = contained(k, v)
+            new.append(jnp.stack([k, v], axis=3))
+            return paged_attention(q, k, v, pool, layer, table, inputs.context, program.pool)
+
+        positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
+        x = model(tokens, positions, attend)
+        last = jnp.maximum(inputs.new_tokens - 1, 0)
+        logits = model.logits(x[jnp.arange(shape.batch), last])
+        if not shape.is_decode:
+            history = _note_prompt(history, inputs, tokens)
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, ranks)
+        likelihoods = _likelihoods(logits, sampled, inputs, ranks)
+
+        # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
+        # feed the new keys and values, so the tie is made by hand: nothing is below NO_TOKEN, but the compiler cannot
+        # know.
+        context = inputs.context + jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
+        pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
+        history = _note_sampled(history, inputs, sampled)
+        return StepState(pool, history), StepResults(
+            sampled, likelihoods, ranks.concat_last(logits) if with_logits else None
+        )
+
+    return step
+
+
+def compile_step(
+    program: Program, shape: StepShape, mesh: Mesh, *, with_logits: bool = False, name: str = "step"
+) -> jax.stages.Compiled:
+    """Compiles a step ahead of time for the devices of `mesh` (see `instance_mesh`).
+
+    The name is part of the key under which JAX's persistent cache keeps it.
+    """
+    tp = mesh.devices.size
+    along, everywhere = PartitionSpec(TP_AXIS), PartitionSpec()
+    parameters = program.parameters(tp)
+    _, modules = program.decoder(tp)
+    abstract = []
+    for leaf, (_, slot, spec) in zip(jax.tree.leaves(modules), parameters, strict=True):
+        first = leaf.shape[0] * (tp if slot is not None else 1)
+        sharding = NamedSharding(mesh, spec)
+        abstract.append(jax.ShapeDtypeStruct((first, *leaf.shape[1:]), leaf.dtype, sharding=sharding))
+    pool = (program.pool.blocks * tp, *program.pool.block_shape)
+    # The same structures as in a step, with shapes and specs for leaves.
+    state: Callable[..., object] = StepState
+    results: Callable[..., object] = StepResults
+    arguments = (
+        tuple(abstract),
+        state(
+            pool=jax.ShapeDtypeStruct(pool, program.pool.storage_dtype, sharding=NamedSharding(mesh, along)),
+            history=jax.ShapeDtypeStruct(program.history_shape, jnp.int32, sharding=NamedSharding(mesh, everywhere)),
+        ),
+        jax.ShapeDtypeStruct(
+            packed_shape(shape, program.cut.num_vshards, program.pages),
+            jnp.int32,
+            sharding=NamedSharding(mesh, everywhere),
+        ),
+    )
+    mapped = jax.shard_map(
+        step_function(program, shape, tp, with_logits=with_logits),
+        mesh=mesh,
+        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere),
+        out_specs=(
+            state(along, everywhere),
+            results(everywhere, everywhere, everywhere if with_logits else None),
+        ),
+        check_vma=False,
+    )
+    mapped.__name__ = name
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile()
+
+
+def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:
+    _, abstract = program.decoder(tp)
+    state: nnx.State = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+    return state
+
+
+def _sample(
+    logits: jax.Array, offset: jax.Array, vocab: int, inputs: StepInputs, history: jax.Array, ranks: Ranks
+) -> jax.Array:
+    def everything(logits: jax.Array) -> jax.Array:
+        # Every rank samples from the whole vocabulary; they all find the same token.
+        full = _whole(logits, ranks)
+        rows = history[inputs.row]
+        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY])
+        return jnp.where(sampling.sound(full, 0, vocab), token, sampling.NO_TOKEN)
+
+    def greedy(logits: jax.Array) -> jax.Array:
+        value, token = sampling.greedy_local(logits, offset, vocab)
+        return sampling.combine(value, token, ranks.axis if ranks.size > 1 else None)
+
+    return jax.lax.cond(sampling.all_greedy(inputs.sampling), greedy, everything, logits)
+
+
+def _likelihoods(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
+    wanted = inputs.logprobs & inputs.emit
+
+    def some(logits: jax.Array) -> jax.Array:
+        return logprobs.likelihoods(_whole(logits, ranks), sampled, wanted)
+
+    def none(logits: jax.Array) -> jax.Array:
+        return jnp.zeros((logits.shape[0], logprobs.COLUMNS), jnp.int32)
+
+    return jax.lax.cond(jnp.any(wanted), some, none, logits)
+
+
+def _whole(logits: jax.Array, ranks: Ranks) -> jax.Array:
+    """f32[B, V padded], the same on every rank; the barrier keeps XLA from fusing with what differs between layouts."""
+    return jax.lax.optimization_barrier(ranks.concat_last(logits))
+
+
+def _note_prompt(history: jax.Array, inputs: StepInputs, tokens: jax.Array) -> jax.Array:
+    """Puts a prefill step's tokens, and what steers the choice of the next ones, into the token history."""
+    columns = history.shape[1]
+    step = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    position = jnp.where(step < inputs.new_tokens[:, None], inputs.context[:, None] + step, jnp.int32(columns))
+    history = history.at[inputs.row[:, None], position].set(tokens, mode="drop")
+    return history.at[inputs.row, STEERED_BY].set(inputs.steering)
+
+
+def _note_sampled(history: jax.Array, inputs: StepInputs, sampled: jax.Array) -> jax.Array:
+    """Puts the sampled tokens into the token history; a row without one goes nowhere, and until then it needs an id."""
+    sampled = jnp.maximum(sampled, 0)
+    position = jnp.where(inputs.emit, inputs.sampling.position, jnp.int32(history.shape[1]))
+    return history.at[inputs.row, position].set(sampled, mode="drop")

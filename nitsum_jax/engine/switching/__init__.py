@@ -1,0 +1,1 @@
+"""From one layout to another under live requests, and the way back."""

@@ -1,0 +1,1 @@
+"""The decoder and its arithmetic, whose bits do not depend on the layout."""

@@ -1,0 +1,147 @@
+"""What the server needs of an engine, a tokenizer and a model, and the state of the server between start and end.
+
+The protocols name exactly the part of `Engine` that is used here, so that the service is tested against a small engine
+without a model, and so that another engine can stand behind the same front ends.
+"""
+
+# ruff: noqa: D102  the members of the protocols are described where they are implemented
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from nitsum_jax.engine.request import Request
+from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.runtime.streams.router import Bridge
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.batching.pacing import Pace
+    from nitsum_jax.engine.executables.progress import CompileProgress
+    from nitsum_jax.runtime.control.control_loop import ControlLoop
+
+T = TypeVar("T")
+
+
+class EngineStats(Protocol):
+    """Counters and gauges of an engine; see `EngineStats` in nitsum.proto."""
+
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def queue_capacity(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+    @property
+    def blocks_total(self) -> int: ...
+    @property
+    def tokens_generated(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def switches(self) -> int: ...
+    @property
+    def compiles(self) -> int: ...
+    @property
+    def pace_late_steps(self) -> int: ...
+    @property
+    def blocks_cached(self) -> int: ...
+    @property
+    def prefix_queried_tokens(self) -> int: ...
+    @property
+    def prefix_hit_tokens(self) -> int: ...
+
+
+class InstanceLoad(Protocol):
+    """A look at one instance; see `nitsum_jax.engine.batching.load.InstanceLoad`."""
+
+    @property
+    def devices(self) -> tuple[int, ...]: ...
+    @property
+    def tp(self) -> int: ...
+    @property
+    def role(self) -> str: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def kv_use(self) -> float: ...
+
+
+class ServingEngine(Protocol):
+    """The thread-safe face of an engine; `nitsum_jax.engine.engine.Engine` is one."""
+
+    @property
+    def tier_names(self) -> tuple[str, ...]: ...
+    @property
+    def device_names(self) -> tuple[str, ...]: ...
+    @property
+    def memory_report(self) -> str: ...
+    def submit(self, request: Request) -> None: ...
+    def cancel(self, request_id: str) -> None: ...
+    def set_layout(self, layout: str) -> concurrent.futures.Future[Any]: ...  # of a SwitchReport
+    def prepare_layout(self, layout: str) -> concurrent.futures.Future[Any]: ...  # likewise
+    def layout(self) -> Layout: ...
+    def allowed_layouts(self) -> tuple[str, ...]: ...
+    def lose_device(self, device: int) -> None: ...
+    def restore_device(self, device: int) -> None: ...
+    def lost_devices(self) -> tuple[int, ...]: ...
+    def ask(self, call: Callable[[], T]) -> concurrent.futures.Future[T]: ...  # on the engine's thread
+    def ready_layouts(self) -> tuple[str, ...]: ...
+    def compiling(self) -> "CompileProgress": ...
+    def context_limit(self) -> int: ...
+    def stats(self) -> EngineStats: ...
+    def loads(self) -> Sequence[InstanceLoad]: ...
+    def drain(self, timeout_s: float) -> bool: ...
+    def close(self) -> None: ...
+
+
+class TextStream(Protocol):
+    """Incremental detokenizer of one output."""
+
+    def push(self, ids: Sequence[int]) -> str: ...
+    def flush(self) -> str: ...
+
+
+class ServingTokenizer(Protocol):
+    """`nitsum_jax.models.text.tokenizer.Tokenizer` is one."""
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]: ...
+    def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes: ...
+    def stream(self) -> TextStream: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The part of a model that the front ends need: names, ids and text.
+
+    Attributes:
+      name: as the user gave it.
+      tokenizer: text to ids and back.
+      vocab_size: V of the model; ids are 0 to V - 1.
+      eos_ids: the ids that end an output, unless the request ignores them.
+      render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, ending
+        where the assistant speaks; None when the model has no chat template. Raises InvalidInputError if the template
+        refuses them.
+      defaults: what stands for the parameters that a request does not set.
+    """
+
+    name: str
+    tokenizer: ServingTokenizer
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None
+    defaults: GenerationDefaults = GenerationDefaults()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Backend:
+    """A started engine with what connects it to the event loop."""
+
+    engine: ServingEngine
+    model: ServedModel
+    bridge: Bridge
+    control: "ControlLoop | None" = None
+    pace: "Pace | None" = None

@@ -1,0 +1,245 @@
+"""What every front end does with a request that it has read: checks, the ids of the prompt, the engine's `Request`.
+
+A front end translates its own messages into `Wanted` and a `Prompt`; everything behind that is here, so that gRPC, HTTP
+and JetStream's protocol refuse the same things with the same words.
+"""
+
+import asyncio
+import dataclasses
+import secrets
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
+from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.runtime.backend import Backend, ServedModel
+from nitsum_jax.runtime.callers import current_caller
+
+DEFAULT_MAX_TOKENS = 256
+DEFAULT_TIER = "standard"
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_IDS = 64
+MAX_OUTPUTS = 128
+"""Most outputs that one call of a client may ask for."""
+
+_LONG_PROMPT_CHARS = 4096  # about a millisecond of tokenizing; longer ones must not hold up the other streams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """Plain text.
+
+    Attributes:
+      text: as the client sent it.
+      add_special: whether the ids that the model begins texts with are put before it.
+    """
+
+    text: str
+    add_special: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """Messages, each with "role" and "content" (a text, or text parts), for the chat template of the model."""
+
+    messages: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """Token ids, used as they are."""
+
+    ids: Sequence[int]
+
+
+Prompt = TextPrompt | ChatPrompt | TokenPrompt
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a client wants, beside its prompt.
+
+    Attributes:
+      sampling: how tokens are chosen; without a seed one is drawn.
+      max_tokens: at most this many new tokens; front ends put the model's own limit there if it has one.
+      stops: strings before which the output ends.
+      stop_token_ids: ids before which the output ends, beside those of the model.
+      ignore_eos: the end-of-sequence ids of the model do not end the output.
+      min_tokens: neither stop ids nor stop strings end the output before so many tokens.
+      logprobs: None, or how many of the most likely tokens are told beside each.
+      tier: name of the latency tier, "" for the default.
+      deadline_s: on the engine's monotonic clock.
+    """
+
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int = DEFAULT_MAX_TOKENS
+    stops: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    tier: str = ""
+    deadline_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """One output to be made, as the engine and the detokenizer see it."""
+
+    request: Request
+    stops: tuple[str, ...]
+
+
+def check(wanted: Wanted, vocab_size: int) -> None:
+    """Looks at everything that needs no tokenizer; call it first, because tokenizing may take long.
+
+    What only the engine can know (context length, pool size, tiers, range of prompt ids) it checks itself on submit.
+
+    Raises:
+      InvalidInputError: something is wrong; the text names it.
+    """
+    if len(wanted.stops) > MAX_STOPS:
+        raise InvalidInputError(f"{len(wanted.stops)} stop strings are too many: give at most {MAX_STOPS}")
+    if any(not 1 <= len(stop) <= MAX_STOP_CHARS for stop in wanted.stops):
+        raise InvalidInputError(f"a stop string is empty or too long: give each 1 to {MAX_STOP_CHARS} characters")
+    if len(wanted.stop_token_ids) > MAX_STOP_IDS:
+        raise InvalidInputError(
+            f"{len(wanted.stop_token_ids)} stop token ids are too many: give at most {MAX_STOP_IDS}"
+        )
+    for token in wanted.stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise InvalidInputError(f"stop token id {token} is outside the vocabulary: give 0 to {vocab_size - 1}")
+    if wanted.max_tokens < 1:
+        raise InvalidInputError(f"max_tokens={wanted.max_tokens} is out of range: give 1 or more")
+    if not 0 <= wanted.min_tokens <= wanted.max_tokens:
+        raise InvalidInputError(f"min_tokens={wanted.min_tokens} is out of range: give 0 to max_tokens")
+    wanted.sampling.validate()
+
+
+def check_outputs(count: int, backend: Backend, field: str) -> None:
+    """Refuses a call for more outputs than the queue ever takes, or than its caller may have.
+
+    Args:
+      count: outputs of the call, each a request of its own.
+      backend: whose queue it is.
+      field: what the client gave, such as "n=200".
+
+    Raises:
+      InvalidInputError: there are more than may wait, so that trying again would never help.
+      NitsumError: the caller may not have so many, or not now.
+    """
+    if count < 2:
+        return
+    if count > (most := backend.engine.stats().queue_capacity):
+        raise InvalidInputError(
+            f"{field} is too large: at most {most} requests may wait here (--max_queue); ask for fewer at once"
+        )
+    current_caller().more(count - 1)
+
+
+def prompt_size(prompt: Prompt) -> int:
+    """Characters that must be tokenized."""
+    match prompt:
+        case TextPrompt(text):
+            return len(text)
+        case ChatPrompt(messages):
+            return sum(map(_content_size, messages))
+        case TokenPrompt():
+            return 0
+
+
+def prompt_ids(prompt: Prompt, model: ServedModel) -> tuple[int, ...]:
+    """The token ids of a prompt.
+
+    Raises:
+      InvalidInputError: the prompt is empty, or the template refuses the messages.
+      PreconditionError: chat messages for a model without a chat template.
+    """
+    match prompt:
+        case TextPrompt(text, add_special):
+            ids: Sequence[int] = model.tokenizer.encode(text, add_special) if text else ()
+        case ChatPrompt(messages):
+            # The template writes the special tokens itself.
+            ids = model.tokenizer.encode(_chat_text(messages, model), add_special=False)
+        case TokenPrompt(given):
+            ids = given
+    if not ids:
+        raise InvalidInputError("the prompt is empty: give at least one token of text, messages or ids")
+    return tuple(ids)
+
+
+async def encode(prompts: Sequence[Prompt], model: ServedModel) -> list[tuple[int, ...]]:
+    """The token ids of each prompt; beside the event loop if it takes long.
+
+    Raises:
+      NitsumError: as `prompt_ids`.
+    """
+    if sum(map(prompt_size, prompts)) > _LONG_PROMPT_CHARS:
+        return await asyncio.to_thread(lambda: [prompt_ids(prompt, model) for prompt in prompts])
+    return [prompt_ids(prompt, model) for prompt in prompts]
+
+
+def make_call(
+    wanted: Wanted, ids: tuple[int, ...], model: ServedModel, tiers: Sequence[str], request_id: str | None = None
+) -> Call:
+    """The engine's request of something that `check` has passed.
+
+    Args:
+      wanted: what the client wants.
+      ids: of the prompt.
+      model: whose end-of-sequence ids end the output.
+      tiers: names of the tiers; a request that names none gets "standard", or the first where there is no such tier.
+      request_id: unique among those alive; made here if None.
+    """
+    sampling = wanted.sampling
+    if sampling.seed is None:
+        # Drawn here rather than in the engine, so that the client can be told what would give the same answer again.
+        sampling = dataclasses.replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
+    stop_ids = tuple(wanted.stop_token_ids)
+    request = Request(
+        id=request_id or uuid.uuid4().hex,
+        prompt_ids=ids,
+        max_tokens=wanted.max_tokens,
+        sampling=sampling,
+        stop_token_ids=stop_ids if wanted.ignore_eos else tuple(dict.fromkeys((*model.eos_ids, *stop_ids))),
+        tier=wanted.tier or default_tier(tiers),
+        deadline_s=wanted.deadline_s,
+        min_tokens=wanted.min_tokens,
+        logprobs=wanted.logprobs,
+    )
+    return Call(request, tuple(dict.fromkeys(wanted.stops)))
+
+
+def default_max_tokens(defaults: GenerationDefaults) -> int:
+    """The limit of requests that have none."""
+    return DEFAULT_MAX_TOKENS if defaults.max_new_tokens is None else defaults.max_new_tokens
+
+
+def default_tier(tiers: Sequence[str]) -> str:
+    """The tier of requests that name none."""
+    return DEFAULT_TIER if DEFAULT_TIER in tiers else tiers[0]
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of output `index` of a request for several; that of the first is the seed itself."""
+    return (seed + index * 0x9E3779B9) % (MAX_SEED + 1)  # the odd fraction of 2^32 that spreads neighbours widest
+
+
+def _content_size(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    if isinstance(content, list):
+        return sum(len(str(part.get("text", ""))) for part in content if isinstance(part, Mapping))
+    return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
+
+
+def _chat_text(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
+    if not any(map(_content_size, messages)):
+        raise InvalidInputError("the prompt is empty: chat needs at least one message with content")
+    if not all(turn["role"] for turn in messages):
+        raise InvalidInputError('every chat message needs a role, such as "user"')
+    if model.render_chat is None:
+        raise PreconditionError(f"model {model.name} has no chat template: send the prompt as text instead")
+    return model.render_chat(messages)

@@ -1,0 +1,68 @@
+"""An engine's instance as the policies see it."""
+
+import collections
+
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.plan import InstancePlan
+from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.engine.instance import Instance
+
+
+class LiveWorker(Worker):
+    """A `Worker` whose steps an engine makes; its room is what the engine says.
+
+    Attributes:
+      instance: of the engine.
+      busy_until_s: when the steps in flight are expected to end.
+      flights: expected seconds of each of them.
+      round: prompts and tokens that are still to be done before the next decode step.
+      begun: whether a step of the round was launched.
+      owed: whether decoding jobs have their turn next.
+      leads: whether they have it before the round begins.
+    """
+
+    def __init__(self, index: int, plan: InstancePlan, instance: Instance, page_size: int, max_batch: int):
+        """Makes a worker of nobody."""
+        super().__init__(index, plan, instance.total_pages() * page_size, page_size, max_batch)
+        self.instance = instance
+        self.busy_until_s = 0.0
+        self.flights: collections.deque[float] = collections.deque()
+        self.round: collections.deque[tuple[Job, int]] = collections.deque()
+        self.begun = False
+        self.owed = False
+        self.leads = False
+
+    @property
+    def free_blocks(self) -> int:
+        """Pages that are free."""
+        return self.instance.free_pages()
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it can take a request now."""
+        return super().takes_prompts and self.instance.free_rows > 0 and not self.instance.broken
+
+    def busy_s(self, now_s: float) -> float:
+        """Time until the steps in flight are expected to end."""
+        return max(0.0, self.busy_until_s - now_s) if self.flights else 0.0
+
+    def launched(self, seconds: float, now_s: float) -> None:
+        """A step of so many expected seconds was launched."""
+        self.busy_until_s = max(self.busy_until_s, now_s) + seconds
+        self.flights.append(seconds)
+
+    def settled(self, now_s: float) -> None:
+        """The oldest step in flight has ended."""
+        if self.flights:
+            self.flights.popleft()
+        self.busy_until_s = now_s + sum(self.flights)
+
+    def drop(self, job: Job) -> None:
+        """A job goes, in whatever state it is."""
+        if job.id in self.outgoing:
+            self.departed(job)
+            job.worker = None
+        else:
+            self.leave(job)
+        if self.round and any(other is job for other, _ in self.round):
+            self.round = collections.deque(item for item in self.round if item[0] is not job)

@@ -1,0 +1,451 @@
+"""The engine's policy by latency tiers: `control.Scheduler`, with a control `Worker` for every instance.
+
+Requests are `control` jobs and instances are `control` workers, the very objects of the simulator, kept up to date by
+what the engine tells.  Two things differ from the model of a cell.  Steps are launched ahead of their results, so token
+deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own:
+the chunks that the scheduler composes beside a decode step go before it, one after the other.
+
+All but `push`, `now_s`, `plan` and `keep_for` runs on the engine's thread.  What other threads are to see of jobs and
+workers is copied here first (`control.planning.cell_view`).
+"""
+
+import collections
+import heapq
+import itertools
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Seq
+
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.planning.cell_view import CellView, JobView
+from nitsum_jax.control.scheduling import placement
+from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.policy import Room
+from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
+from nitsum_jax.engine.switching.migration import Host, Vacancies
+from nitsum_jax.engine.switching.migration import Traveller as Leaving
+from nitsum_jax.errors import OverloadedError
+from nitsum_jax.runtime.scheduling.live_worker import LiveWorker
+
+Listener = Callable[[float, JobView], None]
+_LOOK_AGAIN_S = 0.25
+
+
+class TieredScheduling:
+    """See `engine.policy.Policy` for the calls of the engine.
+
+    Attributes:
+      scheduler: who decides.
+      cost: what it predicts with.
+      listeners: whom to tell of requests that came, and of those that ended by themselves: (time, the request then).
+    """
+
+    # ruff: noqa: D102
+    def __init__(
+        self,
+        tiers: TierSet,
+        cost: CostModel,
+        capacity: int,
+        *,
+        admitted: Callable[[str, float], None] | None = None,
+        time_scale: float = 1.0,
+        fused: bool = False,
+        config: SchedulerConfig = SchedulerConfig(),
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Knows no instance yet.
+
+        Args:
+          tiers: those that requests may name.
+          cost: told what the engine's steps take.
+          capacity: most requests that may wait.
+          admitted: told id and time of every request that an instance takes, on the engine's thread.
+          time_scale: seconds of the engine's clock for one of the tiers and the cost model (see
+            `engine.batching.pacing`).
+          fused: whether decoding goes first where it shares a step of the cost model with chunks, so that first tokens
+            come at the end of both, as they do from a step that does both at once.
+          config: of the scheduler.
+          clock: that of the engine.
+        """
+        self.capacity = capacity
+        self.cost = cost
+        self._config = config
+        self.scheduler: Scheduler[LiveWorker] = Scheduler(cost, tuple(tiers), config)
+        self.arrived_listeners: list[Listener] = []
+        self.finished_listeners: list[Listener] = []
+        self._tiers = tiers
+        self._admitted = admitted
+        self._scale = time_scale
+        self._fused = fused
+        self._clock = clock
+        self._new: collections.deque[Sequence] = collections.deque()
+        self._unseated: set[Sequence] = set()
+        self._jobs: dict[Sequence, Job] = {}
+        self._sequences: dict[str, Sequence] = {}
+        self._workers: dict[Instance, LiveWorker] = {}
+        self._kept_for: dict[tuple[tuple[int, ...], str], tuple[str, ...]] = {}
+        self._offered: collections.deque[Job] = collections.deque()
+        self._stale: dict[LiveWorker, None] = {}  # something changed there: it may take another request
+        self._look_for_late = False  # something changed: a late request may go somewhere
+        self._wakes: list[float] = []
+        self._indices = itertools.count()
+        self._version = 0
+        self._seen_s = 0.0
+        self._looked_s = -math.inf
+
+    # ---- for the server
+
+    def begin(self, tiers: TierSet) -> None:
+        """Forgets what earlier requests taught, and takes new targets for the same tiers; while no request is alive."""
+        self._tiers = tiers
+        self.scheduler = Scheduler(self.cost, tuple(tiers), self._config)
+
+    def now_s(self) -> float:
+        """The time on the clock of jobs and tiers."""
+        return self._clock() / self._scale
+
+    @property
+    def time_scale(self) -> float:
+        """Seconds of the engine's clock for one of the jobs' and tiers'."""
+        return self._scale
+
+    def plan(self) -> CellPlan:
+        """The instances in force, with the tiers that they are kept for; on any thread."""
+        workers = self._workers  # never changed in place
+        return CellPlan(tuple(worker.plan for worker in workers.values()))
+
+    def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
+        """What a controller sees, made on the engine's thread for whatever thread."""
+        workers = tuple(self._workers.values())
+        return CellView.of(self.plan(), num_devices, workers, self.scheduler.backlog, lost=lost, allowed=allowed)
+
+    def count_late(self, ids: Collection[str]) -> int:
+        """How many of these requests are alive and late."""
+        alive = (self._sequences.get(name) for name in ids)
+        return sum(self._jobs[sequence].late for sequence in alive if sequence is not None)
+
+    def keep_for(self, plan: CellPlan) -> None:
+        """Says which tiers instances are kept for, those that are there and those that a switch will bring."""
+        self._kept_for = {instance.group: instance.tiers for instance in plan.instances}
+        for worker in self._workers.values():
+            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
+
+    # ---- the queue
+
+    def __len__(self) -> int:
+        return len(self._unseated)
+
+    def push(self, sequence: Sequence) -> None:
+        if len(self._unseated) >= self.capacity:
+            raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
+        self._unseated.add(sequence)
+        self._new.append(sequence)
+
+    def arrivals(self, now_s: float) -> Seq[Sequence]:
+        if not self._new:
+            return ()
+        arrived = list(self._new)
+        self._new.clear()
+        now = now_s / self._scale
+        for sequence in arrived:
+            request = sequence.request
+            tier = self._tiers.get(request.tier)
+            job = Job(request.id, tier, sequence.arrival_s / self._scale, sequence.prompt_len, request.max_tokens)
+            self._jobs[sequence] = job
+            self._sequences[job.id] = sequence
+            self.scheduler.admit(job, now)
+            job.expected_output = min(job.expected_output, request.max_tokens)
+            self._offered.append(job)
+            seen = JobView.of(job)
+            for listener in self.arrived_listeners:
+                listener(now, seen)
+        return arrived
+
+    def waiting(self) -> Iterable[Sequence]:
+        return [*self._new, *(self._sequences[job.id] for job in self.scheduler.backlog.jobs())]
+
+    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
+        now = self._seen_s = now_s / self._scale
+        self._wake(now)
+        while self._offered:
+            job = self._offered.popleft()
+            held = self._held(self._sequences[job.id], room)
+            worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
+            if worker is None or not room.fits(self._sequences[job.id], worker.instance):
+                for time_s in self.scheduler.wakes(job, now):
+                    heapq.heappush(self._wakes, time_s)
+                self._look_for_late = True
+                continue
+            self.scheduler.backlog.remove(job)
+            return self._sequences[job.id], worker.instance
+        while self._stale:
+            live = next(iter(self._stale))
+            found = self.scheduler.pull(live, now) if live.instance in self._workers else None
+            if found is not None and not room.fits(self._sequences[found.id], live.instance):
+                self.scheduler.backlog.push(found)
+                found = None
+            self._look_for_late = True
+            if found is not None:
+                return self._sequences[found.id], live.instance
+            del self._stale[live]
+        return self._next_late(room, now) if self._look_for_late else None
+
+    def _next_late(self, room: Room, now: float) -> tuple[Sequence, Instance] | None:
+        """A late request that goes somewhere now; asked once nothing in time does."""
+        placed = self.scheduler.place_late(tuple(self._workers.values()), now)
+        if placed is not None:
+            job, worker = placed
+            sequence, instance = self._sequences[job.id], worker.instance
+            if room.fits(sequence, instance):
+                return sequence, instance
+            self.scheduler.backlog.push(job)
+        self._look_for_late = False
+        return None
+
+    def _held(self, sequence: Sequence, room: Room) -> dict[LiveWorker, int]:
+        """Tokens of a sequence's beginning that lie at instances which could take it."""
+        workers = [worker for worker in self._workers.values() if worker.takes_prompts]
+        if len(workers) < 2:
+            return {}  # nothing is to be chosen
+        pages = {worker: room.held(sequence, worker.instance) for worker in workers}
+        return {worker: count * worker.page_size for worker, count in pages.items() if count}
+
+    def again(self, sequence: Sequence) -> None:
+        job = self._jobs.get(sequence)
+        if job is None:
+            return
+        job.worker = None
+        job.recomputed += job.cached
+        job.generated = len(sequence.tokens) - sequence.prompt_len
+        job.target = len(sequence.tokens)
+        job.cached = 0
+        self.scheduler.readmit(job, self.now_s())
+        self._offered.append(job)
+
+    def remove(self, sequence: Sequence) -> None:
+        job = self._jobs.get(sequence)
+        if job is not None:
+            if self.scheduler.backlog.remove(job) and job in self._offered:
+                self._offered.remove(job)
+        elif sequence in self._unseated:
+            self._new.remove(sequence)
+        self._unseated.discard(sequence)
+
+    def wake_s(self) -> float | None:
+        if not len(self.scheduler.backlog):
+            return None
+        soon = self._seen_s + _LOOK_AGAIN_S
+        return (min(soon, self._wakes[0]) if self._wakes else soon) * self._scale
+
+    def _wake(self, now: float) -> None:
+        due = len(self.scheduler.backlog) > 0 and now - self._looked_s >= _LOOK_AGAIN_S
+        while self._wakes and self._wakes[0] <= now:
+            heapq.heappop(self._wakes)
+            due = True
+        if due:
+            self._looked_s = now
+            self._stale.update(dict.fromkeys(self._workers.values()))
+
+    # ---- steps
+
+    def prefill(self, instance: Instance) -> PrefillChoice | None:
+        worker = self._workers.get(instance)
+        if worker is None:
+            return PrefillChoice(instance.prefills[0])
+        if worker.owed:
+            if instance.decodable():
+                return None
+            worker.owed = False
+        while worker.round and self._sequences.get(worker.round[0][0].id) not in instance.prefills:
+            worker.round.popleft()  # it has gone
+        if not worker.round:
+            self._compose(worker, instance)
+        if not worker.round or (worker.leads and instance.decodable()):
+            return None
+        worker.leads = False
+        job, tokens = worker.round[0]
+        return PrefillChoice(self._sequences[job.id], tokens, joined=worker.begun)
+
+    def _compose(self, worker: LiveWorker, instance: Instance) -> None:
+        if self.cost.version != self._version:
+            self._version = self.cost.version
+            self.scheduler.forget_times()
+        worker.begun = False
+        chunks = self.scheduler.compose(worker, max(self.now_s(), worker.busy_until_s)) if worker.prefills else []
+        worker.round.extend(chunks)
+        if not chunks and not instance.decodable():  # whoever decodes is about to end; somebody must go on
+            worker.round.append((self._jobs[instance.prefills[0]], 256))
+        worker.leads = self._fused
+
+    def launched(self, instance: Instance, step: Step, now_s: float) -> None:
+        worker = self._workers.get(instance)
+        if worker is None:
+            return
+        now = now_s / self._scale
+        self._stale[worker] = None
+        if step.chunk is None:
+            worker.launched(self.cost.step_s(worker.tp, len(step.sequences), step.context), now)
+            worker.owed = worker.leads = False
+            worker.advance(1)
+            return
+        new, before = step.chunk
+        alone = self.cost.step_s(worker.tp, len(worker.decoding), worker.context) if worker.decoding else 0.0
+        both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, ((new, before),))
+        worker.launched(both - alone, now)
+        job = self._jobs[step.sequences[0]]
+        job.cached = before + new  # with what others computed for it
+        if worker.round and worker.round[0][0] is job:
+            left = worker.round[0][1] - new
+            worker.round.popleft()
+            if left > 0 and not step.emits[0]:
+                worker.round.appendleft((job, left))
+        worker.begun = True
+        worker.owed = not worker.round and not self._fused
+        if step.emits[0]:
+            job.generated += 1
+            if job.first_token_s is None:
+                job.first_token_s = worker.busy_until_s  # as is expected; corrected when it comes
+            if worker.plan.role == PREFILL:
+                worker.depart(job)
+            else:
+                worker.begin_decode(job)
+
+    def settled(self, instance: Instance, step: Step, now_s: float) -> None:
+        worker = self._workers.get(instance)
+        if worker is not None:
+            worker.settled(now_s / self._scale)
+            self._stale[worker] = None
+        if step.tokens is not None:
+            seconds = (step.ready_s - step.start_s) / self._scale
+            if step.chunk is None:
+                self.cost.observe(instance.spec.tp, seconds, len(step.sequences), step.context)
+            else:
+                self.cost.observe(instance.spec.tp, seconds, 0, 0, (step.chunk,))
+
+    # ---- where sequences are
+
+    def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
+        workers = [self._workers[instance] for instance in instances if instance in self._workers]
+        worker = self.scheduler.decode_worker(self._jobs[sequence], workers, now_s / self._scale)
+        return None if worker is None else worker.instance
+
+    def place(self, sequences: Seq[Leaving], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+        workers = [self._planned(number, host) for number, host in enumerate(hosts)]
+        seats = self.scheduler.place([self._traveller(one.sequence) for one in sequences], workers, room)
+        return [None if seat is None else seat.instance for seat in seats]
+
+    def _planned(self, number: int, host: Host) -> Worker:
+        """An instance that a switch will bring."""
+        group = host.spec.devices, host.spec.role.value
+        plan = InstancePlan(*group, self._kept_for.get(group, ()))
+        return Worker(number, plan, host.pages * host.page_size, host.page_size, host.rows)
+
+    def _traveller(self, sequence: Sequence) -> placement.Traveller:
+        job, home = self._jobs[sequence], sequence.home
+        assert home is not None
+        waited = job.worker is not None and job.id in job.worker.outgoing
+        return placement.Traveller(job, home.spec.devices, sequence.cached, not sequence.prefilling, waited)
+
+    def victim(self, instance: Instance) -> Sequence:
+        return self._sequences[self.scheduler.victim(self._jobs[sequence] for sequence in instance.rows.values()).id]
+
+    def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
+        first = sequence in self._unseated
+        self._unseated.discard(sequence)
+        job = self._jobs[sequence]
+        job.target, job.cached = sequence.target, sequence.cached
+        job.generated = len(sequence.tokens) - sequence.prompt_len
+        worker = self._workers.get(instance)
+        if worker is not None:
+            worker.seat(job)
+        if first and self._admitted is not None:
+            self._admitted(job.id, now_s)
+
+    def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None:
+        job = self._jobs[sequence]
+        for worker in self._workers.values():
+            if job.worker is worker:
+                worker.drop(job)
+        self._arrive(job, sequence, self._workers[target])
+        for instance in (source, target):
+            if instance in self._workers:
+                self._stale[self._workers[instance]] = None
+
+    def left(self, sequence: Sequence, instance: Instance) -> None:
+        worker, job = self._workers.get(instance), self._jobs.get(sequence)
+        if worker is not None and job is not None and job.worker is worker:
+            worker.drop(job)
+            job.generated = len(sequence.tokens) - sequence.prompt_len
+            self._stale[worker] = None
+
+    def first_token(self, sequence: Sequence, now_s: float) -> None:
+        job = self._jobs[sequence]
+        job.first_token_s = now_s / self._scale
+        if job.first_token_s > job.ttft_deadline_s:
+            job.late = True
+        if job.worker is not None:
+            job.worker.retime(job)
+
+    def ended(self, sequence: Sequence, now_s: float) -> None:
+        job = self._jobs.pop(sequence, None)
+        if job is None:
+            return
+        del self._sequences[job.id]
+        job.finish_s = now_s / self._scale
+        job.generated = job.output_tokens = max(1, len(sequence.tokens) - sequence.prompt_len)
+        if sequence.finish not in (FinishReason.STOP, FinishReason.LENGTH):
+            return
+        self.scheduler.ended(job)
+        seen = JobView.of(job)
+        for listener in self.finished_listeners:
+            listener(job.finish_s, seen)
+
+    def relaid(self, instances: Seq[Instance], now_s: float) -> None:
+        workers = {}
+        for instance in instances:
+            kept = self._workers.get(instance)
+            workers[instance] = kept or self._make(instance)
+        for worker in self._workers.values():
+            for job in (*worker.prefills, *worker.decoding.values(), *worker.outgoing.values()):
+                sequence = self._sequences.get(job.id)
+                if worker.instance not in workers or sequence is None or sequence.home is not worker.instance:
+                    worker.drop(job)
+        for worker in workers.values():
+            for sequence in (*worker.instance.prefills, *worker.instance.rows.values()):
+                job = self._jobs[sequence]
+                if job.worker is worker:
+                    continue
+                if sequence.prefilling:
+                    job.target, job.cached = sequence.target, sequence.cached
+                    job.generated = len(sequence.tokens) - sequence.prompt_len
+                    worker.seat(job)
+                else:
+                    self._arrive(job, sequence, worker)
+        self._workers = workers
+        for worker in workers.values():  # `keep_for` may have come meanwhile and seen those before
+            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
+        self._stale = dict.fromkeys(workers.values())
+
+    def _arrive(self, job: Job, sequence: Sequence, worker: LiveWorker) -> None:
+        job.cached = sequence.cached
+        job.generated = sequence.length - sequence.prompt_len
+        if job.first_token_s is None:
+            job.first_token_s = self.now_s()  # it comes any moment
+        if worker.plan.role == PREFILL:  # a switch has put it there
+            worker.park(job)
+        else:
+            worker.arrive(job)
+
+    def _make(self, instance: Instance) -> LiveWorker:
+        spec = instance.spec
+        group = spec.devices, str(spec.role)
+        plan = InstancePlan(*group, self._kept_for.get(group, ()))
+        return LiveWorker(next(self._indices), plan, instance, instance.page_size, instance.max_batch)

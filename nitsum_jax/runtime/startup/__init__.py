@@ -1,0 +1,1 @@
+"""From settings to a started engine: compilation cache, model and scheduling put together."""

@@ -1,0 +1,57 @@
+"""A model as front ends need it: names, ids, text and its chat template."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
+from nitsum_jax.runtime.backend import ServedModel
+
+if TYPE_CHECKING:
+    from nitsum_jax.models.loading import OpenModel
+
+
+def served_model(model: "OpenModel", name: str | None, generation_config: str = "auto") -> ServedModel:
+    """What front ends need of a model.
+
+    Args:
+      model: the model.
+      name: what clients call it, its own if None.
+      generation_config: "auto": what a request does not set is as the model's generation config says; "none": that is
+        ignored.
+
+    Raises:
+      InvalidInputError: the generation config cannot be used.
+    """
+    from nitsum_jax.models.text.chat import render_chat
+
+    tokenizer = model.tokenizer
+
+    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
+        return render_chat(
+            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+        )
+
+    return ServedModel(
+        name=name or model.name,
+        tokenizer=tokenizer,
+        vocab_size=model.config.vocab_size,
+        eos_ids=model.config.eos_ids,
+        render_chat=chat if tokenizer.chat_template else None,
+        defaults=_defaults(model) if generation_config == "auto" else GenerationDefaults(),
+    )
+
+
+def _defaults(model: "OpenModel") -> GenerationDefaults:
+    try:
+        defaults = generation_defaults(model.generation, model.config.vocab_size)
+        SamplingParams(**defaults.sampling).validate()
+        if defaults.max_new_tokens is not None and defaults.max_new_tokens < 1:
+            raise InvalidInputError(f"max_new_tokens={defaults.max_new_tokens} is out of range: give 1 or more")
+    except InvalidInputError as error:
+        raise InvalidInputError(
+            f"the generation config of {model.name} cannot be used: {error}. Correct it, or leave it out with "
+            "generation_config=none"
+        ) from None
+    return defaults

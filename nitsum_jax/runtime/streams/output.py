@@ -1,0 +1,226 @@
+"""The output of one request on its way to the client: text, tokens, times and how it ended."""
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from nitsum_jax.engine.request import FinishReason, TokenDelta, TokenLogprob
+from nitsum_jax.errors import UnavailableError
+from nitsum_jax.runtime.backend import TextStream
+from nitsum_jax.runtime.calls import Call
+from nitsum_jax.runtime.errors import DeadlineError, GenerationError
+from nitsum_jax.runtime.streams.stops import StopMatcher
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToldToken:
+    """A token with how likely it was.
+
+    Attributes:
+      id: token id.
+      logprob: of the token, and of others at its place.
+      start: where its text begins in the output, in characters.
+    """
+
+    id: int
+    logprob: TokenLogprob
+    start: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class End:
+    """How an output ended: STOP or LENGTH, and the stop string that ended it, if one did."""
+
+    reason: FinishReason
+    stop: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in an output.
+
+    Attributes:
+      text: certain to be output; lags behind the ids while a character is incomplete or a stop string may have begun.
+      ids: new token ids.
+      told: tokens with their log probabilities, where these are wanted; they come when their text does.
+      end: None while more is to come.
+    """
+
+    text: str
+    ids: Sequence[int]
+    told: Sequence[ToldToken] = ()
+    end: End | None = None
+
+
+class Output:
+    """Makes pieces of the deltas of one call."""
+
+    def __init__(self, call: Call, text_stream: TextStream, cancel: Callable[[str], None], arrival_s: float) -> None:
+        """Begins an output.
+
+        Args:
+          call: whose output this is.
+          text_stream: the tokenizer's decoder for it.
+          cancel: told the id of the request when a stop string has ended it, while the engine would go on.
+          arrival_s: of the request, on the engine's monotonic clock.
+        """
+        self._call = call
+        self._text = OutputText(text_stream, call.stops, call.request.min_tokens)
+        self._cancel = cancel
+        self._waiting: deque[ToldToken] | None = None if call.request.logprobs is None else deque()
+        self.times = OutputTimes(arrival_s)
+        self.cached_tokens = 0
+        """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
+
+    def take(self, deltas: Sequence[TokenDelta]) -> Piece:
+        """The next piece; none may be asked for after one with an end.
+
+        Raises:
+          DeadlineError: the deadline of the request passed.
+          GenerationError: the engine failed on the request.
+          UnavailableError: the server stopped before the output was complete.
+        """
+        ids: list[int] = []
+        text = ""
+        for delta in deltas:
+            self.cached_tokens = delta.cached_tokens
+            taken, piece = self._push(delta)
+            self.times.add(len(taken), delta.time_s)
+            ids += taken
+            text += piece
+            if self._text.stopped_by is not None:
+                self._cancel(self._call.request.id)  # now, not when the client has read the rest
+                return Piece(text, ids, self._told(), End(FinishReason.STOP, self._text.stopped_by))
+            reason = _checked(delta)
+            if reason is not None:
+                text += self._text.finish()
+                stop = self._text.stopped_by
+                ended = End(reason if stop is None else FinishReason.STOP, stop)
+                return Piece(text, ids, self._told(whole=stop is None), ended)
+        return Piece(text, ids, self._told())
+
+    def _push(self, delta: TokenDelta) -> tuple[Sequence[int], str]:
+        if self._waiting is None:
+            return self._text.push(delta.token_ids)
+        text = ""
+        for index, (token, logprob) in enumerate(zip(delta.token_ids, delta.logprobs, strict=True)):
+            self._waiting.append(ToldToken(token, logprob, self._text.decoded))
+            text += self._text.push((token,))[1]
+            if self._text.stopped_by is not None:
+                return delta.token_ids[: index + 1], text
+        return delta.token_ids, text
+
+    def _told(self, whole: bool = False) -> Sequence[ToldToken]:
+        """Tokens whose text has begun to be shown, or all of them if the output is whole."""
+        if not self._waiting:
+            return ()
+        told = []
+        while self._waiting and (whole or self._waiting[0].start < self._text.shown):
+            told.append(self._waiting.popleft())
+        return told
+
+
+class OutputText:
+    """Turns token ids into text that may be shown, and ends the output at a stop string.
+
+    Attributes:
+      decoded: characters that the tokens have said so far.
+      shown: characters of them that were handed out.
+    """
+
+    def __init__(self, text_stream: TextStream, stops: Sequence[str], min_tokens: int = 0) -> None:
+        """Begins a text.
+
+        Args:
+          text_stream: decoder of its tokens.
+          stops: before the first of them that it would contain, the text ends.
+          min_tokens: text of so many first tokens is not searched for them.
+        """
+        self._text_stream = text_stream
+        self._matcher = StopMatcher(stops)
+        self._one_by_one = bool(stops)
+        self._unsearched = min_tokens
+        self.decoded = 0
+        self.shown = 0
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the output, if one did."""
+        return self._matcher.matched
+
+    def push(self, ids: Sequence[int]) -> tuple[Sequence[int], str]:
+        """Takes new ids and returns those that belong to the output, and the text that is ready.
+
+        The ids that spell a stop string belong to the output (they have been streamed before anyone could know);
+        those after it do not.
+        """
+        if not self._one_by_one:
+            return ids, self._show(self._decode(ids))
+        text = ""
+        for index, token in enumerate(ids):
+            piece = self._decode((token,))
+            if self._unsearched > 0:
+                self._unsearched -= 1
+                text += piece
+                continue
+            text += self._matcher.push(piece)
+            if self.stopped_by is not None:
+                return ids[: index + 1], self._show(text)
+        return ids, self._show(text)
+
+    def finish(self) -> str:
+        """The rest of the text, when no more ids will come."""
+        rest = self._text_stream.flush()
+        self.decoded += len(rest)
+        return self._show(rest if self._unsearched > 0 else self._matcher.push(rest) + self._matcher.flush())
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text = self._text_stream.push(ids)
+        self.decoded += len(text)
+        return text
+
+    def _show(self, text: str) -> str:
+        self.shown += len(text)
+        return text
+
+
+class OutputTimes:
+    """First and last token time of one output, on the clock of the engine (seconds)."""
+
+    def __init__(self, arrival_s: float) -> None:
+        self._arrival_s = arrival_s
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self.tokens = 0
+
+    def add(self, tokens: int, time_s: float) -> None:
+        """Notes that so many tokens came at this time."""
+        if not tokens:
+            return
+        if not self.tokens:
+            self._first_s = time_s
+        self._last_s = time_s
+        self.tokens += tokens
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Arrival to first token in milliseconds; None while there is none."""
+        return (self._first_s - self._arrival_s) * 1e3 if self.tokens else None
+
+    @property
+    def tpot_ms(self) -> float | None:
+        """(last token time - first token time) / (tokens - 1) in milliseconds; None below two tokens."""
+        return (self._last_s - self._first_s) * 1e3 / (self.tokens - 1) if self.tokens > 1 else None
+
+
+def _checked(delta: TokenDelta) -> FinishReason | None:
+    """The finish reason of a delta, if it is one that a client asked for; the others end the call with an error."""
+    match delta.finish_reason:
+        case FinishReason.DEADLINE:
+            raise DeadlineError("the deadline of the call passed before the output was complete")
+        case FinishReason.CANCELLED:  # a cancelled handler is not here any more, so it was not the client
+            raise UnavailableError("the server stopped before the output was complete: send the request again")
+        case FinishReason.ERROR:
+            raise GenerationError(delta.error or "the engine failed on this request")
+        case reason:
+            return reason

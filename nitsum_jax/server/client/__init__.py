@@ -1,0 +1,1 @@
+"""The tools that call a server: nitsum-generate and nitsum-admin."""

@@ -1,0 +1,1 @@
+"""The gRPC services: generation, administration, JetStream's protocol; errors as status codes."""

@@ -1,0 +1,1 @@
+"""nitsum-serve: flags, ports, start and end of the process."""

@@ -1,0 +1,103 @@
+"""The engine as the front ends see it: it knows who calls, and notes what they change."""
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any, cast
+
+from nitsum_jax.engine.request import Request
+from nitsum_jax.runtime.backend import ServingEngine
+from nitsum_jax.runtime.callers import current_caller
+from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.server.security.errors import DeniedError
+
+
+class _GuardedEngine:
+    """A ServingEngine; what is not written here is that of the engine behind it."""
+
+    def __init__(self, engine: ServingEngine, journal: Journal, stopped: Callable[[str], None]) -> None:
+        self._engine = engine
+        self._journal = journal
+        self._stopped = stopped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def submit(self, request: Request) -> None:
+        """As the engine's, for the tiers that the caller may use.
+
+        Raises:
+          DeniedError: its key does not name the tier.
+          NitsumError: what the engine raises.
+        """
+        caller = current_caller()
+        if caller.tiers is not None and request.tier not in caller.tiers:
+            raise DeniedError(
+                f"the API key {caller.client!r} may not use the tier {request.tier!r}: "
+                f"ask for {' or '.join(caller.tiers) or 'another key'}"
+            )
+        self._engine.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """As the engine's. Who cancels a request that it still reads has all it wants, which is no abort."""
+        self._stopped(request_id)
+        self._engine.cancel(request_id)
+
+    def set_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
+        """As the engine's, for administrators; noted in the journal.
+
+        Raises:
+          DeniedError: the caller is none.
+          NitsumError: what the engine raises.
+        """
+        who = _administrator()
+        future = self._engine.set_layout(layout)
+        self._journal.decide(layout, f"asked for by {who}")
+        self._journal.watch(layout, future)
+        return future
+
+    def prepare_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
+        """As the engine's, for administrators: compiling takes time that others may need.
+
+        Raises:
+          DeniedError: the caller is none.
+          NitsumError: what the engine raises.
+        """
+        _administrator()
+        return self._engine.prepare_layout(layout)
+
+    def lose_device(self, device: int) -> None:
+        """As the engine's, for administrators.
+
+        Raises:
+          DeniedError: the caller is none.
+          NitsumError: what the engine raises.
+        """
+        _administrator()
+        self._engine.lose_device(device)
+
+    def restore_device(self, device: int) -> None:
+        """As the engine's, for administrators.
+
+        Raises:
+          DeniedError, NitsumError: as `lose_device`.
+        """
+        _administrator()
+        self._engine.restore_device(device)
+
+
+def guarded(engine: ServingEngine, journal: Journal, stopped: Callable[[str], None]) -> ServingEngine:
+    """The engine for front ends. The controller, which decides for itself, uses the engine as it is.
+
+    Args:
+      engine: behind it.
+      journal: gets what administrators change.
+      stopped: told the id of every request that is cancelled (`Bridge.stopped`).
+    """
+    return cast(ServingEngine, _GuardedEngine(engine, journal, stopped))
+
+
+def _administrator() -> str:
+    caller = current_caller()
+    if not caller.admin:
+        raise DeniedError("only an administrator may change the cell: use an admin key, or the admin port")
+    return f"the key {caller.client!r}" if caller.client else "an administrator"

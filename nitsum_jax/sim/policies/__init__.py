@@ -1,0 +1,1 @@
+"""Policies that are compared: static layouts, baselines, searches over them, and bounds."""

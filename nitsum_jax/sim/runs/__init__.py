@@ -1,0 +1,1 @@
+"""One run: simulating it, its logs, its metrics, and checks of both."""

@@ -1,0 +1,1 @@
+"""Requests with their arrival times: traces, synthetic ones, and the flags that name them."""

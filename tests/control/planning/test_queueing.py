@@ -1,0 +1,109 @@
+"""The queueing estimate against the model of a cell, and what it must get right by itself."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.cell import CellModel, ModelWorker
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.plan import Shape, place
+from nitsum_jax.control.planning.estimate import TierLoad
+from nitsum_jax.control.planning.queueing import QueueingModel
+from nitsum_jax.control.scheduling.scheduler import Scheduler
+from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.control.tiers import Tier
+from tests.control.profiles import roofline_profile
+
+COST = CostModel(roofline_profile())
+CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100)
+TIERS = {"chat": CHAT, "code": CODE}
+CHAT_PROMPTS = (100, 300, 500, 800, 1000, 1200, 1500, 2500)
+CODE_PROMPTS = (500, 1000, 1500, 2000, 2500, 3000, 4000, 6000)
+
+Shapes = tuple[Shape, ...]
+
+
+def loads(chat: float, code: float) -> tuple[TierLoad, ...]:
+    return TierLoad("chat", chat, 1.0, CHAT_PROMPTS, 200.0), TierLoad("code", code, 1.0, CODE_PROMPTS, 30.0)
+
+
+def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -> float:
+    """Share of the requests that meet both targets in the model of a cell."""
+    generator = np.random.default_rng(7)
+    jobs = []
+    for load, tier in zip(loads(chat, code), TIERS.values(), strict=True):
+        for time_s in generator.uniform(0, seconds, generator.poisson(load.rate * seconds)):
+            output = 1 + int(generator.exponential(load.output))
+            jobs.append((time_s, tier, int(generator.choice(load.prompts)), output))
+
+    class Tally:
+        met = 0
+
+        def step(self, worker: Worker, *_: object) -> None: ...
+        def failed(self, job: Job, reason: str) -> None: ...
+        def finished(self, job: Job) -> None:
+            self.met += job.met()
+
+    tally = Tally()
+    scheduler: Scheduler[ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
+    for load in loads(chat, code):
+        scheduler.expect_output(load.tier, load.output)
+    cell = CellModel(COST, scheduler, place(shapes, 8), recorder=tally)
+    for i, (time_s, tier, prompt, output) in enumerate(sorted(jobs, key=lambda job: job[0])):
+        cell.run_until(time_s)
+        cell.add(Job(str(i), tier, time_s, prompt, output))
+    cell.run_until(float("inf"))
+    return tally.met / len(jobs)
+
+
+def predicted(shapes: Shapes, chat: float, code: float) -> float:
+    model = QueueingModel(COST, TIERS, loads(chat, code))
+    return model.predict(shapes).goodput / model.offered
+
+
+PLANS: dict[str, Shapes] = {
+    "tp1x8": (Shape(1),) * 8,
+    "tp2x4": (Shape(2),) * 4,
+    "tp4x2": (Shape(4),) * 2,
+    "tp8": (Shape(8),),
+    "tp4/chat+tp1x4/code": (Shape(4, tiers=("chat",)), *(Shape(1, tiers=("code",)),) * 4),
+    "split": (*(Shape(1, "prefill"),) * 4, Shape(4, "decode")),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_light_load_is_met_wherever_the_time_per_token_can_be(plan: str) -> None:
+    can = any(COST.step_s(shape.tp, 1, 1000) < CHAT.tpot_ms / 1000 * 0.92 for shape in PLANS[plan])
+    assert predicted(PLANS[plan], 1, 1) == pytest.approx(1.0 if can else 0.5, abs=0.05)
+    assert simulated(PLANS[plan], 1, 1) == pytest.approx(1.0 if can else 0.5, abs=0.12)
+
+
+@pytest.mark.parametrize(("chat", "code"), [(10, 40), (60, 5), (40, 40)])
+def test_the_plan_it_ranks_first_is_nearly_the_best(chat: float, code: float) -> None:
+    best = max(PLANS, key=lambda plan: predicted(PLANS[plan], chat, code))
+    truth = {plan: simulated(shapes, chat, code) for plan, shapes in PLANS.items()}
+    assert truth[best] >= 0.93 * max(truth.values()), (best, truth)
+
+
+def test_more_load_never_has_more_attainment() -> None:
+    for shapes in PLANS.values():
+        model = QueueingModel(COST, TIERS, loads(20, 20))
+        shares = [model.predict(shapes, scale).goodput / scale for scale in (0.25, 0.5, 1, 2, 4, 8)]
+        assert all(later <= earlier * 1.01 for earlier, later in itertools.pairwise(shares)), shares
+
+
+def test_overload_is_served_in_part() -> None:
+    model = QueueingModel(COST, TIERS, loads(0.0, 400.0))
+    prediction = model.predict((Shape(1),) * 8)
+    assert prediction.load > 1.5
+    assert prediction.attainment["code"] == pytest.approx(1 / prediction.load, rel=0.35)
+
+
+def test_without_a_decode_instance_that_is_fast_enough_nothing_of_the_tier_is_met() -> None:
+    slow = (*(Shape(1, "prefill"),) * 7, Shape(1, "decode"))
+    tight = {"chat": Tier("chat", 300, 5), "code": CODE}
+    prediction = QueueingModel(COST, tight, loads(1, 1)).predict(slow)
+    assert prediction.attainment["chat"] == 0
+    assert prediction.attainment["code"] > 0.9

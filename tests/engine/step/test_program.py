@@ -1,0 +1,169 @@
+"""One step: the right numbers, the same bits at every degree of tensor parallelism, the pool updated in place."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from nitsum_jax.engine.request import SamplingParams
+from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.packing import StepShape
+from nitsum_jax.engine.step.program import Program, compile_step
+from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.mesh import instance_mesh
+from nitsum_jax.meshes.vshards import VshardMap
+from nitsum_jax.models import tiny_random
+from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.loading import open_model
+from tests.engine.reference import decoder_logits, tiny_params
+from tests.engine.rig import Outcome, Row, StepRig
+from tests.golden import tiny_models
+
+# Lengths on both sides of a page (16) and of a chunk of the attention (128), and two chunks.
+CONTEXTS = (0, 127, 128, 129, 15, 16, 300, 255, 256, 1, 64, 200, 17, 130, 5, 99)
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.1, seed=7, logit_bias=((3, 2.5), (8, -100)))
+
+
+def decode_rows(count: int, vocab: int) -> list[Row]:
+    """Decode rows; every third one samples."""
+    return [
+        Row(
+            context,
+            ((7 * index + 3) % vocab,),
+            SAMPLED if index % 3 == 2 else SamplingParams(),
+            stops=(5, 9) if index % 4 == 3 else (),
+            logprobs=index % 2 == 0,
+        )
+        for index, context in enumerate(CONTEXTS[:count])
+    ]
+
+
+def prefill_rows(length: int, context: int, vocab: int) -> list[Row]:
+    return [Row(context, tuple((11 * i + 5) % vocab for i in range(length)), logprobs=True)]
+
+
+def assert_same_bits(actual: Outcome, expected: Outcome, what: str) -> None:
+    for field in dataclasses.fields(Outcome):
+        a, b = getattr(actual, field.name), getattr(expected, field.name)
+        # As integers: -0.0 is not 0.0 here, and NaN would be itself.
+        kind = f"u{a.dtype.itemsize}"
+        assert np.array_equal(a.view(kind), b.view(kind)), f"{field.name} differs {what}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Promise:
+    """Steps of a variant; sizes are (of the bucket, in use)."""
+
+    variant: str
+    dtype: str
+    decodes: tuple[tuple[int, int], ...]
+    prefills: tuple[tuple[int, int], ...]
+    tps: tuple[int, ...] = (1, 2, 4, 8)
+
+
+PROMISES = [
+    # SmolLM2's head counts: padded groups, heads, MLP and vocabulary.
+    Promise("llama_odd", "float32", ((1, 1), (8, 5)), ((32, 20),)),
+    Promise("llama_gqa_tied", "bfloat16", ((1, 1), (16, 16)), ((32, 32),)),
+    Promise("qwen3", "bfloat16", ((4, 3),), (), (1, 8)),
+    Promise("qwen2_mha", "float32", ((16, 11),), (), (2, 8)),
+]
+
+
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: f"{promise.variant}-{promise.dtype}")
+def test_every_degree_of_parallelism_gives_the_same_bits(promise: Promise) -> None:
+    rig = StepRig(promise.variant, promise.dtype)
+    vocab = rig.cut.config.vocab_size
+    steps = [(StepShape(bucket, 1), decode_rows(used, vocab)) for bucket, used in promise.decodes]
+    for context in (0, 100, 250):
+        steps += [(StepShape(1, bucket), prefill_rows(used, context, vocab)) for bucket, used in promise.prefills]
+    rig.compile_all([shape for shape, _ in steps], promise.tps)
+    first, *others = promise.tps
+    for shape, rows in steps:
+        expected = rig.run(rows, shape, first)
+        finite = expected.logits[: len(rows), :vocab]
+        assert np.isfinite(finite).all()
+        assert finite.std() > 1  # there is something to differ
+        for tp in others:
+            assert_same_bits(rig.run(rows, shape, tp), expected, f"at TP {tp} and {shape} from TP {first}")
+
+
+@pytest.fixture(scope="module")
+def rig() -> StepRig:
+    return StepRig("qwen2_tied", "float32", vshards=4, batch=4, max_model_len=128)
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_prefill_in_chunks_and_decode_give_the_logits_of_the_whole_sequence(rig: StepRig, tp: int) -> None:
+    cut, params = tiny_params("qwen2_tied", 1)
+    tokens = tiny_models.token_ids("qwen2_tied")[0]
+    expected = decoder_logits(cut, params, tokens[None])[0]
+    vocab, prefill, decode = rig.cut.config.vocab_size, StepShape(1, 16), StepShape(4, 1)
+    blocks = np.zeros_like(rig.past)
+    done = 0
+    for count in (16, 5):  # a full chunk, and one with padding
+        row = Row(done, tuple(tokens[done : done + count].tolist()))
+        outcome = rig.run([row], prefill, tp, blocks)
+        blocks, done = outcome.blocks, done + count
+        np.testing.assert_allclose(outcome.logits[0, :vocab], expected[done - 1], rtol=0, atol=1e-4)
+        assert outcome.sampled[0] == expected[done - 1].argmax()
+    for position in range(done, len(tokens)):
+        outcome = rig.run([Row(position, (int(tokens[position]),))], decode, tp, blocks)
+        blocks = outcome.blocks
+        np.testing.assert_allclose(outcome.logits[0, :vocab], expected[position], rtol=0, atol=1e-4)
+        assert outcome.history[0, position + 1] == expected[position].argmax()
+
+
+def test_rows_of_a_batch_do_not_touch_each_other(rig: StepRig) -> None:
+    shape = StepShape(4, 1)
+    rows = [Row(context, (token,)) for context, token in ((3, 9), (40, 8), (17, 7))]
+    together = rig.run(rows, shape, 1)
+    changed = rig.run([Row(90, (1,)), rows[1], Row(5, (2,), SAMPLED)], shape, 1)
+    np.testing.assert_array_equal(changed.logits[1], together.logits[1])
+    own = rig.table[1].reshape(-1)
+    np.testing.assert_array_equal(changed.blocks[own], together.blocks[own])
+    # One token was written to the one page of every vshard that is due, and to no other block at all.
+    written = np.flatnonzero((together.blocks != rig.past).any(axis=(1, 2, 3, 4, 5)))
+    due = [rig.table[row, :, context // 16] for row, context in enumerate((3, 40, 17))]
+    assert set(written) == set(np.concatenate(due))
+
+
+def test_padding_rows_leave_history_and_pool_alone(rig: StepRig) -> None:
+    outcome = rig.run([], StepShape(4, 1), 1)
+    np.testing.assert_array_equal(outcome.blocks, rig.past)
+    np.testing.assert_array_equal(outcome.history[:-1], 0)  # the last row is their own
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tp", "shape"),
+    [
+        ("float32", 1, StepShape(2, 1)),
+        ("float32", 2, StepShape(1, 16)),
+        ("bfloat16", 1, StepShape(1, 16)),
+        ("bfloat16", 2, StepShape(2, 1)),
+    ],
+)
+def test_the_pool_is_updated_in_place(dtype: str, tp: int, shape: StepShape) -> None:
+    small = StepRig("llama_gqa_tied", dtype, vshards=2, batch=2, max_model_len=128)
+    pool = dataclasses.replace(small.program.pool, blocks=50_000)
+    pool_bytes = pool.blocks * pool.block_bytes
+    assert pool_bytes > 20e6
+    program = dataclasses.replace(small.program, pool=pool)
+    memory = compile_step(program, shape, small.mesh(tp)).memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes >= pool_bytes  # donated, and the result lies where the argument did
+    assert memory.temp_size_in_bytes < pool_bytes // 10  # and no copy in between
+
+
+def test_the_pool_is_not_copied_where_a_virtual_shard_has_one_narrow_head(tmp_path: pathlib.Path) -> None:
+    tiny_random.write(tmp_path)
+    config = open_model(str(tmp_path)).config
+    cut = ModelCut.of(config, 8)
+    pool = PoolShape(20_000, config.num_layers, 16, cut.kv_heads, config.head_dim, "float32")
+    program = Program(config, cut, "float32", pool, 8, 512)
+    mesh = instance_mesh(jax.local_devices(), Instance((0,)), VshardMap(8))
+    memory = compile_step(program, StepShape(8, 1), mesh).memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < pool.blocks * pool.block_bytes // 10
