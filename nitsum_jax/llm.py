@@ -148,8 +148,8 @@ class LLM:
           NitsumError: a prompt or a parameter is wrong, or does not fit the model.
         """
         events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-        jobs = [_Job(self, call) for call in self._calls(prompts, sampling, wanted)]
-        waiting, alive = deque(jobs), dict[str, _Job]()
+        jobs = [_PromptJob(self, call) for call in self._calls(prompts, sampling, wanted)]
+        waiting, alive = deque(jobs), dict[str, _PromptJob]()
         try:
             while waiting or alive:
                 self._submit(waiting, alive, events.put)
@@ -169,8 +169,8 @@ class LLM:
     ) -> list[Completion]:
         """As `generate`, for an event loop; cancelling it ends its requests."""
         events: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        jobs = [_Job(self, call) for call in self._calls(prompts, sampling, wanted)]
-        waiting, alive = deque(jobs), dict[str, _Job]()
+        jobs = [_PromptJob(self, call) for call in self._calls(prompts, sampling, wanted)]
+        waiting, alive = deque(jobs), dict[str, _PromptJob]()
         take = _posting(events)
         try:
             while waiting or alive:
@@ -194,9 +194,9 @@ class LLM:
 
         def pieces() -> Iterator[Piece]:
             events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-            alive: dict[str, _Job] = {}
+            alive: dict[str, _PromptJob] = {}
             try:
-                self._submit(deque([_Job(self, call)]), alive, events.put)
+                self._submit(deque([_PromptJob(self, call)]), alive, events.put)
                 while alive:
                     yield self._feed(alive, events.get())
             finally:
@@ -210,9 +210,9 @@ class LLM:
 
         async def pieces() -> AsyncIterator[Piece]:
             events: asyncio.Queue[TokenDelta] = asyncio.Queue()
-            alive: dict[str, _Job] = {}
+            alive: dict[str, _PromptJob] = {}
             try:
-                self._submit(deque([_Job(self, call)]), alive, _posting(events))
+                self._submit(deque([_PromptJob(self, call)]), alive, _posting(events))
                 while alive:
                     yield self._feed(alive, await events.get())
             finally:
@@ -308,7 +308,7 @@ class LLM:
         encoded = [prompt_ids(_prompt(prompt), self._model) for prompt in prompts]
         return [make_call(what, ids, self._model, self._engine.tier_names) for ids in encoded]
 
-    def _submit(self, waiting: "deque[_Job]", alive: dict[str, "_Job"], take: _Take) -> None:
+    def _submit(self, waiting: "deque[_PromptJob]", alive: dict[str, "_PromptJob"], take: _Take) -> None:
         """Submits what is waiting, in order, as far as the engine's queue has room."""
         while waiting:
             job = waiting[0]
@@ -325,7 +325,7 @@ class LLM:
             job.output = job.begin()
             alive[waiting.popleft().id] = job
 
-    def _feed(self, alive: dict[str, "_Job"], delta: TokenDelta) -> Piece:
+    def _feed(self, alive: dict[str, "_PromptJob"], delta: TokenDelta) -> Piece:
         job = alive.get(delta.request_id)
         if job is None:  # the end of a request that a stop string had ended before
             return Piece("", ())
@@ -340,7 +340,7 @@ class LLM:
             self._forget(job.id)
         return piece
 
-    def _drop(self, alive: dict[str, "_Job"]) -> None:
+    def _drop(self, alive: dict[str, "_PromptJob"]) -> None:
         for name in alive:
             self._forget(name)
             self._engine.cancel(name)
@@ -357,7 +357,7 @@ class LLM:
                 take(delta)
 
 
-class _Job:
+class _PromptJob:
     """One request of a call, and what has come of it."""
 
     def __init__(self, llm: LLM, call: Call):

@@ -5,8 +5,8 @@ import math
 import random
 from collections.abc import Iterator
 
-from nitsum_jax.runtime.control.layout_log import Decision, SwitchNote
-from nitsum_jax.server.operations.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
+from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
+from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot, InstanceView, TierView, Totals
 
 _TIERS = (("interactive", 0.5, 0.05), ("standard", 2.0, 0.1), ("batch", 60.0, 1.0))
 _SECONDS = 600
@@ -22,7 +22,7 @@ def _text(tps: tuple[int, ...]) -> str:
     return "+".join(f"tp{tp}" if n == 1 else f"tp{tp}x{n}" for tp, n in collections.Counter(tps).items())
 
 
-def sample(start_s: float) -> Iterator[Snapshot]:
+def sample(start_s: float) -> Iterator[DashboardSnapshot]:
     """Yields ten minutes, one snapshot per second.
 
     Args:
@@ -52,7 +52,7 @@ def sample(start_s: float) -> Iterator[Snapshot]:
                 )
             )  # fmt: skip
         tokens += 1650 + noise.gauss(0, 60) + 420 * (second > 215) + 260 * (second > 468)
-        yield Snapshot(
+        yield DashboardSnapshot(
             time_s=start_s + second,
             model="llama-3.1-8b-instruct",
             version="sample data",
@@ -63,7 +63,7 @@ def sample(start_s: float) -> Iterator[Snapshot]:
             tiers=tuple(views),
             switches=tuple(_switches(start_s, phase)),
             decisions=tuple(
-                Decision(start_s + at, _text(layout), reason, 0.0031 + 0.0004 * n)
+                LayoutChoice(start_s + at, _text(layout), reason, 0.0031 + 0.0004 * n)
                 for n, ((at, layout), reason) in enumerate(zip(_LAYOUTS[: phase + 1], _REASONS, strict=False))
             ),
             totals=Totals(10, 33, 256, 0.56, int(tokens), 41_000 + 34 * second, phase, 24, 0.41),

@@ -17,9 +17,9 @@ from starlette.applications import Starlette
 
 from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.operations.dashboard.feed import Feed
-from nitsum_jax.server.operations.dashboard.snapshot import Snapshot
+from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot
 from nitsum_jax.server.operations.routes import dashboard_routes
-from nitsum_jax.server.state import Phase, ServerState
+from nitsum_jax.server.state import ServerPhase, ServerState
 from tools.browser import Browser, find_chromium
 from tools.sample_cell import sample
 
@@ -34,13 +34,13 @@ PICTURES = {"light": ("light", 1240, False), "dark": ("dark", 1240, False), "pho
 class _Film:
     """A StatusSource that plays snapshots."""
 
-    def __init__(self, frames: Iterator[Snapshot]) -> None:
+    def __init__(self, frames: Iterator[DashboardSnapshot]) -> None:
         self._frames = list(frames)
 
     def __len__(self) -> int:
         return len(self._frames)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> DashboardSnapshot:
         return self._frames.pop(0) if len(self._frames) > 1 else self._frames[0]
 
 
@@ -64,7 +64,7 @@ def shoot(url: str, out: pathlib.Path, chromium: str, names: Sequence[str]) -> N
 
 async def _with_sample(out: pathlib.Path, chromium: str, names: Sequence[str]) -> None:
     state = ServerState()
-    state.phase = Phase.SERVING
+    state.phase = ServerPhase.SERVING
     film = _Film(sample(time.time() - 600))
     feed = Feed(film, interval_s=1.0)
     for _ in range(len(film)):

@@ -24,8 +24,8 @@ from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
-from nitsum_jax.sim.runs.simulation import Policy, simulate
-from nitsum_jax.sim.study.loads import Load, Part, Phase
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
+from nitsum_jax.sim.study.loads import Load, LoadPhase, Part
 from nitsum_jax.sim.study.sources import open_traces
 from nitsum_jax.sim.workloads.workload import Workload
 
@@ -92,7 +92,9 @@ def quality(cost: CostModel) -> None:
     phases = [("chat", 0.9), ("code", 0.15), ("both", 0.5)]
     for rate in map(float, _RATE.value):
         parts = [
-            Phase(_PHASE_SECONDS.value, (Part("conv", "chat", rate * chat), Part("code", "code", rate * (1 - chat))))
+            LoadPhase(
+                _PHASE_SECONDS.value, (Part("conv", "chat", rate * chat), Part("code", "code", rate * (1 - chat)))
+            )
             for _, chat in phases
         ]
         workload = Load("shifting", dict(traces), tuple(parts)).at(nodes)
@@ -114,7 +116,7 @@ def quality(cost: CostModel) -> None:
         )
 
 
-def _run(workload: Workload, setting: Setting, policy: Policy) -> tuple[float, int, float]:
+def _run(workload: Workload, setting: Setting, policy: RunPolicy) -> tuple[float, int, float]:
     start = time.process_time()
     outcome = simulate(workload, setting.tiers, setting.cost, policy, num_devices=setting.num_devices)
     return outcome.attainment, len(outcome.switches), time.process_time() - start

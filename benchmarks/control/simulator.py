@@ -19,8 +19,8 @@ from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
-from nitsum_jax.sim.runs.simulation import Policy, simulate
-from nitsum_jax.sim.study.loads import Load, Part, Phase
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
+from nitsum_jax.sim.study.loads import Load, LoadPhase, Part
 from nitsum_jax.sim.study.sources import open_traces
 from nitsum_jax.sim.workloads.workload import Workload
 
@@ -38,7 +38,7 @@ class Row:
     """One run."""
 
     devices: int
-    policy: Policy
+    policy: RunPolicy
     workload: Workload
 
 
@@ -48,9 +48,9 @@ def rows(traces: dict[str, Workload]) -> list[Row]:
 
     def load(seconds: float, factor: float) -> Workload:
         parts = (Part("conv", "chat", _CHAT), Part("code", "code", _CODE))
-        return Load("both", traces, (Phase(seconds, parts),)).at(factor)
+        return Load("both", traces, (LoadPhase(seconds, parts),)).at(factor)
 
-    def static(setting: Setting) -> Policy:
+    def static(setting: Setting) -> RunPolicy:
         return next(baselines.static_tp(setting, 4))
 
     small = Setting(cost, TIERS, 8)

@@ -213,7 +213,7 @@ class BareRunner:
     def _packer(self, shape: StepShape) -> Packer:
         return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)
 
-    def _prefill(self, row: int, sequence: Sequence[int], table: np.ndarray, state: StepState) -> StepState:
+    def _prefill(self, row: int, sequence: Sequence[int], page_table: np.ndarray, state: StepState) -> StepState:
         buckets = sorted(shape for shape in self._executables if not shape.is_decode)
         done = 0
         while done < len(sequence):
@@ -227,7 +227,7 @@ class BareRunner:
                 context=done,
                 tokens=part,
                 emit=len(part) == left,
-                table=table,
+                page_table=page_table,
             )
             state, _ = self._executables[shape](self._leaves, state, packer.done())
             done += len(part)
@@ -241,7 +241,7 @@ class BareRunner:
             packer = self._packer(shape)
             for row, length in enumerate(lengths):
                 context = length + step
-                packer.add(columns[row], row=row, context=context, tokens=None, emit=True, table=tables[row])
+                packer.add(columns[row], row=row, context=context, tokens=None, emit=True, page_table=tables[row])
             yield packer.done()
 
 

@@ -26,7 +26,7 @@ from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.text.tokenizer import Tokenizer
 from nitsum_jax.runtime.backend import Backend, ServedModel
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.http.app import build_app
 from nitsum_jax.server.http.server import HttpServer
@@ -201,9 +201,9 @@ async def serve(step_s: float) -> None:
     http = HttpServer(build_app(server.state), "127.0.0.1", 0)
     await server.start()
     await http.start()
-    bridge = Bridge(loop)
-    engine = PacedEngine(bridge.sink, step_s)
-    await server.serve(Backend(engine, one_letter_model(), bridge))
+    router = StreamRouter(loop)
+    engine = PacedEngine(router.sink, step_s)
+    await server.serve(Backend(engine, one_letter_model(), router))
     print(server.port, http.port, flush=True)
     await loop.run_in_executor(None, sys.stdin.read)
     await asyncio.gather(server.stop(), http.stop())

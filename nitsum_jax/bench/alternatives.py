@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.cell import Cell
-from nitsum_jax.meshes.layout import Instance, Layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.meshes.reshard import reshard
 
@@ -43,11 +43,11 @@ def device_put_ms(cell: Cell, before: Layout, after: Layout, kv_blocks: int) -> 
     return 1000 * (time.perf_counter() - start)
 
 
-def _sharding(cell: Cell, spec: Instance) -> NamedSharding:
+def _sharding(cell: Cell, spec: InstanceSpec) -> NamedSharding:
     return NamedSharding(cell.geometries.of(spec.devices).mesh, PartitionSpec(TP_AXIS))
 
 
-def _standard_arrays(cell: Cell, spec: Instance, blocks: int) -> list[jax.Array]:
+def _standard_arrays(cell: Cell, spec: InstanceSpec, blocks: int) -> list[jax.Array]:
     """Arrays as large as weights and KV blocks, one per parameter, sharded over an instance as is usual."""
     sharding = _sharding(cell, spec)
     vshards = cell.vmap.num_vshards

@@ -21,7 +21,7 @@ from absl import flags
 from nitsum_jax.bench.alternatives import device_put_ms, memcpy_gbps
 from nitsum_jax.bench.streams import Streams
 from nitsum_jax.bench.switch_report import draw, table
-from nitsum_jax.bench.switch_rows import Measured, Row
+from nitsum_jax.bench.switch_rows import Measured, SwitchRow
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.switching.switch import SwitchReport
@@ -40,7 +40,7 @@ _QUICK_LAYERS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SwitchOptions:
     """What the flags say."""
 
     model: str
@@ -58,7 +58,7 @@ class Options:
     cache_dir: str | None
 
 
-def read_options(argv: Sequence[str]) -> Options:
+def read_options(argv: Sequence[str]) -> SwitchOptions:
     """Parses the command line.
 
     Raises:
@@ -91,7 +91,7 @@ def read_options(argv: Sequence[str]) -> Options:
     devices = values.devices
     steps = [1 << n for n in range(devices.bit_length()) if devices % (1 << n) == 0]
     walk = [f"tp{tp}x{devices // tp}" if tp < devices else f"tp{tp}" for tp in (*steps, 1)]
-    return Options(
+    return SwitchOptions(
         model=values.model,
         devices=devices,
         dtype=values.dtype,
@@ -172,7 +172,7 @@ def _steps_kept(cache: pathlib.Path | None) -> int:
     return 0 if cache is None else sum(1 for _ in cache.glob("steps/*"))
 
 
-def _walk(engine: Engine, streams: Streams, options: Options, live: int, context: int) -> list[Measured]:
+def _walk(engine: Engine, streams: Streams, options: SwitchOptions, live: int, context: int) -> list[Measured]:
     """All switches of the walk under the same streams."""
     names, first_ms = _prefilled(engine, streams, options.layouts[0], live, context)
     streams.wait(dict.fromkeys(names, _BEFORE))
@@ -224,7 +224,7 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
         longest.append(max(old.max(initial=0), gap[last], new.max()))
     stalls = 1000 * np.array(waits)
     moved = report.kv_bytes_moved
-    row = Row(
+    row = SwitchRow(
         from_layout=report.from_layout,
         to_layout=report.to_layout,
         live_sequences=len(asked),
@@ -249,7 +249,7 @@ def _row(report: SwitchReport, context: int, streams: Streams, asked: dict[str, 
     )
 
 
-def _device_put_ms(engine: Engine, options: Options, row: Row) -> float:
+def _device_put_ms(engine: Engine, options: SwitchOptions, row: SwitchRow) -> float:
     cell = engine.cell
     before, after = (parse_layout(text, options.devices) for text in (row.from_layout, row.to_layout))
     pages = -(-(row.context_tokens + _BEFORE) // cell.program.pool.page_size)

@@ -4,7 +4,7 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class SwitchRow:
     """One switch, as it goes to the JSON file; milliseconds, bytes, GB/s.
 
     Attributes:
@@ -45,7 +45,7 @@ class Measured:
       transfer_ms: part of it that copies.
     """
 
-    row: Row
+    row: SwitchRow
     decode_step_before_ms: float
     gap_ms_p99: float
     kv_bytes_ahead: int

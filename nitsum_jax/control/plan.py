@@ -9,7 +9,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from nitsum_jax.meshes.layout import Instance, Layout, Role, Shape, shapes_text
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role, Shape, shapes_text
 
 MIXED = Role.MIXED.value
 PREFILL = Role.PREFILL.value
@@ -60,7 +60,7 @@ class CellPlan:
     @property
     def layout(self) -> str:
         """Text form with all devices named: what a server's `SetLayout` reads."""
-        return "+".join(str(Instance(i.devices, Role(i.role), i.tiers)) for i in self.instances)
+        return "+".join(str(InstanceSpec(i.devices, Role(i.role), i.tiers)) for i in self.instances)
 
     @classmethod
     def of(cls, layout: Layout) -> "CellPlan":

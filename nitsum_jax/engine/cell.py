@@ -23,8 +23,7 @@ from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.devices import discover, free_bytes
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.memory import keep_freed_memory
 from nitsum_jax.meshes.mesh import Geometries, Geometry
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
@@ -229,7 +228,7 @@ class _Site:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _Placement:
     """What lies on the devices, and what runs there."""
 
     residency: Residency
@@ -271,7 +270,7 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     )
 
 
-def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plan:
+def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Placement:
     """Second step: which weights stay, and how large the KV pool is."""
     count, vshards, min_tp = len(site.devices), site.vmap.num_vshards, site.vmap.min_tp
     if site.allowed:
@@ -317,10 +316,10 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plan
         max_model_len=site.max_model_len,
         matmul=matmul_choice(site.platform, site.dtype),
     )
-    return _Plan(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
+    return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 
 
-def _compile(config: EngineConfig, site: _Site, plan: _Plan, on_ready: Callable[[], None]) -> Executables:
+def _compile(config: EngineConfig, site: _Site, plan: _Placement, on_ready: Callable[[], None]) -> Executables:
     """Begins to compile what the first layout needs."""
     prefill, decode = config.prefill_shapes(), config.decode_shapes()
     executables = Executables(
@@ -335,7 +334,7 @@ def _compile(config: EngineConfig, site: _Site, plan: _Plan, on_ready: Callable[
     return executables
 
 
-def _load(model: OpenModel, site: _Site, plan: _Plan) -> WeightBank:
+def _load(model: OpenModel, site: _Site, plan: _Placement) -> WeightBank:
     """Third step: brings the weights to the devices."""
     bank = WeightBank(site.devices, site.vmap)
     if model.vshards is not None:
@@ -349,7 +348,7 @@ def _load(model: OpenModel, site: _Site, plan: _Plan) -> WeightBank:
     return bank
 
 
-def _assemble(config: EngineConfig, site: _Site, plan: _Plan, executables: Executables, bank: WeightBank) -> Cell:
+def _assemble(config: EngineConfig, site: _Site, plan: _Placement, executables: Executables, bank: WeightBank) -> Cell:
     """Fourth step: the KV pool, with all that moves and shares its blocks, and the whole."""
     cpu, granule = site.platform == "cpu", prefix_granule(config)
     pool = KvPool(site.devices, plan.memory.pool, prefix_vshards=None if granule is None else site.vmap.num_vshards)

@@ -16,7 +16,7 @@ from nitsum_jax.engine.batching.waiting import FifoPolicy
 from nitsum_jax.engine.cell import Cell, build_cell
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.executables.compiling import ASKED_FOR, LIKELY, compile_counter
-from nitsum_jax.engine.executables.progress import CompileProgress, Wanted
+from nitsum_jax.engine.executables.progress import CompileProgress, WantedLayout
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.policy import Policy
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
@@ -103,7 +103,7 @@ class Engine:
         self._policy = policy
         self._accepting = True
         self._closed = threading.Lock()
-        self._preparing: dict[concurrent.futures.Future[SwitchReport], Wanted] = {}
+        self._preparing: dict[concurrent.futures.Future[SwitchReport], WantedLayout] = {}
         self._loop: Loop | None = None
         self._cell = build_cell(model, config, self._on_compiled)
         self.memory_report = self._cell.memory.text
@@ -209,7 +209,7 @@ class Engine:
         target = self._checked(layout)
         future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
         groups = self._cell.groups(target)
-        self._preparing[future] = Wanted(target, tuple(groups), time.monotonic())
+        self._preparing[future] = WantedLayout(target, tuple(groups), time.monotonic())
         future.add_done_callback(self._preparing.pop)
         self._cell.executables.want(groups, ASKED_FOR)
         self._running.wake()

@@ -9,8 +9,7 @@ import collections
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -19,17 +18,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nitsum_jax.engine.kv.history import STEERED_BY, HistoryMover
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
-from nitsum_jax.engine.live_request import Sequence
-from nitsum_jax.engine.step.dispatched import Arrival, Chunk, PrefillChoice, Step
+from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.engine.step.dispatched import Chunk, IncomingRequest, PrefillChoice, Step
 from nitsum_jax.engine.step.packing import Packer, StepShape
 from nitsum_jax.engine.step.program import Program, StepState
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Role
+from nitsum_jax.meshes.layout import InstanceSpec, Role
 from nitsum_jax.meshes.mesh import Geometry
 
 MAX_IN_FLIGHT = 2
 # Gives a sequence pages for so many tokens, at the cost of others if need be; False if the sequence itself had to go.
-MakeRoom = Callable[["Instance", Sequence, int], bool]
+MakeRoom = Callable[["Instance", LiveRequest, int], bool]
 Choose = Callable[["Instance"], PrefillChoice | None]
 
 
@@ -67,8 +65,8 @@ class Instance:
         self.spec = spec
         self.order = geometry.order
         self.device_of = geometry.device_of
-        self.rows: dict[int, Sequence] = {}
-        self.prefills: collections.deque[Sequence] = collections.deque()
+        self.rows: dict[int, LiveRequest] = {}
+        self.prefills: collections.deque[LiveRequest] = collections.deque()
         self.outstanding: list[Step] = []
         self.retired = False  # its sequences live elsewhere; results still in flight are theirs
         self.lost = False  # a device of it failed for good: what is in flight counts for nothing
@@ -126,7 +124,7 @@ class Instance:
         """Pages that `tokens` tokens take."""
         return -(-tokens // self._program.pool.page_size)
 
-    def settled_tokens(self, sequence: Sequence) -> int:
+    def settled_tokens(self, sequence: LiveRequest) -> int:
         """Tokens of one of its sequences whose keys and values no step or copy in flight still writes.
 
         There may be some more.
@@ -140,9 +138,9 @@ class Instance:
         """Block ids on one of its devices that steps in flight may read or write, whoever they belong to by now."""
         here = np.array(self.device_of) == device
         shape = self._program.cut.num_vshards, self._program.pages
-        return [step.table(*shape)[:, here].reshape(-1) for step in self.outstanding]
+        return [step.page_table(*shape)[:, here].reshape(-1) for step in self.outstanding]
 
-    def grow(self, sequence: Sequence, tokens: int) -> bool:
+    def grow(self, sequence: LiveRequest, tokens: int) -> bool:
         """Gives a sequence pages for its first `tokens` tokens; False, and nothing taken, if there are not enough."""
         missing = self.pages_for(tokens) - sequence.pages
         if missing <= 0:
@@ -151,13 +149,13 @@ class Instance:
             return False
         for vshard, device in enumerate(self.device_of):
             blocks = self._pool.allocators[device].take(missing)
-            sequence.table[vshard, sequence.pages : sequence.pages + missing] = blocks
+            sequence.page_table[vshard, sequence.pages : sequence.pages + missing] = blocks
         sequence.pages += missing
         return True
 
     # ---- membership
 
-    def join(self, sequence: Sequence) -> None:
+    def join(self, sequence: LiveRequest) -> None:
         """Adds a sequence that has yet to be prefilled."""
         self._seat(sequence)
         sequence.landing = self.steps + 1
@@ -171,11 +169,11 @@ class Instance:
             self._history = self._put_history(np.zeros(self._program.history_shape, np.int32))
         return self._history
 
-    def follow(self, before: Seq[Step]) -> None:
+    def follow(self, before: Sequence[Step]) -> None:
         """Its sequences come from where these steps ran, whose results must be taken in before those of its own."""
         self._before = tuple(before)
 
-    def adopt(self, arrivals: list[Arrival]) -> None:
+    def adopt(self, arrivals: list[IncomingRequest]) -> None:
         """Adds sequences that come with their blocks, before the first step of this instance; waits for nothing."""
         history = np.zeros(self._program.history_shape, np.int32)
         in_flight: dict[int, tuple[jax.Array, list[tuple[int, int]]]] = {}
@@ -197,13 +195,13 @@ class Instance:
             merged = self._histories.merge(merged, source, rows)
         self._history = merged
 
-    def leave(self, sequence: Sequence) -> None:
+    def leave(self, sequence: LiveRequest) -> None:
         """Takes a sequence out and frees its blocks.
 
         Safe while its steps are in flight: whoever gets the blocks writes to them in a later step of the same devices.
         """
         for vshard, device in enumerate(self.device_of):
-            self._pool.allocators[device].give(sequence.table[vshard, : sequence.pages])
+            self._pool.allocators[device].give(sequence.page_table[vshard, : sequence.pages])
         del self.rows[sequence.row]
         self._free_rows.append(sequence.row)
         if sequence in self.prefills:
@@ -212,7 +210,7 @@ class Instance:
         sequence.home = None
         sequence.pages = 0
 
-    def receive(self, arrival: Arrival, before: Seq[Step]) -> None:
+    def receive(self, arrival: IncomingRequest, before: Sequence[Step]) -> None:
         """Adds a sequence that comes with its blocks while this instance runs; waits for nothing.
 
         Args:
@@ -224,12 +222,12 @@ class Instance:
         arrival.sequence.landing = self.steps + 1
         self._history = self._histories.merge(self.history, arrival.history, [(arrival.row, arrival.sequence.row)])
 
-    def note_pages(self, sequence: Sequence) -> None:
+    def note_pages(self, sequence: LiveRequest) -> None:
         """Pages of a sequence may have become full: lets others find them."""
         if self._prefixes is not None and not self.broken and not self.lost:
             self._prefixes.enter(sequence, self.device_of)
 
-    def _note_shared(self, sequence: Sequence) -> None:
+    def _note_shared(self, sequence: LiveRequest) -> None:
         """Tokens of shared pages never went through a step of this sequence; penalties must know them all the same."""
         if sequence.cached and sequence.request.sampling.repetition_penalty != 1:
             history = np.zeros(self._program.history_shape, np.int32)
@@ -241,7 +239,7 @@ class Instance:
         """Makes a row free whose sequence went elsewhere."""
         self._free_rows.append(row)
 
-    def _seat(self, sequence: Sequence) -> None:
+    def _seat(self, sequence: LiveRequest) -> None:
         sequence.row = self._free_rows.pop()
         sequence.home = self
         self.rows[sequence.row] = sequence
@@ -265,13 +263,13 @@ class Instance:
             return self._dispatch_prefill(choice, make_room)
         return self._dispatch_decode(make_room)
 
-    def decodable(self) -> list[Sequence]:
+    def decodable(self) -> list[LiveRequest]:
         """Sequences that get a token in the next decode step; a prefill instance has none."""
         if self.spec.role == Role.PREFILL:
             return []
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
-    def departing(self) -> list[Sequence]:
+    def departing(self) -> list[LiveRequest]:
         """Sequences of a prefill instance that decode elsewhere: their prompts are done, or about to be."""
         if self.spec.role != Role.PREFILL:
             return []
@@ -306,7 +304,7 @@ class Instance:
         return True
 
     def _dispatch_decode(self, make_room: MakeRoom) -> bool:
-        chosen: list[Sequence] = []
+        chosen: list[LiveRequest] = []
         for sequence in self.decodable():
             # Making room may send others back, even some that were chosen.
             if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
@@ -329,14 +327,14 @@ class Instance:
     def _packer(self, shape: StepShape) -> Packer:
         return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)
 
-    def _add(self, packer: Packer, sequence: Sequence, tokens: list[int] | None, *, emit: bool) -> None:
+    def _add(self, packer: Packer, sequence: LiveRequest, tokens: list[int] | None, *, emit: bool) -> None:
         packer.add(
             sequence.columns,
             row=sequence.row,
             context=sequence.cached,
             tokens=tokens,
             emit=emit,
-            table=sequence.table[:, : sequence.pages],
+            page_table=sequence.page_table[:, : sequence.pages],
             steering=sequence.steering,
         )
 
@@ -351,7 +349,7 @@ class Instance:
             step.packed = packer.done()
             state, results = executable(self._leaves, StepState(self._array, self.history), step.packed)
             self._array, self._history = state.pool, state.history
-            wanted = (results.tokens, results.likelihoods) if step.with_logprobs else (results.tokens,)
+            wanted = (results.tokens, results.token_logprobs) if step.with_logprobs else (results.tokens,)
             for result in wanted:
                 result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn
@@ -368,7 +366,7 @@ class Instance:
                 # say that the others are done.
                 jax.block_until_ready(results)
                 if len(results) > 1:
-                    step.likelihoods = np.asarray(results[1])
+                    step.token_logprobs = np.asarray(results[1])
                 step.tokens = np.asarray(results[0]) if results else None
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error

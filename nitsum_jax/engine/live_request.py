@@ -8,20 +8,23 @@ import numpy as np
 
 from nitsum_jax.engine.request import FinishReason, Request, TokenLogprob
 from nitsum_jax.engine.step.packing import sampling_columns, steering
+from nitsum_jax.meshes.layout import InstanceSpec
 
 
 class Home(Protocol):
     """Where a request is; `Instance` is one."""
 
-    def leave(self, sequence: "Sequence") -> None:
+    spec: InstanceSpec
+
+    def leave(self, sequence: "LiveRequest") -> None:
         """Lets it go, with its row and its blocks."""
 
-    def note_pages(self, sequence: "Sequence") -> None:
+    def note_pages(self, sequence: "LiveRequest") -> None:
         """It may have filled a page."""
 
 
 @dataclasses.dataclass(eq=False)
-class Sequence:
+class LiveRequest:
     """State of a request, changed by the engine's thread alone.
 
     Attributes:
@@ -32,7 +35,7 @@ class Sequence:
       cached: tokens whose keys and values are in the pool once all dispatched steps have run.
       pending: sampled tokens of dispatched steps that the host has not read yet.
       target: prefill reaches to here; the step that gets there samples the next token.
-      table: i32[K, P]; the first `pages` columns are blocks, each on the device of its vshard.
+      page_table: i32[K, P]; the first `pages` columns are blocks, each on the device of its vshard.
       pages: pages held.
       row: row in its instance's token history, or -1.
       delivered: output tokens that went out; they are not sent again when they are made a second time.
@@ -53,7 +56,7 @@ class Sequence:
     request: Request
     seed: int
     tokens: list[int]
-    table: np.ndarray
+    page_table: np.ndarray
     limit: int
     cached: int = 0
     pending: int = 0

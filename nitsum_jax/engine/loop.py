@@ -14,8 +14,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,9 +29,9 @@ from nitsum_jax.engine.batching.step_log import StepLog
 from nitsum_jax.engine.batching.wide_prefill import WidePrefill
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables.compiling import Group
-from nitsum_jax.engine.executables.progress import Wanted
+from nitsum_jax.engine.executables.progress import WantedLayout
 from nitsum_jax.engine.instance import MAX_IN_FLIGHT, Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, leave_instance
 from nitsum_jax.engine.request import MAX_SEED, FinishReason, Request, TokenDelta
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
@@ -44,7 +43,7 @@ from nitsum_jax.meshes.layout import Layout
 
 _LOG = logging.getLogger(__name__)
 
-Sink = Callable[[Seq[TokenDelta]], None]
+Sink = Callable[[Sequence[TokenDelta]], None]
 # Between deadlines; threads cannot wait for ever longer times.
 _LONGEST_SLEEP_S = 3600.0
 # How long the steps in flight may take at the end.
@@ -64,7 +63,7 @@ class _Deadline(NamedTuple):
 
     time_s: float
     number: int
-    sequence: Sequence
+    sequence: LiveRequest
 
 
 class Loop:
@@ -84,7 +83,7 @@ class Loop:
         self.layout = self.wanted = cell.first
         self.counters = Counters()
         self.lock = threading.Lock()
-        self.alive: dict[str, Sequence] = {}
+        self.alive: dict[str, LiveRequest] = {}
         self.idle = threading.Condition(self.lock)
         self._policy = policy
         self._deterministic = deterministic
@@ -137,7 +136,7 @@ class Loop:
           UnavailableError: the loop has ended.
         """
         seed = request.sampling.seed
-        sequence = Sequence(
+        sequence = LiveRequest(
             request,
             seed if seed is not None else secrets.randbelow(MAX_SEED + 1),
             list(request.prompt_ids),
@@ -174,9 +173,9 @@ class Loop:
             self.wanted = pending.layout
         self.wake()
 
-    def wanted_layouts(self) -> list[Wanted]:
+    def wanted_layouts(self) -> list[WantedLayout]:
         """The layouts of the switches that were asked for and are not done."""
-        return [Wanted(p.layout, tuple(self.cell.groups(p.layout)), p.since_s) for p in self._switches.copy()]
+        return [WantedLayout(p.layout, tuple(self.cell.groups(p.layout)), p.since_s) for p in self._switches.copy()]
 
     def stop(self) -> None:
         """Ends everything that is alive, and the threads."""
@@ -342,14 +341,14 @@ class Loop:
         for sequence in sequences:
             self._finish(sequence, reason, error)
 
-    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None) -> None:
+    def _finish(self, sequence: LiveRequest, reason: FinishReason, error: str | None) -> None:
         sequence.finish = reason
         self._admission.drop(sequence)
         self._retire(sequence)
         delta = TokenDelta(sequence.request.id, (), time.monotonic(), reason, error, cached_tokens=sequence.shared)
         self._deltas.append(delta)
 
-    def _retire(self, sequence: Sequence) -> None:
+    def _retire(self, sequence: LiveRequest) -> None:
         leave_instance(sequence, self._policy)
         with self.lock:
             ended = self.alive.pop(sequence.request.id, None)

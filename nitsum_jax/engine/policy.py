@@ -7,14 +7,13 @@ All calls but `push` come on the engine's thread, between launches, so they must
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
-from nitsum_jax.engine.switching.migration import Host, Traveller, Vacancies
+from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft
 from nitsum_jax.meshes.layout import Role
 
 
@@ -27,8 +26,8 @@ class Room:
       held: pages of its prompt that lie there already.
     """
 
-    fits: Callable[[Sequence, Instance], bool]
-    held: Callable[[Sequence, Instance], int]
+    fits: Callable[[LiveRequest, Instance], bool]
+    held: Callable[[LiveRequest, Instance], int]
 
 
 class Policy(Protocol):
@@ -42,20 +41,20 @@ class Policy(Protocol):
     def __len__(self) -> int:
         """Requests that no instance has taken yet."""
 
-    def push(self, sequence: Sequence) -> None:
+    def push(self, sequence: LiveRequest) -> None:
         """Adds a request; on any thread, guarded by the engine's lock.
 
         Raises:
           OverloadedError: as many as may wait do.
         """
 
-    def arrivals(self, now_s: float) -> Seq[Sequence]:
+    def arrivals(self, now_s: float) -> Sequence[LiveRequest]:
         """What came since the last call; from now on `next` may choose it."""
 
-    def waiting(self) -> Iterable[Sequence]:
+    def waiting(self) -> Iterable[LiveRequest]:
         """All that wait, in any order, those that were sent back too."""
 
-    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Sequence[Instance], room: Room, now_s: float) -> tuple[LiveRequest, Instance] | None:
         """Who is to be seated next, and where; it does not wait any more.
 
         Args:
@@ -64,10 +63,10 @@ class Policy(Protocol):
           now_s: the time.
         """
 
-    def again(self, sequence: Sequence) -> None:
+    def again(self, sequence: LiveRequest) -> None:
         """A sequence lost its blocks and waits to be computed anew."""
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: LiveRequest) -> None:
         """A sequence that may wait has ended; nothing happens if it does not wait."""
 
     def prefill(self, instance: Instance) -> PrefillChoice | None:
@@ -76,10 +75,12 @@ class Policy(Protocol):
         If nobody there decodes and there are prompts, one must be chosen.
         """
 
-    def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
+    def decode_at(self, sequence: LiveRequest, instances: Sequence[Instance], now_s: float) -> Instance | None:
         """Which of these instances, all with room, takes over a sequence whose prompt is done; None: none yet."""
 
-    def place(self, sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+    def place(
+        self, sequences: Sequence[Leaving], hosts: Sequence[Destination], room: Callable[[], SeatsLeft]
+    ) -> list[int | None]:
         """Which new instance of a switch takes each sequence of those that go; None: it is computed anew.
 
         Args:
@@ -88,23 +89,23 @@ class Policy(Protocol):
           room: begins to count what is free; only where a sequence fits may it go.
         """
 
-    def victim(self, instance: Instance) -> Sequence:
+    def victim(self, instance: Instance) -> LiveRequest:
         """Who in an instance gives up its blocks for others."""
 
-    def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None: ...
-    def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None:
+    def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None: ...
+    def moved(self, sequence: LiveRequest, source: Instance, target: Instance) -> None:
         """A sequence decodes in another instance from now on."""
 
-    def left(self, sequence: Sequence, instance: Instance) -> None:
+    def left(self, sequence: LiveRequest, instance: Instance) -> None:
         """A sequence is in this instance no more: it ended, or was sent back."""
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None: ...
     def settled(self, instance: Instance, step: Step, now_s: float) -> None:
         """The results of a step have been taken in."""
 
-    def first_token(self, sequence: Sequence, now_s: float) -> None: ...
-    def ended(self, sequence: Sequence, now_s: float) -> None: ...
-    def relaid(self, instances: Seq[Instance], now_s: float) -> None:
+    def first_token(self, sequence: LiveRequest, now_s: float) -> None: ...
+    def ended(self, sequence: LiveRequest, now_s: float) -> None: ...
+    def relaid(self, instances: Sequence[Instance], now_s: float) -> None:
         """Other instances are in force; sequences are where `Instance.rows` says."""
 
     def wake_s(self) -> float | None:
@@ -121,7 +122,7 @@ def takes_decodes(instance: Instance) -> bool:
     return instance.spec.role != Role.PREFILL and not instance.broken
 
 
-def leave_instance(sequence: Sequence, policy: Policy) -> None:
+def leave_instance(sequence: LiveRequest, policy: Policy) -> None:
     """Takes a sequence out of the instance that it is in, if it is in one, and tells the policy."""
     home = sequence.home
     if home is not None:

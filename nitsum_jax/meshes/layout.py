@@ -71,7 +71,7 @@ class Shape:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Instance:
+class InstanceSpec:
     """A group of devices that runs one batch loop at one TP.
 
     Attributes:
@@ -111,7 +111,7 @@ class Layout:
       instances: in the order of the text form.
     """
 
-    instances: tuple[Instance, ...]
+    instances: tuple[InstanceSpec, ...]
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -236,7 +236,7 @@ def parse_layout(text: str, num_devices: int) -> Layout:
                 f"layout {_shorten(text)} leaves no {shape.tp} free neighbours for a tp{shape.tp}: name its devices, "
                 "as in tp2@0,3"
             )
-        instances.append(Instance(placed, Role(shape.role), shape.tiers))
+        instances.append(InstanceSpec(placed, Role(shape.role), shape.tiers))
     layout = Layout(tuple(instances))
     layout.validate(num_devices, max_tp=num_devices)
     return layout
@@ -280,7 +280,7 @@ def _enumerate(kinds: Sequence[tuple[int, Role]], num_devices: int) -> Iterator[
         start = 0
         for (tp, role), count in zip(kinds, counts, strict=True):
             for _ in range(count):
-                instances.append(Instance(tuple(range(start, start + tp)), role))
+                instances.append(InstanceSpec(tuple(range(start, start + tp)), role))
                 start += tp
         yield Layout(tuple(instances))
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.vshards import VshardMap
 
 TP_AXIS = "tp"
 
 
-def instance_mesh(devices: Sequence[jax.Device], instance: Instance, vmap: VshardMap) -> jax.sharding.Mesh:
+def instance_mesh(devices: Sequence[jax.Device], instance: InstanceSpec, vmap: VshardMap) -> jax.sharding.Mesh:
     """The 1-D mesh of an instance, its axis named `TP_AXIS`, its devices in order of rank.
 
     In this order an array cut evenly along the axis has vshards ascending from device to device.
@@ -67,6 +67,6 @@ class Geometries:
             order = self._vmap.ordered(key)
             slots = self._vmap.slots(len(key))
             device_of = tuple(device for device in order for _ in range(slots))
-            mesh = instance_mesh(self._devices, Instance(key), self._vmap)
+            mesh = instance_mesh(self._devices, InstanceSpec(key), self._vmap)
             found = self._known.setdefault(key, Geometry(order, device_of, mesh))
         return found

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.meshes.host_copy import put_on_devices
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.reshard import reshard
 from nitsum_jax.meshes.vshards import VshardMap
@@ -123,7 +123,7 @@ class WeightBank:
             self._add(name, vshard, devices, value)
             del value  # or it would live until the stream has made the next one
 
-    def wrap(self, instance: Instance) -> WrappedParams:
+    def wrap(self, instance: InstanceSpec) -> WrappedParams:
         """The parameters of an instance as global arrays around the buffers that are there, without a copy.
 
         The result is kept and returned again for the same devices, whatever the role; treat it as read-only.
@@ -157,7 +157,7 @@ class WeightBank:
             self._wrapped[instance.devices] = wrapped
             return wrapped
 
-    def missing(self, instance: Instance) -> list[tuple[str, int | None, int]]:
+    def missing(self, instance: InstanceSpec) -> list[tuple[str, int | None, int]]:
         """What an instance needs and its devices lack: (name, vshard or None for replicated, device), by name.
 
         Raises:
@@ -173,7 +173,7 @@ class WeightBank:
                 if vshard not in self._buffers[device].get(name, {})
             ]
 
-    def fetch(self, instance: Instance) -> int:
+    def fetch(self, instance: InstanceSpec) -> int:
         """Moves what an instance lacks from devices that have it, in one transfer per pair of devices.
 
         The transfers are dispatched, not waited for.  Sources share the load evenly.
@@ -205,7 +205,7 @@ class WeightBank:
             self._count(bytes_moved=size)
             return size
 
-    def fetch_some(self, instance: Instance, most: int) -> list[jax.Array]:
+    def fetch_some(self, instance: InstanceSpec, most: int) -> list[jax.Array]:
         """As `fetch`, but no more than the first parameters that come to `most` bytes, one at least.
 
         Returns:
@@ -273,7 +273,7 @@ class WeightBank:
         self._check_device(device)
         return self._vmap.vshards_of(device, tp)
 
-    def _wrap(self, instance: Instance) -> WrappedParams:
+    def _wrap(self, instance: InstanceSpec) -> WrappedParams:
         mesh = instance_mesh(self._devices, instance, self._vmap)
         cut, whole = NamedSharding(mesh, PartitionSpec(TP_AXIS)), NamedSharding(mesh, PartitionSpec())
         ranks = self._vmap.ordered(instance.devices)

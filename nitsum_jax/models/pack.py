@@ -33,7 +33,7 @@ _DTYPES = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """A run of rows (or, if `transposed`, columns) of a checkpoint tensor, and its first row in the parameter."""
 
     tensor: str
@@ -50,7 +50,7 @@ class PlannedParam:
     name: str
     vshard: int | None
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TensorPiece, ...]
 
     def dtype(self, matrices: np.dtype) -> np.dtype:
         """Norms and biases stay float32: they are small, and the arithmetic around them is float32."""
@@ -206,9 +206,9 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=4)
-def pieces_by_tensor(cut: ModelCut) -> dict[str, list[tuple[str, int | None, Piece]]]:
+def pieces_by_tensor(cut: ModelCut) -> dict[str, list[tuple[str, int | None, TensorPiece]]]:
     """For every checkpoint tensor, (parameter, vshard, piece) that together cover it; replicas are left out."""
-    where: dict[str, list[tuple[str, int | None, Piece]]] = {}
+    where: dict[str, list[tuple[str, int | None, TensorPiece]]] = {}
     seen: set[tuple[str, int]] = set()
     for param in plan(cut.config, cut):
         for piece in param.pieces:
@@ -259,7 +259,7 @@ def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedPa
 
 
 def _replicated(name: str, tensor: str, width: int) -> PlannedParam:
-    return PlannedParam(name, None, (width,), (Piece(tensor, 0, width),))
+    return PlannedParam(name, None, (width,), (TensorPiece(tensor, 0, width),))
 
 
 def _table(name: str, tensor: str, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
@@ -267,12 +267,12 @@ def _table(name: str, tensor: str, config: ModelConfig, cut: ModelCut) -> Iterat
         yield PlannedParam(name, k, (cut.vocab, config.d_model), _span(tensor, cut.vocab_range(k), 0))
 
 
-def _span(tensor: str, span: tuple[int, int], row: int, transposed: bool = False) -> tuple[Piece, ...]:
+def _span(tensor: str, span: tuple[int, int], row: int, transposed: bool = False) -> tuple[TensorPiece, ...]:
     start, stop = span
-    return (Piece(tensor, start, stop, row, transposed),) if stop > start else ()
+    return (TensorPiece(tensor, start, stop, row, transposed),) if stop > start else ()
 
 
-def _qkv(prefix: str, kind: str, head_dim: int, cut: ModelCut, vshard: int) -> tuple[Piece, ...]:
+def _qkv(prefix: str, kind: str, head_dim: int, cut: ModelCut, vshard: int) -> tuple[TensorPiece, ...]:
     q, kv = cut.q_head_of[vshard], cut.kv_head_of[vshard]
     return (
         *_heads(f"{prefix}.q_proj.{kind}", q, head_dim, 0),
@@ -283,10 +283,10 @@ def _qkv(prefix: str, kind: str, head_dim: int, cut: ModelCut, vshard: int) -> t
 
 def _heads(
     tensor: str, heads: Sequence[int | None], head_dim: int, row: int, transposed: bool = False
-) -> Iterator[Piece]:
+) -> Iterator[TensorPiece]:
     """One piece for every run of neighbouring heads."""
     present = [(slot, head) for slot, head in enumerate(heads) if head is not None]
     for _, run in itertools.groupby(present, key=lambda pair: pair[1] - pair[0]):
         members = list(run)
         slot, head = members[0]
-        yield Piece(tensor, head * head_dim, (head + len(members)) * head_dim, row + slot * head_dim, transposed)
+        yield TensorPiece(tensor, head * head_dim, (head + len(members)) * head_dim, row + slot * head_dim, transposed)

@@ -14,7 +14,7 @@ from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.profiles.derive import Assumptions, dense_s, derive, head_s
 from nitsum_jax.profiles.kernels import Kernels
 from nitsum_jax.profiles.shapes import MODELS, Device, ModelShape
-from nitsum_jax.profiles.tables import Grid, Heads, Tables
+from nitsum_jax.profiles.tables import Heads, Tables, TimeGrid
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def every_other(axis: np.ndarray) -> set[int]:
 def thinned(tables: Tables) -> Tables:
     """The tables without every other m, number of sequences, context and prompt."""
 
-    def thin(grid: Grid, *axes: int) -> Grid:
+    def thin(grid: TimeGrid, *axes: int) -> TimeGrid:
         for axis in axes:
             grid = grid.without(axis, every_other(grid.axes[axis]))
         return grid

@@ -12,7 +12,7 @@ from scipy.interpolate import RegularGridInterpolator
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles.smooth import drawn_on, linear
-from nitsum_jax.profiles.tables import Grid, Heads, Tables
+from nitsum_jax.profiles.tables import Heads, Tables, TimeGrid
 
 Counts = Sequence[int] | np.ndarray
 
@@ -82,8 +82,8 @@ class Kernels:
         reading = self.decode([1], context, heads)
         return np.maximum(np.maximum(rest, alone), reading)
 
-    def _attention(self, phase: str, heads: Heads) -> Grid:
-        found: Grid | None = getattr(self._tables, phase).get(heads)
+    def _attention(self, phase: str, heads: Heads) -> TimeGrid:
+        found: TimeGrid | None = getattr(self._tables, phase).get(heads)
         if found is None:
             raise InvalidInputError(
                 f"the {phase} attention table has no rows of {heads[0]} query heads, {heads[1]} KV heads and width"
@@ -91,7 +91,7 @@ class Kernels:
             )
         return found
 
-    def _collective_grid(self, op: str, source: str, devices: int) -> Grid:
+    def _collective_grid(self, op: str, source: str, devices: int) -> TimeGrid:
         found = self._tables.collectives.get((op, source, devices))
         if found is None:
             raise InvalidInputError(f"the collectives table has no rows of {op} by {source} on {devices} devices")

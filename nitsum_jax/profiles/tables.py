@@ -21,7 +21,7 @@ Heads = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grid:
+class TimeGrid:
     """Seconds on a grid; nan where nothing was measured.
 
     Attributes:
@@ -32,11 +32,11 @@ class Grid:
     axes: tuple[np.ndarray, ...]
     seconds: np.ndarray
 
-    def without(self, axis: int, values: set[int]) -> "Grid":
+    def without(self, axis: int, values: set[int]) -> "TimeGrid":
         """The grid without these values of an axis."""
         keep = np.array([value not in values for value in self.axes[axis].tolist()])
         axes = tuple(points[keep] if i == axis else points for i, points in enumerate(self.axes))
-        return Grid(axes, np.compress(keep, self.seconds, axis))
+        return TimeGrid(axes, np.compress(keep, self.seconds, axis))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,10 +50,10 @@ class Tables:
       collectives: for each (operation, source, devices), over bytes.
     """
 
-    gemm: Grid
-    prefill: Mapping[Heads, Grid]
-    decode: Mapping[Heads, Grid]
-    collectives: Mapping[tuple[str, str, int], Grid]
+    gemm: TimeGrid
+    prefill: Mapping[Heads, TimeGrid]
+    decode: Mapping[Heads, TimeGrid]
+    collectives: Mapping[tuple[str, str, int], TimeGrid]
 
 
 def read_tables(folder: str | pathlib.Path, device: str) -> Tables:
@@ -143,9 +143,9 @@ def _grouped(rows: _Rows, count: int) -> dict[tuple[str | int, ...], _Rows]:
     return groups
 
 
-def _grid(rows: _Rows) -> Grid:
+def _grid(rows: _Rows) -> TimeGrid:
     keys = np.array(list(rows), dtype=np.int64)
     axes, places = zip(*(np.unique(keys[:, i], return_inverse=True) for i in range(keys.shape[1])), strict=True)
     seconds = np.full([len(axis) for axis in axes], np.nan)
     seconds[places] = list(rows.values())
-    return Grid(axes, seconds)
+    return TimeGrid(axes, seconds)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from nitsum_jax.engine.request import Request
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.models.generation import GenerationDefaults
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class EngineStats(Protocol):
-    """Counters and gauges of an engine; see `EngineStats` in nitsum.proto."""
+class ServingStats(Protocol):
+    """Counters and gauges of an engine; see `ServingStats` in nitsum.proto."""
 
     @property
     def waiting(self) -> int: ...
@@ -55,7 +55,7 @@ class EngineStats(Protocol):
     def prefix_hit_tokens(self) -> int: ...
 
 
-class InstanceLoad(Protocol):
+class ServingLoad(Protocol):
     """A look at one instance; see `nitsum_jax.engine.batching.load.InstanceLoad`."""
 
     @property
@@ -92,8 +92,8 @@ class ServingEngine(Protocol):
     def ready_layouts(self) -> tuple[str, ...]: ...
     def compiling(self) -> "CompileProgress": ...
     def context_limit(self) -> int: ...
-    def stats(self) -> EngineStats: ...
-    def loads(self) -> Sequence[InstanceLoad]: ...
+    def stats(self) -> ServingStats: ...
+    def loads(self) -> Sequence[ServingLoad]: ...
     def drain(self, timeout_s: float) -> bool: ...
     def close(self) -> None: ...
 
@@ -142,6 +142,6 @@ class Backend:
 
     engine: ServingEngine
     model: ServedModel
-    bridge: Bridge
+    router: StreamRouter
     control: "ControlLoop | None" = None
     pace: "Pace | None" = None

@@ -9,7 +9,7 @@ from nitsum_jax.errors import NitsumError
 
 
 @dataclasses.dataclass(slots=True)
-class RequestRecord:
+class ServedRequest:
     """Times and counts of one request; all times are seconds on the engine's clock (time.monotonic).
 
     Attributes:
@@ -97,7 +97,7 @@ class RequestRecord:
 class RequestObserver(Protocol):
     """Is told about requests, on the event loop."""
 
-    def ended(self, record: RequestRecord) -> None:
+    def ended(self, record: ServedRequest) -> None:
         """A request that was accepted has ended."""
 
     def refused(self, tier: str, error: NitsumError) -> None:

@@ -6,7 +6,7 @@ from nitsum_jax.errors import UnavailableError
 from nitsum_jax.runtime.backend import Backend
 
 
-class Phase(enum.Enum):
+class ServerPhase(enum.Enum):
     """Where the server stands between start and end."""
 
     STARTING = "starting"
@@ -18,7 +18,7 @@ class ServerState:
     """The phase of the server and, once it serves, the backend. Only the event loop touches it."""
 
     def __init__(self) -> None:
-        self.phase = Phase.STARTING
+        self.phase = ServerPhase.STARTING
         self.backend: Backend | None = None
         self.ready_at = 0
         """When the model was ready, in seconds since 1970."""
@@ -40,6 +40,6 @@ class ServerState:
           UnavailableError: the server is starting or draining.
         """
         backend = self.present()
-        if self.phase is Phase.DRAINING:
+        if self.phase is ServerPhase.DRAINING:
             raise UnavailableError("the server is draining: send the request to another one or try again later")
         return backend

@@ -14,18 +14,18 @@ from nitsum_jax.control.tiers import Tier, TierSet, read_tiers
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
-from nitsum_jax.sim.options import HelpRequested, Options
+from nitsum_jax.sim.options import SimulateOptions, UsageRequested
 from nitsum_jax.sim.policies.baselines import Setting
 from nitsum_jax.sim.policies.bound import candidates, upper_bound
 from nitsum_jax.sim.policies.named import policies_named
-from nitsum_jax.sim.policies.search import Grid, capacity, run, sample, tournament
+from nitsum_jax.sim.policies.search import RateGrid, capacity, run, sample, tournament
 from nitsum_jax.sim.report.page import write_report
 from nitsum_jax.sim.runs.audit_tool import run_audit
 from nitsum_jax.sim.runs.logs import LogFolder, request_record, switch_record
 from nitsum_jax.sim.runs.metrics import Metrics, measure, summary, table, to_json
 from nitsum_jax.sim.runs.records import STEPS, SUMMARY, read_steps
 from nitsum_jax.sim.runs.replay import replay
-from nitsum_jax.sim.runs.simulation import Outcome, Policy, simulate
+from nitsum_jax.sim.runs.simulation import RunOutcome, RunPolicy, simulate
 from nitsum_jax.sim.runs.summary import Figures, figures_of
 from nitsum_jax.sim.runs.tables import RequestTable, StepTable
 from nitsum_jax.sim.workloads.workload import Workload, scale_rate
@@ -34,7 +34,7 @@ from nitsum_jax.sim.workloads.workload_flags import workload_of
 BOUND = "+bound"
 DEFAULT_TIERS = TierSet((Tier("chat", ttft_ms=500, tpot_ms=50), Tier("code", ttft_ms=10_000, tpot_ms=200)))
 """Targets of the stand-in traces' tiers."""
-_GRID = Grid(1.05)
+_GRID = RateGrid(1.05)
 _LOWEST = -60
 _SAMPLE_S = 80.0
 _FINALISTS = 3
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         if given.replay is not None:
             return _replay(given, setting)
         return _Tool(given, setting).run()
-    except HelpRequested as e:
+    except UsageRequested as e:
         _out(str(e))
         return 0
     except NitsumError as e:
@@ -65,7 +65,7 @@ def run_tool() -> None:
     sys.exit(main(sys.argv))
 
 
-def _setting(given: Options) -> Setting:
+def _setting(given: SimulateOptions) -> Setting:
     assert given.profile is not None
     tiers = read_tiers(given.tiers) if given.tiers else DEFAULT_TIERS
     setting = Setting(CostModel(load_profile(given.profile)), tiers, given.devices)
@@ -75,14 +75,14 @@ def _setting(given: Options) -> Setting:
     return setting
 
 
-def _workload(given: Options, tiers: TierSet) -> Workload:
+def _workload(given: SimulateOptions, tiers: TierSet) -> Workload:
     where = f"--tiers={given.tiers}" if given.tiers else "the tiers used without --tiers"
     return workload_of(
         given.trace, tiers, where, seconds=given.seconds, rate_scale=given.rate_scale, seed=given.seed, note=_note
     )
 
 
-def _replay(given: Options, setting: Setting) -> int:
+def _replay(given: SimulateOptions, setting: Setting) -> int:
     assert given.replay is not None
     found = replay(given.replay, setting)
     for line in found.differences:
@@ -95,7 +95,7 @@ def _replay(given: Options, setting: Setting) -> int:
 class _Tool:
     """One call of the tool."""
 
-    def __init__(self, given: Options, setting: Setting):
+    def __init__(self, given: SimulateOptions, setting: Setting):
         self.given = given
         self.setting = setting
         self.workload = _workload(given, setting.tiers)
@@ -129,7 +129,7 @@ class _Tool:
             _note(f"logs and report: {report}")
         return 0
 
-    def _choose(self, name: str) -> Policy:
+    def _choose(self, name: str) -> RunPolicy:
         found = policies_named(self.setting, name, device_put=self.given.switch == "device_put")
         if len(found) == 1:
             return found[0]
@@ -139,10 +139,10 @@ class _Tool:
         _note(f"{name}: best of {len(found)} is {best.name}")
         return best
 
-    def _figures(self, workload: Workload, policy: Policy, give_up: float | None) -> Figures:
+    def _figures(self, workload: Workload, policy: RunPolicy, give_up: float | None) -> Figures:
         return run(self.setting, workload, policy, give_up=give_up, compile_s=self.given.compile_s)
 
-    def _simulate(self, workload: Workload, policy: Policy, log: LogFolder | None, progress: bool) -> Outcome:
+    def _simulate(self, workload: Workload, policy: RunPolicy, log: LogFolder | None, progress: bool) -> RunOutcome:
         return simulate(
             workload,
             self.setting.tiers,
@@ -156,7 +156,7 @@ class _Tool:
             progress=progress,
         )
 
-    def _run(self, policy: Policy, folder: pathlib.Path | None) -> Metrics:
+    def _run(self, policy: RunPolicy, folder: pathlib.Path | None) -> Metrics:
         bar = self.given.progress and sys.stderr.isatty()
         with contextlib.nullcontext() if folder is None else LogFolder(folder) as log:
             outcome = self._simulate(self.workload, policy, log, bar)
@@ -167,7 +167,7 @@ class _Tool:
         log.summarise(self._summary(policy, outcome, metrics))
         return metrics
 
-    def _measure(self, outcome: Outcome, folder: pathlib.Path | None) -> Metrics:
+    def _measure(self, outcome: RunOutcome, folder: pathlib.Path | None) -> Metrics:
         failed = (dataclasses.replace(request_record(job), finish_s=None, met=False) for job in outcome.failed)
         requests = RequestTable.of([*map(request_record, outcome.finished), *failed])
         steps = None if folder is None else StepTable.of(read_steps(folder / STEPS))
@@ -181,7 +181,7 @@ class _Tool:
             devices=self.given.devices,
         )
 
-    def _summary(self, policy: Policy, outcome: Outcome, metrics: Metrics) -> dict[str, object]:
+    def _summary(self, policy: RunPolicy, outcome: RunOutcome, metrics: Metrics) -> dict[str, object]:
         given = self.given
         return summary(
             metrics,
@@ -206,10 +206,10 @@ class _Tool:
             f" window: {found.best_goodput:.2f}/s, {found.best_attainment:.1%} (docs/simulator/simulator.md)"
         )
 
-    def _capacity(self, name: str, policy: Policy) -> list[pathlib.Path]:
+    def _capacity(self, name: str, policy: RunPolicy) -> list[pathlib.Path]:
         folders: list[pathlib.Path] = []
 
-        def evaluate(policy: Policy, level: int) -> Figures:
+        def evaluate(policy: RunPolicy, level: int) -> Figures:
             outcome = self._simulate(self.scaled(level), policy, None, False)
             metrics = self._measure(outcome, None)
             if self.out is not None and level:

@@ -26,7 +26,7 @@ DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SimulateOptions:
     """What the flags say; see `_define`."""
 
     profile: str | None
@@ -48,7 +48,7 @@ class Options:
     audit: str | None
 
 
-class HelpRequested(Exception):  # noqa: N818  not an error
+class UsageRequested(Exception):  # noqa: N818  not an error
     """The user asked for help; the message is the help text."""
 
 
@@ -115,7 +115,7 @@ def _define() -> flags.FlagValues:
     return values
 
 
-def parse(argv: Sequence[str]) -> Options:
+def parse(argv: Sequence[str]) -> SimulateOptions:
     """Reads the command line.
 
     Raises:
@@ -124,7 +124,7 @@ def parse(argv: Sequence[str]) -> Options:
     """
     values = _define()
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv[1:]):
-        raise HelpRequested(f"{USAGE}\n\nflags:\n{values.main_module_help()}{values.get_help()}")
+        raise UsageRequested(f"{USAGE}\n\nflags:\n{values.main_module_help()}{values.get_help()}")
     try:
         rest = values(list(argv))
     except flags.Error as e:
@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> Options:
     return _options(values)
 
 
-def _options(values: flags.FlagValues) -> Options:
+def _options(values: flags.FlagValues) -> SimulateOptions:
     if values.audit is not None and (
         values.policies or values.policy or values.replay or values.capacity or values.out
     ):
@@ -153,7 +153,7 @@ def _options(values: flags.FlagValues) -> Options:
     if len(set(policies)) < len(policies):
         raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
     plain: dict[str, Any] = {name: values[name].value for name in _PLAIN}
-    return Options(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, **plain)
+    return SimulateOptions(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, **plain)
 
 
 def _several(text: str) -> tuple[str, ...]:

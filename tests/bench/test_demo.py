@@ -6,7 +6,7 @@ from nitsum_jax.bench.demo.load import PHASES, TIERS, demo_load
 from nitsum_jax.bench.demo.prediction import adaptive_policy, best_uneven, predict, static_policy
 from nitsum_jax.bench.demo.report import ADAPTIVE, Entry, gain, tables, to_json
 from nitsum_jax.bench.demo.screen import Screen, attainments
-from nitsum_jax.bench.serve.player import Played, Run
+from nitsum_jax.bench.serve.player import Played, PlayedRun
 from nitsum_jax.bench.serve.results import results_of
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.profiles.library import load_profile
@@ -80,7 +80,7 @@ def test_tables_compare_policies_and_the_simulator() -> None:
             Played(r, r.arrival_s, r.arrival_s + 0.2, r.arrival_s + 0.2 + 10 * tpot_s * (1 if i < 8 else 10), 11)
             for i, r in enumerate(load.requests)
         ]
-        return Entry(name, results_of(Run(played, 2.0, 0.0, 0.1), TIERS, 2.0, paced="p"), simulated, 2)
+        return Entry(name, results_of(PlayedRun(played, 2.0, 0.0, 0.1), TIERS, 2.0, paced="p"), simulated, 2)
 
     entries = [entry(ADAPTIVE, 0.001), entry("tp2x4", 0.01)]
     assert gain(entries) == 10 / 8

@@ -35,8 +35,8 @@ def test_it_checks_and_measures(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert "| zero-copy wrapping | yes |" in table.read_text()
 
 
-def timing(vshards: int, batch: int, step_ms: float) -> gpu_check.Row:
-    return gpu_check.Row("m", "decode", 1, vshards, batch, 1, 64, step_ms, 1.0)
+def timing(vshards: int, batch: int, step_ms: float) -> gpu_check.CheckRow:
+    return gpu_check.CheckRow("m", "decode", 1, vshards, batch, 1, 64, step_ms, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_without_the_device_it_says_what_to_do() -> None:
 
 def test_without_time_it_says_what_was_left_out(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "check.json"
-    rows: list[gpu_check.Row] = []
+    rows: list[gpu_check.CheckRow] = []
     left_out = gpu_check._time_all(gpu_check.QUICK, None, Ceilings(1.0, 1.0), 0.0, rows)
     assert (rows, len(left_out)) == ([], 4)
     assert left_out[0] == "decode of tiny, batch 4, TP 1, K=1: no time left"

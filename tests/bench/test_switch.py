@@ -9,7 +9,7 @@ import pytest
 
 from nitsum_jax.bench import main, switch_report
 from nitsum_jax.bench.switch import read_options
-from nitsum_jax.bench.switch_rows import Measured, Row
+from nitsum_jax.bench.switch_rows import Measured, SwitchRow
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
@@ -72,7 +72,7 @@ def test_unknown_commands_are_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_table_has_a_line_per_row() -> None:
-    row = Row("tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 1.5, 9.0, {"recompute": 70.0})
+    row = SwitchRow("tp1", "tp2", 1, 2, 0, 3_000_000, 2_000_000, 5.0, 6.0, 3.0, 1.5, 9.0, {"recompute": 70.0})
     item = Measured(
         row, decode_step_before_ms=4.0, gap_ms_p99=9.5, kv_bytes_ahead=1_000_000, host_ms=1.0, transfer_ms=2.0
     )

@@ -18,7 +18,7 @@ from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
@@ -52,14 +52,14 @@ class Outcome:
 
     Attributes:
       sampled: i32[B].
-      likelihoods: i32[B, columns].
+      token_logprobs: i32[B, columns].
       logits: f32[B, V padded].
       blocks: `[N, L, 2, W, G/K, A]`; of every block the copy on the device that its vshard lies on.
       history: the token history.
     """
 
     sampled: np.ndarray
-    likelihoods: np.ndarray
+    token_logprobs: np.ndarray
     logits: np.ndarray
     blocks: np.ndarray
     history: np.ndarray
@@ -81,7 +81,7 @@ class StepRig:
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)
         rng = np.random.default_rng(seed)
-        self.table = rng.permutation(pool.blocks)[: batch * vshards * pages].reshape(batch, vshards, pages)
+        self.page_table = rng.permutation(pool.blocks)[: batch * vshards * pages].reshape(batch, vshards, pages)
         values = rng.standard_normal((pool.blocks, *pool.block_shape)).astype(np.float32)
         # Any keys and values will do as a past, so that one step tells about long contexts without the steps before it.
         self.past = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
@@ -111,7 +111,7 @@ class StepRig:
                 context=row.context,
                 tokens=None if shape.is_decode else row.tokens,
                 emit=True,
-                table=self.table[index, :, :used],
+                page_table=self.page_table[index, :, :used],
                 steering=steered,
             )
         blocks = np.concatenate([self.past if past is None else past] * tp)
@@ -119,17 +119,17 @@ class StepRig:
         placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
         step = self.compiled(shape, tp)
         state, results = step(self.leaves(tp), StepState(pool, placed), packer.done())
-        sampled, likelihoods, logits = map(np.asarray, (results.tokens, results.likelihoods, results.logits))
+        sampled, token_logprobs, logits = map(np.asarray, (results.tokens, results.token_logprobs, results.logits))
         by_rank = np.asarray(state.pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
         merged = by_rank[0].copy()
         for vshard in range(self.cut.num_vshards):
-            ids = self.table[:, vshard].reshape(-1)
+            ids = self.page_table[:, vshard].reshape(-1)
             merged[ids] = by_rank[vshard * tp // self.cut.num_vshards][ids]
-        return Outcome(sampled, likelihoods, logits, merged, np.asarray(state.history))
+        return Outcome(sampled, token_logprobs, logits, merged, np.asarray(state.history))
 
     def leaves(self, tp: int) -> tuple[jax.Array, ...]:
         """Parameters wrapped for devices 0 to TP-1."""
-        wrapped = self.bank.wrap(Instance(tuple(range(tp))))
+        wrapped = self.bank.wrap(InstanceSpec(tuple(range(tp))))
         return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(tp))
 
     def compile_all(self, shapes: Iterable[StepShape], tps: Iterable[int]) -> None:
@@ -141,7 +141,7 @@ class StepRig:
 
     def mesh(self, tp: int) -> Mesh:
         """The mesh of devices 0 to TP-1."""
-        return instance_mesh(jax.devices(), Instance(tuple(range(tp))), self.vmap)
+        return instance_mesh(jax.devices(), InstanceSpec(tuple(range(tp))), self.vmap)
 
     def _compile(self, shape: StepShape, tp: int) -> jax.stages.Compiled:
         return compile_step(self.program, shape, self.mesh(tp), with_logits=True)

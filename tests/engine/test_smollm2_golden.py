@@ -98,9 +98,9 @@ class LogitsOfPrompt:
         program, vshards = self._program, self._program.cut.num_vshards
         packer = Packer(self._shape, vshards, program.pages, program.max_batch)
         used = -(-len(prompt) // program.pool.page_size)
-        table = np.arange(vshards * used, dtype=np.int32).reshape(vshards, used)
+        page_table = np.arange(vshards * used, dtype=np.int32).reshape(vshards, used)
         columns = sampling_columns(SamplingParams(), 0, len(prompt))
-        packer.add(columns, row=0, context=0, tokens=prompt, emit=True, table=table)
+        packer.add(columns, row=0, context=0, tokens=prompt, emit=True, page_table=page_table)
         along, everywhere = (NamedSharding(self._mesh, spec) for spec in (PartitionSpec(TP_AXIS), PartitionSpec()))
         tp = self._mesh.devices.size
         whole = (program.pool.blocks * tp, *program.pool.block_shape)

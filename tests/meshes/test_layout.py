@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError
 from nitsum_jax.meshes.layout import (
     TIER_NAME,
-    Instance,
+    InstanceSpec,
     Layout,
     Role,
     Shape,
@@ -23,7 +23,7 @@ from nitsum_jax.meshes.vshards import ranks_differ
 
 
 def layout_of(*groups: tuple[int, ...]) -> Layout:
-    return Layout(tuple(Instance(group) for group in groups))
+    return Layout(tuple(InstanceSpec(group) for group in groups))
 
 
 names = st.from_regex(TIER_NAME, fullmatch=True) | st.sampled_from(["chat", "code", "64", "tp1", "x2", "Decode"])
@@ -36,17 +36,17 @@ def cells(draw: st.DrawFn) -> tuple[int, Layout]:
     """A cell and any valid layout of it, also with scattered devices, idle ones, roles and tiers."""
     num_devices = draw(st.integers(1, 16))
     free = set(range(num_devices))
-    instances: list[Instance] = []
+    instances: list[InstanceSpec] = []
     for tp in draw(st.lists(st.sampled_from([1, 1, 2, 2, 4, 8]), min_size=1, max_size=8)):
         by_rank = [[d for d in sorted(free) if d % tp == rank] for rank in range(tp)]
         if all(by_rank):
             devices = tuple(draw(st.sampled_from(choice)) for choice in by_rank)
             free -= set(devices)
-            instances.append(Instance(devices, draw(st.sampled_from(list(Role))), draw(tiers)))
+            instances.append(InstanceSpec(devices, draw(st.sampled_from(list(Role))), draw(tiers)))
     roles = {instance.role for instance in instances}
     if Role.MIXED not in roles and len(roles) < 2:
-        instances = [Instance(instance.devices, tiers=instance.tiers) for instance in instances]
-    return num_devices, Layout(tuple(instances or [Instance((0,))]))
+        instances = [InstanceSpec(instance.devices, tiers=instance.tiers) for instance in instances]
+    return num_devices, Layout(tuple(instances or [InstanceSpec((0,))]))
 
 
 @given(cells())
@@ -104,9 +104,9 @@ def test_devices_are_assigned_from_left_to_right(text: str, groups: list[tuple[i
 def test_roles_are_read() -> None:
     layout = parse_layout("tp2:prefill+tp1x2:decode", 4)
     assert layout.instances == (
-        Instance((0, 1), Role.PREFILL),
-        Instance((2,), Role.DECODE),
-        Instance((3,), Role.DECODE),
+        InstanceSpec((0, 1), Role.PREFILL),
+        InstanceSpec((2,), Role.DECODE),
+        InstanceSpec((3,), Role.DECODE),
     )
 
 
@@ -131,11 +131,11 @@ def test_canonical_text(text: str, canonical: str) -> None:
 
 
 def test_an_instance_knows_its_tp_and_text() -> None:
-    instance = Instance((5, 4), Role.DECODE)
+    instance = InstanceSpec((5, 4), Role.DECODE)
     assert instance.tp == 2
     assert instance.devices == (4, 5)
     assert str(instance) == "tp2@4,5:decode"
-    assert instance == Instance((4, 5), Role.DECODE)
+    assert instance == InstanceSpec((4, 5), Role.DECODE)
 
 
 def test_idle_devices() -> None:

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nitsum_jax.errors import InvalidInputError, PreconditionError
-from nitsum_jax.meshes.layout import Instance, Role, enumerate_layouts, parse_layout
+from nitsum_jax.meshes.layout import InstanceSpec, Role, enumerate_layouts, parse_layout
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import BankCounters, Placement, WeightBank
@@ -52,11 +52,11 @@ def pointers(array: jax.Array) -> dict[int, int]:
 
 def test_the_mesh_is_in_order_of_rank() -> None:
     devices = jax.devices()
-    mesh = instance_mesh(devices, Instance((4, 5, 6, 7)), VshardMap(8))
+    mesh = instance_mesh(devices, InstanceSpec((4, 5, 6, 7)), VshardMap(8))
     assert mesh.axis_names == (TP_AXIS,)
     assert list(mesh.devices.flat) == [devices[4], devices[6], devices[5], devices[7]]
     with pytest.raises(InvalidInputError, match="cannot form"):
-        instance_mesh(devices, Instance((0, 2)), VshardMap(8))
+        instance_mesh(devices, InstanceSpec((0, 2)), VshardMap(8))
 
 
 @pytest.mark.parametrize("num_vshards", [1, 2, 4, 8])
@@ -64,7 +64,9 @@ def test_every_instance_is_wrapped_around_the_same_buffers(num_vshards: int) -> 
     bank = full_bank(8, num_vshards)
     vmap = VshardMap(num_vshards)
     # At TP=1 a device shows one array per vshard; every other wrap must show the very same buffers.
-    original = {(d, v): pointers(bank.wrap(Instance((d,)))["w"][v])[d] for d in range(8) for v in range(num_vshards)}
+    original = {
+        (d, v): pointers(bank.wrap(InstanceSpec((d,)))["w"][v])[d] for d in range(8) for v in range(num_vshards)
+    }
     for layout in enumerate_layouts(8, num_vshards):
         for instance in layout.instances:
             wrapped = bank.wrap(instance)
@@ -101,11 +103,11 @@ def test_a_wrap_can_be_computed_with() -> None:
 
 def test_wraps_are_cached_per_devices() -> None:
     bank = full_bank(4, 4)
-    first = bank.wrap(Instance((0, 1), Role.PREFILL))
+    first = bank.wrap(InstanceSpec((0, 1), Role.PREFILL))
     counters = bank.counters
-    assert bank.wrap(Instance((1, 0), Role.DECODE)) is first
+    assert bank.wrap(InstanceSpec((1, 0), Role.DECODE)) is first
     assert bank.counters == counters
-    assert bank.wrap(Instance((2, 3))) is not first
+    assert bank.wrap(InstanceSpec((2, 3))) is not first
 
 
 def test_counters_are_exact() -> None:
@@ -117,7 +119,7 @@ def test_counters_are_exact() -> None:
     assert [bank.bytes_resident(d) for d in range(4)] == [loaded // 4] * 4
     assert [bank.resident(d) for d in range(4)] == [{0, 1}, {2, 3}, {0, 1}, {2, 3}]
 
-    pair, four, one = Instance((0, 1)), Instance((0, 1, 2, 3)), Instance((3,))
+    pair, four, one = InstanceSpec((0, 1)), InstanceSpec((0, 1, 2, 3)), InstanceSpec((3,))
     bank.wrap(pair)
     wrapped = 4 * CUT_BYTES + 2 * NORM_BYTES
     assert bank.counters == BankCounters(bytes_loaded=loaded, bytes_wrapped=wrapped)
@@ -145,9 +147,9 @@ def test_counters_are_exact() -> None:
 
 def test_fetch_moves_replicated_parameters_too() -> None:
     bank = bank_with(2, 2, {0: frozenset({0, 1})})
-    assert bank.missing(Instance((1,))) == [("w", 0, 1), ("w", 1, 1), ("norm", None, 1)]
-    assert bank.fetch(Instance((1,))) == 2 * CUT_BYTES + NORM_BYTES
-    wrapped = bank.wrap(Instance((1,)))
+    assert bank.missing(InstanceSpec((1,))) == [("w", 0, 1), ("w", 1, 1), ("norm", None, 1)]
+    assert bank.fetch(InstanceSpec((1,))) == 2 * CUT_BYTES + NORM_BYTES
+    wrapped = bank.wrap(InstanceSpec((1,)))
     assert all(array.devices() == {jax.devices()[1]} for arrays in wrapped.values() for array in arrays)
 
 
@@ -161,7 +163,7 @@ def test_fetch_spreads_the_load_over_the_sources(monkeypatch: pytest.MonkeyPatch
         return real(buffers, device)
 
     monkeypatch.setattr(jax, "device_put", spy)
-    bank.fetch(Instance((2,)))
+    bank.fetch(InstanceSpec((2,)))
     # One call per source; the norm goes to whoever comes first among equals.
     assert transfers == [[0, 0, 0], [1, 1]]
 
@@ -171,7 +173,7 @@ def test_what_is_nowhere_cannot_be_fetched() -> None:
     bank.drop(0, [0])
     before = bank.counters
     with pytest.raises(PreconditionError, match="vshard 0 of 'w' is on no device any more: load the weights again"):
-        bank.fetch(Instance((0,)))
+        bank.fetch(InstanceSpec((0,)))
     assert bank.counters == before
 
 
@@ -198,7 +200,7 @@ def test_drop_frees_the_buffers() -> None:
 
     bank = WeightBank(jax.devices()[:1], VshardMap(1))
     bank.add_cut("w", 0, 0, np.ones((17, 19), np.float32))
-    bank.wrap(Instance((0,)))
+    bank.wrap(InstanceSpec((0,)))
     assert alive() == 2  # the buffer and its wrap
     bank.drop(0, [0])
     assert alive() == 0
@@ -206,13 +208,13 @@ def test_drop_frees_the_buffers() -> None:
 
 def test_adding_again_replaces() -> None:
     bank = full_bank(2, 2)
-    before = bank.wrap(Instance((0,)))
-    other = bank.wrap(Instance((1,)))
+    before = bank.wrap(InstanceSpec((0,)))
+    other = bank.wrap(InstanceSpec((1,)))
     loaded = bank.counters.bytes_loaded
     bank.add_cut("w", 1, 0, values_of(7))
     bank.add_replicated("norm", 0, np.ones((WIDTH,), np.float32))
-    after = bank.wrap(Instance((0,)))
-    assert bank.wrap(Instance((1,))) is other
+    after = bank.wrap(InstanceSpec((0,)))
+    assert bank.wrap(InstanceSpec((1,))) is other
     np.testing.assert_array_equal(after["w"][0], values_of(0))
     np.testing.assert_array_equal(after["w"][1], values_of(7))
     np.testing.assert_array_equal(before["w"][1], values_of(1))  # whoever holds the old wrap keeps the old values
@@ -222,10 +224,10 @@ def test_adding_again_replaces() -> None:
 
 def test_a_new_name_makes_wraps_stale() -> None:
     bank = full_bank(1, 2)
-    assert set(bank.wrap(Instance((0,)))) == {"w", "norm"}
+    assert set(bank.wrap(InstanceSpec((0,)))) == {"w", "norm"}
     bank.add_replicated("scale", 0, np.ones((), np.float32))
-    assert set(bank.wrap(Instance((0,)))) == {"w", "norm", "scale"}
-    assert bank.wrap(Instance((0,)))["scale"][0].shape == ()
+    assert set(bank.wrap(InstanceSpec((0,)))) == {"w", "norm", "scale"}
+    assert bank.wrap(InstanceSpec((0,)))["scale"][0].shape == ()
 
 
 def test_an_array_on_its_device_is_not_copied() -> None:
@@ -233,9 +235,9 @@ def test_an_array_on_its_device_is_not_copied() -> None:
     buffer = jax.device_put(values_of(0), device)
     bank = WeightBank(jax.devices(), VshardMap(1))
     bank.add_cut("w", 0, 2, buffer)
-    assert pointers(bank.wrap(Instance((2,)))["w"][0]) == {2: buffer.unsafe_buffer_pointer()}
+    assert pointers(bank.wrap(InstanceSpec((2,)))["w"][0]) == {2: buffer.unsafe_buffer_pointer()}
     bank.add_cut("w", 0, 3, buffer)  # elsewhere it is
-    assert pointers(bank.wrap(Instance((3,)))["w"][0])[3] != buffer.unsafe_buffer_pointer()
+    assert pointers(bank.wrap(InstanceSpec((3,)))["w"][0])[3] != buffer.unsafe_buffer_pointer()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.int8])
@@ -246,7 +248,7 @@ def test_later_writes_to_a_host_array_do_not_show(dtype: type) -> None:
     bank = WeightBank(jax.devices()[:2], VshardMap(2))
     bank.load([("w", 0, value), ("w", 1, value.T.reshape(-1, 4))], {0: {0, 1}, 1: {1}})
     memory[:] = 1
-    for array in bank.wrap(Instance((0,)))["w"]:
+    for array in bank.wrap(InstanceSpec((0,)))["w"]:
         assert array.dtype == dtype
         np.testing.assert_array_equal(np.asarray(array), np.zeros(value.shape, dtype))
 
@@ -257,7 +259,7 @@ def test_emulated_devices_share_memory() -> None:
     assert bank.bytes_allocated() == 2 * CUT_BYTES + NORM_BYTES
     bank.drop(0, [1])
     assert bank.bytes_allocated() == 2 * CUT_BYTES + NORM_BYTES  # three others hold it
-    bank.fetch(Instance((0,)))
+    bank.fetch(InstanceSpec((0,)))
     assert bank.bytes_allocated() == 3 * CUT_BYTES + NORM_BYTES
 
 
@@ -320,11 +322,11 @@ def test_a_dtype_that_jax_would_change() -> None:
 def test_instances_that_cannot_be() -> None:
     bank = full_bank(4, 2)
     with pytest.raises(PreconditionError, match="tp4 is not possible with 2 vshards"):
-        bank.wrap(Instance((0, 1, 2, 3)))
+        bank.wrap(InstanceSpec((0, 1, 2, 3)))
     with pytest.raises(InvalidInputError, match="cannot form"):
-        bank.wrap(Instance((0, 2)))
+        bank.wrap(InstanceSpec((0, 2)))
     with pytest.raises(ValueError, match="device 5 is outside 0 to 3"):
-        bank.missing(Instance((5,)))
+        bank.missing(InstanceSpec((5,)))
     with pytest.raises(ValueError, match="device 9 is outside 0 to 3"):
         bank.drop(9, [0])
 
@@ -339,7 +341,7 @@ def test_threads_share_one_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(jax, "make_array_from_single_device_arrays", slow)
     found: list[object] = []
-    threads = [threading.Thread(target=lambda: found.append(bank.wrap(Instance((0, 1, 2, 3))))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(bank.wrap(InstanceSpec((0, 1, 2, 3))))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -18,13 +18,12 @@ from nitsum_jax.engine.batching.admission import Admission, Counters
 from nitsum_jax.engine.batching.pacing import Pace, Pacer
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
-from nitsum_jax.engine.live_request import Sequence as Live
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, leave_instance
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.packing import StepShape
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.meshes.layout import InstanceSpec, parse_layout
 
 PAGE = 16
 SHAPES = (*(StepShape(size, 1) for size in (1, 8, 64)), *(StepShape(1, size) for size in (32, 512)))
@@ -75,7 +74,7 @@ class FakeCell:
             FakeInstance(spec, allocators, devices, 4096 // PAGE) for spec in parse_layout(layout, devices).instances
         ]
         self.pacer = Pacer(Pace(cost, "fake", 1))  # it knows what steps take
-        self.sequences: list[Live] = []
+        self.sequences: list[LiveRequest] = []
         self.counters = Counters()
         self.alive: set[str] = set()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -102,9 +101,9 @@ class FakeCell:
             self._turn()
 
     def _arrive(self, request: Request) -> None:
-        table = np.zeros((8, 4096 // PAGE), np.int32)
+        page_table = np.zeros((8, 4096 // PAGE), np.int32)
         limit = len(request.prompt_ids) + request.max_tokens
-        sequence = Live(request, 0, list(request.prompt_ids), table, limit, arrival_s=self.now_s)
+        sequence = LiveRequest(request, 0, list(request.prompt_ids), page_table, limit, arrival_s=self.now_s)
         self.alive.add(request.id)
         self.policy.push(sequence)
 
@@ -152,12 +151,12 @@ class FakeCell:
                 self.admission.await_again(sequence)
         self.policy.settled(instance, step, self.now_s)
 
-    def _finish(self, sequence: Live, reason: FinishReason, error: str | None) -> None:
+    def _finish(self, sequence: LiveRequest, reason: FinishReason, error: str | None) -> None:
         sequence.finish = reason
         self.admission.drop(sequence)
         self._retire(sequence)
 
-    def _retire(self, sequence: Live) -> None:
+    def _retire(self, sequence: LiveRequest) -> None:
         leave_instance(sequence, self.policy)
         self.alive.remove(sequence.request.id)
         self.ends[sequence.request.id] = self.now_s

@@ -18,7 +18,7 @@ from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.tokenizer import Tokenizer
 from nitsum_jax.runtime.backend import Backend, ServedModel
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.server.fake_engine import FakeEngine, Script
@@ -64,7 +64,7 @@ class Running:
 
     server: GrpcServer
     engine: FakeEngine
-    bridge: Bridge
+    router: StreamRouter
     channel: grpc.aio.Channel
     stub: nitsum_pb2_grpc.GenerationServiceStub
 
@@ -79,12 +79,12 @@ async def running(
 ) -> AsyncIterator[Running]:
     server = GrpcServer("127.0.0.1", 0)
     await server.start()
-    bridge = Bridge(asyncio.get_running_loop())
-    engine = FakeEngine(bridge.sink, script, **options)
+    router = StreamRouter(asyncio.get_running_loop())
+    engine = FakeEngine(router.sink, script, **options)
     try:
-        await server.serve(Backend(engine, served_model(chat, defaults), bridge))
+        await server.serve(Backend(engine, served_model(chat, defaults), router))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            yield Running(server, engine, bridge, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
+            yield Running(server, engine, router, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
     finally:
         await server.stop()
         engine.close()

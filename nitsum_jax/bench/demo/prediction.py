@@ -6,12 +6,12 @@ from nitsum_jax.meshes.layout import parse_shapes
 from nitsum_jax.sim.policies.baselines import Setting, adaptive, best_static, static
 from nitsum_jax.sim.runs.logs import request_record
 from nitsum_jax.sim.runs.metrics import Metrics, measure
-from nitsum_jax.sim.runs.simulation import Policy, simulate
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
 from nitsum_jax.sim.runs.tables import RequestTable
 from nitsum_jax.sim.workloads.workload import Workload
 
 
-def predict(setting: Setting, workload: Workload, policy: Policy, max_batch: int) -> Metrics:
+def predict(setting: Setting, workload: Workload, policy: RunPolicy, max_batch: int) -> Metrics:
     """The figures of a simulated run."""
     outcome = simulate(
         workload, setting.tiers, setting.cost, policy, num_devices=setting.num_devices, max_batch=max_batch
@@ -21,12 +21,12 @@ def predict(setting: Setting, workload: Workload, policy: Policy, max_batch: int
     return measure(RequestTable.of(records), setting.tiers, workload.seconds)
 
 
-def static_policy(setting: Setting, layout: str) -> Policy:
+def static_policy(setting: Setting, layout: str) -> RunPolicy:
     """A layout as a policy."""
     return static(setting, layout, parse_shapes(layout))
 
 
-def adaptive_policy(setting: Setting, first: str) -> Policy:
+def adaptive_policy(setting: Setting, first: str) -> RunPolicy:
     """Adaptive control that begins with a layout."""
     return adaptive(setting, first=parse_shapes(first))
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from nitsum_jax.bench.gpu_check.shapes import TINY
 from nitsum_jax.bench.gpu_check.timed_step import TimedModel
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
 
@@ -39,13 +39,13 @@ def pointers(devices: tuple[jax.Device, ...]) -> tuple[bool, str]:
     owned = {
         shard.data.unsafe_buffer_pointer()
         for device in range(count)
-        for array in bank.wrap(Instance((device,)))["w"]
+        for array in bank.wrap(InstanceSpec((device,)))["w"]
         for shard in array.addressable_shards
     }
     views = same = 0
     tp = 1
     while tp <= count:
-        for array in bank.wrap(Instance(tuple(range(tp))))["w"]:
+        for array in bank.wrap(InstanceSpec(tuple(range(tp))))["w"]:
             for shard in array.addressable_shards:
                 views += 1
                 same += shard.data.unsafe_buffer_pointer() in owned

@@ -26,7 +26,7 @@ _BUFFERS_MAY_COST = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class GpuCheckOptions:
     """What the flags say."""
 
     platform: str
@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class CheckRow:
     """One timing; milliseconds, of all layers of the model.
 
     Attributes:
@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class CheckPlan:
     """What is timed."""
 
     models: tuple[ModelConfig, ...]
@@ -76,11 +76,13 @@ class Plan:
     slices: tuple[int, ...]
 
 
-FULL = Plan((shapes.LLAMA_8B, shapes.QWEN_32B), (1, 3), (1, 8, 32, 64, 128, 256), 1024, 512, (1, 2, 4, 8), (2, 4, 8))
-QUICK = Plan((shapes.TINY,), (1, 2), (4,), 64, 32, (1, 2), (2,))
+FULL = CheckPlan(
+    (shapes.LLAMA_8B, shapes.QWEN_32B), (1, 3), (1, 8, 32, 64, 128, 256), 1024, 512, (1, 2, 4, 8), (2, 4, 8)
+)
+QUICK = CheckPlan((shapes.TINY,), (1, 2), (4,), 64, 32, (1, 2), (2,))
 
 
-def read_options(argv: Sequence[str]) -> Options:
+def read_options(argv: Sequence[str]) -> GpuCheckOptions:
     """Parses the command line.
 
     Raises:
@@ -94,7 +96,7 @@ def read_options(argv: Sequence[str]) -> Options:
     flags.DEFINE_string("json", None, "file for all results as JSON", flag_values=values)
     flags.DEFINE_string("markdown", None, "file for the tables, which are printed too", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
-    return Options(values.platform, values.quick, values.minutes, values.json, values.markdown)
+    return GpuCheckOptions(values.platform, values.quick, values.minutes, values.json, values.markdown)
 
 
 def run(argv: Sequence[str]) -> None:
@@ -117,7 +119,7 @@ def run(argv: Sequence[str]) -> None:
     for dtype in ("float32", "bfloat16"):
         verdicts[f"numerics in {dtype}"] = checks.numerics(devices[0], dtype)
     limits = ceilings.measure(devices[0], quick=options.quick)
-    rows: list[Row] = []
+    rows: list[CheckRow] = []
     left_out = _time_all(plan, devices[0], limits, end, rows)
     text = report(devices, verdicts, limits, rows, left_out)
     cli.out(text)
@@ -130,7 +132,9 @@ def run(argv: Sequence[str]) -> None:
         raise PreconditionError(f"not as it must be on {devices[0].device_kind}: {', '.join(failed)}")
 
 
-def _time_all(plan: Plan, device: jax.Device, limits: ceilings.Ceilings, end: float, rows: list[Row]) -> list[str]:
+def _time_all(
+    plan: CheckPlan, device: jax.Device, limits: ceilings.Ceilings, end: float, rows: list[CheckRow]
+) -> list[str]:
     """Times what there is time for, the most telling first; returns what was left out."""
     left_out = []
     jobs: list[tuple[str, Callable[[], None]]] = []
@@ -166,7 +170,7 @@ def _time_all(plan: Plan, device: jax.Device, limits: ceilings.Ceilings, end: fl
 
 
 def _row(
-    plan: Plan,
+    plan: CheckPlan,
     device: jax.Device,
     limits: ceilings.Ceilings,
     config: ModelConfig,
@@ -175,7 +179,7 @@ def _row(
     batch: int,
     tokens: int,
     context: int,
-) -> Row:
+) -> CheckRow:
     part = shapes.slice_of(config, tp)
     length = context + tokens + 1
     times = []
@@ -189,11 +193,11 @@ def _row(
     whole = times[0] + layer * (config.num_layers - plan.depths[0])
     bound = ceilings.roofline_ms(part, limits, batch=batch, tokens=tokens, context=context)
     what = "decode" if tokens == 1 else "prefill"
-    return Row(config.name, what, tp, vshards, batch, tokens, context, whole, bound)
+    return CheckRow(config.name, what, tp, vshards, batch, tokens, context, whole, bound)
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
+class FormDecision:
     """Whether separate vshard buffers are worth it here.
 
     Attributes:
@@ -207,7 +211,7 @@ class Decision:
     text: str
 
 
-def decide(rows: Sequence[Row]) -> Decision:
+def decide(rows: Sequence[CheckRow]) -> FormDecision:
     """Chooses K by what was measured: how many vshard buffers a device at TP 1 can have at little cost."""
     fused = {(r.model, r.batch): r.step_ms for r in rows if (r.what, r.tp, r.vshards) == ("decode", 1, 1)}
     cost: dict[int, float] = {}
@@ -216,7 +220,7 @@ def decide(rows: Sequence[Row]) -> Decision:
         if (row.what, row.tp) == ("decode", 1) and row.vshards > 1 and base:
             cost[row.vshards] = max(cost.get(row.vshards, -1.0), row.step_ms / base - 1)
     if not cost:
-        return Decision(cost, None, "Vshard buffers were not measured: no decision.")
+        return FormDecision(cost, None, "Vshard buffers were not measured: no decision.")
     listing = ", ".join(f"K={k} {part:+.1%}" for k, part in sorted(cost.items()))
     good = [k for k, part in cost.items() if part <= _BUFFERS_MAY_COST]
     best = max(good, default=1)
@@ -228,14 +232,14 @@ def decide(rows: Sequence[Row]) -> Decision:
             f"--vshards={best}; that fuses the weights to {best} buffer{'s' if best > 1 else ''} per parameter at "
             f"TP 1, and makes TP {best} the largest."
         )
-    return Decision(cost, best, text)
+    return FormDecision(cost, best, text)
 
 
 def report(
     devices: Sequence[jax.Device],
     verdicts: dict[str, tuple[bool, str]],
     limits: ceilings.Ceilings,
-    rows: Sequence[Row],
+    rows: Sequence[CheckRow],
     left_out: Sequence[str],
 ) -> str:
     """All results as Markdown."""
@@ -269,7 +273,7 @@ def _write_json(
     devices: Sequence[jax.Device],
     verdicts: dict[str, tuple[bool, str]],
     limits: ceilings.Ceilings,
-    rows: Sequence[Row],
+    rows: Sequence[CheckRow],
     left_out: Sequence[str],
 ) -> None:
     content = {

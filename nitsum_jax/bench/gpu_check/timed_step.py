@@ -16,7 +16,7 @@ from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.models.config import ModelConfig
@@ -48,7 +48,7 @@ class TimedModel:
         pool = dataclasses.replace(one, blocks=max_batch * vshards * self._pages)
         choice = matmul_choice(device.platform, dtype)
         self.program = Program(config, cut, dtype, pool, max_batch, max_len, choice)
-        self._mesh = instance_mesh([device], Instance((0,)), VshardMap(vshards))
+        self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))
         _, state = self.program.decoder(1)
         parameters = self.program.parameters(1)
         key = jax.random.key(0)
@@ -100,8 +100,8 @@ class TimedModel:
         columns = sampling_columns(SamplingParams(temperature=0.0), 0, context)
         for row in range(shape.batch):
             first = row * vshards * self._pages
-            table = first + np.arange(vshards * self._pages, dtype=np.int32).reshape(vshards, self._pages)
-            packer.add(columns, row=row, context=context, tokens=tokens, emit=True, table=table[:, :used])
+            page_table = first + np.arange(vshards * self._pages, dtype=np.int32).reshape(vshards, self._pages)
+            packer.add(columns, row=row, context=context, tokens=tokens, emit=True, page_table=page_table[:, :used])
         return packer.done()
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from nitsum_jax.bench.profiling import links, live
-from nitsum_jax.bench.profiling.options import Options
+from nitsum_jax.bench.profiling.options import ProfilingOptions
 from nitsum_jax.bench.profiling.steps import StepTimer
 from nitsum_jax.bench.streams import Streams
 from nitsum_jax.control.model.grids import Line, Plane
@@ -39,7 +39,7 @@ _ROUNDS, _QUICK_ROUNDS = 7, 3
 _NOTHING = Line((1, 2), (0.0, 0.0))
 
 
-def measure(options: Options) -> None:
+def measure(options: ProfilingOptions) -> None:
     """Measures, and writes the profile.
 
     Raises:
@@ -80,14 +80,14 @@ def measure(options: Options) -> None:
     cli.out(f"{out}: TP {', '.join(map(str, profile.tps))}")
 
 
-def _tps(options: Options, devices: int) -> list[int] | None:
+def _tps(options: ProfilingOptions, devices: int) -> list[int] | None:
     """The TPs to measure; None where the memory decides."""
     if options.layout is None:
         return [1 << bit for bit in range(devices.bit_length())]
     return sorted({spec.tp for spec in parse_layout(options.layout, devices).instances})
 
 
-def _profile(options: Options, model: OpenModel, engine: Engine, alive: live.Live, tps: list[int]) -> Profile:
+def _profile(options: ProfilingOptions, model: OpenModel, engine: Engine, alive: live.Live, tps: list[int]) -> Profile:
     cell = engine.cell
     rounds = _QUICK_ROUNDS if options.quick else _ROUNDS
     contexts = _QUICK_CONTEXTS if options.quick else _CONTEXTS

@@ -23,7 +23,7 @@ _BATCH, _QUICK_BATCH = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ProfilingOptions:
     """What the flags say.
 
     Attributes:
@@ -108,7 +108,7 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def read_options(argv: Sequence[str]) -> Options:
+def read_options(argv: Sequence[str]) -> ProfilingOptions:
     """Parses the command line.
 
     Raises:
@@ -127,7 +127,7 @@ def read_options(argv: Sequence[str]) -> Options:
         if values[name].present:
             other = "--derive" if values.derive is not None else "--model alone"
             raise InvalidInputError(f"--{name} means nothing with {other}: leave it out")
-    return Options(
+    return ProfilingOptions(
         derive=values.derive,
         heldout=values.heldout,
         out=values.out,

@@ -11,7 +11,7 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.step.program import StepState
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 
 _ROUND_S = 0.1
 _MOST_STEPS = 50
@@ -30,7 +30,7 @@ class StepTimer:
         """
         self._cell = cell
         self._rounds = rounds
-        self._spec = Instance(tuple(range(tp)))
+        self._spec = InstanceSpec(tuple(range(tp)))
         self._group = cell.group(self._spec)
         self._mesh = cell.geometries.of(self._spec.devices).mesh
         self._leaves = cell.leaves(self._spec)
@@ -88,7 +88,7 @@ class StepTimer:
             # Neighbouring vshards share a device; there every block is another one.
             slot = np.arange(vshards, dtype=np.int32) % self._slots
             first = (row * self._slots + slot) * pages
-            table = first[:, None] + np.arange(pages, dtype=np.int32)
+            page_table = first[:, None] + np.arange(pages, dtype=np.int32)
             tokens = None if shape.is_decode else [1] * shape.tokens
-            packer.add(columns, row=row, context=context, tokens=tokens, emit=True, table=table)
+            packer.add(columns, row=row, context=context, tokens=tokens, emit=True, page_table=page_table)
         return packer.done()

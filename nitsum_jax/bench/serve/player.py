@@ -47,7 +47,7 @@ class Played:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Run:
+class PlayedRun:
     """A played workload.
 
     Attributes:
@@ -95,7 +95,7 @@ class Player:
         self.played: list[Played] = []  # of the last run, also while it goes on
         self._sent = self._ended = 0
 
-    async def play(self, requests: Sequence[TraceRequest]) -> Run:
+    async def play(self, requests: Sequence[TraceRequest]) -> PlayedRun:
         """Sends all requests and waits until they have ended."""
         played = self.played = [Played(request) for request in requests]
         cpu, start = time.process_time(), time.monotonic()
@@ -120,7 +120,7 @@ class Player:
         wall = time.monotonic() - start
         lags = sorted(one.sent_s - one.request.arrival_s * self._scale for one in played)
         lag = lags[min(len(lags) - 1, int(0.99 * len(lags)))] if lags else 0.0
-        return Run(played, wall, lag, (time.process_time() - cpu) / wall)
+        return PlayedRun(played, wall, lag, (time.process_time() - cpu) / wall)
 
     async def _stream(self, one: Played, start: float) -> None:
         request = one.request

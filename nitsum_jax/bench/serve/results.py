@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from nitsum_jax.bench.serve.player import Played, Run
+from nitsum_jax.bench.serve.player import Played, PlayedRun
 from nitsum_jax.control.job import met
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import PreconditionError
@@ -19,7 +19,7 @@ LATE_SHARE = 0.05
 CPU_SHARE = 0.85
 
 
-def records_of(run: Run, tiers: TierSet, time_scale: float, warm_up_s: float = 0.0) -> list[RequestRecord]:
+def records_of(run: PlayedRun, tiers: TierSet, time_scale: float, warm_up_s: float = 0.0) -> list[RequestRecord]:
     """Request records on the workload's clock, those of the warm-up left out.
 
     Args:
@@ -106,7 +106,7 @@ class Results:
 
 
 def results_of(
-    run: Run,
+    run: PlayedRun,
     tiers: TierSet,
     seconds: float,
     *,

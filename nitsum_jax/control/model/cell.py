@@ -33,7 +33,7 @@ _LATE = operator.attrgetter("arrival_s", "id")
 class Recorder(Protocol):
     """Who is told what happens; see `sim` for one that writes logs.
 
-    One with a method `ran(worker, run)` is told of whole rows of steps by it instead of `step` (see `Run.steps`).
+    One with a method `ran(worker, run)` is told of whole rows of steps by it instead of `step` (see `StepRun.steps`).
     """
 
     # ruff: noqa: D102
@@ -45,7 +45,7 @@ class Recorder(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Run:
+class StepRun:
     """Steps under way in an instance: one with prefill chunks, or `count` decode steps on a line.
 
     Attributes:
@@ -104,7 +104,7 @@ class ModelWorker(Worker):
     def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
         """As `Worker`."""
         super().__init__(index, plan, capacity_tokens, page_size, max_batch)
-        self.run: Run | None = None
+        self.run: StepRun | None = None
         self.version = 0  # of `run`: events of an older one are void
         self.incoming = 0  # requests whose KV cache is on its way here
         self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
@@ -173,7 +173,7 @@ class CellModel:
         self.alive: dict[str, Job] = {}
         self.preemptions = 0
         self._recorder = recorder
-        self._ran: Callable[[ModelWorker, Run], None] = getattr(recorder, "ran", self._record)
+        self._ran: Callable[[ModelWorker, StepRun], None] = getattr(recorder, "ran", self._record)
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
@@ -303,13 +303,13 @@ class CellModel:
         if chunks:
             spans = [(tokens, job.cached) for job, tokens in chunks]
             seconds = self.cost.step_s(worker.tp, count, worker.context, spans)
-            worker.run = Run(now, 1, seconds, 0.0, count, worker.context, chunks)
+            worker.run = StepRun(now, 1, seconds, 0.0, count, worker.context, chunks)
         elif count:
             first, growth, limit = self.cost.decode_segment(worker.tp, count, worker.context)
             steps = min(worker.steps_to_finish(), room, 1 + max(0, limit - worker.context) // count)
             if worker.prefills:
                 steps = 1  # a prompt waits until there is time for it
-            worker.run = Run(now, max(1, steps), first, growth * count, count, worker.context, [])
+            worker.run = StepRun(now, max(1, steps), first, growth * count, count, worker.context, [])
         else:
             return
         worker.version += 1
@@ -342,7 +342,7 @@ class CellModel:
         else:
             self._begin(worker)
 
-    def _record(self, worker: ModelWorker, run: Run) -> None:
+    def _record(self, worker: ModelWorker, run: StepRun) -> None:
         if run.chunks:
             self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, run.spans())
             return

@@ -5,19 +5,18 @@ Who and where is the policy's choice; what is possible is known here.
 
 import dataclasses
 import threading
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.engine.batching.wide_prefill import WidePrefill
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.prefix_cache import Prefix
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, Room, leave_instance, takes_decodes, takes_prompts
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.meshes.layout import Role
 
-Finish = Callable[[Sequence, FinishReason, str | None], None]
+Finish = Callable[[LiveRequest, FinishReason, str | None], None]
 
 
 @dataclasses.dataclass
@@ -67,7 +66,7 @@ class Admission:
         self._room = Room(self._fits, self._held)
         self._admissions = 0
 
-    def admit(self, instances: Seq[Instance], now_s: float, *, switching: bool) -> None:
+    def admit(self, instances: Sequence[Instance], now_s: float, *, switching: bool) -> None:
         """Seats as many as the policy has seated now.
 
         Args:
@@ -90,14 +89,14 @@ class Admission:
                 self._counters.wide_prefills += 1
             self._seat(sequence, guest or instance, prefix, instances, now_s)
 
-    def refuse_hopeless(self, instances: Seq[Instance]) -> None:
+    def refuse_hopeless(self, instances: Sequence[Instance]) -> None:
         """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
         with self._lock:
             waiting = list(self._policy.waiting())
         for sequence in waiting:
             self._refuse_if_hopeless(sequence, instances)
 
-    def _refuse_if_hopeless(self, sequence: Sequence, instances: Seq[Instance]) -> None:
+    def _refuse_if_hopeless(self, sequence: LiveRequest, instances: Sequence[Instance]) -> None:
         most = 0
         for instance in instances:
             if takes_decodes(instance) and instance.total_pages() > most:
@@ -112,7 +111,7 @@ class Admission:
             self.drop(sequence)
             self._finish(sequence, FinishReason.ERROR, f"needs {whole} KV pages, more than an instance has")
 
-    def make_room(self, instance: Instance, sequence: Sequence, tokens: int) -> bool:
+    def make_room(self, instance: Instance, sequence: LiveRequest, tokens: int) -> bool:
         """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
 
         Returns:
@@ -128,23 +127,23 @@ class Admission:
                 return False
         return True
 
-    def await_again(self, sequence: Sequence) -> None:
+    def await_again(self, sequence: LiveRequest) -> None:
         """Has a sequence that lost its blocks admitted again."""
         self._policy.again(sequence)
 
-    def drop(self, sequence: Sequence) -> None:
+    def drop(self, sequence: LiveRequest) -> None:
         """Takes a sequence out of whatever it waits in, if it does."""
         with self._lock:
             self._policy.remove(sequence)
 
-    def _send_back(self, sequence: Sequence) -> None:
+    def _send_back(self, sequence: LiveRequest) -> None:
         """Frees a sequence's blocks; it keeps its tokens and is computed again later."""
         leave_instance(sequence, self._policy)
         self._counters.sent_back += 1
         if not sequence.pending:
             self.await_again(sequence)
 
-    def _fits(self, sequence: Sequence, instance: Instance) -> bool:
+    def _fits(self, sequence: LiveRequest, instance: Instance) -> bool:
         if not instance.free_rows:
             return False
         missing = self._pages(sequence, instance) - instance.free_pages()
@@ -155,17 +154,22 @@ class Admission:
             return False
         return prefixes.in_use(prefix, instance.device_of) >= missing  # these cost no free block
 
-    def _held(self, sequence: Sequence, instance: Instance) -> int:
+    def _held(self, sequence: LiveRequest, instance: Instance) -> int:
         prefix, prefixes = self._prefix(sequence), self._cell.prefixes
         if not prefix or prefixes is None or instance.broken:
             return 0
         return prefixes.here(prefix, instance.device_of)
 
-    def _prefix(self, sequence: Sequence) -> Prefix | None:
+    def _prefix(self, sequence: LiveRequest) -> Prefix | None:
         return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
 
     def _seat(
-        self, sequence: Sequence, instance: Instance, prefix: Prefix | None, instances: Seq[Instance], now_s: float
+        self,
+        sequence: LiveRequest,
+        instance: Instance,
+        prefix: Prefix | None,
+        instances: Sequence[Instance],
+        now_s: float,
     ) -> None:
         sequence.start_prefill(again=self._deterministic)
         sequence.readmitted = sequence.admitted >= 0
@@ -178,7 +182,7 @@ class Admission:
         instance.join(sequence)
         self._policy.seated(sequence, instance, now_s)
 
-    def _pages(self, sequence: Sequence, instance: Instance) -> int:
+    def _pages(self, sequence: LiveRequest, instance: Instance) -> int:
         """Pages that a sequence takes at its admission."""
         # In deterministic mode nobody may be sent back for want of blocks; who decodes elsewhere waits for room there.
         whole = self._deterministic and instance.spec.role != Role.PREFILL

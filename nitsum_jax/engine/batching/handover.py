@@ -5,20 +5,22 @@ them.  Only blocks whose virtual shard lies on another device there move.  The f
 whether or not the copies are over.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 import numpy as np
 
 from nitsum_jax.engine.batching.pacing import Pacer
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, takes_decodes
-from nitsum_jax.engine.step.dispatched import Arrival
-from nitsum_jax.engine.switching.migration import Host, Traveller, free, plan_moves
+from nitsum_jax.engine.step.dispatched import IncomingRequest
+from nitsum_jax.engine.switching.migration import Destination, Leaving, free, plan_moves
 
 
-def move_sequence(cell: Cell, sequence: Sequence, source: Instance, target: Instance, lenders: Seq[Instance]) -> bool:
+def move_sequence(
+    cell: Cell, sequence: LiveRequest, source: Instance, target: Instance, lenders: Sequence[Instance]
+) -> bool:
     """Moves a sequence to a running instance; waits for nothing.
 
     Args:
@@ -31,8 +33,8 @@ def move_sequence(cell: Cell, sequence: Sequence, source: Instance, target: Inst
     Returns:
       False, with nothing changed, if there is no room.
     """
-    host = Host(target.spec, target.device_of, target.free_rows, target.total_pages(), target.page_size)
-    moves = plan_moves([Traveller(sequence, source.device_of)], [host], cell.pool)
+    destination = Destination(target.spec, target.device_of, target.free_rows, target.total_pages(), target.page_size)
+    moves = plan_moves([Leaving(sequence, source.device_of)], [destination], cell.pool)
     if moves.assigned[0] is None:
         return False
     for lender in lenders:
@@ -44,7 +46,7 @@ def move_sequence(cell: Cell, sequence: Sequence, source: Instance, target: Inst
         for lender in lenders:
             lender.regain_pool()
     free(moves.freed, cell.pool)
-    arrival = Arrival(sequence, source.history, sequence.row)
+    arrival = IncomingRequest(sequence, source.history, sequence.row)
     del source.rows[sequence.row]
     source.vacate(sequence.row)
     target.receive(arrival, [step for step in source.outstanding if sequence in step.sequences])
@@ -69,7 +71,7 @@ class HandOver:
         self._deterministic = deterministic
         self.count = 0
 
-    def advance(self, instances: Seq[Instance], now_s: float) -> bool:
+    def advance(self, instances: Sequence[Instance], now_s: float) -> bool:
         """Hands over what can be; returns whether anything was."""
         moved = False
         for source in instances:
@@ -80,13 +82,13 @@ class HandOver:
                 moved |= self._try(sequence, source, instances, now_s)
         return moved
 
-    def fits(self, sequence: Sequence, target: Instance) -> bool:
+    def fits(self, sequence: LiveRequest, target: Instance) -> bool:
         """Whether an instance can take over a sequence and go on with it."""
         tokens = sequence.limit if self._deterministic else sequence.cached + 1
         need = max(sequence.pages, target.pages_for(tokens))
         return takes_decodes(target) and target.free_rows > 0 and target.free_pages() >= need
 
-    def _try(self, sequence: Sequence, source: Instance, instances: Seq[Instance], now_s: float) -> bool:
+    def _try(self, sequence: LiveRequest, source: Instance, instances: Sequence[Instance], now_s: float) -> bool:
         fitting = [i for i in instances if i.depth and i is not source and self.fits(sequence, i)]
         target = self._policy.decode_at(sequence, fitting, now_s) if fitting else None
         if target is None or not move_sequence(self._cell, sequence, source, target, (source, target)):

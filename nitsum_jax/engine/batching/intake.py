@@ -11,7 +11,7 @@ from nitsum_jax.engine.batching.pacing import Pacer
 from nitsum_jax.engine.batching.step_log import StepLog
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy
 from nitsum_jax.engine.request import FinishReason, TokenDelta
 from nitsum_jax.engine.step.dispatched import Step
@@ -35,7 +35,7 @@ class Intake:
         *,
         say: Callable[[TokenDelta], None],
         finish: Finish,
-        retire: Callable[[Sequence], None],
+        retire: Callable[[LiveRequest], None],
     ):
         """Begins with nothing to take in.
 
@@ -122,7 +122,7 @@ class Intake:
                     TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
                 )
 
-    def _refuse_logits(self, sequence: Sequence) -> None:
+    def _refuse_logits(self, sequence: LiveRequest) -> None:
         """A row's logits are no numbers: its request ends, and nobody shares its pages."""
         self._counters.broken_logits += 1
         if self._cell.prefixes is not None:

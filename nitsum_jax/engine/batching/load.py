@@ -1,7 +1,7 @@
 """How busy each instance is, for people who look at the cell."""
 
 import dataclasses
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.kv_pool import KvPool
@@ -26,7 +26,7 @@ class InstanceLoad:
     kv_use: float
 
 
-def instance_loads(instances: Seq[Instance], pool: KvPool) -> tuple[InstanceLoad, ...]:
+def instance_loads(instances: Sequence[Instance], pool: KvPool) -> tuple[InstanceLoad, ...]:
     """Reads counters that the engine's thread writes; each is right by itself, together they may be a step apart."""
     loads = []
     for instance in instances:

@@ -2,10 +2,9 @@
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, leave_instance
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 
 def layout_without(cell: Cell, layout: Layout) -> Layout | None:
@@ -36,7 +35,7 @@ def layout_with(cell: Cell, device: int, layout: Layout, wanted: Layout) -> Layo
     return Layout((*layout.instances, InstanceSpec((device,)))) if cell.vmap.min_tp == 1 else None
 
 
-def write_off(instance: Instance, policy: Policy) -> list[Sequence]:
+def write_off(instance: Instance, policy: Policy) -> list[LiveRequest]:
     """Takes out what is in a lost instance, or still has a token to come from it: to be computed anew."""
     instance.lost = True
     victims = list(instance.rows.values())

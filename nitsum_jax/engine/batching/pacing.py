@@ -17,11 +17,11 @@ import dataclasses
 import heapq
 import itertools
 import math
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.step.dispatched import Chunk, Step
 from nitsum_jax.errors import InvalidInputError
 
@@ -34,7 +34,9 @@ class StepTimes(Protocol):
     """What the target takes, in its own seconds; `control.model.cost_model.CostModel` is one."""
 
     # ruff: noqa: D102
-    def step_s(self, tp: int, sequences: int, context_tokens: int, chunks: Seq[tuple[int, int]] = ..., /) -> float: ...
+    def step_s(
+        self, tp: int, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ..., /
+    ) -> float: ...
     def transfer_s(self, tokens: int, from_tp: int, to_tp: int, /) -> float: ...
     def switch_s(self, kv_bytes_per_link: float, /) -> float: ...
 
@@ -92,7 +94,7 @@ class _Round:
     decoding: int
     context: int
     spans: list[Chunk] = dataclasses.field(default_factory=list)
-    last: Sequence | None = None
+    last: LiveRequest | None = None
     seconds: float = 0.0
 
 
@@ -166,7 +168,7 @@ class Pacer:
         heapq.heappush(self._arriving, end_s)
         return end_s
 
-    def switched(self, devices: Seq[int], kv_tokens_per_link: float, now_s: float) -> float:
+    def switched(self, devices: Sequence[int], kv_tokens_per_link: float, now_s: float) -> float:
         """A switch stops these devices; returns for how long, seconds here.
 
         Args:
@@ -179,7 +181,7 @@ class Pacer:
         self._occupy(devices, max(now_s, begin_s) + stall_s)
         return stall_s
 
-    def forget(self, instances: Seq[Instance]) -> None:
+    def forget(self, instances: Sequence[Instance]) -> None:
         """Only these instances are in force."""
         self._rounds = {instance: r for instance, r in self._rounds.items() if instance in instances}
 
@@ -188,7 +190,7 @@ class Pacer:
         share = self.late / self.steps if self.steps else 0.0
         return PaceStats(self.steps, self.late, self.worst_s, share <= self.pace.late_limit)
 
-    def _occupy(self, devices: Seq[int], until_s: float) -> None:
+    def _occupy(self, devices: Sequence[int], until_s: float) -> None:
         for device in devices:
             self._free_s[device] = until_s
 

@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.step.dispatched import Step
@@ -36,7 +35,7 @@ class StepTiming:
     prefill_context: tuple[int, ...] = ()
 
 
-StepListener = Callable[[Seq[StepTiming]], None]
+StepListener = Callable[[Sequence[StepTiming]], None]
 
 
 class StepLog:
@@ -67,7 +66,7 @@ class StepLog:
         )
         self._timings.append(timing)
 
-    def keep(self, instances: Seq[Instance]) -> None:
+    def keep(self, instances: Sequence[Instance]) -> None:
         """Forgets all other instances."""
         self._ends = {instance: end_s for instance, end_s in self._ends.items() if instance in instances}
 

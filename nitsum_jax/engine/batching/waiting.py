@@ -2,14 +2,13 @@
 
 import bisect
 import collections
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence
 
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Room, takes_prompts
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
-from nitsum_jax.engine.switching.migration import Host, Traveller, Vacancies, fewest_bytes
+from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft, fewest_bytes
 from nitsum_jax.errors import OverloadedError
 
 
@@ -19,26 +18,26 @@ class FifoPolicy:
     # ruff: noqa: D102
     def __init__(self, capacity: int):
         self.capacity = capacity
-        self._new: collections.deque[Sequence] = collections.deque()
-        self._returned: list[Sequence] = []  # by the order of their admission
+        self._new: collections.deque[LiveRequest] = collections.deque()
+        self._returned: list[LiveRequest] = []  # by the order of their admission
         self._prefilled: set[Instance] = set()  # whose last step was a prefill
 
     def __len__(self) -> int:
         return len(self._new)
 
-    def push(self, sequence: Sequence) -> None:
+    def push(self, sequence: LiveRequest) -> None:
         if len(self._new) >= self.capacity:
             raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
         self._new.append(sequence)
 
-    def arrivals(self, now_s: float) -> Seq[Sequence]:
+    def arrivals(self, now_s: float) -> Sequence[LiveRequest]:
         del now_s
         return ()  # all were checked when they came, and again when the layout changes
 
-    def waiting(self) -> Iterable[Sequence]:
+    def waiting(self) -> Iterable[LiveRequest]:
         return [*self._returned, *list(self._new)]
 
-    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Sequence[Instance], room: Room, now_s: float) -> tuple[LiveRequest, Instance] | None:
         del now_s
         if not self._returned and not self._new:
             return None
@@ -59,10 +58,10 @@ class FifoPolicy:
 
         return sequence, min(fitting, key=rank)
 
-    def again(self, sequence: Sequence) -> None:
+    def again(self, sequence: LiveRequest) -> None:
         bisect.insort(self._returned, sequence, key=lambda s: s.admitted)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: LiveRequest) -> None:
         for queue in (self._returned, self._new):
             if sequence in queue:
                 queue.remove(sequence)
@@ -72,29 +71,31 @@ class FifoPolicy:
             return None
         return PrefillChoice(instance.prefills[0])
 
-    def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
+    def decode_at(self, sequence: LiveRequest, instances: Sequence[Instance], now_s: float) -> Instance | None:
         del sequence, now_s
         return min(instances, key=_load, default=None)
 
-    def place(self, sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+    def place(
+        self, sequences: Sequence[Leaving], hosts: Sequence[Destination], room: Callable[[], SeatsLeft]
+    ) -> list[int | None]:
         return fewest_bytes(sequences, hosts, room)
 
-    def victim(self, instance: Instance) -> Sequence:
+    def victim(self, instance: Instance) -> LiveRequest:
         return max(instance.rows.values(), key=lambda s: s.admitted)
 
-    def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None: ...
-    def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None: ...
-    def left(self, sequence: Sequence, instance: Instance) -> None: ...
+    def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None: ...
+    def moved(self, sequence: LiveRequest, source: Instance, target: Instance) -> None: ...
+    def left(self, sequence: LiveRequest, instance: Instance) -> None: ...
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         del now_s
         (self._prefilled.discard if step.shape.is_decode else self._prefilled.add)(instance)
 
     def settled(self, instance: Instance, step: Step, now_s: float) -> None: ...
-    def first_token(self, sequence: Sequence, now_s: float) -> None: ...
-    def ended(self, sequence: Sequence, now_s: float) -> None: ...
+    def first_token(self, sequence: LiveRequest, now_s: float) -> None: ...
+    def ended(self, sequence: LiveRequest, now_s: float) -> None: ...
 
-    def relaid(self, instances: Seq[Instance], now_s: float) -> None:
+    def relaid(self, instances: Sequence[Instance], now_s: float) -> None:
         del now_s
         self._prefilled.intersection_update(instances)
 

@@ -15,12 +15,11 @@ from nitsum_jax.engine.batching.handover import move_sequence
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.executables.compiling import LIKELY, Group
 from nitsum_jax.engine.instance import Instance, MakeRoom
-from nitsum_jax.engine.live_request import Sequence as Request
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import takes_decodes
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
 from nitsum_jax.engine.step.packing import Packer
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Role
+from nitsum_jax.meshes.layout import InstanceSpec, Role
 
 
 class Guest(Instance):
@@ -60,7 +59,7 @@ class Guest(Instance):
 class HandedOver(NamedTuple):
     """A sequence went from one instance to another."""
 
-    sequence: Request
+    sequence: LiveRequest
     source: Instance
     target: Instance
 
@@ -79,11 +78,13 @@ class WidePrefill:
             cell.executables.want([self._group], LIKELY)
 
     @property
-    def sequence(self) -> Request | None:
+    def sequence(self) -> LiveRequest | None:
         """The sequence that is being prefilled or waits to be handed over."""
         return None if self._guest is None else next(iter(self._guest.rows.values()), None)
 
-    def admit(self, sequence: Request, pages: int, instances: Sequence[Instance], known: int = 0) -> Instance | None:
+    def admit(
+        self, sequence: LiveRequest, pages: int, instances: Sequence[Instance], known: int = 0
+    ) -> Instance | None:
         """Whether the guest takes a waiting sequence now: itself, or None.
 
         Args:
@@ -147,7 +148,7 @@ class WidePrefill:
             self._guest.close()
             self._guest.wait_closed(timeout_s)
 
-    def _hand_over(self, guest: Guest, sequence: Request) -> HandedOver | None:
+    def _hand_over(self, guest: Guest, sequence: LiveRequest) -> HandedOver | None:
         for home in sorted(guest.hosts, key=lambda host: (len(host.rows) / host.spec.tp, -host.free_pages())):
             if takes_decodes(home) and move_sequence(self._cell, sequence, guest, home, guest.hosts):
                 return HandedOver(sequence, guest, home)

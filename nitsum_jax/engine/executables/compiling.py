@@ -19,7 +19,7 @@ from nitsum_jax.engine.executables.progress import (
     Activity,
     CompileProgress,
     Group,
-    Wanted,
+    WantedLayout,
     Worksheet,
     distinct,
     layout_progress,
@@ -56,7 +56,7 @@ TrialRun = Callable[[Group, StepShape, jax.stages.Compiled], object]
 
 
 @dataclasses.dataclass(order=True)
-class _Job:
+class _CompileJob:
     """Something for a thread to do: compile, try, or wait for the outputs of a trial run that the engine launched."""
 
     priority: int
@@ -139,7 +139,7 @@ class Executables:
         self._mesh_of = mesh_of
         self._on_ready = on_ready
         self._changed = threading.Condition()
-        self._jobs: list[_Job] = []
+        self._jobs: list[_CompileJob] = []
         self._order = itertools.count()
         self._asked: dict[tuple[Group, StepShape], int] = {}
         self._done: dict[Group, dict[StepShape, jax.stages.Compiled]] = {}
@@ -147,7 +147,7 @@ class Executables:
         self._trial_run: TrialRun | None = None
         self._trial_lock = threading.Lock()
         self._serving = False
-        self._parked: list[_Job] = []
+        self._parked: list[_CompileJob] = []
         self._failed: dict[Group, str] = {}
         self._blueprints: dict[tuple[int, StepShape], Blueprint] = {}
         self._store = StepStore.beside_jax_cache()
@@ -185,7 +185,7 @@ class Executables:
                     if shape in self._done.get(group, {}) or self._asked.get(key, rank + 1) <= rank:
                         continue
                     self._asked[key] = rank
-                    heapq.heappush(self._jobs, _Job(rank, next(self._order), group, shape))
+                    heapq.heappush(self._jobs, _CompileJob(rank, next(self._order), group, shape))
             self._changed.notify_all()
 
     def ready(self, group: Group) -> bool:
@@ -203,7 +203,7 @@ class Executables:
         with self._changed:
             return dict(self._done[group])
 
-    def progress(self, wanted: Sequence[Wanted]) -> CompileProgress:
+    def progress(self, wanted: Sequence[WantedLayout]) -> CompileProgress:
         """What is compiled now, and how far these layouts are."""
         now = time.monotonic()
         with self._changed:
@@ -293,7 +293,7 @@ class Executables:
     def _has(self, group: Group, shapes: frozenset[StepShape]) -> bool:
         return shapes <= self._done.get(group, {}).keys()
 
-    def _make(self, job: _Job) -> jax.stages.Compiled:
+    def _make(self, job: _CompileJob) -> jax.stages.Compiled:
         """Compiles a step, or loads what was compiled for another group of the same size or by an earlier start."""
         mesh = self._mesh_of(job.group)
         devices = list(mesh.devices.flat)
@@ -327,7 +327,7 @@ class Executables:
                     self._blueprints[key] = blueprint
                 self._changed.notify_all()
 
-    def _load(self, blueprint: Blueprint, job: _Job, mesh: Mesh) -> jax.stages.Compiled:
+    def _load(self, blueprint: Blueprint, job: _CompileJob, mesh: Mesh) -> jax.stages.Compiled:
         self._begin(job, Activity.LOADING)
         try:
             return blueprint.load(list(mesh.devices.flat))
@@ -336,11 +336,11 @@ class Executables:
             self._begin(job, Activity.COMPILING)
             return compile_step(self._program, job.shape, mesh)
 
-    def _begin(self, job: _Job, activity: Activity) -> None:
+    def _begin(self, job: _CompileJob, activity: Activity) -> None:
         with self._changed:
             self._sheet.begin((job.group, job.shape), activity)
 
-    def _end(self, job: _Job) -> None:
+    def _end(self, job: _CompileJob) -> None:
         with self._changed:
             self._sheet.end((job.group, job.shape), compiled=job.compiled is not None)
 
@@ -369,7 +369,7 @@ class Executables:
             if not self._closed:
                 self._on_ready()
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: _CompileJob, error: Exception) -> None:
         with self._changed:
             if self._closed:
                 return  # nobody wants it any more, and at the end of the interpreter tracing fails in odd ways
@@ -378,7 +378,7 @@ class Executables:
             self._failed[job.group] = f"{type(error).__name__}: {error}".splitlines()[0]
             self._changed.notify_all()
 
-    def _next(self, index: int) -> _Job | None:
+    def _next(self, index: int) -> _CompileJob | None:
         """The next thing for thread `index` to do, None at the end."""
         reserved = index == 0 and len(self._threads) > 1
         with self._changed:
@@ -395,7 +395,7 @@ class Executables:
                     continue  # asked for again with more haste; that entry came first
                 self._changed.wait()
 
-    def _after_compiling(self, job: _Job) -> jax.stages.Compiled | None:
+    def _after_compiling(self, job: _CompileJob) -> jax.stages.Compiled | None:
         if not self._trials:
             return job.compiled
         with self._changed:
@@ -403,7 +403,7 @@ class Executables:
             self._changed.notify_all()
         return None
 
-    def _try(self, job: _Job) -> jax.stages.Compiled | None:
+    def _try(self, job: _CompileJob) -> jax.stages.Compiled | None:
         assert job.compiled is not None
         if job.outputs is not None:
             self._begin(job, Activity.TRYING)

@@ -86,7 +86,7 @@ class CompileProgress:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Wanted:
+class WantedLayout:
     """A layout that was asked for: the groups of its instances, and when (`time.monotonic`)."""
 
     layout: Layout
@@ -131,7 +131,7 @@ class Worksheet:
 
 
 def layout_progress(
-    wanted: Wanted, essential: Collection["StepShape"], sheet: Worksheet, ready: Collection[Key], now_s: float
+    wanted: WantedLayout, essential: Collection["StepShape"], sheet: Worksheet, ready: Collection[Key], now_s: float
 ) -> LayoutProgress:
     """How far a layout is."""
     keys = {(group, shape) for group in wanted.groups for shape in essential}
@@ -141,9 +141,9 @@ def layout_progress(
     return LayoutProgress(str(wanted.layout), str(stage), len(keys), compiled, done, now_s - wanted.since_s)
 
 
-def distinct(wanted: Sequence[Wanted]) -> tuple[Wanted, ...]:
+def distinct(wanted: Sequence[WantedLayout]) -> tuple[WantedLayout, ...]:
     """Each layout once, with the time of its first mention."""
-    first: dict[Layout, Wanted] = {}
+    first: dict[Layout, WantedLayout] = {}
     for one in wanted:
         there = first.get(one.layout)
         if there is None or one.since_s < there.since_s:

@@ -12,7 +12,7 @@ prefill chunks of prompts are shared (`granule`), which every prompt computes al
 
 import collections
 import dataclasses
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.prefix_index import PrefixIndex, extend_keys
 from nitsum_jax.engine.kv.transfer import Mover
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 
 
 class PoolHolder(Protocol):
@@ -30,9 +30,9 @@ class PoolHolder(Protocol):
     @property
     def broken(self) -> bool: ...
     @property
-    def order(self) -> Seq[int]: ...
+    def order(self) -> Sequence[int]: ...
     @property
-    def device_of(self) -> Seq[int]: ...
+    def device_of(self) -> Sequence[int]: ...
     def lend_pool(self) -> None: ...
     def regain_pool(self) -> None: ...
 
@@ -75,15 +75,15 @@ class PrefixCache:
         self.queried_tokens = 0
         self.hit_tokens = 0
 
-    def find(self, sequence: Sequence) -> Prefix:
+    def find(self, sequence: LiveRequest) -> Prefix:
         """What is known of a sequence's beginning, wherever it lies."""
         return Prefix(self._index.find(self._keys(sequence)))
 
-    def here(self, prefix: Prefix, devices: Seq[int]) -> int:
+    def here(self, prefix: Prefix, devices: Sequence[int]) -> int:
         """How many of its pages, from the first, an instance with its vshards on `devices` has."""
         return self._leading(self._index.blocks(prefix.pages, np.array(devices)) >= 0)
 
-    def in_use(self, prefix: Prefix, devices: Seq[int]) -> int:
+    def in_use(self, prefix: Prefix, devices: Sequence[int]) -> int:
         """As `here`, but only pages that others use: they cost no free block."""
         if not len(prefix):
             return 0
@@ -93,7 +93,9 @@ class PrefixCache:
             used[vshard] &= self._pool.allocators[device].users(blocks[vshard]) > 0
         return self._leading(used)
 
-    def begin(self, sequence: Sequence, prefix: Prefix, home: "PoolHolder", instances: Seq["PoolHolder"]) -> None:
+    def begin(
+        self, sequence: LiveRequest, prefix: Prefix, home: "PoolHolder", instances: Sequence["PoolHolder"]
+    ) -> None:
         """Gives a sequence without pages those of a prefix, copying what lies elsewhere if that is worth while.
 
         Args:
@@ -122,7 +124,7 @@ class PrefixCache:
         self._share(sequence, blocks[:, :count], devices)
         self._begun(sequence, count)
 
-    def catch_up(self, sequence: Sequence, devices: Seq[int]) -> None:
+    def catch_up(self, sequence: LiveRequest, devices: Sequence[int]) -> None:
         """Before a chunk of a prompt: takes over what others have computed since, in the place of its own pages.
 
         A burst of requests with one beginning is admitted at once; the first computes it for all.
@@ -138,7 +140,7 @@ class PrefixCache:
             return
         own = min(blocks.shape[1], sequence.pages - done)
         for vshard, device in enumerate(devices):
-            self._pool.allocators[device].give(sequence.table[vshard, done : done + own])
+            self._pool.allocators[device].give(sequence.page_table[vshard, done : done + own])
         self._share(sequence, blocks, where, done)
         count = done + blocks.shape[1]
         self._hit(sequence, (count - done) * size)
@@ -146,7 +148,7 @@ class PrefixCache:
         sequence.entered = count
         sequence.pages = max(sequence.pages, count)
 
-    def enter(self, sequence: Sequence, devices: Seq[int]) -> None:
+    def enter(self, sequence: LiveRequest, devices: Sequence[int]) -> None:
         """Enters the pages that dispatched steps have filled with tokens that are known."""
         size = self._pool.shape.page_size
         tokens = min(sequence.cached, len(sequence.tokens))
@@ -157,22 +159,22 @@ class PrefixCache:
             return
         extend_keys(sequence.keys, sequence.tokens, size)
         new = slice(sequence.entered, full)
-        self._index.add(sequence.keys[new], np.array(devices), sequence.table[:, new])
+        self._index.add(sequence.keys[new], np.array(devices), sequence.page_table[:, new])
         sequence.entered = full
 
-    def disown(self, sequence: Sequence) -> None:
+    def disown(self, sequence: LiveRequest) -> None:
         """What the pages of a sequence hold is wrong: nobody is to find it, wherever it lies."""
         pages = self._index.find(sequence.keys)
         for device, allocator in enumerate(self._pool.allocators):
             blocks = self._index.blocks(pages, np.full(len(self._index.vshards), device))
             allocator.forget(np.unique(blocks[blocks >= 0]))
 
-    def forget(self, devices: Seq[int]) -> None:
+    def forget(self, devices: Sequence[int]) -> None:
         """What lies on these devices is not to be trusted any more."""
         for device in devices:
             self._pool.allocators[device].forget()
 
-    def _keys(self, sequence: Sequence) -> list[bytes]:
+    def _keys(self, sequence: LiveRequest) -> list[bytes]:
         """Of the pages that may be shared: a token must be left to compute."""
         size = self._pool.shape.page_size
         extend_keys(sequence.keys, sequence.tokens, size)
@@ -189,20 +191,20 @@ class PrefixCache:
         size = self._pool.shape.page_size
         return self._whole(count * size) // size
 
-    def _share(self, sequence: Sequence, blocks: np.ndarray, devices: np.ndarray, first: int = 0) -> None:
+    def _share(self, sequence: LiveRequest, blocks: np.ndarray, devices: np.ndarray, first: int = 0) -> None:
         """Puts blocks i32[K, n] in the table from page `first` on, with one user more; -1 stays to be filled."""
         for vshard, device in enumerate(devices.tolist()):
             there = blocks[vshard]
             self._pool.allocators[device].share(there[there >= 0])
-            sequence.table[vshard, first : first + len(there)] = there
+            sequence.page_table[vshard, first : first + len(there)] = there
 
-    def _begun(self, sequence: Sequence, pages: int) -> None:
+    def _begun(self, sequence: LiveRequest, pages: int) -> None:
         tokens = pages * self._pool.shape.page_size
         sequence.pages = sequence.entered = pages
         sequence.cached = tokens
         self._hit(sequence, tokens)
 
-    def _hit(self, sequence: Sequence, tokens: int) -> None:
+    def _hit(self, sequence: LiveRequest, tokens: int) -> None:
         """Counts what need not be computed; what a sequence finds of its own, when it is computed again, is no hit."""
         if not sequence.readmitted:
             self.hit_tokens += tokens
@@ -225,11 +227,11 @@ class PrefixCache:
 
     def _fetch(
         self,
-        sequence: Sequence,
+        sequence: LiveRequest,
         pages: np.ndarray,
         devices: np.ndarray,
         sources: np.ndarray,
-        instances: Seq["PoolHolder"],
+        instances: Sequence["PoolHolder"],
     ) -> None:
         """Copies to an instance what its devices lack of i32[n] pages; `sources`: i32[K, n], devices that have it."""
         pool, allocators = self._pool, self._pool.allocators
@@ -237,7 +239,7 @@ class PrefixCache:
         held: list[tuple[int, np.ndarray]] = []
         # First all that is to be read gets a user: what is taken below must not evict it.
         for vshard in range(len(devices)):
-            missing = np.flatnonzero(sequence.table[vshard, : len(pages)] < 0)
+            missing = np.flatnonzero(sequence.page_table[vshard, : len(pages)] < 0)
             for source in np.unique(sources[vshard, missing]).tolist():
                 which = missing[sources[vshard, missing] == source]
                 old = self._index.blocks(pages[which], np.full(len(devices), source))[vshard]
@@ -248,7 +250,7 @@ class PrefixCache:
         for (source, target), parts in copies.items():
             for vshard, which, old in parts:
                 new = allocators[target].take(len(which))
-                sequence.table[vshard, which] = new
+                sequence.page_table[vshard, which] = new
                 pool.copied(vshard, source, old, target, new)
                 moves.append((source, target, old, new))
         involved = {device for source, target, *_ in moves for device in (source, target)}

@@ -107,7 +107,7 @@ def paged_attention(
     v: jax.Array,
     pool: jax.Array,
     layer: int,
-    table: jax.Array,
+    page_table: jax.Array,
     context: jax.Array,
     shape: PoolShape,
 ) -> jax.Array:
@@ -119,7 +119,7 @@ def paged_attention(
       v: as k.
       pool: `[N, L, 2, W, G/K, A]` in storage type.
       layer: which layer of the pool.
-      table: i32[B, S, P], blocks of each row and shard in order.
+      page_table: i32[B, S, P], blocks of each row and shard in order.
       context: i32[B], tokens in the pool per row.
       shape: the pool's shape.
 
@@ -178,7 +178,7 @@ def paged_attention(
 
     def attend_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        pages = jax.lax.dynamic_slice_in_dim(table, index * chunk, chunk, axis=2)
+        pages = jax.lax.dynamic_slice_in_dim(page_table, index * chunk, chunk, axis=2)
         position = index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
         scores = jnp.einsum("nra,nta->nrt", queries, fetch(pages, 0))
         scores = jnp.where(position[None, None, :] < reach, scores, -jnp.inf)
@@ -214,14 +214,14 @@ def exp_nonpositive(x: jax.Array) -> jax.Array:
 
 
 def write_tokens(
-    pool: jax.Array, new: jax.Array, table: jax.Array, context: jax.Array, counts: jax.Array, shape: PoolShape
+    pool: jax.Array, new: jax.Array, page_table: jax.Array, context: jax.Array, counts: jax.Array, shape: PoolShape
 ) -> jax.Array:
     """Writes the keys and values of a step's tokens, all layers at once.
 
     Args:
       pool: `[N, L, 2, W, G/K, A]` in storage type; donated by the caller, updated in place.
       new: f32[B, T, S, L, 2, G/K, A], see `contained`.
-      table: i32[B, S, P].
+      page_table: i32[B, S, P].
       context: i32[B], position of each row's first new token.
       counts: i32[B], how many of the T tokens are real; the rest is not written.
       shape: the pool's shape.
@@ -232,8 +232,8 @@ def write_tokens(
     batch, length, slots = new.shape[:3]
     step = jnp.arange(length, dtype=jnp.int32)[None, :]
     position = context[:, None] + step
-    page = jnp.minimum(position // shape.page_size, table.shape[2] - 1)
-    block = jnp.take_along_axis(table, page[:, None, :], axis=2, mode="promise_in_bounds").transpose(0, 2, 1)
+    page = jnp.minimum(position // shape.page_size, page_table.shape[2] - 1)
+    block = jnp.take_along_axis(page_table, page[:, None, :], axis=2, mode="promise_in_bounds").transpose(0, 2, 1)
     # Out of bounds is dropped.
     block = jnp.where((step < counts[:, None])[:, :, None], block, jnp.int32(shape.blocks))
     offset = jnp.broadcast_to((position % shape.page_size)[:, :, None], block.shape)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from nitsum_jax.engine.live_request import Home, Sequence
+from nitsum_jax.engine.live_request import Home, LiveRequest
 from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.engine.step.logprobs import read
 from nitsum_jax.engine.step.packing import StepShape, tables_of
@@ -40,12 +40,12 @@ class Step:
       start_s: when it began, as far as can be told: when it was dispatched, or the step before it ended.
       paced_s: its results are not delivered before; see `pacing`.
       tokens: i32[B], when they are read.
-      likelihoods: i32[B, columns], when they are read, if somebody asked for log probabilities.
+      token_logprobs: i32[B, columns], when they are read, if somebody asked for log probabilities.
       error: why it failed.
     """
 
     shape: StepShape
-    sequences: list[Sequence]
+    sequences: list[LiveRequest]
     emits: list[bool]
     number: int = 0
     after: tuple["Step", ...] = ()
@@ -60,7 +60,7 @@ class Step:
     epochs: list[int] = dataclasses.field(default_factory=list)
     packed: np.ndarray | None = None
     tokens: np.ndarray | None = None
-    likelihoods: np.ndarray | None = None
+    token_logprobs: np.ndarray | None = None
     error: Exception | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class Step:
             for sequence, emits in zip(self.sequences, self.emits, strict=True)
         )
 
-    def table(self, vshards: int, pages: int) -> np.ndarray:
+    def page_table(self, vshards: int, pages: int) -> np.ndarray:
         """Block tables that it was given, i32[rows, K, P]; columns that a sequence does not use are 0."""
         if self.packed is None:
             return np.zeros((0, vshards, pages), np.int32)
@@ -83,7 +83,7 @@ class Step:
     def logprob(self, index: int) -> TokenLogprob | None:
         """How likely the token of a row was, if that was asked for."""
         top = self.sequences[index].request.logprobs
-        return None if top is None or self.likelihoods is None else read(self.likelihoods[index], top)
+        return None if top is None or self.token_logprobs is None else read(self.token_logprobs[index], top)
 
     @property
     def due(self) -> bool:
@@ -101,7 +101,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrival:
+class IncomingRequest:
     """A sequence that comes with its blocks.
 
     Attributes:
@@ -110,7 +110,7 @@ class Arrival:
       row: its row there.
     """
 
-    sequence: Sequence
+    sequence: LiveRequest
     history: jax.Array
     row: int
 
@@ -125,6 +125,6 @@ class PrefillChoice:
       joined: whether it is, for the cost model, a part of the same step as the chunk before it.
     """
 
-    sequence: Sequence
+    sequence: LiveRequest
     tokens: int | None = None
     joined: bool = False

@@ -19,7 +19,7 @@ _BLOCK = 256
 _LIMB = 22  # bits of a weight in one integer: a block of them fits in an i32
 
 
-def likelihoods(logits: jax.Array, sampled: jax.Array, wanted: jax.Array) -> jax.Array:
+def token_logprobs(logits: jax.Array, sampled: jax.Array, wanted: jax.Array) -> jax.Array:
     """Log probabilities of the sampled and of the most likely tokens.
 
     Args:
@@ -35,7 +35,7 @@ def likelihoods(logits: jax.Array, sampled: jax.Array, wanted: jax.Array) -> jax
         logits, sampled, wanted = row
         return lax.cond(
             wanted,
-            lambda: _likelihoods(logits[None], sampled[None])[0],
+            lambda: _token_logprobs(logits[None], sampled[None])[0],
             lambda: jnp.zeros(COLUMNS, jnp.int32),
         )
 
@@ -45,19 +45,19 @@ def likelihoods(logits: jax.Array, sampled: jax.Array, wanted: jax.Array) -> jax
         sampled,
         wanted,
         cpu=lambda *rows: lax.map(one, rows),
-        default=lambda logits, sampled, wanted: _likelihoods(logits, sampled),
+        default=lambda logits, sampled, wanted: _token_logprobs(logits, sampled),
     )
 
 
 def read(row: np.ndarray, top: int) -> TokenLogprob:
-    """One row of `likelihoods` on the host, i32[COLUMNS], with its `top` most likely tokens."""
+    """One row of `token_logprobs` on the host, i32[COLUMNS], with its `top` most likely tokens."""
     floats = row[: 1 + MAX_TOP_LOGPROBS].view(np.float32)
     ids = row[1 + MAX_TOP_LOGPROBS :]
     pairs = zip(ids[:top].tolist(), floats[1 : 1 + top].tolist(), strict=True)
     return TokenLogprob(float(floats[0]), tuple((token, value) for token, value in pairs if token >= 0))
 
 
-def _likelihoods(logits: jax.Array, sampled: jax.Array) -> jax.Array:
+def _token_logprobs(logits: jax.Array, sampled: jax.Array) -> jax.Array:
     x = jnp.minimum(jnp.where(jnp.isnan(logits), -jnp.inf, logits), jnp.finfo(jnp.float32).max)
     vocab = x.shape[1]
     best = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)

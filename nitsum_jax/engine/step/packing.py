@@ -75,7 +75,7 @@ class StepInputs:
       emit: bool[B], whether the step samples the token that follows.
       logprobs: bool[B], whether log probabilities are asked for.
       tokens: i32[B, T].
-      table: i32[B, K, P], block ids, each on the device of its virtual shard.
+      page_table: i32[B, K, P], block ids, each on the device of its virtual shard.
       sampling: how the tokens that follow are chosen.
       steering: i32[B, STEERING] of a prefill step, i32[B, 0] of a decode step; see `steering`.
     """
@@ -86,7 +86,7 @@ class StepInputs:
     emit: jax.Array
     logprobs: jax.Array
     tokens: jax.Array
-    table: jax.Array
+    page_table: jax.Array
     sampling: SamplingArrays
     steering: jax.Array
 
@@ -107,7 +107,7 @@ def tables_of(packed: np.ndarray, shape: StepShape, vshards: int, pages: int) ->
 
 def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
     """Takes a packed i32[B, columns] apart, inside a jitted step."""
-    tokens, table = _COLUMNS + shape.tokens, _table_column(shape)
+    tokens, page_table = _COLUMNS + shape.tokens, _table_column(shape)
 
     def bits(column: int, kind: jnp.dtype) -> jax.Array:
         return jax.lax.bitcast_convert_type(packed[:, column], kind)
@@ -120,7 +120,7 @@ def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> Ste
         emit=packed[:, _Column.EMIT] > 0,
         logprobs=packed[:, _Column.LOGPROBS] > 0,
         tokens=packed[:, _COLUMNS:tokens],
-        table=packed[:, table:].reshape(shape.batch, vshards, pages),
+        page_table=packed[:, page_table:].reshape(shape.batch, vshards, pages),
         sampling=SamplingArrays(
             temperature=bits(_Column.TEMPERATURE, jnp.float32),
             top_k=packed[:, _Column.TOP_K],
@@ -135,7 +135,7 @@ def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> Ste
             biased=packed[:, _Column.BIASED] > 0,
             stops_from=packed[:, _Column.STOPS_FROM],
         ),
-        steering=packed[:, tokens:table],
+        steering=packed[:, tokens:page_table],
     )
 
 
@@ -190,7 +190,7 @@ class Packer:
         context: int,
         tokens: Sequence[int] | None,
         emit: bool,
-        table: np.ndarray,
+        page_table: np.ndarray,
         steering: np.ndarray | None = None,
     ) -> None:
         """Adds one sequence.
@@ -201,7 +201,7 @@ class Packer:
           context: tokens already in the pool.
           tokens: the new tokens, or None to continue from the token history (decode).
           emit: whether to sample the token that follows.
-          table: i32[K, n], block ids so far, n <= P.
+          page_table: i32[K, n], block ids so far, n <= P.
           steering: i32[STEERING], for prefill steps; None for a sequence that has none.
         """
         line = self._packed[self._used]
@@ -216,7 +216,7 @@ class Packer:
         start = _table_column(self._shape)
         if not self._shape.is_decode and steering is not None:
             line[start - STEERING : start] = steering
-        line[start:].reshape(self._vshards, self._pages)[:, : table.shape[1]] = table
+        line[start:].reshape(self._vshards, self._pages)[:, : page_table.shape[1]] = page_table
 
     def done(self) -> np.ndarray:
         """The packed array; rows not added are padding."""

@@ -43,12 +43,12 @@ class StepResults:
 
     Attributes:
       tokens: i32[B], sampled; NO_TOKEN where a logit is NaN or infinite.
-      likelihoods: i32[B, columns], `likelihood.likelihoods` where rows ask for them, else zeros.
+      token_logprobs: i32[B, columns], `logprobs.token_logprobs` where rows ask for them, else zeros.
       logits: f32[B, V padded], of each row's last new token, from a step that was compiled with them.
     """
 
     tokens: jax.Array
-    likelihoods: jax.Array
+    token_logprobs: jax.Array
     logits: jax.Array | None = None
 
 
@@ -151,14 +151,14 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         pool, history = state.pool, state.history
         model = nnx.merge(graph, _state(program, tp, leaves))
         inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
-        table = jax.lax.dynamic_slice_in_dim(inputs.table, ranks.index() * jnp.int32(slots), slots, axis=1)
+        page_table = jax.lax.dynamic_slice_in_dim(inputs.page_table, ranks.index() * jnp.int32(slots), slots, axis=1)
         tokens = history[inputs.row, inputs.context][:, None] if shape.is_decode else inputs.tokens
         new: list[jax.Array] = []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
-            return paged_attention(q, k, v, pool, layer, table, inputs.context, program.pool)
+            return paged_attention(q, k, v, pool, layer, page_table, inputs.context, program.pool)
 
         positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
         x = model(tokens, positions, attend)
@@ -167,16 +167,16 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         if not shape.is_decode:
             history = _note_prompt(history, inputs, tokens)
         sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, ranks)
-        likelihoods = _likelihoods(logits, sampled, inputs, ranks)
+        token_logprobs = _token_logprobs(logits, sampled, inputs, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
         # feed the new keys and values, so the tie is made by hand: nothing is below NO_TOKEN, but the compiler cannot
         # know.
         context = inputs.context + jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
-        pool = write_tokens(pool, jnp.stack(new, axis=3), table, context, inputs.new_tokens, program.pool)
+        pool = write_tokens(pool, jnp.stack(new, axis=3), page_table, context, inputs.new_tokens, program.pool)
         history = _note_sampled(history, inputs, sampled)
         return StepState(pool, history), StepResults(
-            sampled, likelihoods, ranks.concat_last(logits) if with_logits else None
+            sampled, token_logprobs, ranks.concat_last(logits) if with_logits else None
         )
 
     return step
@@ -251,11 +251,11 @@ def _sample(
     return jax.lax.cond(sampling.all_greedy(inputs.sampling), greedy, everything, logits)
 
 
-def _likelihoods(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
+def _token_logprobs(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
     wanted = inputs.logprobs & inputs.emit
 
     def some(logits: jax.Array) -> jax.Array:
-        return logprobs.likelihoods(_whole(logits, ranks), sampled, wanted)
+        return logprobs.token_logprobs(_whole(logits, ranks), sampled, wanted)
 
     def none(logits: jax.Array) -> jax.Array:
         return jnp.zeros((logits.shape[0], logprobs.COLUMNS), jnp.int32)

@@ -4,19 +4,18 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from nitsum_jax.engine.kv.kv_pool import KvPool
-from nitsum_jax.engine.live_request import Sequence
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
+from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.meshes.layout import InstanceSpec
 
 
 @dataclasses.dataclass(frozen=True)
-class Host:
+class Destination:
     """What placing needs to know of an instance.
 
     Attributes:
@@ -39,11 +38,11 @@ class Host:
         return self.spec.tp
 
 
-class Traveller(NamedTuple):
+class Leaving(NamedTuple):
     """A sequence, and the device of every vshard that it lies on now."""
 
-    sequence: Sequence
-    devices: Seq[int]
+    sequence: LiveRequest
+    devices: Sequence[int]
 
 
 class Link(NamedTuple):
@@ -103,7 +102,7 @@ def _route(old: tuple[int, ...], new: tuple[int, ...]) -> _Route:
     return _Route(np.array([vshard for _, _, vshard in moved], np.intp), tuple(targets), tuple(pairs))
 
 
-def moved_shards(old: Seq[int], new: Seq[int]) -> int:
+def moved_shards(old: Sequence[int], new: Sequence[int]) -> int:
     """Vshards whose device changes: each costs one block per page."""
     return len(_route(tuple(old), tuple(new)).vshards)
 
@@ -113,45 +112,49 @@ class Ahead:
     """What was copied of a sequence before its switch.
 
     Attributes:
-      host: index of the instance that it was copied for.
+      destination: index of the instance that it was copied for.
       devices: device of every vshard there.
       admitted: of the sequence then; it was computed anew since if that differs.
-      table: i32[K, P], the first `pages` columns are blocks there, in the rows of vshards whose device changes.
+      page_table: i32[K, P], the first `pages` columns are blocks there, in the rows of vshards whose device changes.
       pages: how many were copied.
     """
 
-    host: int
+    destination: int
     devices: tuple[int, ...]
     admitted: int
-    table: np.ndarray
+    page_table: np.ndarray
     pages: int
 
-    def release(self, old: Seq[int], pool: KvPool) -> None:
+    def release(self, old: Sequence[int], pool: KvPool) -> None:
         """Frees its blocks; `old`: the devices that it comes from."""
         for vshard, (source, target) in enumerate(zip(old, self.devices, strict=True)):
             if source != target:
-                pool.allocators[target].give(self.table[vshard, : self.pages])
+                pool.allocators[target].give(self.page_table[vshard, : self.pages])
         self.pages = 0
 
 
-class Vacancies(Protocol):
+class SeatsLeft(Protocol):
     """What is free at the hosts; sequences and hosts go by their numbers."""
 
     # ruff: noqa: D102
-    def fits(self, sequence: int, host: int, /) -> bool: ...
-    def take(self, sequence: int, host: int, /) -> None: ...
+    def fits(self, sequence: int, destination: int, /) -> bool: ...
+    def take(self, sequence: int, destination: int, /) -> None: ...
 
 
-Seats = Callable[[Seq[Traveller], Seq[Host], Callable[[], Vacancies]], list[int | None]]
+Seats = Callable[[Sequence[Leaving], Sequence[Destination], Callable[[], SeatsLeft]], list[int | None]]
 """Gives each sequence a host that it fits, or None; the callable begins to count what is free.  See `Policy.place`."""
 
 
-def choose_hosts(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, seats: Seats) -> list[int | None]:
+def choose_destinations(
+    sequences: Sequence[Leaving], destinations: Sequence[Destination], pool: KvPool, seats: Seats
+) -> list[int | None]:
     """Which instance each sequence would go to; takes nothing."""
-    return seats(sequences, hosts, lambda: _FreeBlocks(sequences, hosts, pool, {}))
+    return seats(sequences, destinations, lambda: _FreeBlocks(sequences, destinations, pool, {}))
 
 
-def fewest_bytes(sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+def fewest_bytes(
+    sequences: Sequence[Leaving], destinations: Sequence[Destination], room: Callable[[], SeatsLeft]
+) -> list[int | None]:
     """The rule of who knows no more of sequences than their bytes.
 
     Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
@@ -159,16 +162,18 @@ def fewest_bytes(sequences: Seq[Traveller], hosts: Seq[Host], room: Callable[[],
     in that order, the least urgent must go: then those admitted first are seated first.
     """
     numbers = range(len(sequences))
-    assigned = _fewest_bytes(sorted(numbers, key=lambda i: (-sequences[i].sequence.pages, i)), sequences, hosts, room())
+    assigned = _fewest_bytes(
+        sorted(numbers, key=lambda i: (-sequences[i].sequence.pages, i)), sequences, destinations, room()
+    )
     if None in assigned:
         by_age = sorted(numbers, key=lambda i: sequences[i].sequence.admitted)
-        assigned = _fewest_bytes(by_age, sequences, hosts, room())
+        assigned = _fewest_bytes(by_age, sequences, destinations, room())
     return assigned
 
 
 def plan_moves(
-    sequences: Seq[Traveller],
-    hosts: Seq[Host],
+    sequences: Sequence[Leaving],
+    destinations: Sequence[Destination],
     pool: KvPool,
     ahead: Mapping[int, Ahead] | None = None,
     seats: Seats = fewest_bytes,
@@ -177,7 +182,7 @@ def plan_moves(
 
     Args:
       sequences: that travel.
-      hosts: the new instances.
+      destinations: the new instances.
       pool: target blocks are taken from it, and every table is rewritten to them; the source blocks stay taken until
         `freed` is given back.  Pages that were taken in advance are taken there too, but not copied.
       ahead: by id of the sequence, what was copied before; such a sequence goes where its copies are.
@@ -187,8 +192,8 @@ def plan_moves(
       What to copy and to free.  A sequence without room keeps its old table.
     """
     ahead = ahead or {}
-    moves = Moves(seats(sequences, hosts, lambda: _FreeBlocks(sequences, hosts, pool, ahead)), {}, {})
-    ways: dict[tuple[tuple[int, ...], int], list[Sequence]] = {}
+    moves = Moves(seats(sequences, destinations, lambda: _FreeBlocks(sequences, destinations, pool, ahead)), {}, {})
+    ways: dict[tuple[tuple[int, ...], int], list[LiveRequest]] = {}
     for (sequence, old), h in zip(sequences, moves.assigned, strict=True):
         there = ahead.get(id(sequence))
         if h is not None and sequence.pages:
@@ -196,50 +201,64 @@ def plan_moves(
         elif h is None and there is not None:
             there.release(old, pool)
     for (old, h), members in ways.items():
-        _remap(members, old, hosts[h].device_of, pool, moves, ahead)
+        _remap(members, old, destinations[h].device_of, pool, moves, ahead)
     if pool.index is not None:
-        _seat_beside_twins(sequences, hosts, pool, moves, seats)
+        _seat_beside_twins(sequences, destinations, pool, moves, seats)
     return moves
 
 
-def _seat_beside_twins(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, moves: Moves, seats: Seats) -> None:
+def _seat_beside_twins(
+    sequences: Sequence[Leaving], destinations: Sequence[Destination], pool: KvPool, moves: Moves, seats: Seats
+) -> None:
     """Who found no room for all its pages may find it for those that others have not brought: the oldest first."""
-    homeless = [i for i, host in enumerate(moves.assigned) if host is None]
-    counts = collections.Counter(host for host in moves.assigned if host is not None)
+    homeless = [i for i, destination in enumerate(moves.assigned) if destination is None]
+    counts = collections.Counter(destination for destination in moves.assigned if destination is not None)
     for index in sorted(homeless, key=lambda i: sequences[i].sequence.admitted):
         sequence, old = sequences[index]
-        (h,) = seats([sequences[index]], hosts, _BesideTwins(sequences[index], hosts, pool, counts).counted)
+        (h,) = seats(
+            [sequences[index]], destinations, _BesideTwins(sequences[index], destinations, pool, counts).counted
+        )
         if h is not None:
             counts[h] += 1
             moves.assigned[index] = h
-            _remap([sequence], old, hosts[h].device_of, pool, moves, {})
+            _remap([sequence], old, destinations[h].device_of, pool, moves, {})
 
 
 class _BesideTwins:
     """Room for one sequence where others have brought pages of it."""
 
-    def __init__(self, traveller: Traveller, hosts: Seq[Host], pool: KvPool, counts: Mapping[int, int]):
-        self._traveller, self._hosts, self._pool, self._counts = traveller, hosts, pool, counts
+    def __init__(
+        self, traveller: Leaving, destinations: Sequence[Destination], pool: KvPool, counts: Mapping[int, int]
+    ):
+        self._traveller, self._hosts, self._pool, self._counts = traveller, destinations, pool, counts
 
     def counted(self) -> "_BesideTwins":
         return self  # of one sequence nothing is to be counted
 
-    def fits(self, sequence: int, host: int) -> bool:
+    def fits(self, sequence: int, destination: int) -> bool:
         del sequence
         one, old = self._traveller
-        there = self._hosts[host]
-        return self._counts.get(host, 0) < there.rows and _room_beside_twins(self._pool, one, old, there.device_of)
+        there = self._hosts[destination]
+        return self._counts.get(destination, 0) < there.rows and _room_beside_twins(
+            self._pool, one, old, there.device_of
+        )
 
-    def take(self, sequence: int, host: int) -> None: ...
+    def take(self, sequence: int, destination: int) -> None: ...
 
 
 class _FreeBlocks:
     """Rows and blocks that are free; what was copied ahead has its place, and no other one."""
 
-    def __init__(self, sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool, ahead: Mapping[int, Ahead]):
+    def __init__(
+        self,
+        sequences: Sequence[Leaving],
+        destinations: Sequence[Destination],
+        pool: KvPool,
+        ahead: Mapping[int, Ahead],
+    ):
         self._sequences = sequences
-        self._hosts = hosts
-        self._rows = [host.rows for host in hosts]
+        self._hosts = destinations
+        self._rows = [destination.rows for destination in destinations]
         self._left = [allocator.free for allocator in pool.allocators]
         # Blocks by device for a page of who comes from some devices: many sequences come from few instances.
         self._each: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -247,52 +266,54 @@ class _FreeBlocks:
         for number, (sequence, _) in enumerate(sequences):
             there = ahead.get(id(sequence))
             if there is not None:
-                fits = self._has_room(number, there.host, there.pages)
-                self._bound[number] = there.host if fits else None
+                fits = self._has_room(number, there.destination, there.pages)
+                self._bound[number] = there.destination if fits else None
                 if fits:
-                    self._take(number, there.host, there.pages)
+                    self._take(number, there.destination, there.pages)
 
-    def fits(self, sequence: int, host: int) -> bool:
+    def fits(self, sequence: int, destination: int) -> bool:
         if sequence in self._bound:
-            return self._bound[sequence] == host
-        return self._has_room(sequence, host, 0)
+            return self._bound[sequence] == destination
+        return self._has_room(sequence, destination, 0)
 
-    def take(self, sequence: int, host: int) -> None:
+    def take(self, sequence: int, destination: int) -> None:
         if sequence not in self._bound:
-            self._take(sequence, host, 0)
+            self._take(sequence, destination, 0)
 
-    def _needs(self, sequence: int, host: int, done: int) -> list[tuple[int, int]]:
+    def _needs(self, sequence: int, destination: int, done: int) -> list[tuple[int, int]]:
         """Blocks by device."""
         one, old = self._sequences[sequence]
-        key = id(old), host
+        key = id(old), destination
         each = self._each.get(key)
         if each is None:
-            targets = _route(tuple(old), self._hosts[host].device_of).targets
+            targets = _route(tuple(old), self._hosts[destination].device_of).targets
             each = self._each[key] = [(device, part.stop - part.start) for device, part in targets]
         pages = one.pages - done
         return [(device, count * pages) for device, count in each]
 
-    def _has_room(self, sequence: int, host: int, done: int) -> bool:
-        needs = self._needs(sequence, host, done)
-        return self._rows[host] > 0 and all(self._left[device] >= blocks for device, blocks in needs)
+    def _has_room(self, sequence: int, destination: int, done: int) -> bool:
+        needs = self._needs(sequence, destination, done)
+        return self._rows[destination] > 0 and all(self._left[device] >= blocks for device, blocks in needs)
 
-    def _take(self, sequence: int, host: int, done: int) -> None:
-        self._rows[host] -= 1
-        for device, blocks in self._needs(sequence, host, done):
+    def _take(self, sequence: int, destination: int, done: int) -> None:
+        self._rows[destination] -= 1
+        for device, blocks in self._needs(sequence, destination, done):
             self._left[device] -= blocks
 
 
-def _fewest_bytes(order: Seq[int], sequences: Seq[Traveller], hosts: Seq[Host], room: Vacancies) -> list[int | None]:
+def _fewest_bytes(
+    order: Sequence[int], sequences: Sequence[Leaving], destinations: Sequence[Destination], room: SeatsLeft
+) -> list[int | None]:
     """Gives each sequence in its turn a host, or None for want of room."""
     assigned: list[int | None] = [None] * len(sequences)
-    whole = sum(host.tp for host in hosts)
-    share = [-(-len(sequences) * host.tp // whole) for host in hosts]
-    counts = [0] * len(hosts)
+    whole = sum(destination.tp for destination in destinations)
+    share = [-(-len(sequences) * destination.tp // whole) for destination in destinations]
+    counts = [0] * len(destinations)
     for index in order:
         old = sequences[index].devices
         keys = sorted(
-            (count >= most, moved_shards(old, host.device_of), count / host.tp, h)
-            for h, (count, most, host) in enumerate(zip(counts, share, hosts, strict=True))
+            (count >= most, moved_shards(old, destination.device_of), count / destination.tp, h)
+            for h, (count, most, destination) in enumerate(zip(counts, share, destinations, strict=True))
         )
         for *_, h in keys:
             if room.fits(index, h):
@@ -303,23 +324,24 @@ def _fewest_bytes(order: Seq[int], sequences: Seq[Traveller], hosts: Seq[Host], 
     return assigned
 
 
-def least_bytes(sequences: Seq[Traveller], hosts: Seq[Host], pool: KvPool) -> int:
+def least_bytes(sequences: Sequence[Leaving], destinations: Sequence[Destination], pool: KvPool) -> int:
     """Bytes that must move at least, whatever the assignment: a bound that knows neither balance nor room."""
     pages: collections.Counter[tuple[int, ...]] = collections.Counter()
     for sequence, old in sequences:
         pages[tuple(old)] += written_pages(sequence, pool)
     return pool.shape.block_bytes * sum(
-        count * min((moved_shards(old, host.device_of) for host in hosts), default=0) for old, count in pages.items()
+        count * min((moved_shards(old, destination.device_of) for destination in destinations), default=0)
+        for old, count in pages.items()
     )
 
 
-def free(blocks: Mapping[int, Seq[np.ndarray]], pool: KvPool) -> None:
+def free(blocks: Mapping[int, Sequence[np.ndarray]], pool: KvPool) -> None:
     """Gives blocks back: device -> arrays of ids."""
     for device, parts in blocks.items():
         pool.allocators[device].give(*parts)
 
 
-def _room_beside_twins(pool: KvPool, sequence: Sequence, old: Seq[int], new: Seq[int]) -> bool:
+def _room_beside_twins(pool: KvPool, sequence: LiveRequest, old: Sequence[int], new: Sequence[int]) -> bool:
     """Whether there is room for its pages, not counting blocks that others use there already."""
     if pool.index is None:
         return False
@@ -327,32 +349,37 @@ def _room_beside_twins(pool: KvPool, sequence: Sequence, old: Seq[int], new: Seq
     written = written_pages(sequence, pool)
     for vshard, (source, target) in enumerate(zip(old, new, strict=True)):
         if source != target:
-            twins = pool.index.twins(vshard, source, sequence.table[vshard, :written], target)
+            twins = pool.index.twins(vshard, source, sequence.page_table[vshard, :written], target)
             used = int(np.count_nonzero(pool.allocators[target].users(twins[twins >= 0])))
             needed[target] += sequence.pages - used
     return all(pool.allocators[device].free >= count for device, count in needed.items())
 
 
-def written_pages(sequence: Sequence, pool: KvPool) -> int:
+def written_pages(sequence: LiveRequest, pool: KvPool) -> int:
     """Pages of a sequence that hold keys and values already; those behind them were only taken in advance."""
     return min(sequence.pages, -(-sequence.cached // pool.shape.page_size))
 
 
 def _remap(
-    sequences: Seq[Sequence], old: Seq[int], new: Seq[int], pool: KvPool, moves: Moves, ahead: Mapping[int, Ahead]
+    sequences: Sequence[LiveRequest],
+    old: Sequence[int],
+    new: Sequence[int],
+    pool: KvPool,
+    moves: Moves,
+    ahead: Mapping[int, Ahead],
 ) -> None:
     """Gives sequences that go the same way the blocks that they need; all pages in one row, to handle few arrays."""
     route = _route(tuple(old), tuple(new))
     ends = list(itertools.accumulate(sequence.pages for sequence in sequences))
     starts = [0, *ends[:-1]]
-    there = np.concatenate([sequence.table[:, : sequence.pages] for sequence in sequences], axis=1)[route.vshards]
+    there = np.concatenate([sequence.page_table[:, : sequence.pages] for sequence in sequences], axis=1)[route.vshards]
     here = np.empty_like(there)
     brought, copied = np.zeros((2, ends[-1]), np.bool_)
     for sequence, start in zip(sequences, starts, strict=True):
         done = 0
         if (copies := ahead.get(id(sequence))) is not None:
             done = copies.pages
-            here[:, start : start + done] = copies.table[route.vshards, :done]
+            here[:, start : start + done] = copies.page_table[route.vshards, :done]
             brought[start : start + done] = True
         copied[start + done : start + written_pages(sequence, pool)] = True
     unwritten = ~(brought | copied)
@@ -371,7 +398,7 @@ def _remap(
             lists[1].append(targets)
         moves.freed.setdefault(source, []).append(was[:, by_page].T.reshape(-1))
     for sequence, start in zip(sequences, starts, strict=True):
-        sequence.table[route.vshards, : sequence.pages] = here[:, start : start + sequence.pages]
+        sequence.page_table[route.vshards, : sequence.pages] = here[:, start : start + sequence.pages]
 
 
 def _bring(

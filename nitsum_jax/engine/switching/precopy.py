@@ -17,8 +17,8 @@ from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.history import is_ready
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.transfer import PIECES
-from nitsum_jax.engine.live_request import Sequence as Request
-from nitsum_jax.engine.switching.migration import Ahead, Host, Seats, Traveller, choose_hosts
+from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.engine.switching.migration import Ahead, Destination, Leaving, Seats, choose_destinations
 
 # A round copies this many blocks per pair of devices; it must not hold a step up for long.
 ROUND_BLOCKS = 4 * PIECES[0]
@@ -27,10 +27,10 @@ LONGEST_S = 30.0
 
 
 @dataclasses.dataclass
-class _Plan:
+class _CopyPlan:
     """A sequence, where it is, where it goes, and how far its copies have come."""
 
-    sequence: Request
+    sequence: LiveRequest
     home: Instance
     ahead: Ahead
 
@@ -81,24 +81,30 @@ class _Taken:
 class PreCopy:
     """The copies for one switch; used by the engine's thread alone."""
 
-    def __init__(self, cell: Cell, leaving: Iterable[Instance], hosts: Sequence[Host], seats: Seats):
+    def __init__(self, cell: Cell, leaving: Iterable[Instance], destinations: Sequence[Destination], seats: Seats):
         """Assigns the sequences to their new instances; copies nothing yet.
 
         Args:
           cell: whose pool it is.
           leaving: instances that the switch takes away.
-          hosts: instances that it brings.
+          destinations: instances that it brings.
           seats: says who goes where.
         """
         self._cell = cell
         self._since = time.monotonic()
         self._flags: list[jax.Array] = []
         pairs = [(s, instance) for instance in leaving for s in instance.rows.values()]
-        chosen = choose_hosts([Traveller(s, instance.device_of) for s, instance in pairs], hosts, cell.pool, seats)
+        chosen = choose_destinations(
+            [Leaving(s, instance.device_of) for s, instance in pairs], destinations, cell.pool, seats
+        )
         self._plans = [
-            _Plan(s, home, Ahead(host, hosts[host].device_of, s.admitted, np.zeros_like(s.table), 0))
-            for (s, home), host in zip(pairs, chosen, strict=True)
-            if host is not None
+            _CopyPlan(
+                s,
+                home,
+                Ahead(destination, destinations[destination].device_of, s.admitted, np.zeros_like(s.page_table), 0),
+            )
+            for (s, home), destination in zip(pairs, chosen, strict=True)
+            if destination is not None
         ]
         self._places: dict[int, int] = {}
         self.rounds = 0
@@ -156,12 +162,12 @@ class PreCopy:
         plans, self._plans = self._plans, []
         self._release(plans)
 
-    def _lives(self, plan: _Plan) -> bool:
+    def _lives(self, plan: _CopyPlan) -> bool:
         # A sequence that was sent back meanwhile is another one now: its pages are written anew.
         sequence = plan.sequence
         return sequence.home is not None and sequence.admitted == plan.ahead.admitted and sequence.finish is None
 
-    def _collect(self, plan: _Plan, blocks: dict[tuple[int, int], list[tuple[int, int]]], taken: "_Taken") -> None:
+    def _collect(self, plan: _CopyPlan, blocks: dict[tuple[int, int], list[tuple[int, int]]], taken: "_Taken") -> None:
         """Adds full pages of a sequence, as far as this round has room for them."""
         sequence, ahead, pool = plan.sequence, plan.ahead, self._cell.pool
         old = plan.home.device_of
@@ -173,7 +179,7 @@ class PreCopy:
             if any(taken.free(b) < len(moved) for _, _, b in moved):
                 return
             for vshard, source, target in moved:
-                block = sequence.table[vshard, ahead.pages : ahead.pages + 1]
+                block = sequence.page_table[vshard, ahead.pages : ahead.pages + 1]
                 new = pool.reuse(vshard, source, block, target)
                 if new[0] < 0:
                     new = taken.take(target)
@@ -181,9 +187,9 @@ class PreCopy:
                         # Copies that go past the steps count only when the switch has found them in their place.
                         pool.copied(vshard, source, block, target, new)
                     blocks.setdefault((source, target), []).append((int(block[0]), int(new[0])))
-                ahead.table[vshard, ahead.pages] = new[0]
+                ahead.page_table[vshard, ahead.pages] = new[0]
             ahead.pages += 1
 
-    def _release(self, plans: Iterable[_Plan]) -> None:
+    def _release(self, plans: Iterable[_CopyPlan]) -> None:
         for plan in plans:
             plan.ahead.release(plan.home.device_of, self._cell.pool)

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
 

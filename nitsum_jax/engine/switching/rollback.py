@@ -6,27 +6,27 @@ tables, rows and allocators as they were, and the old instances get their pools 
 
 import dataclasses
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class SavedPlace:
     """Where a sequence was."""
 
-    sequence: Sequence
+    sequence: LiveRequest
     home: Instance
     row: int
     pages: int
-    table: np.ndarray
+    page_table: np.ndarray
 
 
 class Restored(NamedTuple):
@@ -39,7 +39,7 @@ class Restored(NamedTuple):
     """
 
     alive: list[Instance]
-    victims: list[Sequence]
+    victims: list[LiveRequest]
     lost: list[int]
 
 
@@ -50,21 +50,21 @@ class _Mended(NamedTuple):
     lost: set[int]
 
 
-class Snapshot:
+class CellSnapshot:
     """The cell before a switch."""
 
-    def __init__(self, cell: Cell, gone: Seq[Instance]):
+    def __init__(self, cell: Cell, gone: Sequence[Instance]):
         """Notes where all sequences of the instances `gone` are; those keep them until `commit`."""
         self._cell = cell
         self._gone = gone
         self._allocators = [allocator.state() for allocator in cell.pool.allocators]
         self.places = [
-            Place(sequence, instance, row, sequence.pages, sequence.table[:, : sequence.pages].copy())
+            SavedPlace(sequence, instance, row, sequence.pages, sequence.page_table[:, : sequence.pages].copy())
             for instance in gone
             for row, sequence in instance.rows.items()
         ]
 
-    def restore(self, fresh: Seq[Instance]) -> Restored:
+    def restore(self, fresh: Sequence[Instance]) -> Restored:
         """Goes back.
 
         Args:
@@ -78,7 +78,7 @@ class Snapshot:
         for place in self.places:
             sequence = place.sequence
             sequence.row, sequence.home, sequence.pages = place.row, place.home, place.pages
-            sequence.table[:, : place.pages] = place.table
+            sequence.page_table[:, : place.pages] = place.page_table
         renewed, lost = self._mend()
         victims = []
         for place in self.places:

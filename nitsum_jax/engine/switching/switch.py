@@ -16,8 +16,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -27,14 +26,14 @@ from nitsum_jax.engine.executables.compiling import ASKED_FOR
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.history import is_ready
 from nitsum_jax.engine.kv.transfer import Copy
-from nitsum_jax.engine.live_request import Sequence
-from nitsum_jax.engine.step.dispatched import Arrival, Step
+from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.engine.step.dispatched import IncomingRequest, Step
 from nitsum_jax.engine.switching.migration import (
     Ahead,
-    Host,
+    Destination,
+    Leaving,
     Moves,
     Seats,
-    Traveller,
     free,
     least_bytes,
     moved_shards,
@@ -42,10 +41,9 @@ from nitsum_jax.engine.switching.migration import (
 )
 from nitsum_jax.engine.switching.precopy import PreCopy
 from nitsum_jax.engine.switching.residency import Prefetch
-from nitsum_jax.engine.switching.rollback import Place, Snapshot
+from nitsum_jax.engine.switching.rollback import CellSnapshot, SavedPlace
 from nitsum_jax.errors import NitsumError, PreconditionError
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 _LOG = logging.getLogger(__name__)
 
@@ -132,18 +130,18 @@ class PendingSwitch:
             self.future.set_exception(PreconditionError(f"the weights of {self.layout}: {self._prefetch.error}"))
         return self._prefetch.done
 
-    def copied_ahead(self, cell: Cell, instances: Seq[Instance], guest: Instance | None, seats: Seats) -> bool:
+    def copied_ahead(self, cell: Cell, instances: Sequence[Instance], guest: Instance | None, seats: Seats) -> bool:
         """Copies KV blocks ahead, if the cell is to; returns whether enough of it is done for the switch to begin."""
         if not cell.precopy:
             return True
         if self.precopy is None:
             wanted, there = set(self.layout.instances), {instance.spec for instance in instances}
             leaving = [instance for instance in instances if instance.spec not in wanted]
-            hosts = [_host(cell, spec) for spec in self.layout.instances if spec not in there]
-            self.precopy = PreCopy(cell, leaving, hosts, seats)
+            destinations = [_destination(cell, spec) for spec in self.layout.instances if spec not in there]
+            self.precopy = PreCopy(cell, leaving, destinations, seats)
         return self.precopy.advance(instances, guest)
 
-    def slowed_down(self, cell: Cell, instances: Seq[Instance]) -> bool:
+    def slowed_down(self, cell: Cell, instances: Sequence[Instance]) -> bool:
         """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
 
         They do not end at the same moment, and the sequences of the first wait for the last where they come together;
@@ -161,10 +159,10 @@ class PendingSwitch:
         return not cell.drain or not any(instance.in_flight for instance in leaving)
 
 
-def _host(cell: Cell, spec: InstanceSpec) -> Host:
+def _destination(cell: Cell, spec: InstanceSpec) -> Destination:
     device_of, pool = cell.geometries.of(spec.devices).device_of, cell.pool
     pages = min(pool.allocators[device].total // count for device, count in collections.Counter(device_of).items())
-    return Host(spec, device_of, cell.program.max_batch, pages, pool.shape.page_size)
+    return Destination(spec, device_of, cell.program.max_batch, pages, pool.shape.page_size)
 
 
 @dataclasses.dataclass
@@ -184,7 +182,7 @@ class SwitchOutcome:
 
     layout: Layout
     instances: list[Instance]
-    homeless: list[Sequence]
+    homeless: list[LiveRequest]
     reporter: threading.Thread | None
     lost: list[int] = dataclasses.field(default_factory=list)
     fresh: list[Instance] = dataclasses.field(default_factory=list)
@@ -194,7 +192,7 @@ class SwitchOutcome:
 def perform_switch(
     cell: Cell,
     before: Layout,
-    instances: Seq[Instance],
+    instances: Sequence[Instance],
     pending: PendingSwitch,
     on_step: Callable[[Instance, Step], None],
     seats: Seats,
@@ -233,11 +231,11 @@ class _Stopped:
     specs: list[InstanceSpec]
     running: list[jax.Array]
     ahead: Mapping[int, Ahead]
-    snapshot: Snapshot
+    snapshot: CellSnapshot
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class _MovePlan:
     """Who goes where.
 
     Attributes:
@@ -264,7 +262,7 @@ class _Launch:
         return sum(copy.bytes for copy in self.copies)
 
 
-def _stop(cell: Cell, instances: Seq[Instance], pending: PendingSwitch) -> _Stopped:
+def _stop(cell: Cell, instances: Sequence[Instance], pending: PendingSwitch) -> _Stopped:
     """First step: instances that the new layout does not keep give their pools back, and all is noted."""
     start_s = time.monotonic()
     wanted = set(pending.layout.instances)
@@ -277,19 +275,19 @@ def _stop(cell: Cell, instances: Seq[Instance], pending: PendingSwitch) -> _Stop
         instance.lend_pool()
     cell.switch_mover.settle(device for instance in gone for device in instance.order)
     ahead = {} if pending.precopy is None else pending.precopy.take()
-    return _Stopped(start_s, kept, gone, specs, running, ahead, Snapshot(cell, gone))
+    return _Stopped(start_s, kept, gone, specs, running, ahead, CellSnapshot(cell, gone))
 
 
-def _plan(cell: Cell, stopped: _Stopped, seats: Seats) -> _Plan:
+def _plan(cell: Cell, stopped: _Stopped, seats: Seats) -> _MovePlan:
     """Second step: chooses an instance for every sequence, takes its blocks there, and remaps its table."""
-    travellers = [Traveller(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
-    hosts = [_host(cell, spec) for spec in stopped.specs]
-    minimum = least_bytes(travellers, hosts, cell.pool)
-    ahead = _bytes_of(travellers, hosts, stopped.ahead, cell)
-    return _Plan(plan_moves(travellers, hosts, cell.pool, stopped.ahead, seats), minimum, ahead)
+    travellers = [Leaving(place.sequence, place.home.device_of) for place in stopped.snapshot.places]
+    destinations = [_destination(cell, spec) for spec in stopped.specs]
+    minimum = least_bytes(travellers, destinations, cell.pool)
+    ahead = _bytes_of(travellers, destinations, stopped.ahead, cell)
+    return _MovePlan(plan_moves(travellers, destinations, cell.pool, stopped.ahead, seats), minimum, ahead)
 
 
-def _copy(cell: Cell, plan: _Plan) -> _Launch:
+def _copy(cell: Cell, plan: _MovePlan) -> _Launch:
     """Third step: launches the copies, behind the steps in flight."""
     start_s = time.monotonic()
     copies = [
@@ -300,7 +298,7 @@ def _copy(cell: Cell, plan: _Plan) -> _Launch:
 
 
 def _seat(
-    cell: Cell, stopped: _Stopped, plan: _Plan, fresh: list[Instance], on_step: Callable[[Instance, Step], None]
+    cell: Cell, stopped: _Stopped, plan: _MovePlan, fresh: list[Instance], on_step: Callable[[Instance, Step], None]
 ) -> None:
     """Fourth step: the new instances take over pools and sequences; each is in `fresh` as soon as it exists."""
     for spec in stopped.specs:
@@ -308,7 +306,9 @@ def _seat(
         fresh.append(cell.instance(spec, on_step))
     seats = list(zip(stopped.snapshot.places, plan.moves.assigned, strict=True))
     for index, instance in enumerate(fresh):
-        instance.adopt([Arrival(p.sequence, p.home.history, p.row) for p, host in seats if host == index])
+        instance.adopt(
+            [IncomingRequest(p.sequence, p.home.history, p.row) for p, destination in seats if destination == index]
+        )
 
 
 def _commit(
@@ -316,14 +316,14 @@ def _commit(
     before: Layout,
     pending: PendingSwitch,
     stopped: _Stopped,
-    plan: _Plan,
+    plan: _MovePlan,
     launch: _Launch,
     fresh: list[Instance],
 ) -> SwitchOutcome:
     """Fifth step, in which nothing can fail: what the old instances held is let go, and the new ones are in force."""
     places, moves = stopped.snapshot.places, plan.moves
     free(moves.freed, cell.pool)
-    homeless = [place for place, host in zip(places, moves.assigned, strict=True) if host is None]
+    homeless = [place for place, destination in zip(places, moves.assigned, strict=True) if destination is None]
     for place in homeless:
         _evict(cell, place)
     outstanding = [step for instance in stopped.gone for step in instance.outstanding]
@@ -401,20 +401,22 @@ def _report(
     )
 
 
-def _bytes_of(travellers: Seq[Traveller], hosts: Seq[Host], ahead: Mapping[int, Ahead], cell: Cell) -> int:
+def _bytes_of(
+    travellers: Sequence[Leaving], destinations: Sequence[Destination], ahead: Mapping[int, Ahead], cell: Cell
+) -> int:
     """What was copied ahead, bytes."""
     blocks = 0
     for sequence, old in travellers:
         there = ahead.get(id(sequence))
         if there is not None:
-            blocks += there.pages * moved_shards(old, hosts[there.host].device_of)
+            blocks += there.pages * moved_shards(old, destinations[there.destination].device_of)
     return blocks * cell.pool.shape.block_bytes
 
 
-def _evict(cell: Cell, place: Place) -> None:
+def _evict(cell: Cell, place: SavedPlace) -> None:
     sequence = place.sequence
     for vshard, device in enumerate(place.home.device_of):
-        cell.pool.allocators[device].give(sequence.table[vshard, : sequence.pages])
+        cell.pool.allocators[device].give(sequence.page_table[vshard, : sequence.pages])
     sequence.pages = 0
     sequence.row = -1
     sequence.home = None

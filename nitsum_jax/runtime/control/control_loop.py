@@ -28,7 +28,7 @@ from nitsum_jax.control.tiers import Tier
 from nitsum_jax.errors import NitsumError, PreconditionError
 from nitsum_jax.meshes.layout import parse_shapes
 from nitsum_jax.runtime.control.decision_log import DecisionLog
-from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.runtime.control.planner_process import PlannerError, PlannerProcess
 
 _LOG = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class ControlLoop:
         scheduling: ControlledScheduling,
         cost: CostModel,
         tiers: Iterable[Tier],
-        journal: Journal,
+        layout_log: LayoutLog,
         *,
         mode: Mode,
         config: ControllerConfig = ControllerConfig(),
@@ -120,7 +120,7 @@ class ControlLoop:
           scheduling: of the engine.
           cost: what the scheduling predicts with.
           tiers: targets.
-          journal: gets every decision and switch.
+          layout_log: gets every decision and switch.
           mode: what it may do.
           config: when to plan.
           planner: how to plan.
@@ -131,7 +131,7 @@ class ControlLoop:
         self._engine = engine
         self._scheduling = scheduling
         self._cost = cost
-        self._journal = journal
+        self._layout_log = layout_log
         self._log = log
         self._mode = mode
         self._process = PlannerProcess(cost.profile, tiers, planner, timeout_s=timeout_s)
@@ -256,7 +256,7 @@ class ControlLoop:
             self._log.write(decision, self._ratios)
         if decision.switch:
             advice = "" if apply else " (advice only)"
-            self._journal.decide(str(decision.choice), decision.reason + advice, self._plan_s)
+            self._layout_log.decide(str(decision.choice), decision.reason + advice, self._plan_s)
         if apply:
             self._apply(before, decision.choice)
         self._prepare(decision)
@@ -294,7 +294,7 @@ class ControlLoop:
             _LOG.error("the engine refuses %s: %s", after.layout, error)
             return
         if {i.group for i in before.instances} != {i.group for i in after.instances}:  # else only tiers change
-            self._journal.watch(after.layout, self._switching)
+            self._layout_log.watch(after.layout, self._switching)
 
     def _prepare(self, decision: Decision) -> None:
         """Has executables compiled that are likely to be wanted next."""

@@ -15,7 +15,7 @@ KEPT = 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Decision:
+class LayoutChoice:
     """A choice of layout.
 
     Attributes:
@@ -58,20 +58,20 @@ class SwitchNote:
     error: str | None = None
 
 
-class JournalObserver(Protocol):
+class LayoutObserver(Protocol):
     """Is told of entries as they are made, on whichever thread makes them."""
 
-    def decided(self, decision: Decision) -> None:
+    def decided(self, decision: LayoutChoice) -> None:
         """A layout was chosen."""
 
     def switched(self, note: SwitchNote) -> None:
         """A switch ended."""
 
 
-class Journal:
+class LayoutLog:
     """The last decisions and switches; thread-safe."""
 
-    def __init__(self, observer: JournalObserver | None = None, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, observer: LayoutObserver | None = None, clock: Callable[[], float] = time.time) -> None:
         """Begins empty.
 
         Args:
@@ -81,12 +81,12 @@ class Journal:
         self._observer = observer
         self._clock = clock
         self._lock = threading.Lock()
-        self._decisions: deque[Decision] = deque(maxlen=KEPT)
+        self._decisions: deque[LayoutChoice] = deque(maxlen=KEPT)
         self._switches: deque[SwitchNote] = deque(maxlen=KEPT)
 
     def decide(self, choice: str, reason: str, plan_s: float | None = None) -> None:
         """Notes that a layout was chosen; whoever changes layouts calls this, also for the choice to stay."""
-        decision = Decision(self._clock(), choice, one_line(reason), plan_s)
+        decision = LayoutChoice(self._clock(), choice, one_line(reason), plan_s)
         with self._lock:
             self._decisions.append(decision)
         if self._observer is not None:
@@ -96,7 +96,7 @@ class Journal:
         """Notes what a switch did when its future, of a SwitchReport, is done."""
         future.add_done_callback(lambda done: self._note(target, done))
 
-    def decisions(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[LayoutChoice, ...]:
         """The last ones, oldest first."""
         with self._lock:
             return tuple(self._decisions)

@@ -14,8 +14,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
@@ -26,12 +25,11 @@ from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Room
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
-from nitsum_jax.engine.switching.migration import Host, Vacancies
-from nitsum_jax.engine.switching.migration import Traveller as Leaving
+from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft
 from nitsum_jax.errors import OverloadedError
 from nitsum_jax.runtime.scheduling.live_worker import LiveWorker
 
@@ -86,10 +84,10 @@ class TieredScheduling:
         self._scale = time_scale
         self._fused = fused
         self._clock = clock
-        self._new: collections.deque[Sequence] = collections.deque()
-        self._unseated: set[Sequence] = set()
-        self._jobs: dict[Sequence, Job] = {}
-        self._sequences: dict[str, Sequence] = {}
+        self._new: collections.deque[LiveRequest] = collections.deque()
+        self._unseated: set[LiveRequest] = set()
+        self._jobs: dict[LiveRequest, Job] = {}
+        self._sequences: dict[str, LiveRequest] = {}
         self._workers: dict[Instance, LiveWorker] = {}
         self._kept_for: dict[tuple[tuple[int, ...], str], tuple[str, ...]] = {}
         self._offered: collections.deque[Job] = collections.deque()
@@ -143,13 +141,13 @@ class TieredScheduling:
     def __len__(self) -> int:
         return len(self._unseated)
 
-    def push(self, sequence: Sequence) -> None:
+    def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
             raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
         self._unseated.add(sequence)
         self._new.append(sequence)
 
-    def arrivals(self, now_s: float) -> Seq[Sequence]:
+    def arrivals(self, now_s: float) -> Sequence[LiveRequest]:
         if not self._new:
             return ()
         arrived = list(self._new)
@@ -169,10 +167,10 @@ class TieredScheduling:
                 listener(now, seen)
         return arrived
 
-    def waiting(self) -> Iterable[Sequence]:
+    def waiting(self) -> Iterable[LiveRequest]:
         return [*self._new, *(self._sequences[job.id] for job in self.scheduler.backlog.jobs())]
 
-    def next(self, instances: Seq[Instance], room: Room, now_s: float) -> tuple[Sequence, Instance] | None:
+    def next(self, instances: Sequence[Instance], room: Room, now_s: float) -> tuple[LiveRequest, Instance] | None:
         now = self._seen_s = now_s / self._scale
         self._wake(now)
         while self._offered:
@@ -198,7 +196,7 @@ class TieredScheduling:
             del self._stale[live]
         return self._next_late(room, now) if self._look_for_late else None
 
-    def _next_late(self, room: Room, now: float) -> tuple[Sequence, Instance] | None:
+    def _next_late(self, room: Room, now: float) -> tuple[LiveRequest, Instance] | None:
         """A late request that goes somewhere now; asked once nothing in time does."""
         placed = self.scheduler.place_late(tuple(self._workers.values()), now)
         if placed is not None:
@@ -210,7 +208,7 @@ class TieredScheduling:
         self._look_for_late = False
         return None
 
-    def _held(self, sequence: Sequence, room: Room) -> dict[LiveWorker, int]:
+    def _held(self, sequence: LiveRequest, room: Room) -> dict[LiveWorker, int]:
         """Tokens of a sequence's beginning that lie at instances which could take it."""
         workers = [worker for worker in self._workers.values() if worker.takes_prompts]
         if len(workers) < 2:
@@ -218,7 +216,7 @@ class TieredScheduling:
         pages = {worker: room.held(sequence, worker.instance) for worker in workers}
         return {worker: count * worker.page_size for worker, count in pages.items() if count}
 
-    def again(self, sequence: Sequence) -> None:
+    def again(self, sequence: LiveRequest) -> None:
         job = self._jobs.get(sequence)
         if job is None:
             return
@@ -230,7 +228,7 @@ class TieredScheduling:
         self.scheduler.readmit(job, self.now_s())
         self._offered.append(job)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: LiveRequest) -> None:
         job = self._jobs.get(sequence)
         if job is not None:
             if self.scheduler.backlog.remove(job) and job in self._offered:
@@ -332,32 +330,39 @@ class TieredScheduling:
 
     # ---- where sequences are
 
-    def decode_at(self, sequence: Sequence, instances: Seq[Instance], now_s: float) -> Instance | None:
+    def decode_at(self, sequence: LiveRequest, instances: Sequence[Instance], now_s: float) -> Instance | None:
         workers = [self._workers[instance] for instance in instances if instance in self._workers]
         worker = self.scheduler.decode_worker(self._jobs[sequence], workers, now_s / self._scale)
         return None if worker is None else worker.instance
 
-    def place(self, sequences: Seq[Leaving], hosts: Seq[Host], room: Callable[[], Vacancies]) -> list[int | None]:
+    def place(
+        self, sequences: Sequence[Leaving], hosts: Sequence[Destination], room: Callable[[], SeatsLeft]
+    ) -> list[int | None]:
         workers = [self._planned(number, host) for number, host in enumerate(hosts)]
         seats = self.scheduler.place([self._traveller(one.sequence) for one in sequences], workers, room)
         return [None if seat is None else seat.instance for seat in seats]
 
-    def _planned(self, number: int, host: Host) -> Worker:
+    def _planned(self, number: int, host: Destination) -> Worker:
         """An instance that a switch will bring."""
         group = host.spec.devices, host.spec.role.value
         plan = InstancePlan(*group, self._kept_for.get(group, ()))
         return Worker(number, plan, host.pages * host.page_size, host.page_size, host.rows)
 
-    def _traveller(self, sequence: Sequence) -> placement.Traveller:
+    def _traveller(self, sequence: LiveRequest) -> placement.Traveller:
         job, home = self._jobs[sequence], sequence.home
         assert home is not None
-        waited = job.worker is not None and job.id in job.worker.outgoing
+        worker = self._at(job)
+        waited = worker is not None and job.id in worker.outgoing
         return placement.Traveller(job, home.spec.devices, sequence.cached, not sequence.prefilling, waited)
 
-    def victim(self, instance: Instance) -> Sequence:
+    def _at(self, job: Job) -> LiveWorker | None:
+        """Where a request is, if it is somewhere."""
+        return next((worker for worker in self._workers.values() if worker is job.worker), None)
+
+    def victim(self, instance: Instance) -> LiveRequest:
         return self._sequences[self.scheduler.victim(self._jobs[sequence] for sequence in instance.rows.values()).id]
 
-    def seated(self, sequence: Sequence, instance: Instance, now_s: float) -> None:
+    def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None:
         first = sequence in self._unseated
         self._unseated.discard(sequence)
         job = self._jobs[sequence]
@@ -369,7 +374,7 @@ class TieredScheduling:
         if first and self._admitted is not None:
             self._admitted(job.id, now_s)
 
-    def moved(self, sequence: Sequence, source: Instance, target: Instance) -> None:
+    def moved(self, sequence: LiveRequest, source: Instance, target: Instance) -> None:
         job = self._jobs[sequence]
         for worker in self._workers.values():
             if job.worker is worker:
@@ -379,22 +384,22 @@ class TieredScheduling:
             if instance in self._workers:
                 self._stale[self._workers[instance]] = None
 
-    def left(self, sequence: Sequence, instance: Instance) -> None:
+    def left(self, sequence: LiveRequest, instance: Instance) -> None:
         worker, job = self._workers.get(instance), self._jobs.get(sequence)
         if worker is not None and job is not None and job.worker is worker:
             worker.drop(job)
             job.generated = len(sequence.tokens) - sequence.prompt_len
             self._stale[worker] = None
 
-    def first_token(self, sequence: Sequence, now_s: float) -> None:
+    def first_token(self, sequence: LiveRequest, now_s: float) -> None:
         job = self._jobs[sequence]
         job.first_token_s = now_s / self._scale
         if job.first_token_s > job.ttft_deadline_s:
             job.late = True
-        if job.worker is not None:
-            job.worker.retime(job)
+        if (worker := self._at(job)) is not None:
+            worker.retime(job)
 
-    def ended(self, sequence: Sequence, now_s: float) -> None:
+    def ended(self, sequence: LiveRequest, now_s: float) -> None:
         job = self._jobs.pop(sequence, None)
         if job is None:
             return
@@ -408,7 +413,7 @@ class TieredScheduling:
         for listener in self.finished_listeners:
             listener(job.finish_s, seen)
 
-    def relaid(self, instances: Seq[Instance], now_s: float) -> None:
+    def relaid(self, instances: Sequence[Instance], now_s: float) -> None:
         workers = {}
         for instance in instances:
             kept = self._workers.get(instance)
@@ -434,7 +439,7 @@ class TieredScheduling:
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
         self._stale = dict.fromkeys(workers.values())
 
-    def _arrive(self, job: Job, sequence: Sequence, worker: LiveWorker) -> None:
+    def _arrive(self, job: Job, sequence: LiveRequest, worker: LiveWorker) -> None:
         job.cached = sequence.cached
         job.generated = sequence.length - sequence.prompt_len
         if job.first_token_s is None:

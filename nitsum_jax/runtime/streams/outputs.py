@@ -48,7 +48,7 @@ class Outputs:
         """
         with contextlib.ExitStack() as stack:
             for index, (call, output) in enumerate(zip(self._calls, self._outputs, strict=True)):
-                stream = self._backend.bridge.stream(self._backend.engine, call.request, self._wake)
+                stream = self._backend.router.stream(self._backend.engine, call.request, self._wake)
                 self._alive[index] = (stack.enter_context(stream), output)
             self._stack = stack.pop_all()
         return self

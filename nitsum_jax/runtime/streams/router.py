@@ -1,6 +1,6 @@
 """From the engine's thread to asyncio streams.
 
-Concurrency, told once. The engine calls `Bridge.sink` on its own thread, once per step, with the deltas of all
+Concurrency, told once. The engine calls `StreamRouter.sink` on its own thread, once per step, with the deltas of all
 requests. The sink makes one `call_soon_threadsafe` for the whole step: the cost of crossing threads does not grow with
 the number of streams. Everything else here runs on the event loop: the deltas are put in the buffers of their streams,
 and each stream wakes its handler. A handler that is slow (its client does not read) finds all deltas of the meantime at
@@ -17,7 +17,7 @@ from typing import Protocol
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.callers import current_caller
-from nitsum_jax.runtime.records import RequestObserver, RequestRecord
+from nitsum_jax.runtime.records import RequestObserver, ServedRequest
 
 _ENDS = (None, FinishReason.STOP, FinishReason.LENGTH)
 _FIRST_RETRY_S = 1.0  # before any request has ended there is nothing to estimate from
@@ -37,7 +37,7 @@ class DeltaStream:
     Several streams may share the event that wakes their consumer; it then calls `take` on each of them.
     """
 
-    def __init__(self, record: RequestRecord, wake: asyncio.Event | None = None) -> None:
+    def __init__(self, record: ServedRequest, wake: asyncio.Event | None = None) -> None:
         self.record = record
         self._buffer: deque[TokenDelta] = deque()
         self._wake = wake or asyncio.Event()
@@ -70,7 +70,7 @@ class DeltaStream:
         return deltas
 
 
-class Bridge:
+class StreamRouter:
     """Hands the deltas of every step to the streams of their requests."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.monotonic) -> None:
@@ -118,7 +118,7 @@ class Bridge:
           NitsumError: what `engine.submit` raises.
         """
         caller = current_caller()
-        record = RequestRecord(
+        record = ServedRequest(
             request.id,
             request.tier,
             len(request.prompt_ids),
@@ -158,7 +158,7 @@ class Bridge:
         """How many streams have a handler."""
         return len(self._streams)
 
-    def open_records(self) -> list[RequestRecord]:
+    def open_records(self) -> list[ServedRequest]:
         """Those of the streams that have a handler."""
         return [stream.record for stream in self._streams.values()]
 
@@ -178,7 +178,7 @@ class Bridge:
         if ended:
             self._note_ends(ended)
 
-    def _note_end(self, record: RequestRecord) -> None:
+    def _note_end(self, record: ServedRequest) -> None:
         if record.ended_s is None:
             record.ended_s = self._clock()
         if record.finish is None:  # the handler was cancelled, or failed on its own: nobody was there for the rest

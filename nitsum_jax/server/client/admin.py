@@ -15,7 +15,7 @@ from nitsum_jax.errors import InvalidInputError, NitsumError, one_line
 from nitsum_jax.server import cli
 from nitsum_jax.server.client import identity_flags
 from nitsum_jax.server.client.channel import open_channel
-from nitsum_jax.server.client.explanation import explained
+from nitsum_jax.server.client.explanation import explanation_text
 from nitsum_jax.server.client.progress import ProgressLine, compiling, watched
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2_grpc
 
@@ -120,7 +120,7 @@ def _plain(answer: Any) -> dict[str, Any]:
 def _told(answer: Any) -> str:
     values = _plain(answer)
     if isinstance(answer, admin_pb2.ControlState):
-        return explained(values)
+        return explanation_text(values)
     if isinstance(answer, admin_pb2.ForceLayoutResponse):
         return (
             f"{answer.from_layout} -> {answer.to_layout}: {answer.sequences} sequences moved, "

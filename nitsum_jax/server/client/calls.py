@@ -47,7 +47,7 @@ class Failure:
 
 
 @dataclasses.dataclass(slots=True)
-class Outcome:
+class CallOutcome:
     """What came of one request; times are seconds on the client's clock."""
 
     index: int
@@ -95,7 +95,7 @@ class Outcome:
             "seed": started.seed if started else None,
         }
         if self.logprobs:
-            result["logprobs"] = [_likelihood(one) for one in self.logprobs]
+            result["logprobs"] = [_logprob(one) for one in self.logprobs]
         if self.failure is not None:
             result["error"] = {"code": self.failure.code, "message": self.failure.message}
         return result
@@ -121,7 +121,7 @@ async def generate(
     server: str,
     timeout_s: float | None,
     on_delta: Callable[[str, int], None],
-) -> Outcome:
+) -> CallOutcome:
     """Runs one request to its end; failures of the call are part of the outcome.
 
     Args:
@@ -132,7 +132,7 @@ async def generate(
       timeout_s: deadline, or None.
       on_delta: called with text and number of tokens of each delta.
     """
-    outcome = Outcome(index, begun_s=time.monotonic())
+    outcome = CallOutcome(index, begun_s=time.monotonic())
     try:
         async for response in stub.Generate(request, timeout=timeout_s):
             match response.WhichOneof("event"):
@@ -150,7 +150,7 @@ async def generate(
     return outcome
 
 
-def _take(outcome: Outcome, delta: nitsum_pb2.TokenDelta) -> None:
+def _take(outcome: CallOutcome, delta: nitsum_pb2.TokenDelta) -> None:
     outcome.text += delta.text
     outcome.logprobs += delta.logprobs
     if not delta.token_ids:
@@ -161,7 +161,7 @@ def _take(outcome: Outcome, delta: nitsum_pb2.TokenDelta) -> None:
         outcome.first_s = outcome.last_s
 
 
-def _likelihood(one: nitsum_pb2.TokenLogprob) -> dict[str, Any]:
+def _logprob(one: nitsum_pb2.TokenLogprob) -> dict[str, Any]:
     top = [{"token_id": other.token_id, "logprob": _rounded(other.logprob)} for other in one.top]
     return {"token_id": one.token_id, "logprob": _rounded(one.logprob), "top": top}
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def explained(state: Mapping[str, Any]) -> str:
+def explanation_text(state: Mapping[str, Any]) -> str:
     """Lines about what was decided last.
 
     Args:

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.server import cli
-from nitsum_jax.server.client.calls import Failure, Outcome, generate
+from nitsum_jax.server.client.calls import CallOutcome, Failure, generate
 from nitsum_jax.server.client.channel import open_channel
 from nitsum_jax.server.client.flags import ClientOptions, read_options
 from nitsum_jax.server.client.layout_plan import PlanRunner
@@ -87,7 +87,7 @@ class _Client:
         self._streaming = True
         slots = asyncio.Semaphore(self._options.concurrency or len(self._options.requests))
 
-        async def one(index: int, request: nitsum_pb2.GenerateRequest) -> Outcome:
+        async def one(index: int, request: nitsum_pb2.GenerateRequest) -> CallOutcome:
             async with slots:
                 return await generate(
                     self._stub, index, request, self._options.server, self._options.timeout_s, self._on_delta
@@ -116,7 +116,7 @@ class _Client:
         if self._plan is not None:
             self._plan.count(tokens)
 
-    def _show(self, outcome: Outcome) -> None:
+    def _show(self, outcome: CallOutcome) -> None:
         if self._options.json:
             cli.out(json.dumps(outcome.as_json()))
         elif self._live:

@@ -32,7 +32,7 @@ from nitsum_jax.runtime.calls import (
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.grpc.status import reported
 from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc
-from nitsum_jax.server.state import Phase, ServerState
+from nitsum_jax.server.state import ServerPhase, ServerState
 
 SERVICE_NAME = jetstream_pb2.DESCRIPTOR.services_by_name["Orchestrator"].full_name
 
@@ -70,10 +70,10 @@ class JetStreamService(jetstream_pb2_grpc.OrchestratorServicer):
     ) -> jetstream_pb2.HealthCheckResponse:
         """Whether the server takes requests."""
         del message, context
-        return jetstream_pb2.HealthCheckResponse(is_live=self._state.phase is Phase.SERVING)
+        return jetstream_pb2.HealthCheckResponse(is_live=self._state.phase is ServerPhase.SERVING)
 
     def _retry_after_s(self) -> float:
-        return self._state.present().bridge.retry_after_s()
+        return self._state.present().router.retry_after_s()
 
 
 async def _calls(message: jetstream_pb2.DecodeRequest, backend: Backend, deadline_s: float | None) -> list[Call]:

@@ -20,14 +20,14 @@ from nitsum_jax.server.grpc.admin_service import AdminService
 from nitsum_jax.server.grpc.jetstream import SERVICE_NAME as JETSTREAM_NAME
 from nitsum_jax.server.grpc.jetstream import JetStreamService
 from nitsum_jax.server.grpc.service import SERVICE_NAME, GenerationService
-from nitsum_jax.server.grpc.undecodable import MalformedRequests
+from nitsum_jax.server.grpc.undecodable import UndecodableRequests
 from nitsum_jax.server.operations.profiling import Profiler
 from nitsum_jax.server.proto import admin_pb2_grpc, jetstream_pb2_grpc, nitsum_pb2_grpc
 from nitsum_jax.server.security.grpc_guard import GrpcGuard
-from nitsum_jax.server.security.guard import Guard, Policy
+from nitsum_jax.server.security.guard import AccessPolicy, Guard
 from nitsum_jax.server.security.key_file import KeyFile
 from nitsum_jax.server.security.tls import TlsFiles
-from nitsum_jax.server.state import Phase, ServerState
+from nitsum_jax.server.state import ServerPhase, ServerState
 
 MAX_MESSAGE_BYTES = 4 * 2**20
 """Longest request: about a million tokens of text, and what gRPC allows unless told otherwise."""
@@ -81,7 +81,7 @@ class GrpcServer:
         self.state = state or ServerState()
         self._health = health.aio.HealthServicer()
         # First who calls, then what: strangers learn nothing about their messages.
-        interceptors = [GrpcGuard(guard or Guard(Policy(admin=True))), MalformedRequests()]
+        interceptors = [GrpcGuard(guard or Guard(AccessPolicy(admin=True))), UndecodableRequests()]
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
         jetstream_pb2_grpc.add_OrchestratorServicer_to_server(JetStreamService(self.state), self._server)
@@ -116,7 +116,7 @@ class GrpcServer:
         """The engine is ready: takes requests, and says SERVING."""
         self.state.backend = backend
         self.state.ready_at = int(time.time())
-        self.state.phase = Phase.SERVING
+        self.state.phase = ServerPhase.SERVING
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def drain(self, timeout_s: float) -> bool:
@@ -125,22 +125,22 @@ class GrpcServer:
         Returns:
           Whether all of them finished.
         """
-        self.state.phase = Phase.DRAINING
+        self.state.phase = ServerPhase.DRAINING
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         backend = self.state.backend
         if backend is None:
             return True
         finished = await in_thread(lambda: backend.engine.drain(timeout_s))
         flushed_by = time.monotonic() + _FLUSH_S
-        while finished and backend.bridge.open_streams and time.monotonic() < flushed_by:
+        while finished and backend.router.open_streams and time.monotonic() < flushed_by:
             await asyncio.sleep(0.01)
         return finished
 
     async def stop(self) -> None:
         """Ends what is still open (UNAVAILABLE to its clients) and frees the port. The engine is the caller's."""
-        self.state.phase = Phase.DRAINING
+        self.state.phase = ServerPhase.DRAINING
         if self.state.backend is not None:
-            self.state.backend.bridge.cut_off()
+            self.state.backend.router.cut_off()
         with contextlib.suppress(asyncio.CancelledError):
             await self._server.stop(None)
 

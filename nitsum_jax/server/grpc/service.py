@@ -1,4 +1,4 @@
-"""The gRPC methods: thin translations between messages, the bridge and the engine."""
+"""The gRPC methods: thin translations between messages, the router and the engine."""
 
 import dataclasses
 import time
@@ -10,7 +10,7 @@ from grpc.aio import ServicerContext
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout
-from nitsum_jax.runtime.backend import EngineStats, InstanceLoad
+from nitsum_jax.runtime.backend import ServingLoad, ServingStats
 from nitsum_jax.runtime.calls import Call, check, encode, make_call
 from nitsum_jax.runtime.streams.output import End, Output, ToldToken
 from nitsum_jax.runtime.streams.router import DeltaStream
@@ -53,7 +53,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             backend = self._state.admitting()  # it may have begun to drain meanwhile
             call = make_call(wanted, ids, backend.model, backend.engine.tier_names)
             queued_before = backend.engine.stats().waiting
-            with backend.bridge.stream(backend.engine, call.request, arrival_s=arrival_s) as stream:
+            with backend.router.stream(backend.engine, call.request, arrival_s=arrival_s) as stream:
                 await context.write(_started(call, message.return_prompt_ids, queued_before))
                 output = Output(call, backend.model.tokenizer.stream(), backend.engine.cancel, arrival_s)
                 await _relay(output, stream, call, context)
@@ -97,7 +97,7 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
         raise AssertionError("unreachable: reported() ends the call")
 
     def _retry_after_s(self) -> float:
-        return self._state.present().bridge.retry_after_s()
+        return self._state.present().router.retry_after_s()
 
 
 async def _relay(output: Output, stream: DeltaStream, call: Call, context: ServicerContext) -> None:
@@ -142,7 +142,7 @@ def _started(call: Call, return_prompt_ids: bool, queued_before: int) -> nitsum_
     return nitsum_pb2.GenerateResponse(started=started)
 
 
-def _instances(layout: Layout, loads: Sequence[InstanceLoad]) -> list[nitsum_pb2.Instance]:
+def _instances(layout: Layout, loads: Sequence[ServingLoad]) -> list[nitsum_pb2.Instance]:
     """The instances of a layout; how busy they are is left out while a switch replaces them."""
     found = {load.devices: load for load in loads}
     out = []
@@ -163,7 +163,7 @@ def _compiling(progress: "CompileProgress") -> nitsum_pb2.Compiling:
     )
 
 
-def _pace(pace: "Pace | None", stats: EngineStats) -> nitsum_pb2.Pace | None:
+def _pace(pace: "Pace | None", stats: ServingStats) -> nitsum_pb2.Pace | None:
     if pace is None:
         return None
     return nitsum_pb2.Pace(

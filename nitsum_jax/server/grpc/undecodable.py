@@ -16,11 +16,11 @@ _ANSWER = "the request cannot be decoded: send a valid protobuf message, with te
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Malformed:
+class _Undecodable:
     """Stands for a request that could not be decoded."""
 
 
-class MalformedRequests(grpc.aio.ServerInterceptor):
+class UndecodableRequests(grpc.aio.ServerInterceptor):
     """Answers undecodable requests of every method, whichever service it belongs to."""
 
     async def intercept_service(
@@ -34,41 +34,41 @@ class MalformedRequests(grpc.aio.ServerInterceptor):
             if not inspect.isasyncgenfunction(handler.stream_stream):
                 return handler
             return grpc.stream_stream_rpc_method_handler(
-                _guarded_stream(handler.stream_stream),
-                _tolerant(handler.request_deserializer),
+                _refusing_stream(handler.stream_stream),
+                _marking(handler.request_deserializer),
                 handler.response_serializer,
             )
         behaviour = handler.unary_stream or handler.unary_unary
         if not inspect.iscoroutinefunction(behaviour):
             return handler
         make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.unary_unary_rpc_method_handler
-        return make(_guarded(behaviour), _tolerant(handler.request_deserializer), handler.response_serializer)
+        return make(_refusing(behaviour), _marking(handler.request_deserializer), handler.response_serializer)
 
 
-def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _marking(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     def decode_or_mark(data: bytes) -> Any:
         try:
             return decode(data)
         except DecodeError:
-            return _Malformed()
+            return _Undecodable()
 
     return decode_or_mark
 
 
-def _guarded(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+def _refusing(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
     async def answer(request: Any, context: grpc.aio.ServicerContext) -> Any:
-        if isinstance(request, _Malformed):
+        if isinstance(request, _Undecodable):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _ANSWER)
         return await behaviour(request, context)
 
     return answer
 
 
-def _guarded_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+def _refusing_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
     async def answer(requests: AsyncIterator[Any], context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
         async def decoded() -> AsyncIterator[Any]:
             async for request in requests:
-                if isinstance(request, _Malformed):
+                if isinstance(request, _Undecodable):
                     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, _ANSWER)
                 yield request
 

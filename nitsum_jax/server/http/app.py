@@ -15,7 +15,7 @@ from nitsum_jax.runtime.streams.outputs import ClientLeftError
 from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openapi import openapi
-from nitsum_jax.server.state import Phase, ServerState
+from nitsum_jax.server.state import ServerPhase, ServerState
 
 REQUEST_ID = b"x-request-id"
 _STARTING_RETRY_S = 5.0
@@ -46,7 +46,7 @@ def build_app(
         return JSONResponse({"status": "live"})
 
     async def ready(request: Request) -> Response:
-        serving = state.phase is Phase.SERVING
+        serving = state.phase is ServerPhase.SERVING
         return JSONResponse({"status": "ready" if serving else state.phase.value}, 200 if serving else 503)
 
     async def document(request: Request) -> Response:
@@ -114,7 +114,7 @@ class Frame:
 
     def _retry_after_s(self) -> float:
         backend = self._state.backend
-        return _STARTING_RETRY_S if backend is None else backend.bridge.retry_after_s()
+        return _STARTING_RETRY_S if backend is None else backend.router.retry_after_s()
 
 
 def _of_router(error: HTTPException, scope: Scope) -> ApiError:

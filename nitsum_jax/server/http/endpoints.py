@@ -14,9 +14,9 @@ from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
 from nitsum_jax.server.http.body import read_object
 from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
-from nitsum_jax.server.http.plan import Plan, plan_chat, plan_completion
+from nitsum_jax.server.http.plan import RequestPlan, plan_chat, plan_completion
 from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
-from nitsum_jax.server.http.shapes import DONE, ChatShape, CompletionShape, Shape, Whole
+from nitsum_jax.server.http.shapes import DONE, AnswerShape, ChatShape, CompletionShape, Whole
 from nitsum_jax.server.state import ServerState
 
 _JSON = (b"content-type", b"application/json")
@@ -54,11 +54,11 @@ class Endpoint(Generic[_Request]):
                 else:
                     await _whole(outputs, shape, len(plan.calls), send)
 
-    async def plan(self, request: _Request, backend: Backend) -> Plan:
+    async def plan(self, request: _Request, backend: Backend) -> RequestPlan:
         """What answers the request."""
         raise NotImplementedError
 
-    def shape(self, request: _Request, plan: Plan, backend: Backend) -> Shape:
+    def shape(self, request: _Request, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """How the answer is written."""
         raise NotImplementedError
 
@@ -74,11 +74,11 @@ class Completions(Endpoint[CompletionRequest]):
 
     kind = CompletionRequest
 
-    async def plan(self, request: CompletionRequest, backend: Backend) -> Plan:
+    async def plan(self, request: CompletionRequest, backend: Backend) -> RequestPlan:
         """See plan_completion."""
         return await plan_completion(request, backend)
 
-    def shape(self, request: CompletionRequest, plan: Plan, backend: Backend) -> Shape:
+    def shape(self, request: CompletionRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See CompletionShape."""
         logprobs = request.logprobs is not None
         return CompletionShape(plan, backend.model.tokenizer.token_bytes, logprobs, request.include_usage)
@@ -89,16 +89,16 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     kind = ChatRequest
 
-    async def plan(self, request: ChatRequest, backend: Backend) -> Plan:
+    async def plan(self, request: ChatRequest, backend: Backend) -> RequestPlan:
         """See plan_chat."""
         return await plan_chat(request, backend)
 
-    def shape(self, request: ChatRequest, plan: Plan, backend: Backend) -> Shape:
+    def shape(self, request: ChatRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See ChatShape."""
         return ChatShape(plan, backend.model.tokenizer.token_bytes, bool(request.logprobs), request.include_usage)
 
 
-async def _whole(outputs: Outputs, shape: Shape, count: int, send: Send) -> None:
+async def _whole(outputs: Outputs, shape: AnswerShape, count: int, send: Send) -> None:
     wholes = [Whole() for _ in range(count)]
     while outputs.alive:
         for index, piece in await outputs.next():
@@ -109,7 +109,9 @@ async def _whole(outputs: Outputs, shape: Shape, count: int, send: Send) -> None
     await send({"type": "http.response.body", "body": body})
 
 
-async def _stream(outputs: Outputs, shape: Shape, include_usage: bool, send: Send, what: str, backend: Backend) -> None:
+async def _stream(
+    outputs: Outputs, shape: AnswerShape, include_usage: bool, send: Send, what: str, backend: Backend
+) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
     opening = shape.opening()
     if opening:
@@ -124,7 +126,7 @@ async def _stream(outputs: Outputs, shape: Shape, include_usage: bool, send: Sen
     except ClientLeftError:
         raise
     except Exception as error:  # the status is long gone; OpenAI's client raises on such an event
-        failure: ApiError = of_exception(error, what, backend.bridge.retry_after_s())
+        failure: ApiError = of_exception(error, what, backend.router.retry_after_s())
         last = b"data: " + failure.body() + b"\n\n"
     await send({"type": "http.response.body", "body": last + DONE})
 

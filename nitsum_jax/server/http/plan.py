@@ -30,7 +30,7 @@ _UNLIMITED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class RequestPlan:
     """What answers one HTTP request.
 
     Attributes:
@@ -64,7 +64,7 @@ class Plan:
         return sum(min(of_outputs[first : first + self.outputs]) for first in range(0, len(of_outputs), self.outputs))
 
 
-async def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
+async def plan_completion(request: CompletionRequest, backend: Backend) -> RequestPlan:
     """Plans /v1/completions.
 
     Raises:
@@ -75,7 +75,7 @@ async def plan_completion(request: CompletionRequest, backend: Backend) -> Plan:
     return await _plan(f"cmpl-{uuid.uuid4().hex}", request, request.prompt, limit, request.logprobs, backend)
 
 
-async def plan_chat(request: ChatRequest, backend: Backend) -> Plan:
+async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
     """Plans /v1/chat/completions.
 
     Raises:
@@ -94,7 +94,7 @@ async def _plan(
     limit: int | None,
     logprobs: int | None,
     backend: Backend,
-) -> Plan:
+) -> RequestPlan:
     model, tiers = backend.model, backend.engine.tier_names
     if request.model != model.name:
         message = f"The model `{request.model[:80]}` does not exist: this server has `{model.name}`"
@@ -128,7 +128,7 @@ async def _plan(
         for index in range(outputs):
             calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
     prompt_tokens = sum(map(len, encoded))
-    return Plan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
+    return RequestPlan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
 
 
 def _up_to_the_context(wanted: Wanted, room: int, usual: int | None) -> Wanted:

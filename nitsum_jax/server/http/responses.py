@@ -32,7 +32,7 @@ class TopLogprob(_Exact):
     bytes: list[int]
 
 
-class TokenLogprob(TopLogprob):
+class ChatTokenLogprob(TopLogprob):
     """The token that was chosen, and the likeliest ones at its place."""
 
     top_logprobs: list[TopLogprob]
@@ -41,7 +41,7 @@ class TokenLogprob(TopLogprob):
 class ChatLogprobs(_Exact):
     """An entry per token."""
 
-    content: list[TokenLogprob]
+    content: list[ChatTokenLogprob]
     refusal: None
 
 

@@ -81,7 +81,7 @@ class HttpServer:
     async def stop(self) -> None:
         """Frees the port and hangs up; who is still being answered has a moment to take it. A second call does nothing.
 
-        The outputs that are alive are the caller's to end (see Bridge.cut_off).
+        The outputs that are alive are the caller's to end (see `StreamRouter.cut_off`).
         """
         if self._task is None:
             for bound in self._sockets:

@@ -13,7 +13,7 @@ from typing import Any
 from nitsum_jax.runtime.streams.output import End, Piece, ToldToken
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
-from nitsum_jax.server.http.plan import Plan
+from nitsum_jax.server.http.plan import RequestPlan
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"
@@ -34,13 +34,13 @@ class Whole:
         self.end = piece.end
 
 
-class Shape:
+class AnswerShape:
     """How one API writes the outputs of one request."""
 
     chunk_object: str
     whole_object: str
 
-    def __init__(self, plan: Plan, token_bytes: TokenBytes, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: bool, include_usage: bool) -> None:
         """Begins a response.
 
         Args:
@@ -128,7 +128,7 @@ class Shape:
         raise NotImplementedError
 
 
-class CompletionShape(Shape):
+class CompletionShape(AnswerShape):
     """/v1/completions."""
 
     chunk_object = whole_object = "text_completion"
@@ -143,7 +143,7 @@ class CompletionShape(Shape):
         return completion_logprobs(told, self._token_bytes)
 
 
-class ChatShape(Shape):
+class ChatShape(AnswerShape):
     """/v1/chat/completions."""
 
     chunk_object, whole_object = "chat.completion.chunk", "chat.completion"

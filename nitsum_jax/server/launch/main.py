@@ -18,14 +18,14 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.runtime.backend import ServedModel, ServingEngine
-from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.runtime.startup.served_model import served_model
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server import cli
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.grpc.server import GrpcServer, in_thread
 from nitsum_jax.server.launch.flags import LaunchOptions, read_options
-from nitsum_jax.server.launch.ports import House
+from nitsum_jax.server.launch.ports import ServerPorts
 from nitsum_jax.server.operations import logs
 from nitsum_jax.server.operations.routes import ops_routes
 
@@ -142,50 +142,50 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
 
 async def _serve(options: LaunchOptions, load: Load) -> int:
     signals = _Signals(asyncio.get_running_loop())
-    house = House(options.ops, tiers_of(options), options.host)
+    ports = ServerPorts(options.ops, tiers_of(options), options.host)
     server = GrpcServer(
         options.host,
         options.port,
-        guard=house.guard(),
-        tls=house.tls,
-        state=house.state,
-        profiler=house.desk.profiler,
-        keys=house.keys,
+        guard=ports.guard(),
+        tls=ports.tls,
+        state=ports.state,
+        profiler=ports.views.profiler,
+        keys=ports.keys,
     )
-    if house.keys is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, house.keys)
-    http = _http(options, house)
+    if ports.keys is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, ports.keys)
+    http = _http(options, ports)
     await server.start()
     if http is not None:
         await http.start()
     cli.out(f"loading {options.model}; {_address(server)} answers health checks meanwhile")
     try:
-        await house.start()
-        bridge = Bridge(asyncio.get_running_loop())
-        loading = asyncio.create_task(in_thread(lambda: load(options, bridge.sink, bridge.admitted)))
+        await ports.start()
+        router = StreamRouter(asyncio.get_running_loop())
+        loading = asyncio.create_task(in_thread(lambda: load(options, router.sink, router.admitted)))
         await _first(loading, signals.first)
         if not loading.done():
             cli.err(f"{_NAME}: stopped while starting")
-            await _stop(server, http, house)
+            await _stop(server, http, ports)
             _leave(cli.EXIT_OK)
         loaded = await loading
         scheduled = loaded.scheduled
         tiers = None if scheduled is None else scheduled.tiers
-        backend = house.open(loaded.engine, loaded.model, bridge, _controller(options, scheduled), tiers)
+        backend = ports.open(loaded.engine, loaded.model, router, _controller(options, scheduled), tiers)
         if loaded.scheduled is not None:
             backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
-        await house.serve(backend)
-        _announce(server, http, loaded, house, options)
+        await ports.serve(backend)
+        _announce(server, http, loaded, ports, options)
         await signals.first
-        return await _end(server, http, house, loaded.engine, signals, options.drain_s)
+        return await _end(server, http, ports, loaded.engine, signals, options.drain_s)
     finally:
-        await _stop(server, http, house)
+        await _stop(server, http, ports)
 
 
 def _controller(
     options: LaunchOptions, scheduled: "Scheduled | None"
-) -> "Callable[[ServingEngine, Journal], ControlLoop] | None":
+) -> "Callable[[ServingEngine, LayoutLog], ControlLoop] | None":
     """What makes the controller of a cell; None without scheduling by tiers."""
     if scheduled is None:
         return None
@@ -194,13 +194,13 @@ def _controller(
 
     control, tiers = options.control, scheduled.tiers
 
-    def make(engine: ServingEngine, journal: Journal) -> ControlLoop:
+    def make(engine: ServingEngine, layout_log: LayoutLog) -> ControlLoop:
         return ControlLoop(
             engine,
             scheduled.scheduling,
             scheduled.cost,
             tiers,
-            journal,
+            layout_log,
             mode=control.mode,
             config=control.config(),
             planner=PlannerConfig(tps=scheduled.planned_tps()),
@@ -211,7 +211,7 @@ def _controller(
     return make
 
 
-def _http(options: LaunchOptions, house: House) -> "HttpServer | None":
+def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
     """The HTTP server beside the gRPC server, if there is to be one."""
     if options.http_port is None:
         return None
@@ -219,20 +219,20 @@ def _http(options: LaunchOptions, house: House) -> "HttpServer | None":
     from nitsum_jax.server.http.app import build_app
     from nitsum_jax.server.http.server import HttpServer
 
-    app = build_app(house.state, ops_routes(house.desk), house.protected)
-    return HttpServer(app, options.host, options.http_port, house.tls_context())
+    app = build_app(ports.state, ops_routes(ports.views), ports.protected)
+    return HttpServer(app, options.host, options.http_port, ports.tls_context())
 
 
-async def _stop(server: GrpcServer, http: "HttpServer | None", house: House) -> None:
+async def _stop(server: GrpcServer, http: "HttpServer | None", ports: ServerPorts) -> None:
     """Ends all front ends; what is alive is told that the server stops."""
-    stopping = [server.stop(), house.stop()] if http is None else [server.stop(), house.stop(), http.stop()]
+    stopping = [server.stop(), ports.stop()] if http is None else [server.stop(), ports.stop(), http.stop()]
     await asyncio.gather(*stopping)
 
 
 async def _end(
     server: GrpcServer,
     http: "HttpServer | None",
-    house: House,
+    ports: ServerPorts,
     engine: ServingEngine,
     signals: "_Signals",
     drain_s: float,
@@ -242,12 +242,12 @@ async def _end(
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
-        await _stop(server, http, house)
+        await _stop(server, http, ports)
         cli.err(f"{_NAME}: stopped at once")
         _leave(128 + signals.second.result())
     if not await draining:
         cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
-    await _stop(server, http, house)
+    await _stop(server, http, ports)
     closing = asyncio.create_task(in_thread(engine.close))
     await _first(closing, signals.second)
     if not closing.done():
@@ -291,7 +291,7 @@ def _leave(status: int) -> NoReturn:
 
 
 def _announce(
-    server: GrpcServer, http: "HttpServer | None", loaded: Loaded, house: House, options: LaunchOptions
+    server: GrpcServer, http: "HttpServer | None", loaded: Loaded, ports: ServerPorts, options: LaunchOptions
 ) -> None:
     engine, model = loaded.engine, loaded.model
     cli.out(engine.memory_report)
@@ -302,9 +302,9 @@ def _announce(
         )
     base = None
     if http is not None:
-        base = f"{'http' if house.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
+        base = f"{'http' if ports.tls is None else 'https'}://{target(callable_host(http.host), http.port)}"
         cli.out(f"OpenAI-compatible HTTP: {base}/v1")
-    for line in house.addresses():
+    for line in ports.addresses():
         cli.out(line)
     if model_says := str(model.defaults):
         cli.out(f"where a request does not say: {model_says} (the model's; --generation_config=none leaves them out)")
@@ -316,7 +316,7 @@ def _announce(
     where = _address(server)
     cli.out(f"{model.name} is ready on {where}, layout {engine.layout()}. In another terminal:")
     chat = "--chat " if model.render_chat is not None else ""
-    safe = "" if house.tls is None else f"--tls_ca={shlex.quote(str(house.tls.cert))} "
+    safe = "" if ports.tls is None else f"--tls_ca={shlex.quote(str(ports.tls.cert))} "
     cli.out(f'{_client_command()} --server={where} {safe}{chat}--prompt="Why is the sky blue?" --max_tokens=64')
     if base is not None:
         cli.out(f"Dashboard: {base}/dashboard")

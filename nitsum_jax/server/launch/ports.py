@@ -13,17 +13,17 @@ import nitsum_jax
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.runtime.backend import Backend, ServedModel, ServingEngine
 from nitsum_jax.runtime.control.control_loop import ControlLoop
-from nitsum_jax.runtime.control.layout_log import Journal
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.control.layout_log import LayoutLog
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.address import callable_host, target
 from nitsum_jax.server.grpc.server import GrpcServer, in_thread
 from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch.ops_flags import LOOPBACK, OpsOptions
 from nitsum_jax.server.operations.monitor import Operations
 from nitsum_jax.server.operations.profiling import Profiler
-from nitsum_jax.server.operations.routes import Desk, ops_routes
+from nitsum_jax.server.operations.routes import OperatorViews, ops_routes
 from nitsum_jax.server.operations.tracing import RequestTracer, otlp_tracer
-from nitsum_jax.server.security.guard import Guard, Policy
+from nitsum_jax.server.security.guard import AccessPolicy, Guard
 from nitsum_jax.server.security.http_guard import HttpGuard
 from nitsum_jax.server.security.key_file import KeyFile
 from nitsum_jax.server.security.limits import Limits
@@ -32,12 +32,12 @@ from nitsum_jax.server.state import ServerState
 _LAST_TRACES_S = 3.0
 
 
-class House:
+class ServerPorts:
     """Makes guards and ports as the flags say; one per process.
 
     Attributes:
       state: shared by all front ends.
-      desk: what the routes for operators look at; an HTTP application mounts `ops_routes(house.desk)`.
+      views: what the routes for operators look at; an HTTP application mounts `ops_routes(ports.views)`.
       tls: for every port.
       keys: of the callers; None: they are not asked.
     """
@@ -55,7 +55,7 @@ class House:
           PreconditionError: traces are asked for, and OpenTelemetry is not installed.
         """
         self.state = ServerState()
-        self.desk = Desk(self.state, Profiler(options.profile_dir))
+        self.views = OperatorViews(self.state, Profiler(options.profile_dir))
         self.tls = options.tls
         self._options = options
         self._tiers = tiers
@@ -97,12 +97,12 @@ class House:
                 guard=self._guard(admin=True),
                 tls=self.tls,
                 state=self.state,
-                profiler=self.desk.profiler,
+                profiler=self.views.profiler,
                 keys=self.keys,
             )
             await self._admin.start()
         if options.metrics_port is not None:
-            app = self.protected(Starlette(routes=ops_routes(self.desk)))
+            app = self.protected(Starlette(routes=ops_routes(self.views)))
             self._http = HttpServer(app, self._host, options.metrics_port, self.tls_context(), flag="metrics_port")
             await self._http.start()
 
@@ -110,8 +110,8 @@ class House:
         self,
         engine: ServingEngine,
         model: ServedModel,
-        bridge: Bridge,
-        control: Callable[[ServingEngine, Journal], ControlLoop] | None = None,
+        router: StreamRouter,
+        control: Callable[[ServingEngine, LayoutLog], ControlLoop] | None = None,
         tiers: TierSet | None = None,
     ) -> Backend:
         """The model is loaded: begins to watch, and returns what the front ends serve.
@@ -119,7 +119,7 @@ class House:
         Args:
           engine: as it is; the front ends get it guarded.
           model: of the engine.
-          bridge: between them.
+          router: between them.
           control: makes the controller of the engine; None: there is none.
           tiers: with targets that are known by now; None: as they were.
         """
@@ -127,13 +127,13 @@ class House:
         tracer: RequestTracer | None = None
         if self._options.otlp_endpoint is not None:
             tracer = otlp_tracer(self._options.otlp_endpoint, model.name, nitsum_jax.__version__)
-        operations = Operations(engine, model.name, tiers, bridge, tracer=tracer, phase=lambda: self.state.phase)
-        self.desk.operations = operations
+        operations = Operations(engine, model.name, tiers, router, tracer=tracer, phase=lambda: self.state.phase)
+        self.views.operations = operations
         self._feeding = asyncio.create_task(operations.feed.run())
         if control is not None:
-            self._control = control(engine, operations.journal)
+            self._control = control(engine, operations.layout_log)
             self._control.start()
-        return Backend(operations.front, model, bridge, self._control)
+        return Backend(operations.front, model, router, self._control)
 
     async def serve(self, backend: Backend) -> None:
         """The main port serves: the admin port does so, too."""
@@ -142,7 +142,7 @@ class House:
 
     async def stop(self) -> None:
         """Closes the ports, ends what watches."""
-        operations = self.desk.operations
+        operations = self.views.operations
         control, self._control = self._control, None
         if control is not None:
             await in_thread(control.close)
@@ -172,9 +172,9 @@ class House:
         return lines
 
     def _guard(self, *, admin: bool) -> Guard:
-        policy = Policy(None if self.keys is None else self.keys.ring, admin, self._options.streams_per_client)
+        policy = AccessPolicy(None if self.keys is None else self.keys.ring, admin, self._options.streams_per_client)
         return Guard(policy, limits=self._limits, on_refused=self._refused)
 
     def _refused(self, reason: str) -> None:
-        if self.desk.operations is not None:
-            self.desk.operations.denied(reason)
+        if self.views.operations is not None:
+            self.views.operations.denied(reason)

@@ -5,7 +5,7 @@ import json
 import logging
 from typing import Any, Final
 
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 
 REQUESTS: Final = logging.getLogger("nitsum_jax.requests")
 _TEXT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -43,7 +43,7 @@ def configure(level: str, form: str) -> None:
     root.setLevel(level.upper())
 
 
-def log_request(record: RequestRecord) -> None:
+def log_request(record: ServedRequest) -> None:
     """Logs a request that ended."""
     if not REQUESTS.isEnabledFor(logging.INFO):
         return

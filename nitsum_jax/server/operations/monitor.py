@@ -1,4 +1,4 @@
-"""All that watches a running server: metrics, log, traces, journal, dashboard. One object, told once per request."""
+"""All that watches a running server: metrics, log, traces, layout log, dashboard. One object, told once per request."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -8,20 +8,20 @@ from prometheus_client import CollectorRegistry, Counter
 import nitsum_jax
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.runtime.backend import EngineStats, ServingEngine
-from nitsum_jax.runtime.control.layout_log import Journal
-from nitsum_jax.runtime.records import RequestRecord
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.backend import ServingEngine, ServingStats
+from nitsum_jax.runtime.control.layout_log import LayoutLog
+from nitsum_jax.runtime.records import ServedRequest
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.operations.dashboard.feed import Feed
-from nitsum_jax.server.operations.dashboard.snapshot import InstanceView, Snapshot, TierView, Totals
+from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot, InstanceView, TierView, Totals
 from nitsum_jax.server.operations.logs import log_request
 from nitsum_jax.server.operations.metrics.cell import CellCollector, SwitchMetrics
 from nitsum_jax.server.operations.metrics.requests import RequestMetrics
 from nitsum_jax.server.operations.metrics.window import Windows
 from nitsum_jax.server.operations.tracing import RequestTracer
-from nitsum_jax.server.security.engine_access import guarded
+from nitsum_jax.server.security.engine_access import access_checked
 from nitsum_jax.server.security.guard import REASONS
-from nitsum_jax.server.state import Phase
+from nitsum_jax.server.state import ServerPhase
 
 
 class Operations:
@@ -32,19 +32,19 @@ class Operations:
         engine: ServingEngine,
         model: str,
         tiers: TierSet,
-        bridge: Bridge,
+        router: StreamRouter,
         *,
         tracer: RequestTracer | None = None,
-        phase: Callable[[], Phase] = lambda: Phase.SERVING,
+        phase: Callable[[], ServerPhase] = lambda: ServerPhase.SERVING,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begins to watch the requests of the bridge; on the event loop.
+        """Begins to watch the requests of the router; on the event loop.
 
         Args:
           engine: as it is, not guarded.
           model: name, as a label.
           tiers: of the server.
-          bridge: whose requests are watched.
+          router: whose requests are watched.
           tracer: gets every request; None: no traces.
           phase: of the server, for the dashboard.
           clock: of the records.
@@ -54,12 +54,12 @@ class Operations:
         self._engine = engine
         self._model = model
         self._tiers = tiers
-        self._bridge = bridge
+        self._router = router
         self._tracer = tracer
         self._phase = phase
         self._clock = clock
         self._requests = RequestMetrics(self.registry, model, tiers)
-        self._cell = CellCollector(engine, model, tiers, self.windows, bridge.open_records, clock)
+        self._cell = CellCollector(engine, model, tiers, self.windows, router.open_records, clock)
         self.registry.register(self._cell)
         self._denials = Counter(
             "nitsum_calls_refused",
@@ -69,12 +69,12 @@ class Operations:
         )
         for reason in REASONS.values():
             self.denied(reason, 0)
-        self.journal = Journal(SwitchMetrics(self.registry, model, nitsum_jax.__version__))
-        self.front = guarded(engine, self.journal, bridge.stopped)
+        self.layout_log = LayoutLog(SwitchMetrics(self.registry, model, nitsum_jax.__version__))
+        self.front = access_checked(engine, self.layout_log, router.stopped)
         self.feed = Feed(self)
-        bridge.observer = self
+        router.observer = self
 
-    def ended(self, record: RequestRecord) -> None:
+    def ended(self, record: ServedRequest) -> None:
         """A request that was accepted has ended."""
         self._requests.ended(record)
         self._cell.ended(record)
@@ -91,10 +91,10 @@ class Operations:
         """Calls were refused for who made them; `reason` is one of the guard's."""
         self._denials.labels(self._model, reason).inc(calls)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> DashboardSnapshot:
         """The cell now."""
         stats = self._engine.stats()
-        return Snapshot(
+        return DashboardSnapshot(
             time_s=time.time(),
             model=self._model,
             version=nitsum_jax.__version__,
@@ -106,8 +106,8 @@ class Operations:
                 for load in self._engine.loads()
             ),
             tiers=self._tier_views(),
-            switches=self.journal.switches(),
-            decisions=self.journal.decisions(),
+            switches=self.layout_log.switches(),
+            decisions=self.layout_log.decisions(),
             totals=Totals(
                 waiting=stats.waiting,
                 running=stats.running,
@@ -128,7 +128,7 @@ class Operations:
             self._tracer.close()
 
     def _tier_views(self) -> tuple[TierView, ...]:
-        alive: Sequence[RequestRecord] = [r for r in self._bridge.open_records() if r.ended_s is None]
+        alive: Sequence[ServedRequest] = [r for r in self._router.open_records() if r.ended_s is None]
         now = self._clock()
         views = []
         for tier in self._tiers:
@@ -154,6 +154,6 @@ class Operations:
         return tuple(views)
 
 
-def _prefix_share(stats: EngineStats) -> float | None:
+def _prefix_share(stats: ServingStats) -> float | None:
     asked: int = getattr(stats, "prefix_queried_tokens", 0)  # not every engine has such a cache
     return getattr(stats, "prefix_hit_tokens", 0) / asked if asked else None

@@ -19,7 +19,7 @@ from nitsum_jax.server.operations.dashboard.feed import Feed
 from nitsum_jax.server.operations.monitor import Operations
 from nitsum_jax.server.operations.profiling import Profiler
 from nitsum_jax.server.security.http_errors import refusal
-from nitsum_jax.server.state import Phase, ServerState
+from nitsum_jax.server.state import ServerPhase, ServerState
 
 _PAGE = pathlib.Path(__file__).parent / "dashboard" / "page.html"
 _RETRY_S = 2
@@ -37,7 +37,7 @@ _PLAIN = {"cache-control": "no-store"}
 
 
 @dataclasses.dataclass
-class Desk:
+class OperatorViews:
     """What the routes look at: there from the start of the process, complete once the model is loaded.
 
     Attributes:
@@ -57,7 +57,7 @@ class Desk:
         return self.operations
 
 
-def ops_routes(desk: Desk) -> list[BaseRoute]:
+def ops_routes(views: OperatorViews) -> list[BaseRoute]:
     """Routes /livez, /readyz, /health, /metrics, /dashboard, /dashboard/events, /admin/profile.
 
     They trust whoever reaches them: the guard (security.http_guard.HttpGuard) stands before the application.
@@ -67,14 +67,14 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
         return Response("alive\n", media_type="text/plain", headers=_PLAIN)
 
     async def ready(request: Request) -> Response:
-        if desk.state.phase is Phase.SERVING:
+        if views.state.phase is ServerPhase.SERVING:
             return Response("ready\n", media_type="text/plain", headers=_PLAIN)
         headers = {**_PLAIN, "retry-after": str(_RETRY_S)}
-        return Response(f"{desk.state.phase.value}\n", 503, media_type="text/plain", headers=headers)
+        return Response(f"{views.state.phase.value}\n", 503, media_type="text/plain", headers=headers)
 
     async def metrics(request: Request) -> Response:
         try:
-            registry = desk.present().registry
+            registry = views.present().registry
         except UnavailableError as error:
             return _refused(error)
         encode, kind = choose_encoder(request.headers.get("accept", ""))
@@ -83,7 +83,7 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
     async def profile(request: Request) -> Response:
         try:
             text = request.query_params.get("seconds", "5")
-            folder = await desk.profiler.record(_number("seconds", text))
+            folder = await views.profiler.record(_number("seconds", text))
         except NitsumError as error:
             return _refused(error)
         return _json({"folder": str(folder)})
@@ -93,7 +93,7 @@ def ops_routes(desk: Desk) -> list[BaseRoute]:
         Route("/readyz", ready),
         Route("/health", ready),
         Route("/metrics", metrics),
-        *dashboard_routes(lambda: desk.present().feed),
+        *dashboard_routes(lambda: views.present().feed),
         Route("/admin/profile", profile, methods=["POST"]),
     ]
 

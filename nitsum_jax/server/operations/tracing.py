@@ -8,7 +8,7 @@ from typing import Any
 
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import PreconditionError
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 
 _MISSING = "tracing needs OpenTelemetry: pip install 'nitsum-jax[otel]', or start without --otlp_endpoint"
 _NS = 1e9
@@ -47,7 +47,7 @@ class RequestTracer:
         self._tracer = self._provider.get_tracer("nitsum_jax", version)
         self._model = model
 
-    def ended(self, record: RequestRecord) -> None:
+    def ended(self, record: ServedRequest) -> None:
         """Exports a request that ended, as a child of the client's span if it sent one."""
         # Records are on the monotonic clock, spans on the wall's.
         offset_s = time.time() - time.monotonic()
@@ -99,7 +99,7 @@ def otlp_tracer(endpoint: str, model: str, version: str) -> RequestTracer:
     return RequestTracer(OTLPSpanExporter(endpoint=f"{scheme}://{rest.rstrip('/')}{path}"), model, version)
 
 
-def _attributes(record: RequestRecord, model: str) -> dict[str, str | int | float]:
+def _attributes(record: ServedRequest, model: str) -> dict[str, str | int | float]:
     given = {
         "gen_ai.operation.name": "text_completion",
         "gen_ai.request.model": model,

@@ -7,16 +7,16 @@ from typing import Any, cast
 from nitsum_jax.engine.request import Request
 from nitsum_jax.runtime.backend import ServingEngine
 from nitsum_jax.runtime.callers import current_caller
-from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.server.security.errors import DeniedError
 
 
-class _GuardedEngine:
+class _AccessCheckedEngine:
     """A ServingEngine; what is not written here is that of the engine behind it."""
 
-    def __init__(self, engine: ServingEngine, journal: Journal, stopped: Callable[[str], None]) -> None:
+    def __init__(self, engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None]) -> None:
         self._engine = engine
-        self._journal = journal
+        self._layout_log = layout_log
         self._stopped = stopped
 
     def __getattr__(self, name: str) -> Any:
@@ -43,7 +43,7 @@ class _GuardedEngine:
         self._engine.cancel(request_id)
 
     def set_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
-        """As the engine's, for administrators; noted in the journal.
+        """As the engine's, for administrators; noted in the layout log.
 
         Raises:
           DeniedError: the caller is none.
@@ -51,8 +51,8 @@ class _GuardedEngine:
         """
         who = _administrator()
         future = self._engine.set_layout(layout)
-        self._journal.decide(layout, f"asked for by {who}")
-        self._journal.watch(layout, future)
+        self._layout_log.decide(layout, f"asked for by {who}")
+        self._layout_log.watch(layout, future)
         return future
 
     def prepare_layout(self, layout: str) -> "concurrent.futures.Future[Any]":
@@ -85,15 +85,15 @@ class _GuardedEngine:
         self._engine.restore_device(device)
 
 
-def guarded(engine: ServingEngine, journal: Journal, stopped: Callable[[str], None]) -> ServingEngine:
+def access_checked(engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None]) -> ServingEngine:
     """The engine for front ends. The controller, which decides for itself, uses the engine as it is.
 
     Args:
       engine: behind it.
-      journal: gets what administrators change.
-      stopped: told the id of every request that is cancelled (`Bridge.stopped`).
+      layout_log: gets what administrators change.
+      stopped: told the id of every request that is cancelled (`StreamRouter.stopped`).
     """
-    return cast(ServingEngine, _GuardedEngine(engine, journal, stopped))
+    return cast(ServingEngine, _AccessCheckedEngine(engine, layout_log, stopped))
 
 
 def _administrator() -> str:

@@ -13,8 +13,8 @@ from typing import Final
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.callers import Caller, calling
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
-from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role
-from nitsum_jax.server.security.limits import Limits, Place
+from nitsum_jax.server.security.keys import ApiKey, KeyRing, KeyRole
+from nitsum_jax.server.security.limits import Limits, OutputSlot
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_HEADER = 512
@@ -37,14 +37,14 @@ class Need(enum.Enum):
 
 
 _MAY = {
-    Role.USER: {Need.NOTHING, Need.IDENTITY, Need.GENERATE},
-    Role.MONITOR: {Need.NOTHING, Need.MONITOR},
-    Role.ADMIN: set(Need),
+    KeyRole.USER: {Need.NOTHING, Need.IDENTITY, Need.GENERATE},
+    KeyRole.MONITOR: {Need.NOTHING, Need.MONITOR},
+    KeyRole.ADMIN: set(Need),
 }
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Policy:
+class AccessPolicy:
     """What holds on one port.
 
     Attributes:
@@ -64,7 +64,7 @@ class Guard:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: AccessPolicy,
         *,
         limits: Limits | None = None,
         on_refused: Callable[[str], None] | None = None,
@@ -115,7 +115,7 @@ class Guard:
                 self._refused(address, error)
                 raise
 
-        admin = self.policy.admin and (key is None or key.role is Role.ADMIN)
+        admin = self.policy.admin and (key is None or key.role is KeyRole.ADMIN)
         name, tiers = ("", None) if key is None else (key.name, key.tiers)
         with contextlib.ExitStack() as stack:
             stack.push(held)
@@ -150,7 +150,9 @@ class Guard:
         if key is not None and need not in _MAY[key.role]:
             raise DeniedError(f"the API key {key.name!r} has the role {key.role}, which may not do this")
 
-    def _hold(self, need: Need, key: ApiKey | None, address: str) -> contextlib.AbstractContextManager[Place | None]:
+    def _hold(
+        self, need: Need, key: ApiKey | None, address: str
+    ) -> contextlib.AbstractContextManager[OutputSlot | None]:
         if need is not Need.GENERATE:
             return contextlib.nullcontext()
         if key is None:

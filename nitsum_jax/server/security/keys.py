@@ -31,7 +31,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _KNOWN = ("hash", "role", "tiers", "requests_per_minute", "concurrent")
 
 
-class Role(enum.StrEnum):
+class KeyRole(enum.StrEnum):
     """What a key is for."""
 
     USER = "user"  # generates
@@ -57,7 +57,7 @@ class ApiKey:
 
     name: str
     digest: bytes
-    role: Role = Role.USER
+    role: KeyRole = KeyRole.USER
     tiers: tuple[str, ...] | None = None
     requests_per_minute: int | None = None
     concurrent: int | None = None
@@ -181,13 +181,13 @@ def _key(name: str, table: object, known_tiers: tuple[str, ...] | None) -> ApiKe
     match = _HASH.fullmatch(spelt) if isinstance(spelt, str) else None
     if match is None:
         raise InvalidInputError(f'key {name!r}: hash must be "sha256:" and 64 hex digits, as nitsum-keys new prints it')
-    role = table.get("role", Role.USER)
-    if role not in tuple(Role):
-        raise InvalidInputError(f"key {name!r}: role={role!r} is not known: use {', '.join(Role)}")
+    role = table.get("role", KeyRole.USER)
+    if role not in tuple(KeyRole):
+        raise InvalidInputError(f"key {name!r}: role={role!r} is not known: use {', '.join(KeyRole)}")
     return ApiKey(
         name,
         bytes.fromhex(match[1]),
-        Role(role),
+        KeyRole(role),
         _tiers(name, table.get("tiers"), known_tiers),
         table.get("requests_per_minute"),
         table.get("concurrent"),

@@ -9,7 +9,7 @@ from absl import flags
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, one_line
 from nitsum_jax.server import cli
-from nitsum_jax.server.security.keys import ApiKey, Role, digest_of, entry, new_secret, parse_keys, read_keys
+from nitsum_jax.server.security.keys import ApiKey, KeyRole, digest_of, entry, new_secret, parse_keys, read_keys
 
 _NAME = "nitsum-keys"
 USAGE = """nitsum-keys makes API keys for nitsum-serve --api_keys=FILE.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
 def _define() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string("name", None, "name of the key, for logs and messages", flag_values=values)
-    flags.DEFINE_enum("role", "user", list(Role), "what it may do", flag_values=values)
+    flags.DEFINE_enum("role", "user", list(KeyRole), "what it may do", flag_values=values)
     flags.DEFINE_list("tiers", None, "tiers that its requests may name; all if not given", flag_values=values)
     flags.DEFINE_integer("requests_per_minute", None, "limit; none if not given", lower_bound=1, flag_values=values)
     flags.DEFINE_integer(
@@ -68,7 +68,7 @@ def _new(values: flags.FlagValues) -> None:
     secret = new_secret()
     tiers = tuple(values.tiers) if values.tiers else None
     key = ApiKey(
-        values.name, digest_of(secret), Role(values.role), tiers, values.requests_per_minute, values.concurrent
+        values.name, digest_of(secret), KeyRole(values.role), tiers, values.requests_per_minute, values.concurrent
     )
     if values.file is None:
         cli.err(entry(key).rstrip())

@@ -21,7 +21,7 @@ class _Bucket:
     time_s: float
 
 
-class Place:
+class OutputSlot:
     """What a client holds while its call is answered: one output, and more if the call asks for more."""
 
     def __init__(self, open_: Counter[str], client: str, concurrent: int | None) -> None:
@@ -77,7 +77,7 @@ class Limits:
         self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def use(self, client: str, per_minute: int | None, concurrent: int | None) -> Iterator[Place]:
+    def use(self, client: str, per_minute: int | None, concurrent: int | None) -> Iterator[OutputSlot]:
         """Holds one of the client's places for the body.
 
         A client may use a minute's worth of calls at once, and gets the allowance back evenly.
@@ -93,7 +93,7 @@ class Limits:
         Raises:
           RateLimitedError: a limit is reached; it says when to try again.
         """
-        place = Place(self._open, client, concurrent)
+        place = OutputSlot(self._open, client, concurrent)
         try:
             if per_minute is not None:
                 self._spend(client, per_minute)

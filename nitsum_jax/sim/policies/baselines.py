@@ -29,7 +29,7 @@ from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.sim.policies import layouts
 from nitsum_jax.sim.policies.rebalancing import AllOrNothing, RoleBalancer, RoleLimits, SwitchLimits
-from nitsum_jax.sim.runs.simulation import Policy
+from nitsum_jax.sim.runs.simulation import RunPolicy
 
 CHUNKS = (256, 512, 1024, 2048)
 """Chunk budgets that Sarathi-style policies are tried with, tokens a step."""
@@ -71,17 +71,19 @@ class Setting:
         return layouts.plan_of(shapes, self.num_devices, self.node)
 
 
-def static(setting: Setting, name: str, shapes: tuple[Shape, ...], scheduler: SchedulerConfig | None = None) -> Policy:
+def static(
+    setting: Setting, name: str, shapes: tuple[Shape, ...], scheduler: SchedulerConfig | None = None
+) -> RunPolicy:
     """A layout that never changes."""
-    return Policy(f"{name}[{shapes_text(shapes)}]", setting.plan(shapes), scheduler or SchedulerConfig())
+    return RunPolicy(f"{name}[{shapes_text(shapes)}]", setting.plan(shapes), scheduler or SchedulerConfig())
 
 
-def static_tp(setting: Setting, tp: int) -> Iterator[Policy]:
+def static_tp(setting: Setting, tp: int) -> Iterator[RunPolicy]:
     """Instances of one TP: there is nothing to choose."""
     yield static(setting, f"static-tp{tp}", (Shape(tp),) * (setting.node // tp))
 
 
-def static_mixed(setting: Setting) -> Iterator[Policy]:
+def static_mixed(setting: Setting) -> Iterator[RunPolicy]:
     """Every cut, every placement: those that the planner knows, and large instances for relaxed tiers."""
     tight_first = sorted(setting.tiers, key=lambda tier: (tier.tpot_ms, tier.ttft_ms))
     seen = set()
@@ -94,14 +96,14 @@ def static_mixed(setting: Setting) -> Iterator[Policy]:
             yield static(setting, "static", tuple(shapes))
 
 
-def distserve(setting: Setting) -> Iterator[Policy]:
+def distserve(setting: Setting) -> Iterator[RunPolicy]:
     """Every split; first come first served as published, and with our scheduler."""
     for shapes in layouts.role_splits(setting.node, setting.tps):
         yield static(setting, "distserve-fcfs", shapes, _FCFS)
         yield static(setting, "distserve", shapes)
 
 
-def sarathi(setting: Setting) -> Iterator[Policy]:
+def sarathi(setting: Setting) -> Iterator[RunPolicy]:
     """Every TP with every chunk budget."""
     for tp in setting.tps:
         for chunk in CHUNKS:
@@ -111,13 +113,13 @@ def sarathi(setting: Setting) -> Iterator[Policy]:
             yield static(setting, f"sarathi-{chunk}", (Shape(tp),) * (setting.node // tp), config)
 
 
-def apart(setting: Setting) -> Iterator[Policy]:
+def apart(setting: Setting) -> Iterator[RunPolicy]:
     """Every way to part the devices between two groups of tiers, with every pair of TPs."""
     for shapes in layouts.tier_splits(setting.node, setting.tps, setting.tiers):
         yield static(setting, "apart", shapes, SchedulerConfig(tiers_apart=True))
 
 
-def dynamo(setting: Setting) -> Iterator[Policy]:
+def dynamo(setting: Setting) -> Iterator[RunPolicy]:
     """Every pair of TPs, one for prefill and one for decode, begun with half of the devices each; sets of limits."""
     for prefill, decode in itertools.product(setting.tps, repeat=2):
         unit = max(prefill, decode)
@@ -136,7 +138,7 @@ def dynamo(setting: Setting) -> Iterator[Policy]:
             yield dataclasses.replace(static(setting, name, shapes), controller=make, resident_tp=resident)
 
 
-def flying(setting: Setting) -> Iterator[Policy]:
+def flying(setting: Setting) -> Iterator[RunPolicy]:
     """Least and largest TP, with several limits on the requests per device."""
     least = Planner(setting.cost, setting.tiers).resident_tp  # below it there is no room to keep both sets of weights
     small, large = least, setting.tps[-1]
@@ -144,7 +146,7 @@ def flying(setting: Setting) -> Iterator[Policy]:
     joined = setting.plan((Shape(large),) * (setting.node // large))
     for up, down in ((2, 1), (4, 2), (8, 4), (16, 8), (32, 16)):
         make = functools.partial(AllOrNothing, spread, joined, SwitchLimits(up=up, down=down))
-        yield Policy(f"flying-{up}-{down}", joined, SchedulerConfig(), make, resident_tp=small)
+        yield RunPolicy(f"flying-{up}-{down}", joined, SchedulerConfig(), make, resident_tp=small)
 
 
 def adaptive(
@@ -156,7 +158,7 @@ def adaptive(
     first: tuple[Shape, ...] | None = None,
     allowed: tuple[str, ...] = (),
     device_put: bool = False,
-) -> Policy:
+) -> RunPolicy:
     """Adaptive control.
 
     Args:
@@ -177,10 +179,10 @@ def adaptive(
     def make() -> Controller:
         return AdaptiveController(setting.cost, setting.tiers, planner=planner)
 
-    return Policy(name, setting.plan(first), scheduler, make, known.resident_tp, device_put, allowed)
+    return RunPolicy(name, setting.plan(first), scheduler, make, known.resident_tp, device_put, allowed)
 
 
-def ablations(setting: Setting) -> Mapping[str, list[Policy]]:
+def ablations(setting: Setting) -> Mapping[str, list[RunPolicy]]:
     """Adaptive control with something taken away; of several policies the best counts.
 
     | name | what it may not do |
@@ -215,7 +217,7 @@ def ablations(setting: Setting) -> Mapping[str, list[Policy]]:
     }
 
 
-def best_static(setting: Setting) -> Iterator[Policy]:
+def best_static(setting: Setting) -> Iterator[RunPolicy]:
     """All static layouts, all with our scheduler."""
     yield from static_mixed(setting)
     for shapes in itertools.chain(
@@ -224,7 +226,7 @@ def best_static(setting: Setting) -> Iterator[Policy]:
         yield static(setting, "static", shapes)
 
 
-Family = Callable[[Setting], Iterator[Policy]]
+Family = Callable[[Setting], Iterator[RunPolicy]]
 
 
 def families(setting: Setting) -> Mapping[str, Family]:

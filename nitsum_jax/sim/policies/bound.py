@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from nitsum_jax.control.plan import CellPlan, Shape
 from nitsum_jax.sim.policies import layouts
 from nitsum_jax.sim.policies.baselines import Setting, static
-from nitsum_jax.sim.runs.simulation import Policy, simulate
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
 from nitsum_jax.sim.workloads.workload import Workload, window
 
 WINDOW_S = 60.0
@@ -79,7 +79,7 @@ class Bound:
         return self.best_met / self.offered if self.offered else 1.0
 
 
-def candidates(setting: Setting, more: Sequence[CellPlan] = ()) -> list[Policy]:
+def candidates(setting: Setting, more: Sequence[CellPlan] = ()) -> list[RunPolicy]:
     """All cuts of a node without placement of tiers, and these plans."""
     plain = [
         static(setting, "static", tuple(Shape(tp) for tp in cut)) for cut in layouts.cuts(setting.node, setting.tps)
@@ -88,14 +88,14 @@ def candidates(setting: Setting, more: Sequence[CellPlan] = ()) -> list[Policy]:
     for plan in more:
         if str(plan) not in names:
             names.add(str(plan))
-            plain.append(Policy(f"static[{plan}]", plan))
+            plain.append(RunPolicy(f"static[{plan}]", plan))
     return plain
 
 
 def upper_bound(
     setting: Setting,
     workload: Workload,
-    policies: Sequence[Policy],
+    policies: Sequence[RunPolicy],
     *,
     window_s: float = WINDOW_S,
     lead_s: float = LEAD_S,

@@ -9,12 +9,12 @@ from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
-from nitsum_jax.sim.runs.simulation import Policy
+from nitsum_jax.sim.runs.simulation import RunPolicy
 
 _LAYOUT = re.compile(r"\s*tp[0-9]", re.IGNORECASE)  # how every layout begins, and no name of a policy
 
 
-def policies_named(setting: Setting, name: str, *, device_put: bool = False) -> Sequence[Policy]:
+def policies_named(setting: Setting, name: str, *, device_put: bool = False) -> Sequence[RunPolicy]:
     """The policies that a name stands for: one, or a family to search.
 
     Args:

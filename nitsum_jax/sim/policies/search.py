@@ -1,7 +1,7 @@
 """Searches: the best of a family of policies for a load, and the highest rate that a policy serves.
 
-A load is a workload at every rate.  Rates lie on a grid (`Grid`), so that all policies are measured at the same ones
-and runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
+A load is a workload at every rate.  Rates lie on a grid (`RateGrid`), so that all policies are measured at the same
+ones and runs can be kept.  Searches see the whole workload, as a choice in hindsight may.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.sim.policies.baselines import Setting
-from nitsum_jax.sim.runs.simulation import Policy, simulate
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
 from nitsum_jax.sim.runs.summary import Figures, figures_of
 from nitsum_jax.sim.workloads.workload import Workload, concatenate, window
 
@@ -18,12 +18,12 @@ TARGET = 0.9
 
 _MOST_ROUNDS = 12
 
-Evaluate = Callable[[Policy, int], Figures]
+Evaluate = Callable[[RunPolicy, int], Figures]
 """The figures of a policy at a level of the grid."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grid:
+class RateGrid:
     """Rate factors in a geometric row: level i is `ratio ** i`."""
 
     ratio: float = 1.1
@@ -38,7 +38,7 @@ class Grid:
 
 
 def run(
-    setting: Setting, workload: Workload, policy: Policy, *, give_up: float | None = None, compile_s: float = 0.0
+    setting: Setting, workload: Workload, policy: RunPolicy, *, give_up: float | None = None, compile_s: float = 0.0
 ) -> Figures:
     """Simulates and sums up; `give_up` ends the run once more than this share is certain to miss."""
     most = None if give_up is None else math.ceil(give_up * len(workload.requests))
@@ -72,7 +72,9 @@ def sample(workload: Workload, seconds: float, parts: int = 4) -> Workload:
     return concatenate(windows, workload.name)
 
 
-def tournament(policies: Sequence[Policy], level: int, evaluate: Evaluate, keep: int, step: int = 2) -> list[Policy]:
+def tournament(
+    policies: Sequence[RunPolicy], level: int, evaluate: Evaluate, keep: int, step: int = 2
+) -> list[RunPolicy]:
     """The most promising policies, best first.
 
     All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes
@@ -117,7 +119,7 @@ class Capacity:
     below: int
 
 
-def crossing(reached: Callable[[int], float], guess: int, grid: Grid, lowest: int) -> Capacity:
+def crossing(reached: Callable[[int], float], guess: int, grid: RateGrid, lowest: int) -> Capacity:
     """Bisection over levels, from a guess outward.
 
     Attainment falls with the rate but for noise; the level returned passed, and the next one did not.
@@ -153,14 +155,14 @@ def crossing(reached: Callable[[int], float], guess: int, grid: Grid, lowest: in
     return Capacity(grid.factor(low + share), low)
 
 
-def capacity(policy: Policy, guess: int, evaluate: Evaluate, grid: Grid, lowest: int) -> Capacity:
+def capacity(policy: RunPolicy, guess: int, evaluate: Evaluate, grid: RateGrid, lowest: int) -> Capacity:
     """The highest rate that a policy serves: see `crossing`."""
     return crossing(lambda level: evaluate(policy, level).attainment, guess, grid, lowest)
 
 
 def best_by_capacity(
-    policies: Sequence[Policy], guess: int, evaluate: Evaluate, grid: Grid, lowest: int
-) -> tuple[Policy, Capacity]:
+    policies: Sequence[RunPolicy], guess: int, evaluate: Evaluate, grid: RateGrid, lowest: int
+) -> tuple[RunPolicy, Capacity]:
     """The policy of the highest capacity; those that do not pass the best level so far are not bisected."""
     best, found = policies[0], capacity(policies[0], guess, evaluate, grid, lowest)
     for policy in policies[1:]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nitsum_jax.sim.report import style
-from nitsum_jax.sim.report.runs import Run
+from nitsum_jax.sim.report.runs import ReportedRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,26 +35,26 @@ def capacity(rates: Sequence[float], attainments: Sequence[float], aim: float = 
     return None
 
 
-def by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def by_setting(runs: Sequence[ReportedRun]) -> dict[str, list[ReportedRun]]:
     """Runs that may be compared with each other."""
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[ReportedRun]] = {}
     for run in runs:
         found.setdefault(run.setting, []).append(run)
     return found
 
 
-def comparable(runs: Sequence[Run]) -> bool:
+def comparable(runs: Sequence[ReportedRun]) -> bool:
     """Whether there is anything to compare."""
     return any(len({(r.policy, r.rate) for r in group}) > 1 for group in by_setting(runs).values())
 
 
-def over_rates(group: Sequence[Run]) -> bool:
+def over_rates(group: Sequence[ReportedRun]) -> bool:
     """Whether some policy of these comparable runs was run at more than one rate."""
     policies = {r.policy for r in group}
     return len({(r.policy, r.rate) for r in group}) > len(policies)
 
 
-def attainment_by_rate(runs: Sequence[Run]) -> "Figure":
+def attainment_by_rate(runs: Sequence[ReportedRun]) -> "Figure":
     """A panel for each setting: lines over the rate, or bars where all runs have one rate."""
     groups = {name: group for name, group in by_setting(runs).items() if comparable(group)}
     policies = list(dict.fromkeys(r.policy for group in groups.values() for r in group))
@@ -74,7 +74,7 @@ def attainment_by_rate(runs: Sequence[Run]) -> "Figure":
     return figure
 
 
-def _lines(axes: "Axes", group: Sequence[Run], colours: dict[str, str]) -> None:
+def _lines(axes: "Axes", group: Sequence[ReportedRun], colours: dict[str, str]) -> None:
     axes.axhline(AIM, color=style.MUTED, linestyle=(0, (2, 3)), linewidth=1)
     curves = []
     for policy in dict.fromkeys(r.policy for r in group):
@@ -108,7 +108,7 @@ def _lines(axes: "Axes", group: Sequence[Run], colours: dict[str, str]) -> None:
     axes.legend(title=title, loc="center left", bbox_to_anchor=(1.01, 0.5), alignment="left")
 
 
-def _bars(axes: "Axes", group: Sequence[Run], colours: dict[str, str]) -> None:
+def _bars(axes: "Axes", group: Sequence[ReportedRun], colours: dict[str, str]) -> None:
     rows = sorted(group, key=lambda r: r.attainment)
     labels = [f"{r.policy} ({r.rate:.3g}/s)" for r in rows]
     shown = [style.ACCENT if r.policy == "adaptive" else colours[r.policy] for r in rows]

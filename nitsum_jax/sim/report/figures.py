@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nitsum_jax.sim.report import style
-from nitsum_jax.sim.report.runs import Run
+from nitsum_jax.sim.report.runs import ReportedRun
 from nitsum_jax.sim.report.spans import Span, nice_interval, spans_of
 from nitsum_jax.sim.runs.logs import RunLogs
 from nitsum_jax.sim.runs.metrics import over_time
@@ -21,7 +21,7 @@ _MANY = 3000  # rectangles above which the timeline becomes a picture
 _Floats = npt.NDArray[np.float64]
 
 
-def timeline(run: Run, logs: RunLogs) -> "Figure":
+def timeline(run: ReportedRun, logs: RunLogs) -> "Figure":
     """Load and goodput, attainment, layout and utilisation of a run over the same time."""
     seconds = run.seconds
     interval = nice_interval(seconds, run.rate)
@@ -49,7 +49,7 @@ def timeline(run: Run, logs: RunLogs) -> "Figure":
     return figure
 
 
-def latencies(run: Run, requests: RequestTable) -> "Figure":
+def latencies(run: ReportedRun, requests: RequestTable) -> "Figure":
     """Distributions of TTFT and TPOT of each tier, with the targets."""
     figure = style.new_figure(10.5, 3.7)
     colours = style.name_colours(run.tiers.names)
@@ -86,7 +86,7 @@ def latencies(run: Run, requests: RequestTable) -> "Figure":
     return figure
 
 
-def _load(axes: "Axes", run: Run, logs: RunLogs, edges: _Floats, unit: float) -> None:
+def _load(axes: "Axes", run: ReportedRun, logs: RunLogs, edges: _Floats, unit: float) -> None:
     """What came, stacked by tier, and what met its targets."""
     widths = np.diff(edges)
     colours = style.name_colours(run.tiers.names)
@@ -105,7 +105,7 @@ def _load(axes: "Axes", run: Run, logs: RunLogs, edges: _Floats, unit: float) ->
     _legend(axes, len(run.tiers) + 1)
 
 
-def _attainment(axes: "Axes", run: Run, logs: RunLogs, edges: _Floats, unit: float) -> None:
+def _attainment(axes: "Axes", run: ReportedRun, logs: RunLogs, edges: _Floats, unit: float) -> None:
     middles = (edges[1:] + edges[:-1]) / 2 / unit
     met = logs.requests.recomputed_met(run.tiers)
     axes.axhline(0.9, color=style.MUTED, linestyle=(0, (2, 3)), linewidth=1)

@@ -10,7 +10,7 @@ import jinja2
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.report import compare, figures, style
-from nitsum_jax.sim.report.runs import Run, open_run
+from nitsum_jax.sim.report.runs import ReportedRun, open_run
 
 MOST_DETAILED = 6
 
@@ -50,7 +50,7 @@ def write_report(
         raise InvalidInputError(f"{path}: cannot write the report: {e.strerror or e}") from e
 
 
-def report(runs: Sequence[Run], *, title: str = "Simulated runs", most_detailed: int = MOST_DETAILED) -> str:
+def report(runs: Sequence[ReportedRun], *, title: str = "Simulated runs", most_detailed: int = MOST_DETAILED) -> str:
     """The page as text; see write_report."""
     if not runs:
         raise InvalidInputError("a report needs at least one run")
@@ -90,21 +90,21 @@ def report(runs: Sequence[Run], *, title: str = "Simulated runs", most_detailed:
     )
 
 
-def _name(run: Run) -> str:
+def _name(run: ReportedRun) -> str:
     return f"{run.policy} at {run.rate:.3g} requests/s"
 
 
-def _settings(runs: Sequence[Run]) -> list[str]:
+def _settings(runs: Sequence[ReportedRun]) -> list[str]:
     return list(dict.fromkeys(run.setting for run in runs if run.setting))
 
 
-def _in_order(runs: Sequence[Run]) -> list[Run]:
+def _in_order(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
     """By setting and policy as they first come, and within them by rate."""
     settings, policies = ([*dict.fromkeys(names)] for names in ((r.setting for r in runs), (r.policy for r in runs)))
     return sorted(runs, key=lambda r: (settings.index(r.setting), policies.index(r.policy), r.rate))
 
 
-def _tiles(run: Run) -> list[tuple[str, str, str]]:
+def _tiles(run: ReportedRun) -> list[tuple[str, str, str]]:
     """(figure, what it is, more about it) of a single run."""
     total = run.summary["total"]
     tiles = [
@@ -121,13 +121,13 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _tier_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _tier_rows(runs: Sequence[ReportedRun]) -> list[dict[str, Any]]:
     """Targets of the tiers, each different one once."""
     tiers = dict.fromkeys(tier for run in runs for tier in run.tiers)
     return [{"name": t.name, "ttft": t.ttft_ms, "tpot": t.tpot_ms, "weight": t.weight} for t in tiers]
 
 
-def _row(run: Run) -> dict[str, Any]:
+def _row(run: ReportedRun) -> dict[str, Any]:
     total = run.summary["total"]
     return {
         "policy": run.policy,

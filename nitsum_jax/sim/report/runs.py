@@ -14,7 +14,7 @@ from nitsum_jax.sim.runs.records import REQUESTS, STEPS, SUMMARY, SWITCHES, read
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A folder with a summary and perhaps with logs.
 
     Attributes:
@@ -71,14 +71,14 @@ class Run:
         return read_folder(self.folder)
 
 
-def open_run(folder: str | pathlib.Path) -> Run:
+def open_run(folder: str | pathlib.Path) -> ReportedRun:
     """The run in a folder; reads the summary only.
 
     Raises:
       InvalidInputError: there is no summary, or it is not one of a run.
     """
     folder = pathlib.Path(folder)
-    run = Run(folder, read_summary(folder / SUMMARY))
+    run = ReportedRun(folder, read_summary(folder / SUMMARY))
     try:
         sound = run.rate >= 0 and run.seconds > 0 and 0 <= run.attainment <= 1 and len(run.tiers) > 0
         sound = sound and all(name in run.summary["tiers"] for name in run.tiers.names)

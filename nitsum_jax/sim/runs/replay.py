@@ -12,7 +12,7 @@ from nitsum_jax.sim.runs.records import read_decisions
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Replay:
+class ReplayedDecisions:
     """What came of it.
 
     Attributes:
@@ -24,7 +24,7 @@ class Replay:
     differences: tuple[str, ...]
 
 
-def replay(path: str | pathlib.Path, setting: Setting) -> Replay:
+def replay(path: str | pathlib.Path, setting: Setting) -> ReplayedDecisions:
     """Makes the decisions of a log again.
 
     Args:
@@ -47,4 +47,4 @@ def replay(path: str | pathlib.Path, setting: Setting) -> Replay:
         count += 1
         if str(decision.choice) != record.choice:
             differences.append(f"{path}:{line}: at {record.time_s:.3f} s: {decision.choice} instead of {record.choice}")
-    return Replay(count, tuple(differences))
+    return ReplayedDecisions(count, tuple(differences))

@@ -13,7 +13,7 @@ from typing import Protocol
 import tqdm
 
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Run, Span
+from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Span, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
 from nitsum_jax.control.plan import CellPlan
@@ -30,7 +30,7 @@ _CHECK_S = 5.0  # how often a run that may be given up is looked at
 
 
 @dataclasses.dataclass(frozen=True)
-class Policy:
+class RunPolicy:
     """All that decides in a run.
 
     Attributes:
@@ -67,7 +67,7 @@ class Log(Protocol):
 
 
 @dataclasses.dataclass(slots=True)
-class Outcome:
+class RunOutcome:
     """What a run came to.
 
     Attributes:
@@ -118,7 +118,7 @@ def simulate(
     workload: Workload,
     tiers: TierSet,
     cost: CostModel,
-    policy: Policy,
+    policy: RunPolicy,
     *,
     num_devices: int,
     log: Log | None = None,
@@ -127,7 +127,7 @@ def simulate(
     compile_s: float = 0.0,
     most_missed: int | None = None,
     progress: bool = False,
-) -> Outcome:
+) -> RunOutcome:
     """Runs a workload to the end of its last request.
 
     Args:
@@ -154,7 +154,7 @@ def simulate(
         return driver.run(most_missed, bar.update)
 
 
-def _check(workload: Workload, tiers: TierSet, cost: CostModel, policy: Policy, num_devices: int) -> None:
+def _check(workload: Workload, tiers: TierSet, cost: CostModel, policy: RunPolicy, num_devices: int) -> None:
     for tier in workload.tiers:
         tiers.get(tier)
     taken: set[int] = set()
@@ -177,7 +177,7 @@ class _Driver:
         workload: Workload,
         tiers: TierSet,
         cost: CostModel,
-        policy: Policy,
+        policy: RunPolicy,
         num_devices: int,
         log: Log | None,
         log_steps: bool,
@@ -190,7 +190,7 @@ class _Driver:
         self.compile_s = compile_s
         self.log = log
         self.step_log = log if log_steps else None
-        self.outcome = Outcome(policy.name, workload.seconds, offered=len(workload.requests))
+        self.outcome = RunOutcome(policy.name, workload.seconds, offered=len(workload.requests))
         self.by_name = {tier.name: tier for tier in tiers}
         self.scheduler: Scheduler[ModelWorker] = Scheduler(cost, tuple(tiers), policy.scheduler)
         self.cell = SwitchingCell(
@@ -209,7 +209,7 @@ class _Driver:
 
     # ---- driving
 
-    def run(self, most_missed: int | None, advance: Callable[[int], object]) -> Outcome:
+    def run(self, most_missed: int | None, advance: Callable[[int], object]) -> RunOutcome:
         cell, outcome, requests = self.cell, self.outcome, self.workload.requests
         tick_s = self.controller.interval_s if self.controller else math.inf
         check_s = _CHECK_S if most_missed is not None else math.inf
@@ -298,7 +298,7 @@ class _Driver:
 
     # ---- what the cell tells
 
-    def ran(self, worker: ModelWorker, run: Run) -> None:
+    def ran(self, worker: ModelWorker, run: StepRun) -> None:
         self.outcome.busy_s += (run.end_s - run.start_s) * worker.tp
         if self.step_log is not None:
             spans = run.spans()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nitsum_jax.sim.runs.simulation import Outcome
+from nitsum_jax.sim.runs.simulation import RunOutcome
 
 WINDOW_S = 60.0
 _PERCENTILES = (50, 90, 99)
@@ -71,7 +71,7 @@ class Figures:
         return Figures(**values)
 
 
-def figures_of(outcome: Outcome, num_devices: int) -> Figures:
+def figures_of(outcome: RunOutcome, num_devices: int) -> Figures:
     """Sums a run up."""
     count = max(1, int(-(-outcome.seconds // WINDOW_S)))
     windows = [[0, 0] for _ in range(count)]
@@ -120,7 +120,7 @@ def figures_of(outcome: Outcome, num_devices: int) -> Figures:
     )
 
 
-def _plans(outcome: Outcome) -> list[Any]:
+def _plans(outcome: RunOutcome) -> list[Any]:
     plans = {
         str(report.after): [[list(i.devices), i.role, list(i.tiers)] for i in report.after.instances]
         for report in outcome.switches

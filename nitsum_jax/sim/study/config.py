@@ -11,7 +11,7 @@ from typing import Any
 
 from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.study.loads import Part, Phase
+from nitsum_jax.sim.study.loads import LoadPhase, Part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Mix:
 
     name: str
     shifting: bool
-    phases: tuple[Phase, ...]
+    phases: tuple[LoadPhase, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _study(values: Mapping[str, Any]) -> StudyConfig:
 
 def _mix(name: str, values: Mapping[str, Any]) -> Mix:
     phases = tuple(
-        Phase(phase.get("share", 1.0), tuple(Part(**part) for part in phase["parts"])) for phase in values["phases"]
+        LoadPhase(phase.get("share", 1.0), tuple(Part(**part) for part in phase["parts"])) for phase in values["phases"]
     )
     return Mix(name, len(phases) > 1, phases)
 
@@ -129,11 +129,11 @@ def _case(name: str, values: Mapping[str, Any]) -> Case:
     return Case(name, tuple(values["profiles"]), tiers, mixes=tuple(values.get("mixes", ())), **rest)
 
 
-def phases_of(mix: Mix, case: Case) -> tuple[Phase, ...]:
+def phases_of(mix: Mix, case: Case) -> tuple[LoadPhase, ...]:
     """The phases of a mix with a case's times and rates: parts' rates are shares of the case's rate."""
     length = case.phase_s if mix.shifting else case.steady_s
     return tuple(
-        Phase(
+        LoadPhase(
             phase.seconds * length,
             tuple(dataclasses.replace(part, rate=part.rate * case.rate) for part in phase.parts),
         )

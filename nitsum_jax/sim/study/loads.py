@@ -37,7 +37,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Phase:
+class LoadPhase:
     """A stretch of time with one mix; `seconds` long."""
 
     seconds: float
@@ -57,7 +57,7 @@ class Load:
 
     name: str
     traces: Mapping[str, Workload] = dataclasses.field(repr=False)
-    phases: tuple[Phase, ...]
+    phases: tuple[LoadPhase, ...]
     seed: int = 0
 
     @property
@@ -130,4 +130,4 @@ def cached(load: Load, size: int = 24) -> "functools._lru_cache_wrapper[Workload
 
 def steady(name: str, traces: Mapping[str, Workload], parts: Sequence[Part], seconds: float, seed: int = 0) -> Load:
     """A load of one phase."""
-    return Load(name, traces, (Phase(seconds, tuple(parts)),), seed)
+    return Load(name, traces, (LoadPhase(seconds, tuple(parts)),), seed)

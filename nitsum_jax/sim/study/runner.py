@@ -14,8 +14,17 @@ from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
 from nitsum_jax.sim.policies.bound import candidates, upper_bound
-from nitsum_jax.sim.policies.search import Capacity, Grid, best_by_capacity, capacity, crossing, run, sample, tournament
-from nitsum_jax.sim.runs.simulation import Policy
+from nitsum_jax.sim.policies.search import (
+    Capacity,
+    RateGrid,
+    best_by_capacity,
+    capacity,
+    crossing,
+    run,
+    sample,
+    tournament,
+)
+from nitsum_jax.sim.runs.simulation import RunPolicy
 from nitsum_jax.sim.runs.summary import Figures
 from nitsum_jax.sim.study.cache import Cache, code_digest, key_of
 from nitsum_jax.sim.study.config import Case, Mix, StudyConfig, phases_of
@@ -64,7 +73,7 @@ def run_cell(cell: StudyCell) -> dict[str, Any]:
 class _Runner:
     def __init__(self, cell: StudyCell):
         self.cell = cell
-        self.grid = Grid(cell.config.ratio)
+        self.grid = RateGrid(cell.config.ratio)
         self.setting = Setting(CostModel(load_profile(cell.profile)), cell.case.tiers, cell.config.devices)
         self.load = Load(cell.mix.name, cell.traces, phases_of(cell.mix, cell.case), cell.config.seed)
         self.cache = Cache(cell.cache / f"{cell.name}.jsonl")
@@ -85,7 +94,7 @@ class _Runner:
 
     # ---- runs
 
-    def _key(self, kind: str, policy: Policy, level: int, **more: object) -> str:
+    def _key(self, kind: str, policy: RunPolicy, level: int, **more: object) -> str:
         return key_of(
             kind=kind,
             about=self.about,
@@ -96,7 +105,7 @@ class _Runner:
             **more,
         )
 
-    def full(self, policy: Policy, level: int) -> Figures:
+    def full(self, policy: RunPolicy, level: int) -> Figures:
         """The whole workload; hopeless runs are cut short."""
         key = self._key("full", policy, level)
         value = self.cache.get(key, lambda: run(self.setting, self.workload(level), policy, give_up=0.5).to_json())
@@ -104,12 +113,12 @@ class _Runner:
         self.curves.setdefault(policy.name, {})[level] = found
         return found
 
-    def whole(self, policy: Policy, level: int) -> Figures:
+    def whole(self, policy: RunPolicy, level: int) -> Figures:
         """The whole workload to its end, for rows that others are compared with however hopeless they are."""
         key = self._key("whole", policy, level)
         return Figures.from_json(self.cache.get(key, lambda: run(self.setting, self.workload(level), policy).to_json()))
 
-    def look(self, policy: Policy, level: int) -> Figures:
+    def look(self, policy: RunPolicy, level: int) -> Figures:
         """Some of the workload, given up as soon as it is far from the target."""
         key = self._key("sample", policy, level, sample=self.cell.case.sample_s)
         value = self.cache.get(key, lambda: run(self.setting, self.sampled(level), policy, give_up=_GIVE_UP).to_json())
@@ -122,8 +131,8 @@ class _Runner:
         adaptive = baselines.adaptive(setting)
         guess = capacity(adaptive, 0, self.full, self.grid, LOWEST)
         self._say(f"adaptive {guess.factor * self.load.rate:.2f}/s")
-        results: dict[str, tuple[Policy, Capacity]] = {"adaptive": (adaptive, guess)}
-        finalists: list[Policy] = []
+        results: dict[str, tuple[RunPolicy, Capacity]] = {"adaptive": (adaptive, guess)}
+        finalists: list[RunPolicy] = []
         for family, make in baselines.families(setting).items():
             if family == "static-mixed":
                 continue  # contained in `static`
@@ -145,11 +154,11 @@ class _Runner:
         values["ablations"] = self._ablations(results["adaptive"][1])
         return values
 
-    def _levels(self, results: Mapping[str, tuple[Policy, Capacity]]) -> list[int]:
+    def _levels(self, results: Mapping[str, tuple[RunPolicy, Capacity]]) -> list[int]:
         """Rates at which all are compared: the highest that the best static layout serves, and adaptive control."""
         return sorted({results[name][1].below for name in ("static", "adaptive") if results[name][1].factor > 0})
 
-    def _values(self, results: Mapping[str, tuple[Policy, Capacity]], levels: list[int]) -> dict[str, Any]:
+    def _values(self, results: Mapping[str, tuple[RunPolicy, Capacity]], levels: list[int]) -> dict[str, Any]:
         cell = self.cell
         rows = {}
         for family, (policy, found) in results.items():
@@ -193,7 +202,7 @@ class _Runner:
             "given_up": figures.given_up,
         }
 
-    def _bound(self, level: int, policies: list[Policy]) -> dict[str, Any]:
+    def _bound(self, level: int, policies: list[RunPolicy]) -> dict[str, Any]:
         adaptive = self.full(baselines.adaptive(self.setting), level)
         plans = [policy.plan for policy in policies] + [_plan(layout) for layout in adaptive.plans]
         chosen = candidates(self.setting, plans)
@@ -220,7 +229,7 @@ class _Runner:
             found["best_capacity"] = crossing(reached, level, self.grid, LOWEST).factor * self.load.rate
         return found
 
-    def _bound_at(self, level: int, chosen: list[Policy]) -> dict[str, Any]:
+    def _bound_at(self, level: int, chosen: list[RunPolicy]) -> dict[str, Any]:
         names = sorted(str(policy.plan) for policy in chosen)
         key = key_of(
             kind="bound", about=self.about, factor=self.grid.factor(level), code=code_digest(False), names=names

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.model.cell import CellModel, ModelWorker, Run
+from nitsum_jax.control.model.cell import CellModel, ModelWorker, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import CellPlan, InstancePlan, homogeneous
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -46,7 +46,7 @@ def test_rows_of_decode_steps_equal_stepping_one_by_one(plan: CellPlan, order: s
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 200), st.floats(1e-4, 0.1), st.floats(0, 1e-4), st.floats(0, 1))
 def test_steps_by_counts_the_steps_that_ended(count: int, first_s: float, growth_s: float, share: float) -> None:
-    run = Run(2.0, count, first_s, growth_s, 3, 100, [])
+    run = StepRun(2.0, count, first_s, growth_s, 3, 100, [])
     now = 2.0 + share * (run.end_s - 2.0)
     ends = [end for _, end, _ in run.steps()]
     assert run.steps_by(now) == sum(end <= now for end in ends)
@@ -198,7 +198,7 @@ def test_a_recorder_may_take_whole_rows() -> None:
             super().__init__()
             self.counts: list[int] = []
 
-        def ran(self, worker: ModelWorker, run: Run) -> None:
+        def ran(self, worker: ModelWorker, run: StepRun) -> None:
             self.counts.append(run.count)
 
     rows = _Rows()

@@ -8,7 +8,7 @@ import pytest
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.engine.batching.pacing import Pace, Pacer
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.dispatched import Chunk, Step
 from nitsum_jax.engine.step.packing import StepShape
@@ -28,8 +28,8 @@ def instance() -> FakeInstance:
     instance = FakeInstance(spec, [BlockAllocator(4000) for _ in range(8)], 8, 256)
     for number in range(5):
         prompt = 1000 if number < 4 else 700
-        table = np.zeros((8, 256), np.int32)
-        sequence = Sequence(Request(str(number), (1,) * prompt, 50), 0, [1] * prompt, table, 1050)
+        page_table = np.zeros((8, 256), np.int32)
+        sequence = LiveRequest(Request(str(number), (1,) * prompt, 50), 0, [1] * prompt, page_table, 1050)
         sequence.start_prefill(again=False)
         assert instance.grow(sequence, prompt)
         instance.join(sequence)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.executables import compiling as module
 from nitsum_jax.engine.executables.compiling import ASKED_FOR, Executables, Group, compile_counter
-from nitsum_jax.engine.executables.progress import CompileProgress, LayoutProgress, Wanted
+from nitsum_jax.engine.executables.progress import CompileProgress, LayoutProgress, WantedLayout
 from nitsum_jax.engine.executables.rebind import Blueprint, can_rebind, without_jax_cache
 from nitsum_jax.engine.executables.step_store import StepStore
 from nitsum_jax.engine.step.packing import StepShape
@@ -244,7 +244,7 @@ def test_groups_of_one_size_are_compiled_once(program: Program, workshop: Worksh
 def test_it_is_told_how_far_a_layout_is(program: Program, workshop: Workshop) -> None:
     executables = workshop.start(program, threads=1)
     groups = ((0, 1), (2, 3))
-    wanted = Wanted(parse_layout("tp2x2", 4), groups, time.monotonic())
+    wanted = WantedLayout(parse_layout("tp2x2", 4), groups, time.monotonic())
     assert executables.progress([]) == CompileProgress()
     executables.want(groups, 0)
     while not (progress := executables.progress([wanted, wanted])).making:
@@ -272,7 +272,7 @@ def test_what_waits_for_its_first_run_is_compiled_and_not_ready(program: Program
     workshop.gate.set()
     executables = Executables(program, (DECODE,), mesh_of, workshop.told.release, trials=True)
     workshop.open.append(executables)
-    wanted = Wanted(parse_layout("tp2@0,1", 4), ((0, 1),), time.monotonic())
+    wanted = WantedLayout(parse_layout("tp2@0,1", 4), ((0, 1),), time.monotonic())
     executables.provide(lambda group, shape, compiled: None)
     executables.serve()
     executables.want([(0, 1)], 0)

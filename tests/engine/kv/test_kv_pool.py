@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator, KvPool
 from nitsum_jax.engine.kv.transfer import PIECES, BlockMover, HostMover, pieces
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 
@@ -93,7 +93,7 @@ def test_arrays_are_lent_in_rank_order_and_without_a_copy() -> None:
     contents = fill(pool)
     addresses = [pool.array(index).unsafe_buffer_pointer() for index in range(4)]
     vmap = VshardMap(4)
-    spec = Instance((0, 1, 2, 3))
+    spec = InstanceSpec((0, 1, 2, 3))
     order = vmap.ordered(spec.devices)
     lent = pool.lend(instance_mesh(pool.devices, spec, vmap), order)
     assert lent.shape == (4 * BLOCKS, *SHAPE.block_shape)
@@ -106,7 +106,7 @@ def test_arrays_are_lent_in_rank_order_and_without_a_copy() -> None:
 
 def test_a_lent_array_is_out_of_reach() -> None:
     pool = new_pool()
-    mesh = instance_mesh(pool.devices, Instance((1,)), VshardMap(2))
+    mesh = instance_mesh(pool.devices, InstanceSpec((1,)), VshardMap(2))
     lent = pool.lend(mesh, [1])
     with pytest.raises(ValueError, match="device 1 is lent"):
         pool.array(1)

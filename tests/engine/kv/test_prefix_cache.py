@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
 from nitsum_jax.engine.kv.prefix_index import PrefixIndex, extend_keys
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.switching.migration import Host, Traveller, free, plan_moves
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.engine.switching.migration import Destination, Leaving, free, plan_moves
+from nitsum_jax.meshes.layout import InstanceSpec, parse_layout
 from nitsum_jax.meshes.vshards import VshardMap
 
 DEVICES, K, PAGE, BLOCKS, PAGES = 4, 4, 2, 60, 40
@@ -58,7 +57,7 @@ class World:
     def __init__(self, layout: str, granule: int) -> None:
         self.pool = KvPool(jax.devices()[:DEVICES], PoolShape(BLOCKS, 1, PAGE, 1, 1, "float32"), prefix_vshards=K)
         self.content: dict[tuple[int, int], Any] = {}
-        self.alive: list[tuple[Sequence, FakeInstance]] = []
+        self.alive: list[tuple[LiveRequest, FakeInstance]] = []
         self.count = 0
         self.instances = instances_of(layout)
         self.cache = PrefixCache(self.pool, cast(Any, self), granule=granule, prompts_only=granule > PAGE)
@@ -77,8 +76,8 @@ class World:
         prompt = beginning + [100 * self.count + i for i in range(dice.choice((0, 1, 5)))]
         home = dice.choice(self.instances)
         request = Request(str(self.count), tuple(prompt), 8)
-        table = np.zeros((K, PAGES), np.int32)
-        sequence = Sequence(request, seed=0, tokens=prompt, table=table, limit=len(prompt) + 8)
+        page_table = np.zeros((K, PAGES), np.int32)
+        sequence = LiveRequest(request, seed=0, tokens=prompt, page_table=page_table, limit=len(prompt) + 8)
         sequence.start_prefill(again=False)
         prefix = self.cache.find(sequence)
         pages = -(-(len(prompt) + 1) // PAGE)
@@ -93,9 +92,9 @@ class World:
         self.grow(sequence, home, pages)
         self.alive.append((sequence, home))
 
-    def grow(self, sequence: Sequence, home: FakeInstance, pages: int) -> None:
+    def grow(self, sequence: LiveRequest, home: FakeInstance, pages: int) -> None:
         for k, device in enumerate(home.device_of):
-            sequence.table[k, sequence.pages : pages] = self.pool.allocators[device].take(
+            sequence.page_table[k, sequence.pages : pages] = self.pool.allocators[device].take(
                 max(0, pages - sequence.pages)
             )
         sequence.pages = max(sequence.pages, pages)
@@ -120,10 +119,10 @@ class World:
         self.grow(sequence, home, pages)
         self.compute(sequence, home, len(sequence.tokens) - sequence.cached)
 
-    def compute(self, sequence: Sequence, home: FakeInstance, count: int) -> None:
+    def compute(self, sequence: LiveRequest, home: FakeInstance, count: int) -> None:
         for position in range(sequence.cached, sequence.cached + count):
             for k, device in enumerate(home.device_of):
-                block = int(sequence.table[k, position // PAGE])
+                block = int(sequence.page_table[k, position // PAGE])
                 assert self.pool.allocators[device].users(np.array([block])) == 1, "a shared page was written to"
                 self.content[device, block] = (tuple(sequence.tokens[: position + 1]), k)
         sequence.cached += count
@@ -132,33 +131,35 @@ class World:
     def end(self, dice: random.Random) -> None:
         self.leave(*self.alive.pop(dice.randrange(len(self.alive))))
 
-    def leave(self, sequence: Sequence, home: FakeInstance) -> None:
+    def leave(self, sequence: LiveRequest, home: FakeInstance) -> None:
         for k, device in enumerate(home.device_of):
-            self.pool.allocators[device].give(sequence.table[k, : sequence.pages])
+            self.pool.allocators[device].give(sequence.page_table[k, : sequence.pages])
 
     def switch(self, dice: random.Random) -> None:
         new = instances_of(dice.choice(LAYOUTS))
         states = [allocator.state() for allocator in self.pool.allocators]
-        tables = [sequence.table.copy() for sequence, _ in self.alive]
-        travellers = [Traveller(sequence, home.device_of) for sequence, home in self.alive]
+        tables = [sequence.page_table.copy() for sequence, _ in self.alive]
+        travellers = [Leaving(sequence, home.device_of) for sequence, home in self.alive]
         moves = plan_moves(
-            travellers, [Host(InstanceSpec(i.order), tuple(i.device_of), 6, BLOCKS, PAGE) for i in new], self.pool
+            travellers,
+            [Destination(InstanceSpec(i.order), tuple(i.device_of), 6, BLOCKS, PAGE) for i in new],
+            self.pool,
         )
         if dice.random() < 0.2:  # it fails
             for allocator, state in zip(self.pool.allocators, states, strict=True):
                 allocator.restore(state)
-            for (sequence, _), table in zip(self.alive, tables, strict=True):
-                sequence.table[:] = table
+            for (sequence, _), page_table in zip(self.alive, tables, strict=True):
+                sequence.page_table[:] = page_table
             return
         for (source, target), (old, there) in moves.blocks.items():
             self.move(source, target, np.concatenate(old), np.concatenate(there))
         free(moves.freed, self.pool)
         stay = []
-        for (sequence, home), host in zip(self.alive, moves.assigned, strict=True):
-            if host is None:
+        for (sequence, home), destination in zip(self.alive, moves.assigned, strict=True):
+            if destination is None:
                 self.leave(sequence, home)
             else:
-                stay.append((sequence, new[host]))
+                stay.append((sequence, new[destination]))
         self.alive, self.instances = stay, new
 
     def fail(self, dice: random.Random) -> None:
@@ -179,7 +180,7 @@ class World:
         used: collections.Counter[tuple[int, int]] = collections.Counter()
         for sequence, home in self.alive:
             for k, device in enumerate(home.device_of):
-                used.update((device, block) for block in sequence.table[k, : sequence.pages].tolist())
+                used.update((device, block) for block in sequence.page_table[k, : sequence.pages].tolist())
         for device, allocator in enumerate(self.pool.allocators):
             users = allocator.users(np.arange(BLOCKS))
             assert {(device, b): n for b, n in enumerate(users.tolist()) if n} == {
@@ -195,7 +196,7 @@ class World:
             for page in range(-(-sequence.cached // PAGE)):
                 end = min(sequence.cached, (page + 1) * PAGE)
                 for k, device in enumerate(home.device_of):
-                    held = self.content[device, int(sequence.table[k, page])]
+                    held = self.content[device, int(sequence.page_table[k, page])]
                     assert held == (tuple(sequence.tokens[:end]), k)
 
     def close(self) -> None:

@@ -34,14 +34,14 @@ class Case:
     k: np.ndarray
     v: np.ndarray
     pool: np.ndarray
-    table: np.ndarray
+    page_table: np.ndarray
     context: np.ndarray
 
     def run(self, layer: int) -> np.ndarray:
         attend = jax.jit(functools.partial(paged_attention, layer=layer, shape=self.shape))
-        arrays = (self.q, self.k, self.v, self.pool, self.table, self.context)
-        q, k, v, pool, table, context = map(jnp.asarray, arrays)
-        return np.asarray(attend(q, k, v, pool, table=table, context=context))
+        arrays = (self.q, self.k, self.v, self.pool, self.page_table, self.context)
+        q, k, v, pool, page_table, context = map(jnp.asarray, arrays)
+        return np.asarray(attend(q, k, v, pool, page_table=page_table, context=context))
 
     def expected(self, layer: int) -> np.ndarray:
         """Plain softmax attention of every query over its own past, in float64."""
@@ -50,7 +50,7 @@ class Case:
         batch, length, slots, heads, _ = self.q.shape
         for b, s, h in np.ndindex(batch, slots, heads):
             g = h // (heads // self.k.shape[3])
-            pages = stored[self.table[b, s], layer][..., g, :].astype(np.float64)  # [P, 2, W, A]
+            pages = stored[self.page_table[b, s], layer][..., g, :].astype(np.float64)  # [P, 2, W, A]
             keys, values = pages.transpose(1, 0, 2, 3).reshape(2, -1, WIDTH)[:, : self.context[b]]
             keys = np.concatenate([keys, self.k[b, :, s, g]])
             values = np.concatenate([values, self.v[b, :, s, g]])
@@ -86,11 +86,11 @@ def make_case(
     pool = normal(blocks, *shape.block_shape)
     if dtype == "bfloat16":
         pool = pool.astype(ml_dtypes.bfloat16).view(np.uint16)
-    table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
+    page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
     # Queries are scaled up so that softmax is far from uniform.
     q = 2 * normal(batch, length, slots, heads, WIDTH)
     k, v = normal(batch, length, slots, groups, WIDTH), normal(batch, length, slots, groups, WIDTH)
-    return Case(shape, q, k, v, pool, table, np.array(contexts, np.int32))
+    return Case(shape, q, k, v, pool, page_table, np.array(contexts, np.int32))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,11 @@ def test_a_vshard_alone_on_its_device_gets_the_bits_it_gets_in_company(length: i
         for first in range(0, 8, size):
             part = slice(first, first + size)
             alone = dataclasses.replace(
-                case, q=case.q[:, :, part], k=case.k[:, :, part], v=case.v[:, :, part], table=case.table[:, part]
+                case,
+                q=case.q[:, :, part],
+                k=case.k[:, :, part],
+                v=case.v[:, :, part],
+                page_table=case.page_table[:, part],
             )
             np.testing.assert_array_equal(alone.run(0), together[:, :, part])
 
@@ -142,7 +146,7 @@ def test_blocks_behind_the_context_are_not_seen() -> None:
     expected = case.run(0)
     stale = case.pool.copy()
     for row, pages in ((0, 2), (1, 9)):  # 20 tokens lie in 2 pages, 130 in 9
-        stale[case.table[row, :, pages:]] = np.nan
+        stale[case.page_table[row, :, pages:]] = np.nan
     changed = dataclasses.replace(case, pool=np.where(np.isnan(stale), np.float32(1e30), stale))
     np.testing.assert_array_equal(changed.run(0), expected)
 
@@ -161,7 +165,7 @@ def test_a_broken_token_reaches_those_that_see_it_and_nobody_else(length: int) -
             left_k, left_v = map(np.asarray, contained(jnp.full(WIDTH, value, jnp.float32), jnp.ones(WIDTH)))
             assert np.isnan(left_k).all()
             assert np.isfinite(left_v).all()
-            for block in (case.table[1, 0, -1], case.table[2, 0, 0]):
+            for block in (case.page_table[1, 0, -1], case.page_table[2, 0, 0]):
                 pool[block, 0, 0, 5], pool[block, 0, 1, 5] = left_k, left_v
             k, v = map(np.asarray, contained(jnp.asarray(new["k"]), jnp.asarray(new["v"])))
             got = dataclasses.replace(case, k=k, v=v, pool=pool).run(0)
@@ -221,16 +225,16 @@ def test_tokens_are_written_where_the_table_says_and_nowhere_else(dtype: str, da
     limit = pages * page_size
     context = np.array([data.draw(st.integers(0, limit - int(count))) for count in counts], np.int32)
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
-    table = rng.permutation(shape.blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
+    page_table = rng.permutation(shape.blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
     before = np.zeros((shape.blocks, *shape.block_shape), shape.storage_dtype)
     new = rng.standard_normal((batch, length, slots, LAYERS, 2, 1, WIDTH)).astype(np.float32)
-    after = np.asarray(write(shape)(*map(jnp.asarray, (before, new, table, context, counts))))
+    after = np.asarray(write(shape)(*map(jnp.asarray, (before, new, page_table, context, counts))))
     expected = before.copy()
     encoded = np.asarray(encode(jnp.asarray(new), shape))
     for b, s in np.ndindex(batch, slots):
         for t in range(counts[b]):  # the rest is padding
             position = context[b] + t
-            block = table[b, s, position // page_size]
+            block = page_table[b, s, position // page_size]
             expected[block, :, :, position % page_size] = encoded[b, t, s]
     np.testing.assert_array_equal(after, expected)
 

@@ -1,7 +1,6 @@
 """Weights that are no numbers: the requests that meet them fail with an error that says so, and nobody else notices."""
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
         harness.assert_balanced()
 
 
-def answerable(prompts: Seq[tuple[int, ...]], tokens: int) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+def answerable(prompts: Sequence[tuple[int, ...]], tokens: int) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     """Those of the prompts that, with their answers of so many tokens, have none of the two; and these answers."""
     prompts = [prompt for prompt in prompts if not {NAN, INF} & set(prompt)]
     answers, gap = generate(VARIANT, prompts, tokens)

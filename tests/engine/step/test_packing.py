@@ -44,7 +44,7 @@ def rows(draw: st.DrawFn, tokens: int) -> dict[str, object]:
         "min_tokens": draw(st.integers(0, 3)),
         "logprobs": draw(st.booleans()),
         "stops": draw(st.lists(st.integers(0, VOCAB - 1), max_size=MAX_STOP_IDS)),
-        "table": np.array([[draw(st.integers(0, 500)) for _ in range(used)] for _ in range(VSHARDS)], np.int32),
+        "page_table": np.array([[draw(st.integers(0, 500)) for _ in range(used)] for _ in range(VSHARDS)], np.int32),
     }
 
 
@@ -54,7 +54,7 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
     wanted = data.draw(st.lists(rows(shape.tokens), max_size=shape.batch))
     packer = Packer(shape, VSHARDS, PAGES, DUMMY)
     for one in wanted:
-        rest = {key: one[key] for key in ("row", "context", "tokens", "emit", "table")}
+        rest = {key: one[key] for key in ("row", "context", "tokens", "emit", "page_table")}
         fields = {key: one[key] for key in ("min_tokens", "logprobs")}
         columns = sampling_columns(one["sampling"], one["seed"], one["prompt_len"], **fields)  # type: ignore[arg-type]
         packer.add(columns, steering=steering(one["sampling"], one["stops"]), **rest)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
     for index, one in enumerate(wanted):
         sampling = one["sampling"]
         assert isinstance(sampling, SamplingParams)
-        tokens, table = one["tokens"], one["table"]
+        tokens, page_table = one["tokens"], one["page_table"]
         assert inputs.row[index] == one["row"]
         assert inputs.context[index] == one["context"]
         assert inputs.emit[index] == one["emit"]
@@ -93,8 +93,8 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
         if not shape.is_decode:
             wanted_steering = steering(sampling, one["stops"])  # type: ignore[arg-type]
             assert inputs.steering[index].tolist() == wanted_steering.tolist()
-        assert isinstance(table, np.ndarray)
-        np.testing.assert_array_equal(inputs.table[index, :, : table.shape[1]], table)
+        assert isinstance(page_table, np.ndarray)
+        np.testing.assert_array_equal(inputs.page_table[index, :, : page_table.shape[1]], page_table)
         if isinstance(tokens, list):
             assert inputs.new_tokens[index] == len(tokens)
             assert inputs.tokens[index, : len(tokens)].tolist() == tokens

@@ -11,7 +11,7 @@ from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import Program, compile_step
-from nitsum_jax.meshes.layout import Instance
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.models import tiny_random
@@ -122,11 +122,11 @@ def test_rows_of_a_batch_do_not_touch_each_other(rig: StepRig) -> None:
     together = rig.run(rows, shape, 1)
     changed = rig.run([Row(90, (1,)), rows[1], Row(5, (2,), SAMPLED)], shape, 1)
     np.testing.assert_array_equal(changed.logits[1], together.logits[1])
-    own = rig.table[1].reshape(-1)
+    own = rig.page_table[1].reshape(-1)
     np.testing.assert_array_equal(changed.blocks[own], together.blocks[own])
     # One token was written to the one page of every vshard that is due, and to no other block at all.
     written = np.flatnonzero((together.blocks != rig.past).any(axis=(1, 2, 3, 4, 5)))
-    due = [rig.table[row, :, context // 16] for row, context in enumerate((3, 40, 17))]
+    due = [rig.page_table[row, :, context // 16] for row, context in enumerate((3, 40, 17))]
     assert set(written) == set(np.concatenate(due))
 
 
@@ -163,7 +163,7 @@ def test_the_pool_is_not_copied_where_a_virtual_shard_has_one_narrow_head(tmp_pa
     cut = ModelCut.of(config, 8)
     pool = PoolShape(20_000, config.num_layers, 16, cut.kv_heads, config.head_dim, "float32")
     program = Program(config, cut, "float32", pool, 8, 512)
-    mesh = instance_mesh(jax.local_devices(), Instance((0,)), VshardMap(8))
+    mesh = instance_mesh(jax.local_devices(), InstanceSpec((0,)), VshardMap(8))
     memory = compile_step(program, StepShape(8, 1), mesh).memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < pool.blocks * pool.block_bytes // 10

@@ -8,7 +8,7 @@ import pytest
 
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.kv_pool import KvPool
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.dispatched import Step
@@ -120,7 +120,7 @@ def test_copies_that_go_past_the_steps_leave_alone_what_these_may_still_write() 
 
 def test_pages_are_settled_when_a_step_with_them_was_taken_in() -> None:
     home, elsewhere = object(), object()
-    sequence = Sequence(Request("a", (1, 2, 3), 5), 0, [1, 2, 3], np.zeros((4, 2), np.int32), 8)
+    sequence = LiveRequest(Request("a", (1, 2, 3), 5), 0, [1, 2, 3], np.zeros((4, 2), np.int32), 8)
     sequence.home, sequence.landing = home, 3  # type: ignore[assignment]  # only who it is counts
     for instance, number, landing in ((home, 2, 3), (elsewhere, 3, 3), (home, 3, 0)):
         # Not by a step that was launched before they came, nor by one of the instance that it comes from.

@@ -24,7 +24,7 @@ from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.runtime.control import control_loop
 from nitsum_jax.runtime.control.control_loop import ControlLoop, Listener, Mode
 from nitsum_jax.runtime.control.decision_log import DecisionLog
-from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.runtime.control.planner_process import PlannerError
 from tests.control.profiles import roofline_profile
 
@@ -146,8 +146,8 @@ def start(engine: FakeEngine, scheduling: FakeScheduling) -> Iterator[Callable[.
     loops = []
 
     def make(mode: Mode, log: DecisionLog | None = None) -> ControlLoop:
-        journal = Journal()
-        loop = ControlLoop(engine, scheduling, COST, (CHAT, CODE), journal, mode=mode, config=CONFIG, log=log)
+        layout_log = LayoutLog()
+        loop = ControlLoop(engine, scheduling, COST, (CHAT, CODE), layout_log, mode=mode, config=CONFIG, log=log)
         in_process(loop)
         loop.start()
         loops.append(loop)
@@ -252,7 +252,7 @@ def test_decisions_can_be_made_again_from_the_log(
 
 
 def test_without_a_planner_there_is_nothing_to_pause(engine: FakeEngine, scheduling: FakeScheduling) -> None:
-    loop = ControlLoop(engine, scheduling, COST, (CHAT, CODE), Journal(), mode=Mode.OFF)
+    loop = ControlLoop(engine, scheduling, COST, (CHAT, CODE), LayoutLog(), mode=Mode.OFF)
     loop.start()
     with pytest.raises(PreconditionError, match="--planner=on"):
         loop.pause()

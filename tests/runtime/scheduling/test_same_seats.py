@@ -15,11 +15,10 @@ from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, Sha
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
-from nitsum_jax.engine.live_request import Sequence
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import Request
-from nitsum_jax.engine.switching.migration import Host, Traveller, plan_moves
-from nitsum_jax.meshes.layout import Instance as InstanceSpec
-from nitsum_jax.meshes.layout import Role
+from nitsum_jax.engine.switching.migration import Destination, Leaving, plan_moves
+from nitsum_jax.meshes.layout import InstanceSpec, Role
 from nitsum_jax.runtime.scheduling.tiered import TieredScheduling
 from tests.control.cells import TIERS, Steps, small_cost
 from tests.runtime.fake_cell import PAGE, FakeInstance
@@ -105,15 +104,19 @@ def seats_of_the_model(switch: Switch) -> dict[str, Group | None]:
         else:
             worker.reserve(job)
             worker.arrive(job)
-    gone = {job.id for job in jobs if _leaves(switch, job.worker.plan if job.worker else None)}
+    gone = {job.id for job in jobs if _leaves(switch, _plan_of(cell, job))}
     assert cell.switch(switch.after)
     sent_back = cell.__dict__.get("sent_back", set())
     assert all(worker.plan.role == PREFILL for worker in cell.workers if worker.outgoing)
     return {
-        job.id: None if job.id in sent_back or job.worker is None else job.worker.plan.group
+        job.id: None if job.id in sent_back or (plan := _plan_of(cell, job)) is None else plan.group
         for job in jobs
         if job.id in gone
     }
+
+
+def _plan_of(cell: SwitchingCell, job: Job) -> InstancePlan | None:
+    return next((worker.plan for worker in cell.workers if worker is job.worker), None)
 
 
 def _leaves(switch: Switch, plan: InstancePlan | None) -> bool:
@@ -130,8 +133,8 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
     ]
     for one in switch.requests:
         request = Request(one.name, (1,) * one.prompt, 1000, tier=one.tier)
-        table = np.zeros((DEVICES, 4096 // PAGE), np.int32)
-        sequence = Sequence(request, 0, [1] * (one.prompt + one.generated), table, 4096, arrival_s=0.0)
+        page_table = np.zeros((DEVICES, 4096 // PAGE), np.int32)
+        sequence = LiveRequest(request, 0, [1] * (one.prompt + one.generated), page_table, 4096, arrival_s=0.0)
         policy.push(sequence)
         policy.arrivals(0.0)
         sequence.target, sequence.cached = one.prompt, one.cached
@@ -150,11 +153,11 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
     for plan in switch.after.instances:
         if plan.group not in there:
             host = FakeInstance(InstanceSpec(plan.devices, Role(plan.role)), allocators, DEVICES, 4096 // PAGE)
-            hosts.append(Host(host.spec, host.device_of, switch.rows, host.total_pages(), PAGE))
+            hosts.append(Destination(host.spec, host.device_of, switch.rows, host.total_pages(), PAGE))
     pool: Any = types.SimpleNamespace(
         allocators=allocators, index=None, shape=types.SimpleNamespace(page_size=PAGE), copied=lambda *_: None
     )
-    travellers = [Traveller(s, instance.device_of) for instance in leaving for s in instance.rows.values()]
+    travellers = [Leaving(s, instance.device_of) for instance in leaving for s in instance.rows.values()]
     moves = plan_moves(travellers, hosts, pool, seats=policy.place)
     return {
         one.sequence.request.id: None if host is None else _group(hosts[host].spec)

@@ -18,7 +18,7 @@ from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.engine.batching.waiting import FifoPolicy
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import Sequence as Live
+from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, Room
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.dispatched import Step
@@ -62,11 +62,11 @@ class Outcome:
         policy: Any = self.cell.policy
         told_first, told_end = policy.first_token, policy.ended
 
-        def first_token(sequence: Live, now_s: float) -> None:
+        def first_token(sequence: LiveRequest, now_s: float) -> None:
             first[sequence.request.id] = now_s
             told_first(sequence, now_s)
 
-        def ended(sequence: Live, now_s: float) -> None:
+        def ended(sequence: LiveRequest, now_s: float) -> None:
             name = sequence.request.tier
             self.ended[name] += 1
             output = len(sequence.tokens) - sequence.prompt_len
@@ -141,7 +141,7 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
         )
         seated = scheduling.seated
 
-        def note(sequence: Live, instance: Instance, now_s: float) -> None:
+        def note(sequence: LiveRequest, instance: Instance, now_s: float) -> None:
             seen[sequence.request.tier].add(instance.spec.devices[0])
             seated(sequence, instance, now_s)
 
@@ -154,7 +154,7 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
     assert seen == {"tight": {0}, "relaxed": {4}}
 
 
-def _held(there: object, sequence: Live, instance: object) -> int:
+def _held(there: object, sequence: LiveRequest, instance: object) -> int:
     del sequence
     return 60 if instance is there else 0
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from nitsum_jax.engine.request import FinishReason, TokenDelta
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.runtime.streams.router import DeltaStream
 
 
@@ -11,7 +11,7 @@ def taken(*deltas: TokenDelta) -> list[list[TokenDelta]]:
     """What `next` returns, call by call, when all deltas have come before the first."""
 
     async def scenario() -> list[list[TokenDelta]]:
-        stream = DeltaStream(RequestRecord("r", "standard", 3, 0.0))
+        stream = DeltaStream(ServedRequest("r", "standard", 3, 0.0))
         for delta in deltas:
             stream.put(delta)
         batches = [await stream.next()]

@@ -75,7 +75,7 @@ def test_wrong_requests_are_refused_in_one_line_and_others_go_on(fields: dict[st
             assert says_what in error.details()
             assert len(error.details()) <= MAX_DETAIL
             assert len((await other).ids) == 60
-            assert run.bridge.open_streams == 0
+            assert run.router.open_streams == 0
 
     asyncio.run(scenario())
 
@@ -206,7 +206,7 @@ def test_mutated_messages_never_hang_and_leave_nothing_behind() -> None:
                 except grpc.aio.AioRpcError:
                     pass
                 codes.add(await call.code())
-            assert run.bridge.open_streams == 0
+            assert run.router.open_streams == 0
             assert (run.engine.stats().running, run.engine.stats().waiting) == (0, 0)
         assert codes == {grpc.StatusCode.OK, _INVALID}
 

@@ -15,12 +15,12 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import start_engine
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.runtime.backend import ServedModel
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer, in_thread
 from nitsum_jax.server.http.app import build_app
 from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch.ops_flags import OpsOptions
-from nitsum_jax.server.launch.ports import House
+from nitsum_jax.server.launch.ports import ServerPorts
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.golden import tiny_models
 from tests.server.harness import refusal
@@ -46,14 +46,14 @@ def test_a_broken_weight_is_an_error_for_who_meets_it(tmp_path: Path) -> None:
 async def _test(folder: Path) -> None:
     model = _model(folder)
     config = EngineConfig(devices=1, dtype="float32", max_batch=4, prefill_chunk=32, max_model_len=128)
-    bridge = Bridge(asyncio.get_running_loop())
-    engine = await in_thread(lambda: start_engine(model, config, bridge.sink))
-    house = House(OpsOptions(), DEFAULT_TIERS, "127.0.0.1")
-    server = GrpcServer("127.0.0.1", 0, state=house.state)
-    web = HttpServer(build_app(house.state), "127.0.0.1", 0)
+    router = StreamRouter(asyncio.get_running_loop())
+    engine = await in_thread(lambda: start_engine(model, config, router.sink))
+    ports = ServerPorts(OpsOptions(), DEFAULT_TIERS, "127.0.0.1")
+    server = GrpcServer("127.0.0.1", 0, state=ports.state)
+    web = HttpServer(build_app(ports.state), "127.0.0.1", 0)
     try:
         served = ServedModel("tiny", model.tokenizer, model.config.vocab_size, (), None)
-        backend = house.open(engine, served, bridge)
+        backend = ports.open(engine, served, router)
         await server.start()
         await web.start()
         await server.serve(backend)
@@ -62,7 +62,7 @@ async def _test(folder: Path) -> None:
         url = f"http://127.0.0.1:{web.port}"
         async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
             await _over_http(client)
-        samples = of(house.desk.present().registry)
+        samples = of(ports.views.present().registry)
         assert samples["nitsum_broken_logits_total",] == 3
         assert samples["nitsum_request_success_total", "error", "standard"] == 3
         assert samples["nitsum_request_success_total", "length", "standard"] == 3

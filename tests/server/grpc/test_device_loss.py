@@ -12,7 +12,7 @@ from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.scheduling import costs
 from nitsum_jax.runtime.scheduling.tiered import TieredScheduling
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer, in_thread
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.engine.harness import tiny_model
@@ -39,14 +39,14 @@ async def _test(folder: Path) -> None:
         deterministic=True,
     )
     cost = costs.predicted(config, model.config, None, 4)
-    bridge = Bridge(asyncio.get_running_loop())
-    scheduling = TieredScheduling(DEFAULT_TIERS, cost, config.max_queue, admitted=bridge.admitted)
-    engine = await in_thread(lambda: start_engine(model, config, bridge.sink, scheduling))
+    router = StreamRouter(asyncio.get_running_loop())
+    scheduling = TieredScheduling(DEFAULT_TIERS, cost, config.max_queue, admitted=router.admitted)
+    engine = await in_thread(lambda: start_engine(model, config, router.sink, scheduling))
     server = GrpcServer("127.0.0.1", 0)
     try:
         await server.start()
         served = ServedModel("tiny", model.tokenizer, model.config.vocab_size, (), None)
-        await server.serve(Backend(engine, served, bridge))
+        await server.serve(Backend(engine, served, router))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             calm = await _streams(stub, engine, lose=())

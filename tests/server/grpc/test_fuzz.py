@@ -129,7 +129,7 @@ def test_mutants_of_every_method() -> None:
                     found[path, code] += 1
 
             await asyncio.gather(*(worker() for _ in range(_AT_ONCE)))
-            assert run.bridge.open_streams == 0
+            assert run.router.open_streams == 0
             stats = run.engine.stats()
             assert (stats.running, stats.waiting, stats.blocks_free) == (0, 0, stats.blocks_total)
             assert (await ask(run.stub, "still here")).text == "answer"

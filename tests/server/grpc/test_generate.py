@@ -6,7 +6,7 @@ import pytest
 
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta
 from nitsum_jax.runtime.streams.output import OutputTimes
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.fake_engine import fake_logprob
 from tests.server.harness import EOS, TOKENIZER, ask, echo, refusal, running, says, until
@@ -177,7 +177,7 @@ def test_cancelling_half_of_the_streams_frees_them_and_the_rest_finish() -> None
             await until(lambda: run.engine.stats().running == 0)
             assert run.engine.stats().blocks_free == run.engine.stats().blocks_total
             assert len(set(run.engine.cancels)) == 16
-            assert run.bridge.open_streams == 0
+            assert run.router.open_streams == 0
 
     asyncio.run(scenario())
 
@@ -310,7 +310,7 @@ def test_one_call_into_the_loop_per_step() -> None:
         loop = asyncio.get_running_loop()
         calls = 0
 
-        class Counting(Bridge):
+        class Counting(StreamRouter):
             def _dispatch(self, deltas: tuple[TokenDelta, ...]) -> None:
                 nonlocal calls
                 calls += 1
@@ -320,13 +320,13 @@ def test_one_call_into_the_loop_per_step() -> None:
             def submit(self, request: Request) -> None: ...
             def cancel(self, request_id: str) -> None: ...
 
-        bridge = Counting(loop)
+        router = Counting(loop)
         with (
-            bridge.stream(Nothing(), Request("a", (1,), 4)) as one,
-            bridge.stream(Nothing(), Request("b", (1,), 4)) as two,
+            router.stream(Nothing(), Request("a", (1,), 4)) as one,
+            router.stream(Nothing(), Request("b", (1,), 4)) as two,
         ):
             deltas = [TokenDelta(name, (7,), 0.0) for name in ("a", "b", "gone", "a")]
-            await asyncio.to_thread(bridge.sink, deltas)
+            await asyncio.to_thread(router.sink, deltas)
             assert [delta.token_ids for delta in await one.next()] == [(7,), (7,)]
             assert len(await two.next()) == 1
         assert calls == 1
@@ -337,23 +337,23 @@ def test_one_call_into_the_loop_per_step() -> None:
 def test_the_retry_hint_follows_the_pace_at_which_requests_end() -> None:
     async def scenario() -> None:
         now = 0.0
-        bridge = Bridge(asyncio.get_running_loop(), clock=lambda: now)
-        assert bridge.retry_after_s() == 1.0
+        router = StreamRouter(asyncio.get_running_loop(), clock=lambda: now)
+        assert router.retry_after_s() == 1.0
         for _ in range(50):
             now += 4.0
-            bridge._dispatch((TokenDelta("a", (), now, FinishReason.STOP), TokenDelta("b", (), now, FinishReason.STOP)))
-        assert bridge.retry_after_s() == pytest.approx(2.0)
+            router._dispatch((TokenDelta("a", (), now, FinishReason.STOP), TokenDelta("b", (), now, FinishReason.STOP)))
+        assert router.retry_after_s() == pytest.approx(2.0)
         for _ in range(50):
             now += 1000.0
-            bridge._dispatch((TokenDelta("a", (), now, FinishReason.STOP),))
-        assert bridge.retry_after_s() == 10.0
+            router._dispatch((TokenDelta("a", (), now, FinishReason.STOP),))
+        assert router.retry_after_s() == 10.0
 
     asyncio.run(scenario())
 
 
 def test_a_sink_after_the_end_of_the_loop_is_quiet() -> None:
-    async def make() -> Bridge:
-        return Bridge(asyncio.get_running_loop())
+    async def make() -> StreamRouter:
+        return StreamRouter(asyncio.get_running_loop())
 
     asyncio.run(make()).sink([TokenDelta("a", (1,), 0.0)])
 

@@ -169,7 +169,7 @@ def test_wrong_requests_are_refused_in_one_line(fields: dict[str, Any], says_wha
             error = await refusal(_decode(run, **fields))
             assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert says_what in error.details()
-            assert run.bridge.open_streams == 0
+            assert run.router.open_streams == 0
 
     asyncio.run(scenario())
 

@@ -85,5 +85,5 @@ async def serving(script: Script = echo, chat: bool = True, **options: Any) -> A
             async with httpx2.AsyncClient(base_url=url, timeout=20, trust_env=False) as client:
                 yield Serving(run, server, url, client)
         finally:
-            run.bridge.cut_off()
+            run.router.cut_off()
             await server.stop()

@@ -10,7 +10,7 @@ from nitsum_jax.engine.request import Request
 from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.server.http.body import MAX_BODY_BYTES
 from nitsum_jax.server.http.requests import ChatRequest
-from nitsum_jax.server.state import Phase
+from nitsum_jax.server.state import ServerPhase
 from tests.server.harness import says
 from tests.server.http.harness import CHAT, COMPLETIONS, HELLO, serving, the_error
 
@@ -85,7 +85,7 @@ def test_chat(fields: dict[str, Any], param: str | None, says_what: str) -> None
             assert says_what in error["message"]
             assert len(error["message"]) <= 400
             assert (await other).json()["usage"]["completion_tokens"] == 60
-            assert run.grpc.bridge.open_streams == 0
+            assert run.grpc.router.open_streams == 0
 
     asyncio.run(scenario())
 
@@ -313,7 +313,7 @@ def test_starting_and_draining_are_503_and_only_liveness_stays() -> None:
     async def scenario() -> None:
         async with serving() as run:
             state = run.grpc.server.state
-            backend, state.backend, state.phase = state.backend, None, Phase.STARTING
+            backend, state.backend, state.phase = state.backend, None, ServerPhase.STARTING
             for response in (await run.chat(), await run.client.get("/v1/models")):
                 assert the_error(response, 503)["code"] == "unavailable"
                 assert int(response.headers["retry-after"]) >= 1
@@ -321,7 +321,7 @@ def test_starting_and_draining_are_503_and_only_liveness_stays() -> None:
             response = await run.client.get("/health/ready")
             assert (response.status_code, response.json()) == (503, {"status": "starting"})
             assert (await run.client.get("/openapi.json")).json()["openapi"] == "3.1.0"
-            state.backend, state.phase = backend, Phase.SERVING
+            state.backend, state.phase = backend, ServerPhase.SERVING
             assert (await run.client.get("/health/ready")).json() == {"status": "ready"}
             await run.grpc.server.drain(1.0)
             the_error(await run.chat(), 503)

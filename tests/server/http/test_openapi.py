@@ -120,7 +120,7 @@ def _nothing_is_left(server: Serving) -> None:
     stats = server.engine.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     assert stats.blocks_free == stats.blocks_total
-    assert server.grpc.bridge.open_streams == 0
+    assert server.grpc.router.open_streams == 0
 
 
 def test_the_document_names_model_tiers_and_token_ids(server: Serving) -> None:

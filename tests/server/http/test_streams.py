@@ -77,7 +77,7 @@ def test_both_front_ends_and_many_streams_at_once() -> None:
             assert ["".join(c["text"] for e in events for c in e["choices"]) for events in got[0]] == texts
             assert [response.json()["choices"][0]["text"] for response in got[1]] == texts
             assert [answer.text for answer in got[2]] == texts
-            assert run.grpc.bridge.open_streams == 0
+            assert run.grpc.router.open_streams == 0
 
     asyncio.run(scenario())
 
@@ -91,7 +91,7 @@ def test_five_hundred_streams_at_once() -> None:
             bodies = [_unchunked(each.partition(b"\r\n\r\n")[2]).decode() for each in raw]
             assert [chat_text(events_of(body)) for body in bodies] == ["ab" * 10] * 250
             assert [(await call).text for call in calls] == ["ab" * 10] * 250
-            assert run.grpc.bridge.open_streams == 0
+            assert run.grpc.router.open_streams == 0
 
     asyncio.run(scenario())
 
@@ -112,7 +112,7 @@ def test_a_client_that_leaves_is_cancelled_in_the_engine(stream: bool, how: str)
             assert (await other).json()["usage"]["completion_tokens"] == 300
             await until(lambda: run.engine.stats().running == 0)
             assert run.engine.stats().blocks_free == run.engine.stats().blocks_total
-            assert run.grpc.bridge.open_streams == 0
+            assert run.grpc.router.open_streams == 0
             await until(lambda: run.http.connections <= 1)
 
     asyncio.run(scenario())
@@ -162,7 +162,7 @@ def test_a_client_that_reads_nothing_at_all_is_cut_off(monkeypatch: pytest.Monke
             await until(lambda: run.http.connections == 1)
             await until(lambda: run.http.connections == 0, limit_s=20)
             await until(lambda: run.engine.stats().running == 0)
-            assert run.grpc.bridge.open_streams == 0
+            assert run.grpc.router.open_streams == 0
             one.close()
 
     asyncio.run(scenario())

@@ -9,20 +9,20 @@ import grpc.aio
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.request import FinishReason
-from nitsum_jax.runtime.records import RequestRecord
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.records import ServedRequest
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.http.app import build_app
 from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch.ops_flags import OpsOptions
-from nitsum_jax.server.launch.ports import House
+from nitsum_jax.server.launch.ports import ServerPorts
 from nitsum_jax.server.operations.routes import ops_routes
 from nitsum_jax.server.proto import nitsum_pb2_grpc
 from tests.server.fake_engine import FakeEngine, Script
 from tests.server.harness import Running, echo, served_model
 
 
-def record(**fields: Any) -> RequestRecord:
+def record(**fields: Any) -> ServedRequest:
     """A request of ten output tokens that met its targets: 0.2 s to the first, 10 ms each after."""
     values: dict[str, Any] = {
         "id": "r",
@@ -36,24 +36,24 @@ def record(**fields: Any) -> RequestRecord:
         "ended_s": 100.29,
         "finish": FinishReason.STOP,
     }
-    return RequestRecord(**(values | fields))
+    return ServedRequest(**(values | fields))
 
 
 class Open:
     """A whole server: the gRPC port, the ports for operators, and what is behind them."""
 
-    def __init__(self, running: Running, house: House, web: HttpServer) -> None:
+    def __init__(self, running: Running, ports: ServerPorts, web: HttpServer) -> None:
         self.run = running
-        self.house = house
+        self.ports = ports
         self.api = f"http://127.0.0.1:{web.port}"  # what clients of OpenAI's API call
 
     @property
     def http(self) -> str:
-        return self.house.addresses()[0].split()[1].removesuffix("/dashboard,")
+        return self.ports.addresses()[0].split()[1].removesuffix("/dashboard,")
 
     @property
     def admin(self) -> str:
-        return self.house.addresses()[-1].removeprefix("administration on ")
+        return self.ports.addresses()[-1].removeprefix("administration on ")
 
 
 @contextlib.asynccontextmanager
@@ -61,25 +61,25 @@ async def opened(
     options: OpsOptions, script: Script = echo, host: str = "127.0.0.1", **engine_options: Any
 ) -> AsyncIterator[Open]:
     """As nitsum-serve does it, around a fake engine."""
-    house = House(options, DEFAULT_TIERS, host)
+    ports = ServerPorts(options, DEFAULT_TIERS, host)
     server = GrpcServer(
-        host, 0, guard=house.guard(), tls=house.tls, state=house.state, profiler=house.desk.profiler, keys=house.keys
+        host, 0, guard=ports.guard(), tls=ports.tls, state=ports.state, profiler=ports.views.profiler, keys=ports.keys
     )  # fmt: skip
-    web = HttpServer(build_app(house.state, ops_routes(house.desk), house.protected), host, 0, house.tls_context())
+    web = HttpServer(build_app(ports.state, ops_routes(ports.views), ports.protected), host, 0, ports.tls_context())
     await server.start()
     await web.start()
-    await house.start()
-    bridge = Bridge(asyncio.get_running_loop())
-    engine = FakeEngine(bridge.sink, script, admitted=bridge.admitted, **engine_options)
+    await ports.start()
+    router = StreamRouter(asyncio.get_running_loop())
+    engine = FakeEngine(router.sink, script, admitted=router.admitted, **engine_options)
     try:
-        backend = house.open(engine, served_model(), bridge)
+        backend = ports.open(engine, served_model(), router)
         await server.serve(backend)
-        await house.serve(backend)
+        await ports.serve(backend)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
-            yield Open(Running(server, engine, bridge, channel, stub), house, web)
+            yield Open(Running(server, engine, router, channel, stub), ports, web)
     finally:
         await server.stop()
-        await house.stop()
+        await ports.stop()
         await web.stop()
         engine.close()

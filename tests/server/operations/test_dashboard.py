@@ -14,7 +14,7 @@ from nitsum_jax.errors import OverloadedError
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.operations.dashboard import feed as feeds
 from nitsum_jax.server.operations.dashboard.feed import Feed
-from nitsum_jax.server.operations.dashboard.snapshot import Snapshot
+from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.harness import ask, says, until
 from tests.server.operations.http import fetch
@@ -33,10 +33,10 @@ class Film:
     """A source that plays the sample, and then shows its last picture."""
 
     def __init__(self) -> None:
-        self.frames: list[Snapshot] = list(sample(1_700_000_000.0))[:40]
+        self.frames: list[DashboardSnapshot] = list(sample(1_700_000_000.0))[:40]
         self.fail = False
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> DashboardSnapshot:
         if self.fail:
             raise ZeroDivisionError
         return self.frames.pop(0) if len(self.frames) > 1 else self.frames[0]
@@ -97,7 +97,7 @@ def test_history_and_viewers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_viewer_that_leaves_is_noticed() -> None:
     async def scenario() -> None:
         async with opened(OpsOptions(metrics_port=0)) as open_:
-            feed = open_.house.desk.present().feed
+            feed = open_.ports.views.present().feed
             port = int(open_.http.rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /dashboard/events HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -217,8 +217,8 @@ def test_what_is_compiled_is_shown_for_as_long_as_somebody_waits() -> None:
 def test_names_from_outside_are_text_and_a_lost_server_is_shown() -> None:
     async def scenario() -> None:
         async with _busy() as open_:
-            journal = open_.house.desk.present().journal
-            journal.decide("tp4", "<img src=x onerror=\"document.title='owned'\"><b>bold</b>")
+            layout_log = open_.ports.views.present().layout_log
+            layout_log.decide("tp4", "<img src=x onerror=\"document.title='owned'\"><b>bold</b>")
             stopped = asyncio.Event()
             loop = asyncio.get_running_loop()
 
@@ -239,7 +239,7 @@ def test_names_from_outside_are_text_and_a_lost_server_is_shown() -> None:
             looking = asyncio.create_task(_look(open_, work))
             waiting = asyncio.create_task(stopped.wait())
             await asyncio.wait({looking, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            await open_.house.stop()
+            await open_.ports.stop()
             waiting.cancel()
             await looking
 

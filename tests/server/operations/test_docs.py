@@ -43,8 +43,8 @@ def test_every_metric_of_the_page_is_one_and_none_is_left_out() -> None:
     async def samples() -> set[str]:
         async with opened(OpsOptions()) as open_:
             await ask(open_.run.stub)
-            await until(lambda: open_.run.bridge.open_streams == 0)
-            return {key[0] for key in of(open_.house.desk.present().registry)}
+            await until(lambda: open_.run.router.open_streams == 0)
+            return {key[0] for key in of(open_.ports.views.present().registry)}
 
     # What a histogram is made of is told by its own name.
     there = {re.sub(r"_(bucket|count|sum)$", "", name) for name in asyncio.run(samples()) if "_created" not in name}
@@ -88,7 +88,7 @@ def test_the_image_starts_the_server_with_flags_that_it_has() -> None:
 def test_health_is_open_and_everything_else_of_the_operators_is_not() -> None:
     async def paths() -> set[str]:
         async with opened(OpsOptions()) as open_:
-            return {route.path for route in ops_routes(open_.house.desk)}  # type: ignore[attr-defined]
+            return {route.path for route in ops_routes(open_.ports.views)}  # type: ignore[attr-defined]
 
     found = asyncio.run(paths())
     assert {path for path in found if need_of("GET", path) is Need.NOTHING} == found & set(HEALTH_PATHS)

@@ -131,7 +131,7 @@ def test_the_trace_context_of_a_grpc_call_arrives() -> None:
 
     async def scenario() -> None:
         async with opened(OpsOptions()) as open_:
-            operations = open_.house.desk.present()
+            operations = open_.ports.views.present()
             operations._tracer = RequestTracer(exporter, "fake", "1", batch=False)
             metadata = (("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),)
             message = nitsum_pb2.GenerateRequest(text="abc")

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, OverloadedError
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.operations.metrics.requests import RequestMetrics
 from nitsum_jax.server.operations.metrics.window import Windows, percentile
@@ -184,7 +184,7 @@ def test_metrics_of_a_server_that_works() -> None:
                 stream.cancel()
             run.engine.release()
             await until(lambda: run.engine.stats().running == 0)
-            await until(lambda: run.bridge.open_streams == 0)
+            await until(lambda: run.router.open_streams == 0)
             seen = await scrape(open_.http)
             assert seen["nitsum_request_success_total", "length", "interactive"] == 1
             assert seen["nitsum_request_success_total", "stop", "standard"] == 1  # the stop string, not an abort
@@ -263,6 +263,6 @@ def test_the_grafana_dashboard_names_only_metrics_that_there_are() -> None:
 def test_a_record_keeps_the_reason_that_the_front_end_gave() -> None:
     from nitsum_jax.engine.request import TokenDelta
 
-    mine = RequestRecord("r", "batch", 1, 0.0, finish=FinishReason.STOP)
+    mine = ServedRequest("r", "batch", 1, 0.0, finish=FinishReason.STOP)
     mine.take(TokenDelta("r", (), 2.0, FinishReason.CANCELLED))
     assert (mine.finish, mine.ended_s) == (FinishReason.STOP, 2.0)

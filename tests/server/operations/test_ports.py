@@ -18,7 +18,7 @@ from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch.flags import read_options
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.operations.profiling import Profiler
-from nitsum_jax.server.operations.routes import Desk, ops_routes
+from nitsum_jax.server.operations.routes import OperatorViews, ops_routes
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc
 from nitsum_jax.server.state import ServerState
 from tests.server.harness import ask, refusal, says, until
@@ -32,7 +32,7 @@ def test_alive_before_ready_and_not_ready_while_draining() -> None:
     from starlette.applications import Starlette
 
     async def starting() -> None:
-        server = HttpServer(Starlette(routes=ops_routes(Desk(ServerState(), Profiler(None)))), "127.0.0.1", 0)
+        server = HttpServer(Starlette(routes=ops_routes(OperatorViews(ServerState(), Profiler(None)))), "127.0.0.1", 0)
         await server.start()
         base = f"http://127.0.0.1:{server.port}"
         try:

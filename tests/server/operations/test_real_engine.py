@@ -10,7 +10,7 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.runtime.callers import Caller, calling
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
-from nitsum_jax.runtime.streams.router import Bridge
+from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.operations.monitor import Operations
 from tests.engine.harness import tiny_model
 from tests.engine.quick import quick_compiles  # noqa: F401
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
     async def scenario() -> None:
-        bridge = Bridge(asyncio.get_running_loop())
+        router = StreamRouter(asyncio.get_running_loop())
         config = EngineConfig(
             devices=2,
             layout="tp1x2",
@@ -36,17 +36,17 @@ def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
         )
         model = tiny_model("llama_odd", tmp_path)
         started = await asyncio.to_thread(
-            lambda: start_scheduled(model, config, DEFAULT_TIERS, bridge.sink, admitted=bridge.admitted)
+            lambda: start_scheduled(model, config, DEFAULT_TIERS, router.sink, admitted=router.admitted)
         )
         engine = started.engine
         try:
-            operations = Operations(engine, "tiny", DEFAULT_TIERS, bridge)
+            operations = Operations(engine, "tiny", DEFAULT_TIERS, router)
             idle = operations.snapshot()
             assert [(i.devices, i.tp, i.role, i.running, i.kv_use) for i in idle.instances] == [
                 ((device,), 1, "mixed", 0, 0.0) for device in range(2)
             ]
             request = Request("r", (5, 6, 7), 150, tier="interactive")
-            with bridge.stream(operations.front, request) as stream:
+            with router.stream(operations.front, request) as stream:
                 await until(lambda: stream.record.tokens > 20, 120)
                 busy = operations.snapshot()
                 assert sum(instance.running for instance in busy.instances) == 1
@@ -58,8 +58,8 @@ def test_times_loads_and_switches_of_a_real_engine(tmp_path: Path) -> None:
                 report = await asyncio.wrap_future(future)
                 await until(lambda: stream.finished, 120)
             assert stream.record.finish is FinishReason.LENGTH
-            await until(lambda: len(operations.journal.switches()) == 1)
-            note = operations.journal.switches()[0]
+            await until(lambda: len(operations.layout_log.switches()) == 1)
+            note = operations.layout_log.switches()[0]
             assert (note.from_layout, note.to_layout, note.kv_bytes) == ("tp1x2", "tp2", report.kv_bytes_moved)
             seen = of(operations.registry)
             assert seen["nitsum_generation_tokens_total", "interactive"] == 150

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from nitsum_jax.runtime.callers import current_caller
-from nitsum_jax.runtime.control.layout_log import Journal
+from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.proto import (
     admin_pb2,
@@ -22,11 +22,11 @@ from nitsum_jax.server.proto import (
     nitsum_pb2,
     nitsum_pb2_grpc,
 )
-from nitsum_jax.server.security.engine_access import guarded
+from nitsum_jax.server.security.engine_access import access_checked
 from nitsum_jax.server.security.errors import DeniedError
-from nitsum_jax.server.security.guard import Guard, Policy
+from nitsum_jax.server.security.guard import AccessPolicy, Guard
 from nitsum_jax.server.security.http_guard import HttpGuard
-from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role, digest_of, entry
+from nitsum_jax.server.security.keys import ApiKey, KeyRing, KeyRole, digest_of, entry
 from tests.server.fake_engine import FakeEngine
 from tests.server.harness import ask, echo, refusal, says, until
 from tests.server.operations.http import fetch
@@ -44,8 +44,8 @@ def key_list() -> list[ApiKey]:
         key("fast", tiers=("interactive",)),
         key("slow", requests_per_minute=2),
         key("few", concurrent=1),
-        key("monitor", role=Role.MONITOR),
-        key("admin", role=Role.ADMIN),
+        key("monitor", role=KeyRole.MONITOR),
+        key("admin", role=KeyRole.ADMIN),
     ]
 
 
@@ -121,7 +121,7 @@ def test_roles_and_tiers(options: Callable[..., OpsOptions]) -> None:
             error = await refusal(generate(stub, bearer("monitor")))
             assert error.code() is grpc.StatusCode.PERMISSION_DENIED
             assert (await stub.SetLayout(switch, metadata=bearer("admin"))).to_layout == "tp2x2"
-            (decision,) = open_.house.desk.present().journal.decisions()
+            (decision,) = open_.ports.views.present().layout_log.decisions()
             assert (decision.choice, decision.reason) == ("tp2x2", "asked for by the key 'admin'")
 
             assert await generate(stub, bearer("fast"), tier="interactive")
@@ -154,7 +154,7 @@ def test_rates_and_calls_at_the_same_time(options: Callable[..., OpsOptions]) ->
             assert "'few' has 1 open at once" in (error.details() or "")
             assert await generate(stub, bearer("user"), max_tokens=1)  # others are not held up
             call.cancel()
-            await until(lambda: open_.run.bridge.open_streams == 0)
+            await until(lambda: open_.run.router.open_streams == 0)
             assert await generate(stub, bearer("few"), max_tokens=1)
 
             metrics = (await fetch(f"{open_.http}/metrics", headers=dict(bearer("monitor")))).text
@@ -172,7 +172,7 @@ def test_without_keys_an_address_may_have_so_many_streams() -> None:
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "127.0.0.1 has 1 open at once" in (error.details() or "")
             call.cancel()
-            await until(lambda: open_.run.bridge.open_streams == 0)
+            await until(lambda: open_.run.router.open_streams == 0)
             await generate(open_.run.stub, max_tokens=1)
 
     asyncio.run(scenario())
@@ -340,7 +340,7 @@ def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
     """A front end that forgot its guard cannot change the cell."""
     engine = FakeEngine(lambda deltas: None, echo)
     try:
-        front = guarded(engine, Journal(), lambda request_id: None)
+        front = access_checked(engine, LayoutLog(), lambda request_id: None)
         with pytest.raises(DeniedError):
             front.set_layout("tp4")
         with pytest.raises(DeniedError):
@@ -401,7 +401,7 @@ async def _reads_all(scope: Any, receive: Any, send: Any) -> None:
 
 
 def test_http_requests_run_as_their_caller_with_openai_shaped_errors() -> None:
-    guard = Guard(Policy(KeyRing(key_list()), admin=True))
+    guard = Guard(AccessPolicy(KeyRing(key_list()), admin=True))
     app = HttpGuard(_reads_all, guard)
 
     async def scenario() -> None:
@@ -431,7 +431,7 @@ def test_a_websocket_is_turned_away() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    app = HttpGuard(_reads_all, Guard(Policy()))
+    app = HttpGuard(_reads_all, Guard(AccessPolicy()))
     asyncio.run(app({"type": "websocket", "path": "/"}, None, send))  # type: ignore[arg-type]
     assert sent == [{"type": "websocket.close", "code": 1008}]
 

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.security import keys_cli
 from nitsum_jax.server.security.errors import RateLimitedError
-from nitsum_jax.server.security.keys import ApiKey, KeyRing, Role, digest_of, entry, new_secret, parse_keys, read_keys
+from nitsum_jax.server.security.keys import (
+    ApiKey,
+    KeyRing,
+    KeyRole,
+    digest_of,
+    entry,
+    new_secret,
+    parse_keys,
+    read_keys,
+)
 from nitsum_jax.server.security.limits import Limits
 
 HASH = "sha256:" + hashlib.sha256(b"secret").hexdigest()
@@ -24,7 +33,7 @@ keys = st.builds(
     ApiKey,
     name=names,
     digest=st.binary(min_size=32, max_size=32),
-    role=st.sampled_from(Role),
+    role=st.sampled_from(KeyRole),
     tiers=st.none() | st.lists(st.sampled_from(TIERS), min_size=1, unique=True).map(tuple),
     requests_per_minute=counts,
     concurrent=counts,
@@ -103,8 +112,8 @@ def test_the_tool_makes_keys_and_keeps_no_secret(tmp_path: Path, capsys: pytest.
     assert alice not in text
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     ring = read_keys(path)
-    assert ring.find(alice) == ApiKey("alice", digest_of(alice), Role.USER, ("batch",), None, 2)
-    assert ring.find(boss) == ApiKey("ops.team", digest_of(boss), Role.ADMIN)
+    assert ring.find(alice) == ApiKey("alice", digest_of(alice), KeyRole.USER, ("batch",), None, 2)
+    assert ring.find(boss) == ApiKey("ops.team", digest_of(boss), KeyRole.ADMIN)
     assert keys_cli.main(["nitsum-keys", "list", file]) == 0
     listed = capsys.readouterr().out
     assert "alice: user, batch, any rate, 2 at once" in listed

@@ -66,7 +66,7 @@ def test_outputs_count_for_the_limit_of_their_client() -> None:
             message.num_samples = 4
             assert [one async for one in stub.Decode(message)]
             assert (await complete(open_, n=4)).status == 200
-            registry = open_.house.desk.present().registry
+            registry = open_.ports.views.present().registry
             labels = {"model_name": "fake", "reason": "rate_limit"}
             assert registry.get_sample_value("nitsum_calls_refused_total", labels) == 3
 

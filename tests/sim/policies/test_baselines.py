@@ -11,8 +11,8 @@ from nitsum_jax.sim.policies.baselines import Setting
 from nitsum_jax.sim.policies.bound import candidates, upper_bound
 from nitsum_jax.sim.policies.layouts import placements, role_splits, splits, tier_splits
 from nitsum_jax.sim.policies.named import policies_named
-from nitsum_jax.sim.policies.search import Grid, best_by_capacity, capacity, sample, tournament
-from nitsum_jax.sim.runs.simulation import Policy, simulate
+from nitsum_jax.sim.policies.search import RateGrid, best_by_capacity, capacity, sample, tournament
+from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
 from nitsum_jax.sim.runs.summary import Figures
 from nitsum_jax.sim.workloads.workload import window
 from tests.control.cells import COST as COST8
@@ -92,11 +92,11 @@ def test_a_policy_may_be_a_layout_as_servers_read_it(text: str, shapes: tuple[Sh
         assert sorted(policy.plan.shapes, key=str) == sorted(shapes, key=str)
 
 
-def _stand_in(limits: dict[str, float], grid: Grid):  # type: ignore[no-untyped-def]
+def _stand_in(limits: dict[str, float], grid: RateGrid):  # type: ignore[no-untyped-def]
     """Figures without a simulation: attainment falls along a line that crosses 90 % at a policy's limit."""
     calls: list[tuple[str, int]] = []
 
-    def evaluate(policy: Policy, level: int) -> Figures:
+    def evaluate(policy: RunPolicy, level: int) -> Figures:
         calls.append((policy.name, level))
         attained = min(1.0, max(0.0, 0.9 + 0.5 * (1 - grid.factor(level) / limits[policy.name])))
         return Figures(policy.name, 10_000, round(10_000 * attained), 1.0, {}, [], 0.0)
@@ -107,26 +107,26 @@ def _stand_in(limits: dict[str, float], grid: Grid):  # type: ignore[no-untyped-
 @pytest.mark.parametrize("limit", [0.2, 0.77, 1.0, 1.9, 30.0])
 @pytest.mark.parametrize("guess", [-6, 0, 9])
 def test_capacity_finds_the_limit(limit: float, guess: int) -> None:
-    grid = Grid(1.1)
+    grid = RateGrid(1.1)
     evaluate, calls = _stand_in({"p": limit}, grid)
-    found = capacity(Policy("p", MIXED), guess, evaluate, grid, lowest=-40)
+    found = capacity(RunPolicy("p", MIXED), guess, evaluate, grid, lowest=-40)
     assert found.factor == pytest.approx(limit, rel=0.01)
     assert grid.factor(found.below) <= limit * 1.0001 < grid.factor(found.below + 1) * 1.001
     assert len(calls) < 30
 
 
 def test_out_of_reach_is_said_to_be() -> None:
-    grid = Grid(1.1)
+    grid = RateGrid(1.1)
     evaluate, _ = _stand_in({"p": 1e-9}, grid)
-    assert capacity(Policy("p", MIXED), 0, evaluate, grid, lowest=-10).factor == 0.0
+    assert capacity(RunPolicy("p", MIXED), 0, evaluate, grid, lowest=-10).factor == 0.0
 
 
 @pytest.mark.parametrize("start", [-12, 0, 12])
 def test_tournaments_keep_the_best(start: int) -> None:
-    grid = Grid(1.1)
+    grid = RateGrid(1.1)
     limits = {f"p{i}": 0.5 + 0.05 * i for i in range(40)}
     evaluate, calls = _stand_in(limits, grid)
-    policies = [Policy(name, MIXED) for name in limits]
+    policies = [RunPolicy(name, MIXED) for name in limits]
     top = tournament(policies, start, evaluate, keep=3)
     assert top[0].name == "p39"
     best, found = best_by_capacity(top, 0, evaluate, grid, lowest=-40)

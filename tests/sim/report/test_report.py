@@ -16,7 +16,7 @@ from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.report import compare, figures, page, style
 from nitsum_jax.sim.report.page import report, write_report
-from nitsum_jax.sim.report.runs import Run, open_run
+from nitsum_jax.sim.report.runs import ReportedRun, open_run
 from nitsum_jax.sim.report.spans import Span, nice_interval, spans_of
 from nitsum_jax.sim.runs.records import SwitchRecord
 from tests.sim.small_run import DEVICES, MIXED, run, workload
@@ -251,10 +251,10 @@ def test_capacity(attainments: list[float], expected: float | None) -> None:
     assert found == (None if expected is None else pytest.approx(expected))
 
 
-def fake(policy: str, rate: float, attainment: float, workload: str = "w") -> Run:
+def fake(policy: str, rate: float, attainment: float, workload: str = "w") -> ReportedRun:
     tier = {"attainment": attainment}
     summary = {"policy": policy, "rate": rate, "total": tier, "workload": workload, "seconds": 1}
-    return Run(pathlib.Path("x"), summary)
+    return ReportedRun(pathlib.Path("x"), summary)
 
 
 def test_lines_over_the_rate_are_sorted_by_capacity() -> None:
@@ -307,7 +307,7 @@ def test_large_cells_and_many_switches_stay_small(folders: list[pathlib.Path]) -
         SwitchRecord(0.04 * i + 0.02, layouts[i % 2], layouts[1 - i % 2], tuple(range(512)), 0.001, 0, 0, 0)
         for i in range(100)
     )
-    large = Run(one.folder, {**one.summary, "devices": 512})
+    large = ReportedRun(one.folder, {**one.summary, "devices": 512})
     with style.drawing():
         address = style.svg_uri(figures.timeline(large, dataclasses.replace(logs, switches=switches)))
     assert len(address) < 500_000

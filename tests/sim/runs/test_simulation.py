@@ -18,7 +18,7 @@ from nitsum_jax.sim.policies.rebalancing import AllOrNothing, RoleBalancer, Role
 from nitsum_jax.sim.runs.audit import audit
 from nitsum_jax.sim.runs.logs import LogFolder, read_folder
 from nitsum_jax.sim.runs.metrics import measure, summary
-from nitsum_jax.sim.runs.simulation import Outcome, Policy, simulate
+from nitsum_jax.sim.runs.simulation import RunOutcome, RunPolicy, simulate
 from nitsum_jax.sim.runs.summary import Figures, figures_of
 from nitsum_jax.sim.runs.tables import RequestTable, StepTable
 from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
@@ -53,16 +53,16 @@ class _InTurn:
         return Decision(now_s, inputs, (), plan, plan != view.plan, "its turn")
 
 
-def _policies(cost: CostModel, resident_tp: int | None = 1) -> dict[str, Policy]:
+def _policies(cost: CostModel, resident_tp: int | None = 1) -> dict[str, RunPolicy]:
     tiers = TIERS
     setting = Setting(cost, tiers, DEVICES)
     plans = [SPLIT, homogeneous(DEVICES, 4), homogeneous(DEVICES, 1), SPLIT, MIXED]
     roles = CellPlan(tuple(InstancePlan((d,), "prefill" if d < 2 else "decode") for d in range(DEVICES)))
     return {
-        "in turn": Policy("in turn", MIXED, controller=lambda: _InTurn(plans), resident_tp=resident_tp),
+        "in turn": RunPolicy("in turn", MIXED, controller=lambda: _InTurn(plans), resident_tp=resident_tp),
         "adaptive": adaptive(setting),
-        "dynamo": Policy("dynamo", roles, controller=lambda: RoleBalancer(cost, tiers, RoleLimits(0.5, 0.3, 0.9))),
-        "flying": Policy(
+        "dynamo": RunPolicy("dynamo", roles, controller=lambda: RoleBalancer(cost, tiers, RoleLimits(0.5, 0.3, 0.9))),
+        "flying": RunPolicy(
             "flying",
             homogeneous(DEVICES, 4),
             controller=lambda: AllOrNothing(homogeneous(DEVICES, 1), homogeneous(DEVICES, 4), SwitchLimits(0.5, 3, 1)),
@@ -71,7 +71,7 @@ def _policies(cost: CostModel, resident_tp: int | None = 1) -> dict[str, Policy]
     }
 
 
-def _run(policy: Policy, work: Workload, folder: pathlib.Path, cost: CostModel = COST) -> Outcome:
+def _run(policy: RunPolicy, work: Workload, folder: pathlib.Path, cost: CostModel = COST) -> RunOutcome:
     with LogFolder(folder) as log:
         return simulate(work, TIERS, cost, policy, num_devices=DEVICES, log=log)
 
@@ -112,7 +112,7 @@ def test_the_same_run_gives_the_same_bytes(name: str, tmp_path: pathlib.Path) ->
 def test_requests_that_no_instance_can_hold_fail(tmp_path: pathlib.Path) -> None:
     cost = cost_model(1000)
     work = Workload((TraceRequest(0.0, 3000, 5, "chat"), TraceRequest(0.1, 300, 5, "chat")), "one too large", 1.0)
-    outcome = _run(Policy("p", MIXED), work, tmp_path, cost)
+    outcome = _run(RunPolicy("p", MIXED), work, tmp_path, cost)
     assert [job.id for job in outcome.failed] == ["0"]
     assert [job.id for job in outcome.finished] == ["1"]
     assert outcome.attainment == 0.5
@@ -127,7 +127,7 @@ def test_without_a_log_the_run_is_the_same(tmp_path: pathlib.Path) -> None:
 
 
 def test_figures_add_up_and_survive_json() -> None:
-    outcome = simulate(workload(seconds=90.0, rate=6.0), TIERS, COST, Policy("p", MIXED), num_devices=DEVICES)
+    outcome = simulate(workload(seconds=90.0, rate=6.0), TIERS, COST, RunPolicy("p", MIXED), num_devices=DEVICES)
     figures = figures_of(outcome, DEVICES)
     assert figures.offered == sum(came for came, _ in figures.windows) == len(outcome.finished)
     assert figures.met == sum(met for _, met in figures.windows) == sum(t["met"] for t in figures.tiers.values())
@@ -140,8 +140,8 @@ def test_figures_add_up_and_survive_json() -> None:
 def test_compiling_comes_before_a_switch_and_once() -> None:
     one, two = homogeneous(DEVICES, 4), homogeneous(DEVICES, 1)
 
-    def policy() -> Policy:
-        return Policy("p", MIXED, controller=lambda: _InTurn([one, MIXED, one, two] * 3))
+    def policy() -> RunPolicy:
+        return RunPolicy("p", MIXED, controller=lambda: _InTurn([one, MIXED, one, two] * 3))
 
     warm = simulate(workload(), TIERS, COST, policy(), num_devices=DEVICES)
     cold = simulate(workload(), TIERS, COST, policy(), num_devices=DEVICES, compile_s=3.0)
@@ -154,7 +154,7 @@ def test_compiling_comes_before_a_switch_and_once() -> None:
 def test_controllers_hear_of_everything_in_order() -> None:
     controller = _InTurn([])
     work = workload()
-    simulate(work, TIERS, COST, Policy("p", MIXED, controller=lambda: controller), num_devices=DEVICES)
+    simulate(work, TIERS, COST, RunPolicy("p", MIXED, controller=lambda: controller), num_devices=DEVICES)
     assert [what for what, _ in controller.heard].count("arrived") == len(work.requests)
     assert [what for what, _ in controller.heard].count("finished") == len(work.requests)
     times = [time_s for _, time_s in controller.heard]
@@ -166,7 +166,7 @@ def test_policies_do_not_see_output_lengths() -> None:
     work = workload(rate=4.0, seconds=5.0)
     long = dataclasses.replace(work, requests=tuple(dataclasses.replace(r, output_tokens=5000) for r in work.requests))
     first = {
-        name: simulate(given, TIERS, COST, Policy("p", MIXED), num_devices=DEVICES).finished
+        name: simulate(given, TIERS, COST, RunPolicy("p", MIXED), num_devices=DEVICES).finished
         for name, given in (("short", work), ("long", long))
     }
     expected = {name: {job.id: job.expected_output for job in jobs} for name, jobs in first.items()}
@@ -175,12 +175,12 @@ def test_policies_do_not_see_output_lengths() -> None:
 
 def test_hopeless_runs_are_given_up() -> None:
     work = workload(rate=400.0, seconds=30.0)
-    whole = simulate(work, TIERS, COST, Policy("p", MIXED), num_devices=DEVICES)
-    cut = simulate(work, TIERS, COST, Policy("p", MIXED), num_devices=DEVICES, most_missed=len(work.requests) // 3)
+    whole = simulate(work, TIERS, COST, RunPolicy("p", MIXED), num_devices=DEVICES)
+    cut = simulate(work, TIERS, COST, RunPolicy("p", MIXED), num_devices=DEVICES, most_missed=len(work.requests) // 3)
     assert cut.given_up
     assert cut.end_s < whole.end_s
     assert figures_of(cut, DEVICES).attainment >= whole.attainment
-    fine = simulate(workload(), TIERS, COST, Policy("p", MIXED), num_devices=DEVICES, most_missed=len(work.requests))
+    fine = simulate(workload(), TIERS, COST, RunPolicy("p", MIXED), num_devices=DEVICES, most_missed=len(work.requests))
     assert not fine.given_up
 
 
@@ -195,9 +195,9 @@ def test_hopeless_runs_are_given_up() -> None:
 )
 def test_plans_that_do_not_fit_are_refused(plan: CellPlan, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        simulate(workload(), TIERS, COST, Policy("p", plan), num_devices=DEVICES)
+        simulate(workload(), TIERS, COST, RunPolicy("p", plan), num_devices=DEVICES)
 
 
 def test_unknown_tiers_are_refused() -> None:
     with pytest.raises(InvalidInputError, match="unknown tier"):
-        simulate(workload(), TierSet((TIERS.tiers[0],)), COST, Policy("p", MIXED), num_devices=DEVICES)
+        simulate(workload(), TierSet((TIERS.tiers[0],)), COST, RunPolicy("p", MIXED), num_devices=DEVICES)

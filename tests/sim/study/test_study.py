@@ -10,7 +10,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.study import config as study_config
 from nitsum_jax.sim.study.cache import Cache
 from nitsum_jax.sim.study.config import phases_of, read_study
-from nitsum_jax.sim.study.loads import Load, Part, Phase
+from nitsum_jax.sim.study.loads import Load, LoadPhase, Part
 from nitsum_jax.sim.study.main import cells_of
 from nitsum_jax.sim.study.page import page, plot_path, ratios, write_page
 from nitsum_jax.sim.study.runner import run_cell
@@ -80,7 +80,7 @@ def test_wrong_configs_are_told_in_one_line(tmp_path: pathlib.Path, old: str, ne
 
 
 def test_loads_have_the_rates_and_lengths_of_their_phases(traces) -> None:  # type: ignore[no-untyped-def]
-    phases = (Phase(100.0, (Part("conv", "chat", 6.0),)), Phase(50.0, (Part("code", "code", 4.0, 2.0, 3.0),)))
+    phases = (LoadPhase(100.0, (Part("conv", "chat", 6.0),)), LoadPhase(50.0, (Part("code", "code", 4.0, 2.0, 3.0),)))
     load = Load("two", traces, phases, seed=1)
     assert load.seconds == 150.0
     assert load.rate == pytest.approx((100 * 6 + 50 * 4) / 150)
@@ -92,7 +92,7 @@ def test_loads_have_the_rates_and_lengths_of_their_phases(traces) -> None:  # ty
         assert {r.tier for r in second} == {"code"}
         assert len(first) == pytest.approx(600 * factor, rel=0.05)
         assert len(second) == pytest.approx(200 * factor, rel=0.12)
-    plain = Load("plain", traces, (phases[0], Phase(50.0, (Part("code", "code", 4.0),))), seed=1).at(1.0)
+    plain = Load("plain", traces, (phases[0], LoadPhase(50.0, (Part("code", "code", 4.0),))), seed=1).at(1.0)
     longer = load.at(1.0)
     assert sum(r.prompt_tokens for r in longer.requests if r.tier == "code") == pytest.approx(
         2 * sum(r.prompt_tokens for r in plain.requests if r.tier == "code"), rel=0.01

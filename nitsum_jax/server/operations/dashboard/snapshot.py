@@ -5,7 +5,7 @@ import json
 from typing import Protocol
 
 from nitsum_jax.engine.executables.progress import CompileProgress
-from nitsum_jax.runtime.control.layout_log import Decision, SwitchNote
+from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Totals:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Snapshot:
+class DashboardSnapshot:
     """The cell at one moment.
 
     Attributes:
@@ -84,7 +84,7 @@ class Snapshot:
     instances: tuple[InstanceView, ...]
     tiers: tuple[TierView, ...]
     switches: tuple[SwitchNote, ...]
-    decisions: tuple[Decision, ...]
+    decisions: tuple[LayoutChoice, ...]
     totals: Totals
     compiling: CompileProgress = CompileProgress()
 
@@ -96,11 +96,11 @@ class Snapshot:
 class StatusSource(Protocol):
     """Whatever can be looked at."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> DashboardSnapshot:
         """The cell now; called on the event loop once a second, so it must be quick."""
 
 
-def point(snapshot: Snapshot) -> dict[str, object]:
+def point(snapshot: DashboardSnapshot) -> dict[str, object]:
     """The part of a snapshot that is kept for the curves."""
     return {
         "t": round(snapshot.time_s, 3),

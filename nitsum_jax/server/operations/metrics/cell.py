@@ -10,8 +10,8 @@ from prometheus_client.registry import Collector
 
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.runtime.backend import ServingEngine
-from nitsum_jax.runtime.control.layout_log import Decision, SwitchNote
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
+from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.server.operations.metrics import buckets
 from nitsum_jax.server.operations.metrics.window import Windows
 
@@ -41,7 +41,7 @@ class CellCollector(Collector):
         model: str,
         tiers: TierSet,
         windows: Windows,
-        open_records: Callable[[], list[RequestRecord]],
+        open_records: Callable[[], list[ServedRequest]],
         clock: Callable[[], float],
     ) -> None:
         """Reads nothing yet.
@@ -62,7 +62,7 @@ class CellCollector(Collector):
         self._clock = clock
         self._ended_tokens: Tally[str] = Tally()
 
-    def ended(self, record: RequestRecord) -> None:
+    def ended(self, record: ServedRequest) -> None:
         """Keeps the tokens of a request that is open no more."""
         self._ended_tokens[record.tier] += record.tokens
 
@@ -151,7 +151,7 @@ class CellCollector(Collector):
 
 
 class SwitchMetrics:
-    """What switches and decisions did; observes a Journal, on any thread."""
+    """What switches and decisions did; observes a `LayoutLog`, on any thread."""
 
     def __init__(self, registry: CollectorRegistry, model: str, version: str) -> None:
         """Registers the metrics.
@@ -191,7 +191,7 @@ class SwitchMetrics:
             "nitsum_layout_decisions", "Choices of a layout, also of the same one.", label, registry=registry
         ).labels(model)
 
-    def decided(self, decision: Decision) -> None:
+    def decided(self, decision: LayoutChoice) -> None:
         """Counts a decision."""
         self._decisions.inc()
         if decision.plan_s is not None:

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, PreconditionError, UnavailableError
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.server.operations.metrics import buckets
 from nitsum_jax.server.security.errors import DeniedError
 
@@ -106,7 +106,7 @@ class RequestMetrics:
             for _, reason in _REFUSALS:
                 self._refused.labels(model, name, reason)
 
-    def ended(self, record: RequestRecord) -> None:
+    def ended(self, record: ServedRequest) -> None:
         """Observes a request that ended."""
         mine = self._of.get(record.tier)
         if mine is None or record.finish is None or record.ended_s is None:

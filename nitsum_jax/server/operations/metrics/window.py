@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.runtime.records import RequestRecord
+from nitsum_jax.runtime.records import ServedRequest
 
 WINDOW_S = 60.0
 MOST = 4096
@@ -55,7 +55,7 @@ class Windows:
         self._window_s = window_s
         self._seen: dict[str, deque[_Seen]] = {name: deque(maxlen=MOST) for name in tiers.names}
 
-    def add(self, record: RequestRecord) -> None:
+    def add(self, record: ServedRequest) -> None:
         """Notes a request that ended."""
         if record.tier in self._seen and record.ended_s is not None:
             met = record.met(self._tiers.get(record.tier))
