@@ -31,11 +31,13 @@ class Reach:
       prompt_tokens: of the prompt.
       ttft_ms: time to its first token, milliseconds.
       tpot_ms: time per token after it, milliseconds.
+      compiling: executables were compiled beside it, as at a first start; without that it may be faster.
     """
 
     prompt_tokens: int
     ttft_ms: float
     tpot_ms: float
+    compiling: bool = False
 
     def keeps(self, tier: Tier) -> bool:
         """Whether a request alone meets both targets of a tier."""
@@ -100,7 +102,9 @@ class Tap:
                 found.append((times[0] - start_s, tpot_s))
         finally:
             self._probing = False
-        return Reach(count, 1000 * min(ttft for ttft, _ in found), 1000 * min(tpot for _, tpot in found))
+        progress = engine.compiling()
+        compiling = bool(progress.making or progress.queued)
+        return Reach(count, 1000 * min(ttft for ttft, _ in found), 1000 * min(tpot for _, tpot in found), compiling)
 
     def _times(self) -> list[float]:
         times: list[float] = []
@@ -127,6 +131,7 @@ def predicted_reach(cost: CostModel, tps: Iterable[int]) -> Reach:
 def unkept(tiers: TierSet, reach: Reach) -> list[str]:
     """A line for every tier whose targets not even a request alone meets."""
     lines = []
+    meanwhile = " while other executables are compiled (less once they are)" if reach.compiling else ""
     for tier in tiers:
         misses = [
             f"{what} {least:.0f} ms instead of {target:g}"
@@ -136,7 +141,7 @@ def unkept(tiers: TierSet, reach: Reach) -> list[str]:
         if misses:
             lines.append(
                 f"tier {tier.name} cannot be kept here: a request alone, of {reach.prompt_tokens} prompt tokens, "
-                f"has {' and '.join(misses)}. Its requests run behind those that can be in time; "
+                f"has {' and '.join(misses)}{meanwhile}. Its requests run behind those that can be in time; "
                 "--tiers=auto sets targets that this machine can keep"
             )
     return lines

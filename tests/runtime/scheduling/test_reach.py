@@ -1,5 +1,6 @@
 """Targets that a machine cannot keep are told at the start, and made longer where that is asked for."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def test_tiers_out_of_reach_are_named_with_what_there_is_instead() -> None:
     assert "TTFT 640 ms instead of 500 and TPOT 71 ms instead of 50" in line
     assert "--tiers=auto" in line
     assert unkept(DEFAULT_TIERS, Reach(512, 20.0, 5.0)) == []
+    (line,) = unkept(DEFAULT_TIERS, dataclasses.replace(SLOW, compiling=True))
+    assert "while other executables are compiled" in line
 
 
 def test_longer_targets_leave_room_and_those_that_can_be_kept_stay() -> None:
