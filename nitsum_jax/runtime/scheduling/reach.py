@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.engine import Engine
 from nitsum_jax.engine.request import Request, TokenDelta
 
@@ -38,10 +38,6 @@ class Reach:
     ttft_ms: float
     tpot_ms: float
     compiling: bool = False
-
-    def keeps(self, tier: Tier) -> bool:
-        """Whether a request alone meets both targets of a tier."""
-        return self.ttft_ms <= tier.ttft_ms and self.tpot_ms <= tier.tpot_ms
 
 
 class Tap:
