@@ -88,7 +88,14 @@ async def _over_grpc(stub: nitsum_pb2_grpc.GenerationServiceStub) -> None:
 
 async def _over_http(client: httpx2.AsyncClient) -> None:
     async def complete(prompt: list[int], stream: bool) -> httpx2.Response:
-        body: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "stream": stream, "logprobs": 2}
+        body: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": prompt,
+            "max_tokens": 12,
+            "stream": stream,
+            "logprobs": 2,
+            "temperature": 0,
+        }
         return await client.post("/v1/completions", json=body | {"ignore_eos": True})
 
     whole, mate = await asyncio.gather(complete(BROKEN, stream=False), complete(SOUND, stream=False))
