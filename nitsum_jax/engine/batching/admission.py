@@ -12,7 +12,7 @@ from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.prefix_cache import Prefix
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Policy, Room, leave_instance, takes_decodes, takes_prompts
+from nitsum_jax.engine.policy import Policy, SeatTest, leave_instance, takes_decodes, takes_prompts
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.meshes.layout import Role
 
@@ -63,7 +63,7 @@ class Admission:
         self._wide = wide
         self._finish = finish
         self._deterministic = deterministic
-        self._room = Room(self._fits, self._held)
+        self._test = SeatTest(self._fits, self._held)
         self._admissions = 0
 
     def admit(self, instances: Sequence[Instance], now_s: float, *, switching: bool) -> None:
@@ -79,7 +79,7 @@ class Admission:
         if not switching:
             for sequence in arrived:
                 self._refuse_if_hopeless(sequence, instances)
-        while (choice := self._policy.next(instances, self._room, now_s)) is not None:
+        while (choice := self._policy.next(instances, self._test, now_s)) is not None:
             sequence, instance = choice
             prefix = self._prefix(sequence)
             known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size

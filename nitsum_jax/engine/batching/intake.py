@@ -12,7 +12,7 @@ from nitsum_jax.engine.batching.step_log import StepLog
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Policy
+from nitsum_jax.engine.policy import Listener
 from nitsum_jax.engine.request import FinishReason, TokenDelta
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.sampling import NO_TOKEN
@@ -27,7 +27,7 @@ class Intake:
     def __init__(
         self,
         cell: Cell,
-        policy: Policy,
+        listener: Listener,
         pacer: Pacer | None,
         admission: Admission,
         counters: Counters,
@@ -41,7 +41,7 @@ class Intake:
 
         Args:
           cell: whose steps they are.
-          policy: is told.
+          listener: is told.
           pacer: holds results until they are due, in a paced cell.
           admission: has sequences admitted again that were sent back while their steps ran.
           counters: of the loop.
@@ -51,7 +51,7 @@ class Intake:
           retire: takes a sequence out that has come to its end.
         """
         self._cell = cell
-        self._policy = policy
+        self._listener = listener
         self._pacer = pacer
         self._admission = admission
         self._counters = counters
@@ -90,7 +90,7 @@ class Intake:
             if self._pacer is not None:
                 self._pacer.delivered(step, now)
             self._log.add(instance, step, now if self._pacer is not None else step.ready_s)
-        self._policy.settled(instance, step, now)
+        self._listener.settled(instance, step, now)
         if instance.broken and not instance.in_flight and not instance.retired:
             instance.abandon()
 
@@ -110,7 +110,7 @@ class Intake:
             if sequence.home is not None:
                 sequence.home.note_pages(sequence)
             if not sequence.delivered:
-                self._policy.first_token(sequence, now)
+                self._listener.first_token(sequence, now)
             new, logprobs = sequence.take_undelivered()
             self._counters.tokens += len(new)
             if finish is not None:

@@ -3,7 +3,7 @@
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Policy, leave_instance
+from nitsum_jax.engine.policy import Listener, leave_instance
 from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 
@@ -35,7 +35,7 @@ def layout_with(cell: Cell, device: int, layout: Layout, wanted: Layout) -> Layo
     return Layout((*layout.instances, InstanceSpec((device,)))) if cell.vmap.min_tp == 1 else None
 
 
-def write_off(instance: Instance, policy: Policy) -> list[LiveRequest]:
+def write_off(instance: Instance, listener: Listener) -> list[LiveRequest]:
     """Takes out what is in a lost instance, or still has a token to come from it: to be computed anew."""
     instance.lost = True
     victims = list(instance.rows.values())
@@ -48,5 +48,5 @@ def write_off(instance: Instance, policy: Policy) -> list[LiveRequest]:
         # Its results may never come; what they would have said is computed again, to the same token.
         sequence.epoch += 1
         sequence.pending = 0
-        leave_instance(sequence, policy)
+        leave_instance(sequence, listener)
     return found

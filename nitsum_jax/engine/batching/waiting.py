@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Room, takes_prompts
+from nitsum_jax.engine.policy import Policy, SeatTest, takes_prompts
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
 from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft, fewest_bytes
 from nitsum_jax.errors import OverloadedError
 
 
-class FifoPolicy:
+class FifoPolicy(Policy):
     """First come, first served; whoever lost its blocks goes first.  See `policy.Policy` for the calls."""
 
     # ruff: noqa: D102
@@ -37,12 +37,12 @@ class FifoPolicy:
     def waiting(self) -> Iterable[LiveRequest]:
         return [*self._returned, *list(self._new)]
 
-    def next(self, instances: Sequence[Instance], room: Room, now_s: float) -> tuple[LiveRequest, Instance] | None:
+    def next(self, instances: Sequence[Instance], test: SeatTest, now_s: float) -> tuple[LiveRequest, Instance] | None:
         del now_s
         if not self._returned and not self._new:
             return None
         sequence = self._returned[0] if self._returned else self._new[0]
-        fitting = [i for i in instances if takes_prompts(i) and room.fits(sequence, i)]
+        fitting = [i for i in instances if takes_prompts(i) and test.fits(sequence, i)]
         if not fitting:
             return None
         if self._returned:
@@ -54,7 +54,7 @@ class FifoPolicy:
 
         def rank(i: Instance) -> tuple[bool, int, float, int]:
             # Pages that lie there already are worth a little more load.
-            return load[i] >= least + 2, -room.held(sequence, i), load[i], -i.free_pages()
+            return load[i] >= least + 2, -test.held(sequence, i), load[i], -i.free_pages()
 
         return sequence, min(fitting, key=rank)
 
@@ -83,24 +83,13 @@ class FifoPolicy:
     def victim(self, instance: Instance) -> LiveRequest:
         return max(instance.rows.values(), key=lambda s: s.admitted)
 
-    def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None: ...
-    def moved(self, sequence: LiveRequest, source: Instance, target: Instance) -> None: ...
-    def left(self, sequence: LiveRequest, instance: Instance) -> None: ...
-
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         del now_s
         (self._prefilled.discard if step.shape.is_decode else self._prefilled.add)(instance)
 
-    def settled(self, instance: Instance, step: Step, now_s: float) -> None: ...
-    def first_token(self, sequence: LiveRequest, now_s: float) -> None: ...
-    def ended(self, sequence: LiveRequest, now_s: float) -> None: ...
-
     def relaid(self, instances: Sequence[Instance], now_s: float) -> None:
         del now_s
         self._prefilled.intersection_update(instances)
-
-    def wake_s(self) -> float | None:
-        return None
 
 
 def _load(instance: Instance) -> tuple[float, int]:

@@ -25,19 +25,19 @@ from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Room
+from nitsum_jax.engine.live_request import Home, LiveRequest
+from nitsum_jax.engine.policy import Policy, SeatTest
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
 from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft
 from nitsum_jax.errors import OverloadedError
 from nitsum_jax.runtime.scheduling.live_worker import LiveWorker
 
-Listener = Callable[[float, JobView], None]
+JobListener = Callable[[float, JobView], None]
 _LOOK_AGAIN_S = 0.25
 
 
-class TieredScheduling:
+class TieredScheduling(Policy):
     """See `engine.policy.Policy` for the calls of the engine.
 
     Attributes:
@@ -77,8 +77,8 @@ class TieredScheduling:
         self.cost = cost
         self._config = config
         self.scheduler: Scheduler[LiveWorker] = Scheduler(cost, tuple(tiers), config)
-        self.arrived_listeners: list[Listener] = []
-        self.finished_listeners: list[Listener] = []
+        self.arrived_listeners: list[JobListener] = []
+        self.finished_listeners: list[JobListener] = []
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
@@ -170,14 +170,14 @@ class TieredScheduling:
     def waiting(self) -> Iterable[LiveRequest]:
         return [*self._new, *(self._sequences[job.id] for job in self.scheduler.backlog.jobs())]
 
-    def next(self, instances: Sequence[Instance], room: Room, now_s: float) -> tuple[LiveRequest, Instance] | None:
+    def next(self, instances: Sequence[Instance], test: SeatTest, now_s: float) -> tuple[LiveRequest, Instance] | None:
         now = self._seen_s = now_s / self._scale
         self._wake(now)
         while self._offered:
             job = self._offered.popleft()
-            held = self._held(self._sequences[job.id], room)
+            held = self._held(self._sequences[job.id], test)
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
-            if worker is None or not room.fits(self._sequences[job.id], worker.instance):
+            if worker is None or not test.fits(self._sequences[job.id], worker.instance):
                 for time_s in self.scheduler.wakes(job, now):
                     heapq.heappush(self._wakes, time_s)
                 self._look_for_late = True
@@ -187,33 +187,33 @@ class TieredScheduling:
         while self._stale:
             live = next(iter(self._stale))
             found = self.scheduler.pull(live, now) if live.instance in self._workers else None
-            if found is not None and not room.fits(self._sequences[found.id], live.instance):
+            if found is not None and not test.fits(self._sequences[found.id], live.instance):
                 self.scheduler.backlog.push(found)
                 found = None
             self._look_for_late = True
             if found is not None:
                 return self._sequences[found.id], live.instance
             del self._stale[live]
-        return self._next_late(room, now) if self._look_for_late else None
+        return self._next_late(test, now) if self._look_for_late else None
 
-    def _next_late(self, room: Room, now: float) -> tuple[LiveRequest, Instance] | None:
+    def _next_late(self, test: SeatTest, now: float) -> tuple[LiveRequest, Instance] | None:
         """A late request that goes somewhere now; asked once nothing in time does."""
         placed = self.scheduler.place_late(tuple(self._workers.values()), now)
         if placed is not None:
             job, worker = placed
             sequence, instance = self._sequences[job.id], worker.instance
-            if room.fits(sequence, instance):
+            if test.fits(sequence, instance):
                 return sequence, instance
             self.scheduler.backlog.push(job)
         self._look_for_late = False
         return None
 
-    def _held(self, sequence: LiveRequest, room: Room) -> dict[LiveWorker, int]:
+    def _held(self, sequence: LiveRequest, test: SeatTest) -> dict[LiveWorker, int]:
         """Tokens of a sequence's beginning that lie at instances which could take it."""
         workers = [worker for worker in self._workers.values() if worker.takes_prompts]
         if len(workers) < 2:
             return {}  # nothing is to be chosen
-        pages = {worker: room.held(sequence, worker.instance) for worker in workers}
+        pages = {worker: test.held(sequence, worker.instance) for worker in workers}
         return {worker: count * worker.page_size for worker, count in pages.items() if count}
 
     def again(self, sequence: LiveRequest) -> None:
@@ -384,9 +384,9 @@ class TieredScheduling:
             if instance in self._workers:
                 self._stale[self._workers[instance]] = None
 
-    def left(self, sequence: LiveRequest, instance: Instance) -> None:
-        worker, job = self._workers.get(instance), self._jobs.get(sequence)
-        if worker is not None and job is not None and job.worker is worker:
+    def left(self, sequence: LiveRequest, home: Home) -> None:
+        job = self._jobs.get(sequence)
+        if job is not None and (worker := self._at(job)) is not None:
             worker.drop(job)
             job.generated = len(sequence.tokens) - sequence.prompt_len
             self._stale[worker] = None

@@ -19,7 +19,7 @@ from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.engine.batching.waiting import FifoPolicy
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.policy import Policy, Room
+from nitsum_jax.engine.policy import Policy, SeatTest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.errors import OverloadedError
@@ -163,13 +163,13 @@ def _held(there: object, sequence: LiveRequest, instance: object) -> int:
 def test_a_request_goes_where_its_beginning_lies(policy_of: Callable[[Callable[[], float]], Policy]) -> None:
     for there in range(4):
         cell = FakeCell(policy_of, COST, "tp2x4", 40_000)
-        room = Room(
+        test = SeatTest(
             fits=lambda sequence, instance: True,
             held=functools.partial(_held, cell.instances[there]),
         )
         cell._arrive(Request("a", (1,) * 1000, 5, tier="tight"))
         cell.policy.arrivals(0.0)
-        choice = cell.policy.next(cell.instances, room, 0.0)
+        choice = cell.policy.next(cell.instances, test, 0.0)
         assert choice is not None
         assert choice[1] is cell.instances[there]
 
