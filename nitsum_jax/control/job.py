@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,57 +23,55 @@ class Holder(Protocol):
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Job:
-    """State of one request.
+class Job(abc.ABC):
+    """A request, with what the scheduler has decided about it.
 
-    Whoever runs it (the model of a cell, or an engine) keeps it up to date; policies read it and set `late`.
+    How far it has come, whoever runs it knows and alone writes: the model of a cell (`model.job.ModelJob`), or a
+    running engine, whose own state of the request is read here.
 
     Attributes:
       id: unique among those alive.
       tier: its targets.
       arrival_s: when it came.
       prompt_tokens: length of the prompt.
-      output_tokens: how many tokens it will have made in the end.  Only the model of a cell knows; policies use
-        `expected_output`.
       expected_output: what the policy expects of it, tokens.
-      target: tokens that must be in the KV cache before it can decode: the prompt, after a preemption its output too.
-      cached: how many of them are.
-      generated: output tokens so far; while it decodes in a model ask its worker (`Worker.generated`).
       due_s: when its prompt should be computed: its TTFT deadline, until it has a first token.
       latest_start_s: begun later than this, it is not done by then.
-      begin_s: by when about it has to begin to decode, if it waits for an instance that does.
-      late: it can no longer meet its targets, and must not cost others theirs.
+      late: it can no longer meet its targets, and must not cost others theirs; see `give_up`.
       first_token_s: when its first token was out.
       finish_s: when its last one was.
       worker: where it is.
       offset: decode steps of the worker before its first token, so that generated = clock - offset.
-      instances: numbers of the instances that worked on it.
-      recomputed: tokens whose KV was computed again after a preemption.
     """
 
     id: str
     tier: Tier
     arrival_s: float
     prompt_tokens: int
-    output_tokens: int = 1
+    _: dataclasses.KW_ONLY
     expected_output: float = 128.0
-    target: int = 0
-    cached: int = 0
-    generated: int = 0
     due_s: float = 0.0
     latest_start_s: float = 0.0
-    begin_s: float = 0.0
     late: bool = False
     first_token_s: float | None = None
     finish_s: float | None = None
     worker: Holder | None = None
     offset: int = 0
-    instances: list[int] = dataclasses.field(default_factory=list)
-    recomputed: int = 0
 
-    def __post_init__(self) -> None:
-        if self.target == 0:
-            self.target = self.prompt_tokens
+    @property
+    @abc.abstractmethod
+    def target(self) -> int:
+        """Tokens that must be in the KV cache before it can decode: the prompt, after a preemption its output too."""
+
+    @property
+    @abc.abstractmethod
+    def cached(self) -> int:
+        """How many of them are."""
+
+    @property
+    @abc.abstractmethod
+    def generated(self) -> int:
+        """Output tokens so far; while it decodes in a model ask its worker (`Worker.generated`)."""
 
     @property
     def ttft_deadline_s(self) -> float:
@@ -90,9 +89,13 @@ class Job:
             return self.ttft_deadline_s
         return self.first_token_s + generated * self.tier.tpot_ms / 1000
 
+    def give_up(self) -> None:
+        """Calls it late, for good."""
+        self.late = True
+
     def met(self) -> bool:
         """Whether a finished request met both targets: the definition of goodput."""
-        return met(self.tier, self.arrival_s, self.first_token_s, self.finish_s, self.output_tokens)
+        return met(self.tier, self.arrival_s, self.first_token_s, self.finish_s, self.generated)
 
 
 def met(tier: Tier, arrival_s: float, first_token_s: float | None, finish_s: float | None, output_tokens: int) -> bool:

@@ -294,9 +294,8 @@ class Instance:
         last = count == left
         self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
         chunk = Chunk(count, sequence.cached)
-        sequence.cached += count
+        sequence.dispatched(count, emits=last)
         if last:
-            sequence.pending += 1
             self.prefills.remove(sequence)
         step = Step(shape, [sequence], [last], chunk=chunk, joined=choice.joined)
         self._start(step, executables[shape], packer)
@@ -319,8 +318,7 @@ class Instance:
         for sequence in chosen:
             self._add(packer, sequence, None, emit=True)
             context += sequence.cached
-            sequence.cached += 1
-            sequence.pending += 1
+            sequence.dispatched(1, emits=True)
         self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
         return True
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Home(Protocol):
 @dataclasses.dataclass(eq=False)
 class LiveRequest:
     """State of a request, changed by the engine's thread alone.
+
+    What it has cached, generated and owes is written here and nowhere else: others tell by a method what happened.
 
     Attributes:
       request: what was asked.
@@ -51,6 +53,7 @@ class LiveRequest:
         in; 0: they are there.
       keys: of its full pages, as far as somebody asked (see `prefix_index`).
       entered: pages that are in the prefix index, or were offered to it.
+      job: what the policy keeps with it; the engine does not look.
     """
 
     request: Request
@@ -60,7 +63,7 @@ class LiveRequest:
     limit: int
     cached: int = 0
     pending: int = 0
-    target: int = 0
+    target: int = dataclasses.field(init=False)
     pages: int = 0
     row: int = -1
     delivered: int = 0
@@ -75,8 +78,10 @@ class LiveRequest:
     landing: int = 0
     keys: list[bytes] = dataclasses.field(default_factory=list)
     entered: int = 0
+    job: Any = None
 
     def __post_init__(self) -> None:
+        self.target = len(self.tokens)
         request = self.request
         self.columns = sampling_columns(
             request.sampling,
@@ -102,6 +107,11 @@ class LiveRequest:
         return len(self.tokens) + self.pending
 
     @property
+    def generated(self) -> int:
+        """Output tokens; while it lives with those still in flight."""
+        return len(self.tokens) - self.prompt_len + (self.pending if self.finish is None else 0)
+
+    @property
     def prefilling(self) -> bool:
         """Whether tokens are left to be prefilled."""
         return self.cached < self.target
@@ -113,8 +123,8 @@ class LiveRequest:
             return False
         return not self.ready_s or self.ready_s <= time.monotonic()
 
-    def start_prefill(self, *, again: bool) -> None:
-        """Prepares for (re)computation from the first token.
+    def start_over(self, *, again: bool) -> None:
+        """Its blocks are gone: it is computed anew from the first token.
 
         Args:
           again: make the output anew too, token by token as the first time (it is not sent again).  Keys and values
@@ -127,6 +137,24 @@ class LiveRequest:
         self.cached = 0
         self.entered = 0
         self.target = len(self.tokens)
+
+    def found(self, tokens: int) -> None:
+        """Keys and values of its first tokens are there: others have computed them."""
+        self.cached = tokens
+
+    def dispatched(self, tokens: int, *, emits: bool) -> None:
+        """A step was dispatched that computes so many of its tokens, and makes its next one or not."""
+        self.cached += tokens
+        self.pending += emits
+
+    def settled(self, *, emits: bool) -> None:
+        """Such a step has ended."""
+        self.pending -= emits
+
+    def forget_flights(self) -> None:
+        """Results of steps in flight may never come; what they would have said is computed again, to the same token."""
+        self.epoch += 1
+        self.pending = 0
 
     def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
         """Takes a sampled token in; ends the sequence where it must end, and returns why."""

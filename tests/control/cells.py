@@ -5,9 +5,9 @@ import math
 import random
 from collections.abc import Sequence
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import Span
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -37,8 +37,8 @@ class Steps:
     steps: list[tuple[int, tuple[int, ...], float, float, int, int, tuple[Span, ...]]] = dataclasses.field(
         default_factory=list
     )
-    done: list[Job] = dataclasses.field(default_factory=list)
-    failures: list[tuple[Job, str]] = dataclasses.field(default_factory=list)
+    done: list[ModelJob] = dataclasses.field(default_factory=list)
+    failures: list[tuple[ModelJob, str]] = dataclasses.field(default_factory=list)
 
     def step(
         self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
@@ -46,21 +46,21 @@ class Steps:
         """Keeps a step."""
         self.steps.append((worker.index, worker.plan.devices, start_s, end_s, sequences, context, tuple(spans)))
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: ModelJob) -> None:
         """Keeps a job."""
         self.done.append(job)
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: ModelJob, reason: str) -> None:
         """Keeps a failure."""
         self.failures.append((job, reason))
 
 
-def job(number: int, tier: Tier = CHAT, arrival_s: float = 0.0, prompt: int = 500, output: int = 50) -> Job:
+def job(number: int, tier: Tier = CHAT, arrival_s: float = 0.0, prompt: int = 500, output: int = 50) -> ModelJob:
     """A request."""
-    return Job(str(number), tier, arrival_s, prompt, output)
+    return ModelJob(str(number), tier, arrival_s, prompt, output)
 
 
-def some_jobs(count: int, rate: float, seed: int, *, prompt: int = 1500, output: int = 200) -> list[Job]:
+def some_jobs(count: int, rate: float, seed: int, *, prompt: int = 1500, output: int = 200) -> list[ModelJob]:
     """Requests of both tiers at random times."""
     draw = random.Random(seed)
     now = 0.0
@@ -80,7 +80,7 @@ def make_cell(
     return SwitchingCell(cost, Scheduler(cost, TIERS, config), plan, recorder=steps, **more), steps
 
 
-def serve(cell: SwitchingCell, jobs: Sequence[Job], switches: Sequence[tuple[float, CellPlan]] = ()) -> None:
+def serve(cell: SwitchingCell, jobs: Sequence[ModelJob], switches: Sequence[tuple[float, CellPlan]] = ()) -> None:
     """Lets the jobs come, the plans change, and all of them end."""
     for time_s, plan in switches:
         cell.at(time_s, _switch, cell, plan)

@@ -138,7 +138,7 @@ class FakeCell:
         for sequence, emits in zip(step.sequences, step.emits, strict=True):
             if not emits:
                 continue
-            sequence.pending -= 1
+            sequence.settled(emits=True)
             if sequence.finish is not None:
                 continue
             ended = sequence.accept(7)

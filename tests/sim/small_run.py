@@ -4,9 +4,9 @@ import dataclasses
 import pathlib
 from typing import cast
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import Recorder
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, homogeneous
 from nitsum_jax.control.scheduling.scheduler import Scheduler
@@ -58,7 +58,7 @@ def run(
         cell = SwitchingCell(cost, Scheduler(cost, tuple(TIERS)), first, recorder=cast(Recorder, log))
         cell.on_switch = log.switched
         for i, r in enumerate(work.requests):
-            job = Job(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens, r.output_tokens)
+            job = ModelJob(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens, r.output_tokens)
             cell.at(r.arrival_s, cell.add, job)
 
         def switch() -> None:

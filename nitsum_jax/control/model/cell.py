@@ -16,8 +16,8 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.scheduling.worker import Worker
@@ -40,8 +40,8 @@ class Recorder(Protocol):
     def step(
         self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
     ) -> None: ...
-    def finished(self, job: Job) -> None: ...
-    def failed(self, job: Job, reason: str) -> None: ...
+    def finished(self, job: ModelJob) -> None: ...
+    def failed(self, job: ModelJob, reason: str) -> None: ...
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,7 +65,7 @@ class StepRun:
     growth_s: float
     sequences: int
     context: int
-    chunks: list[tuple[Job, int]]
+    chunks: list[tuple[ModelJob, int]]
     counted: int = 0
 
     def end_of(self, steps: int) -> float:
@@ -98,7 +98,7 @@ class StepRun:
         return low
 
 
-class ModelWorker(Worker):
+class ModelWorker(Worker[ModelJob]):
     """An instance of the model: a worker and what it is doing."""
 
     def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
@@ -107,10 +107,31 @@ class ModelWorker(Worker):
         self.run: StepRun | None = None
         self.version = 0  # of `run`: events of an older one are void
         self.incoming = 0  # requests whose KV cache is on its way here
-        self.arrived: list[Job] = []  # requests whose KV cache came during the steps under way
+        self.arrived: list[ModelJob] = []  # requests whose KV cache came during the steps under way
         self.sending = 0  # and from here
         self.idle_until = -math.inf  # a switch copies KV cache
-        self.finishes: list[tuple[int, str, Job]] = []  # (clock of the last token, id, job)
+        self.finishes: list[tuple[int, str, ModelJob]] = []  # (clock of the last token, id, job)
+
+    def seat(self, job: ModelJob) -> None:
+        """As `Worker`'s; the job notes it."""
+        super().seat(job)
+        job.visit(self.index)
+
+    def park(self, job: ModelJob) -> None:
+        """As `Worker`'s; the job notes it."""
+        super().park(job)
+        job.visit(self.index)
+
+    def arrive(self, job: ModelJob) -> None:
+        """As `Worker`'s; the job notes it."""
+        super().arrive(job)
+        job.visit(self.index)
+
+    def leave(self, job: ModelJob) -> None:
+        """As `Worker`'s; what a job has decoded here is counted now and not with every step."""
+        if job.id in self.decoding:
+            job.decoded(self.generated(job))
+        super().leave(job)
 
     def busy_s(self, now_s: float) -> float:
         """Time until the step under way ends."""
@@ -145,7 +166,7 @@ class CellModel:
     def __init__(
         self,
         cost: CostModel,
-        scheduler: "Scheduler[ModelWorker]",
+        scheduler: "Scheduler[ModelJob, ModelWorker]",
         plan: CellPlan,
         *,
         recorder: Recorder,
@@ -170,20 +191,20 @@ class CellModel:
         self.now_s = now_s
         self.max_batch = max_batch
         self.resident_tp = resident_tp
-        self.alive: dict[str, Job] = {}
+        self.alive: dict[str, ModelJob] = {}
         self.preemptions = 0
         self._recorder = recorder
         self._ran: Callable[[ModelWorker, StepRun], None] = getattr(recorder, "ran", self._record)
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
-        self._stranded: list[Job] = []
+        self._stranded: list[ModelJob] = []
         self.workers = [self.make_worker(instance) for instance in plan.instances]
-        self.on_finish: Callable[[Job], None] | None = None
+        self.on_finish: Callable[[ModelJob], None] | None = None
 
     # ---- driving it
 
-    def add(self, job: Job) -> None:
+    def add(self, job: ModelJob) -> None:
         """A request comes now."""
         self.alive[job.id] = job
         self.scheduler.admit(job, self.now_s)
@@ -227,7 +248,7 @@ class CellModel:
                 worker.advance(done - run.counted)
                 run.counted = done
 
-    def _offer(self, job: Job) -> None:
+    def _offer(self, job: ModelJob) -> None:
         self.settle()
         worker = self.scheduler.first_worker(job, self.workers, self.now_s)
         if worker is not None:
@@ -258,7 +279,7 @@ class CellModel:
             if worker is not beginning:
                 self.nudge(worker)
 
-    def _seat(self, worker: ModelWorker, job: Job) -> None:
+    def _seat(self, worker: ModelWorker, job: ModelJob) -> None:
         worker.seat(job)
 
     def nudge(self, worker: ModelWorker) -> None:
@@ -327,8 +348,7 @@ class CellModel:
                 worker.leave(job)
                 self._finish(job)
         for job, tokens in run.chunks:
-            job.cached += tokens
-            if job.cached >= job.target:
+            if job.prefilled(tokens):
                 self._prefilled(worker, job)
         if worker.arrived:
             for job in worker.arrived:
@@ -349,12 +369,11 @@ class CellModel:
         for start_s, end_s, context in run.steps():
             self._recorder.step(worker, start_s, end_s, run.sequences, context, ())
 
-    def _prefilled(self, worker: ModelWorker, job: Job) -> None:
-        job.generated += 1
+    def _prefilled(self, worker: ModelWorker, job: ModelJob) -> None:
         if job.first_token_s is None:
             job.first_token_s = self.now_s
-            if not job.late and self.now_s > job.ttft_deadline_s:
-                job.late = True
+            if self.now_s > job.ttft_deadline_s:
+                job.give_up()
         if job.generated >= job.output_tokens:
             worker.leave(job)
             self._finish(job)
@@ -365,13 +384,12 @@ class CellModel:
             worker.begin_decode(job)
             self._enter(worker, job)
 
-    def _enter(self, worker: ModelWorker, job: Job) -> None:
+    def _enter(self, worker: ModelWorker, job: ModelJob) -> None:
         clock = job.offset + job.output_tokens
         heapq.heappush(worker.finishes, (clock, job.id, job))
 
-    def _finish(self, job: Job) -> None:
-        job.generated = job.output_tokens
-        job.finish_s = self.now_s
+    def _finish(self, job: ModelJob) -> None:
+        job.end(self.now_s)
         del self.alive[job.id]
         self._recorder.finished(job)
         if self.on_finish is not None:
@@ -387,17 +405,15 @@ class CellModel:
         worker.leave(victim)
         self.send_back(victim)
 
-    def send_back(self, job: Job) -> None:
+    def send_back(self, job: ModelJob) -> None:
         """A request has lost its KV cache: it is computed again, prompt and output so far."""
         self.preemptions += 1
-        job.recomputed += job.cached
-        job.target = job.prompt_tokens + job.generated
-        job.cached = 0
+        job.lose()
         self.scheduler.readmit(job, self.now_s)
 
     # ---- hand-over of a prefilled request
 
-    def _hand_over(self, source: ModelWorker, job: Job) -> None:
+    def _hand_over(self, source: ModelWorker, job: ModelJob) -> None:
         self.settle()
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
         job.worker = source
@@ -410,12 +426,12 @@ class CellModel:
         seconds = self.cost.transfer_s(job.cached, source.tp, target.tp)
         self.at(self.now_s + seconds, self._arrive, source, target, job)
 
-    def strand(self, job: Job) -> None:
+    def strand(self, job: ModelJob) -> None:
         """A request that is prefilled waits for an instance to decode it."""
         job.begin_s = _begin_s(job)
         self._stranded.append(job)
 
-    def _arrive(self, source: ModelWorker, target: ModelWorker, job: Job) -> None:
+    def _arrive(self, source: ModelWorker, target: ModelWorker, job: ModelJob) -> None:
         source.departed(job)
         source.sending -= 1
         self._join(target, job)
@@ -424,7 +440,7 @@ class CellModel:
         else:
             self.nudge(source)
 
-    def _join(self, target: ModelWorker, job: Job) -> None:
+    def _join(self, target: ModelWorker, job: ModelJob) -> None:
         """A request for which pages were reserved has its KV cache here: it decodes from the next step on."""
         target.incoming -= 1
         if target.run is None:
@@ -460,7 +476,7 @@ class CellModel:
         """An instance that was told to stop has; see `SwitchingCell`."""
 
 
-def _begin_s(job: Job) -> float:
+def _begin_s(job: ModelJob) -> float:
     """By when about one that waits for an instance to decode has to begin."""
     tpot_s = job.tier.tpot_ms / 1000
     return job.next_token_due_s(job.generated) + 0.5 * tpot_s * max(4.0, job.expected_output - job.generated)

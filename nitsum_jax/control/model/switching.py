@@ -4,10 +4,12 @@ import collections
 import dataclasses
 from collections.abc import Callable
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import CellModel, ModelWorker
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduling.placement import Traveller, WorkerRoom, moves
+
+_Travellers = list[Traveller[ModelJob]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class SwitchingCell(CellModel):
             )
             self.on_switch(report)
 
-    def _place(self, travellers: list[Traveller], fresh: list[ModelWorker], links: dict[tuple[int, int], float]) -> int:
+    def _place(self, travellers: _Travellers, fresh: list[ModelWorker], links: dict[tuple[int, int], float]) -> int:
         """Gives requests their new instances, by the scheduler's rule; those that are kept take nobody.
 
         Args:
@@ -163,7 +165,7 @@ class SwitchingCell(CellModel):
         return profile.switch_host_s + (weights + max(links.values(), default=0.0)) / profile.device_put_bytes_per_s
 
 
-def _take_all(worker: ModelWorker) -> list[Traveller]:
+def _take_all(worker: ModelWorker) -> _Travellers:
     jobs = [*worker.prefills, *worker.decoding.values()]
     for job in jobs:
         worker.leave(job)
@@ -178,5 +180,5 @@ def _take_all(worker: ModelWorker) -> list[Traveller]:
     ]
 
 
-def _decodes(job: Job) -> bool:
+def _decodes(job: ModelJob) -> bool:
     return job.generated > 0 and job.cached >= job.prompt_tokens + job.generated - 1

@@ -4,9 +4,9 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import MAX_BATCH, CellModel, ModelWorker
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.scheduling.scheduler import Scheduler
@@ -63,16 +63,16 @@ class _Tally:
     def ran(self, *_: object) -> None:
         """Not counted."""
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: ModelJob) -> None:
         """Counts it if it missed a target."""
         if not job.met():
             self.miss(job)
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: ModelJob, reason: str) -> None:
         """It missed both."""
         self.miss(job)
 
-    def miss(self, job: Job) -> None:
+    def miss(self, job: ModelJob) -> None:
         """Counts a request that will not meet its targets, once."""
         number = int(job.id)
         if number >= self._first and number not in self.late:
@@ -110,7 +110,7 @@ def rollout(
       max_batch: most requests of an instance.
     """
     known = {tier.name: tier for tier in tiers}
-    scheduler: Scheduler[ModelWorker] = Scheduler(cost, tuple(known.values()))
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(cost, tuple(known.values()))
     for load in loads:
         scheduler.expect_output(load.tier, load.output)
     first = len(arrivals) // 4
@@ -137,11 +137,11 @@ def rollout(
     count = len(waiting)
     for i, arrival in enumerate(waiting, len(arrivals)):
         time_s = start_s + arrival.time_s
-        cell.add(Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens)))
+        cell.add(ModelJob(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens)))
     for i, arrival in enumerate(arrivals):
         time_s = start_s + (arrival.time_s - start_s) / pressure
         cell.run_until(time_s)
-        job = Job(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens))
+        job = ModelJob(str(i), known[arrival.tier], time_s, arrival.prompt_tokens, max(1, arrival.output_tokens))
         cell.add(job)
         count += 1
         if i % _LOOK == 0 and lost():

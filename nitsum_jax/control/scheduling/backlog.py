@@ -4,15 +4,17 @@ import bisect
 import heapq
 import itertools
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.scheduling.shedding import overflow
 
-_Key = tuple[float, float, int, Job]
-_LateKey = tuple[float, int, Job]
+J = TypeVar("J", bound=Job)
+_Key = tuple[float, float, int, J]
+_LateKey = tuple[float, int, J]
 
 
-class Backlog:
+class Backlog(Generic[J]):
     """A queue per tier, earliest deadline first, and one of late requests, first come first served.
 
     Pushes are numbered, so that equal times keep their order and two runs of the same calls agree.
@@ -21,11 +23,11 @@ class Backlog:
     def __init__(self, *, by_arrival: bool = False) -> None:
         """Makes an empty one; `by_arrival` orders by arrival instead and calls nobody late."""
         self._by_arrival = by_arrival
-        self._in_time: dict[str, list[_Key]] = {}
-        self._late: list[_LateKey] = []
-        self._keys: dict[str, _Key] = {}
-        self._late_keys: dict[str, _LateKey] = {}
-        self._starts: list[tuple[float, int, Job]] = []  # a heap of latest starts; of some that have gone, too
+        self._in_time: dict[str, list[_Key[J]]] = {}
+        self._late: list[_LateKey[J]] = []
+        self._keys: dict[str, _Key[J]] = {}
+        self._late_keys: dict[str, _LateKey[J]] = {}
+        self._starts: list[tuple[float, int, J]] = []  # a heap of latest starts; of some that have gone, too
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -36,7 +38,7 @@ class Backlog:
         """Waiting requests that can still meet their targets."""
         return len(self._keys)
 
-    def jobs(self) -> Iterator[Job]:
+    def jobs(self) -> Iterator[J]:
         """All that wait, in no special order."""
         for queue in self._in_time.values():
             for key in queue:
@@ -44,7 +46,7 @@ class Backlog:
         for _, _, job in self._late:
             yield job
 
-    def push(self, job: Job) -> None:
+    def push(self, job: J) -> None:
         """Adds a request; its `due_s`, `latest_start_s` and `late` must be set."""
         if job.late and not self._by_arrival:
             self._push_late(job)
@@ -56,7 +58,7 @@ class Backlog:
         bisect.insort(self._in_time.setdefault(job.tier.name, []), key)
         self._keys[job.id] = key
 
-    def remove(self, job: Job) -> bool:
+    def remove(self, job: J) -> bool:
         """Takes a request out; returns whether it was there."""
         key = self._keys.pop(job.id, None)
         if key is not None:
@@ -69,7 +71,7 @@ class Backlog:
             return True
         return False
 
-    def demote(self, now_s: float) -> list[Job]:
+    def demote(self, now_s: float) -> list[J]:
         """Calls those late that had to begin before now; returns them."""
         if self._by_arrival:
             return []
@@ -82,7 +84,7 @@ class Backlog:
                 demoted.append(job)
         return demoted
 
-    def shed(self, tier: str, now_s: float, rate: float) -> list[Job]:
+    def shed(self, tier: str, now_s: float, rate: float) -> list[J]:
         """Calls as few of a tier late as must be for the others to begin in time; returns them.
 
         Args:
@@ -98,7 +100,7 @@ class Backlog:
             shed.append(job)
         return shed
 
-    def heads(self, depth: int) -> Iterator[Job]:
+    def heads(self, depth: int) -> Iterator[J]:
         """The first `depth` requests of every tier that are in time; tiers in the order of their first one."""
         queues = [queue for queue in self._in_time.values() if queue]
         for queue in sorted(queues, key=lambda queue: queue[0][:3]) if len(queues) > 1 else queues:
@@ -113,17 +115,17 @@ class Backlog:
         """Requests of this tier that are in time and due before then."""
         return bisect.bisect_left(self._in_time.get(tier, []), (time_s,))
 
-    def give_up(self, job: Job) -> None:
+    def give_up(self, job: J) -> None:
         """Calls one that waits in time late; nobody is by arrival."""
         if not self._by_arrival and self.remove(job):
-            job.late = True
+            job.give_up()
             self._push_late(job)
 
-    def late(self) -> Iterator[Job]:
+    def late(self) -> Iterator[J]:
         """The late requests, first come first; nothing may be added or removed meanwhile."""
         for _, _, job in self._late:
             yield job
 
-    def _push_late(self, job: Job) -> None:
+    def _push_late(self, job: J) -> None:
         key = self._late_keys[job.id] = (job.arrival_s, next(self._numbers), job)
         bisect.insort(self._late, key)

@@ -11,6 +11,7 @@ Pure: times come in, decisions go out.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
@@ -19,7 +20,8 @@ from nitsum_jax.control.scheduling.urgency import urgency
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
 
-Chunk = tuple[Job, int]
+J = TypeVar("J", bound=Job)
+Chunk = tuple[J, int]
 LEAST = 32
 """Fewer prompt tokens than this are not worth a chunk, unless they are the last ones."""
 _UNBOUND = 256  # tokens of a chunk that no time allows and that comes all the same
@@ -55,8 +57,8 @@ class Chunks:
         return found
 
     def compose(
-        self, worker: Worker, now_s: float, give_up_lost: Callable[[Worker, float, float], None]
-    ) -> list[Chunk]:
+        self, worker: Worker[J], now_s: float, give_up_lost: Callable[[Worker[J], float, float], None]
+    ) -> list[Chunk[J]]:
         """The prefill chunks of the next step; all decoding requests get a token beside them.
 
         Args:
@@ -83,10 +85,10 @@ class Chunks:
             worker.hungry_s = now_s
         return chunks
 
-    def _within(self, worker: Worker, budget_s: float) -> list[Chunk]:
+    def _within(self, worker: Worker[J], budget_s: float) -> list[Chunk[J]]:
         """The most urgent prompts' chunks with which a step takes at most so long."""
         count, context, tp = len(worker.decoding), worker.context, worker.tp
-        chunks: list[Chunk] = []
+        chunks: list[Chunk[J]] = []
         spans: list[tuple[int, int]] = []
         left = self._config.max_chunk
         for job in sorted(worker.prefills, key=urgency) if len(worker.prefills) > 1 else worker.prefills:
@@ -116,7 +118,7 @@ class Chunks:
                 high = middle
         return low
 
-    def _fixed(self, worker: Worker) -> list[Chunk]:
+    def _fixed(self, worker: Worker) -> list[Chunk[J]]:
         left = max(1, (self._config.chunk_tokens or 0) - len(worker.decoding))
         chunks = []
         for job in sorted(worker.prefills, key=self._fixed_order):

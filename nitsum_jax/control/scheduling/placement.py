@@ -18,13 +18,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import PREFILL
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.meshes.vshards import VshardMap
+
+J = TypeVar("J", bound=Job)
 
 
 @functools.cache
@@ -48,7 +50,7 @@ class Vacancies(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Traveller:
+class Traveller(Generic[J]):
     """A request whose instance goes.
 
     Attributes:
@@ -59,7 +61,7 @@ class Traveller:
       waited: whether it waited for an instance to decode.
     """
 
-    job: Job
+    job: J
     devices: tuple[int, ...]
     cached: int
     decodes: bool

@@ -125,8 +125,9 @@ class Predictions:
         """TPs of the instances that decode a request within its time per token, if it is alone there."""
         # Of one token there is no time per token.
         most_s = REACH * job.tier.tpot_ms / 1000 if job.expected_output > 1 else math.inf
+        tokens = max(job.target, job.cached)  # one that a switch has parked has more than its prompt
         tps = {worker.tp for worker in workers if worker.takes_decodes}
-        return {tp for tp in tps if self.cost.step_s(tp, 1, job.target) <= most_s}
+        return {tp for tp in tps if self.cost.step_s(tp, 1, tokens) <= most_s}
 
     def reachable(self, job: Job, workers: Sequence[W], now_s: float, held: Mapping[W, int] | None = None) -> bool:
         """Whether some instance could meet a request's targets if nobody decoded there; in a switch, yes.

@@ -41,11 +41,12 @@ from nitsum_jax.control.tiers import Tier
 
 _JUST_AFTER_S = 1e-6
 
+J = TypeVar("J", bound=Job)
 W = TypeVar("W", bound=Worker)
 
 
-class Scheduler(Generic[W]):
-    """The policy of one cell, whose instances are all of one kind of worker.
+class Scheduler(Generic[J, W]):
+    """The policy of one cell, whose requests are all of one kind of job and its instances of one kind of worker.
 
     It keeps the backlog, and what it has learnt of output lengths.
     """
@@ -55,7 +56,7 @@ class Scheduler(Generic[W]):
         self.cost = cost
         self.config = config
         self.tiers = tuple(tiers)
-        self.backlog = Backlog(by_arrival=config.order == "fcfs")
+        self.backlog: Backlog[J] = Backlog(by_arrival=config.order == "fcfs")
         self._turns = 0
         self.predict = Predictions(cost, self.tiers, config)
         self._chunks = Chunks(cost, config, self.tiers)
@@ -87,19 +88,20 @@ class Scheduler(Generic[W]):
 
     # ---- the backlog
 
-    def admit(self, job: Job, now_s: float) -> None:
+    def admit(self, job: J, now_s: float) -> None:
         """Takes a new request into the backlog."""
         job.expected_output = self.expected_output(job.tier.name)
         job.due_s = job.ttft_deadline_s
         job.latest_start_s = job.due_s - self.predict.prefill_s(self.cost.tps[-1], job.prompt_tokens)
         self.backlog.push(job)
 
-    def readmit(self, job: Job, now_s: float) -> None:
+    def readmit(self, job: J, now_s: float) -> None:
         """Takes back a request that lost its KV cache; `target` and `cached` are set anew."""
         prefill_s = self.predict.prefill_s(self.cost.tps[-1], job.target)
         if job.first_token_s is None:
             job.due_s = job.ttft_deadline_s
-            job.late = job.late or job.due_s - prefill_s < now_s
+            if job.due_s - prefill_s < now_s:
+                job.give_up()
         else:  # it must catch up: urgent, unless it is lost anyway
             job.due_s = now_s + 2 * prefill_s
         job.latest_start_s = job.due_s - prefill_s
@@ -113,13 +115,11 @@ class Scheduler(Generic[W]):
         return [time_s + _JUST_AFTER_S for time_s in (spill_s, job.latest_start_s) if time_s > now_s]
 
     @staticmethod
-    def victim(jobs: Iterable[Job]) -> Job:
+    def victim(jobs: Iterable[J]) -> J:
         """Who of an instance gives up its KV cache for want of room: late ones first, then who came last."""
         return max(jobs, key=lambda job: (job.late, job.arrival_s, job.id))
 
-    def first_worker(
-        self, job: Job, workers: Sequence[W], now_s: float, held: Mapping[W, int] | None = None
-    ) -> W | None:
+    def first_worker(self, job: J, workers: Sequence[W], now_s: float, held: Mapping[W, int] | None = None) -> W | None:
         """The instance that should take a request that has just come, if one should take it now.
 
         Args:
@@ -147,7 +147,7 @@ class Scheduler(Generic[W]):
             self.backlog.give_up(job)
         return best
 
-    def pull(self, worker: Worker, now_s: float) -> Job | None:
+    def pull(self, worker: Worker[J], now_s: float) -> J | None:
         """Takes the next request in time for an instance out of the backlog; None if there is none for it now."""
         self.backlog.demote(now_s)
         if now_s - self._shed_s >= self.config.shed_window_s / 4:
@@ -190,10 +190,10 @@ class Scheduler(Generic[W]):
         if not tight or kept_out <= sum(other.tier.weight for other in tight):
             return False
         for other in tight:
-            other.late = True
+            other.give_up()
         return True
 
-    def place_late(self, workers: Sequence[W], now_s: float) -> tuple[Job, W] | None:
+    def place_late(self, workers: Sequence[W], now_s: float) -> tuple[J, W] | None:
         """Takes a late request out of the backlog, and says which instance takes it: where it ends first.
 
         It goes to no instance where it would cost a request in time a target, unless it has waited for its patience
@@ -337,7 +337,7 @@ class Scheduler(Generic[W]):
 
     # ---- steps
 
-    def compose(self, worker: Worker, now_s: float) -> list[Chunk]:
+    def compose(self, worker: Worker[J], now_s: float) -> list[Chunk[J]]:
         """The prefill chunks of the next step; all decoding requests get a token beside them."""
         return self._chunks.compose(worker, now_s, self._give_up_lost)
 
@@ -359,7 +359,7 @@ class Scheduler(Generic[W]):
             behind_s = now_s + decode_s - job.next_token_due_s(generated)
             remaining = max(4.0, job.expected_output - generated, 0.5 * generated)
             if behind_s > remaining * max(0.0, tpot_s - decode_s):
-                job.late = True
+                job.give_up()
 
     # ---- hand-over and switches
 
@@ -376,14 +376,14 @@ class Scheduler(Generic[W]):
         waits as long as it can still catch up, is late then, and goes on once that harms nobody.
         """
         if self.config.order == "deadline" and not job.late and not self.predict.fast_enough(job, workers):
-            job.late = True
+            job.give_up()
         found, load, step_s = self._least_loaded(job, workers)
         if found is None or self.config.order == "fcfs" or self._bears(found, load, step_s, job.late, now_s):
             return found
         if not job.late:
             if self._can_wait(job, now_s, step_s):
                 return None
-            job.late = True
+            job.give_up()
             found, load, step_s = self._least_loaded(job, workers)
         if found is None or self._bears(found, load, step_s, job.late, now_s) or self._must_go(job, now_s):
             return found

@@ -7,14 +7,17 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import DECODE, PREFILL, InstancePlan
 
 _NUMBER = itertools.count()
 
+J = TypeVar("J", bound=Job)
 
-class Worker:
+
+class Worker(Generic[J]):
     """Membership and accounts of one instance.
 
     Attributes:
@@ -38,9 +41,9 @@ class Worker:
         self.page_size = page_size
         self.capacity_blocks = capacity_tokens // page_size
         self.max_batch = max_batch
-        self.prefills: list[Job] = []
-        self.decoding: dict[str, Job] = {}
-        self.outgoing: dict[str, Job] = {}
+        self.prefills: list[J] = []
+        self.decoding: dict[str, J] = {}
+        self.outgoing: dict[str, J] = {}
         self.clock = 0
         self.context = 0
         self.used_blocks = 0
@@ -51,7 +54,7 @@ class Worker:
         self._offsets = 0
         self._expected = 0.0
         # Per tier a heap of (due time less clock * tpot, tie, job): the order never changes while all decode in step.
-        self._due: dict[str, tuple[float, list[tuple[float, int, Job]]]] = {}
+        self._due: dict[str, tuple[float, list[tuple[float, int, J]]]] = {}
 
     # ---- who is here
 
@@ -59,6 +62,10 @@ class Worker:
     def jobs(self) -> int:
         """Prefilling and decoding jobs."""
         return len(self.prefills) + len(self.decoding) + len(self.outgoing)
+
+    def members(self) -> list[J]:
+        """All of them."""
+        return [*self.prefills, *self.decoding.values(), *self.outgoing.values()]
 
     @property
     def takes_prompts(self) -> bool:
@@ -150,7 +157,7 @@ class Worker:
                 least = tpot_s
         return least
 
-    def _forget_gone(self, heap: list[tuple[float, int, Job]]) -> bool:
+    def _forget_gone(self, heap: list[tuple[float, int, J]]) -> bool:
         """Brings one that is here and in time up in a heap, where others stay until then; whether there is one."""
         while heap:
             job = heap[0][2]
@@ -159,7 +166,7 @@ class Worker:
             heapq.heappop(heap)
         return False
 
-    def overdue(self, now_s: float) -> Iterator[Job]:
+    def overdue(self, now_s: float) -> Iterator[J]:
         """Decoding jobs, not late, whose next token is due before now, the most overdue of each tier first."""
         for tpot_s, heap in self._due.values():
             while self._forget_gone(heap):
@@ -173,48 +180,44 @@ class Worker:
 
     # ---- changes
 
-    def seat(self, job: Job) -> None:
+    def seat(self, job: J) -> None:
         """Takes a job whose prompt is to be computed; its pages are taken at once."""
         job.worker = self
         if not self.prefills:
             self.hungry_s = None
         self.prefills.append(job)
         self.used_blocks += self.pages(job.target)
-        self._note_visit(job)
 
-    def begin_decode(self, job: Job) -> None:
+    def begin_decode(self, job: J) -> None:
         """A job that was seated here has its first token (or, computed again, its next)."""
         self.prefills.remove(job)
         self._enter(job)
 
-    def depart(self, job: Job) -> None:
+    def depart(self, job: J) -> None:
         """A job that was seated here has its first token and will decode elsewhere; its pages stay until `departed`."""
         self.prefills.remove(job)
         self.outgoing[job.id] = job
 
-    def park(self, job: Job) -> None:
+    def park(self, job: J) -> None:
         """A job comes with its KV cache and will decode elsewhere; its pages stay until `departed`."""
         job.worker = self
-        job.target = job.cached
         self.outgoing[job.id] = job
-        self.used_blocks += self.pages(job.target)
-        self._note_visit(job)
+        self.used_blocks += self.pages(job.cached)
 
-    def departed(self, job: Job) -> None:
+    def departed(self, job: J) -> None:
         """Its KV cache has been copied; its pages are free."""
         del self.outgoing[job.id]
-        self.used_blocks -= self.pages(job.target)
+        self.used_blocks -= self.pages(job.cached)
 
-    def reserve(self, job: Job) -> None:
+    def reserve(self, job: J) -> None:
         """Takes pages for a job that will come with its KV cache."""
         self.used_blocks += self.pages(job.cached)
 
-    def arrive(self, job: Job) -> None:
+    def arrive(self, job: J) -> None:
         """A job for which pages were reserved comes to decode."""
-        self._note_visit(job)
         self._enter(job)
 
-    def retime(self, job: Job) -> None:
+    def retime(self, job: J) -> None:
         """The first token of a decoding job came at another time than was expected of it."""
         if job.id not in self.decoding or job.first_token_s is None:
             return
@@ -224,14 +227,13 @@ class Worker:
         if not job.late:
             self._note_due(job, job.first_token_s)
 
-    def leave(self, job: Job) -> None:
-        """A job goes, with its pages; `generated` and `cached` are brought up to date."""
+    def leave(self, job: J) -> None:
+        """A job goes, with its pages."""
         if job.id in self.decoding:
             del self.decoding[job.id]
-            job.generated = self.clock - job.offset
-            job.cached = job.prompt_tokens + job.generated - 1
-            self.context -= job.cached
-            self.used_blocks -= self.pages(job.cached)
+            cached = job.prompt_tokens + self.generated(job) - 1
+            self.context -= cached
+            self.used_blocks -= self.pages(cached)
             self._residues[(job.prompt_tokens - 1 - job.offset) % self.page_size] -= 1
             self._offsets -= job.offset
             self._expected -= job.expected_output
@@ -254,11 +256,7 @@ class Worker:
                 self.clock += 1
         self.context += steps * len(self.decoding)
 
-    def _note_visit(self, job: Job) -> None:
-        if not job.instances or job.instances[-1] != self.index:
-            job.instances.append(self.index)
-
-    def _enter(self, job: Job) -> None:
+    def _enter(self, job: J) -> None:
         job.worker = self
         job.offset = self.clock - job.generated
         self.decoding[job.id] = job
@@ -269,7 +267,7 @@ class Worker:
         if not job.late and job.first_token_s is not None:
             self._note_due(job, job.first_token_s)
 
-    def _note_due(self, job: Job, first_token_s: float) -> None:
+    def _note_due(self, job: J, first_token_s: float) -> None:
         tpot_s, heap = self._due.setdefault(job.tier.name, (job.tier.tpot_ms / 1000, []))
         # The number decides between jobs that are due at the same time: jobs themselves have no order.
         heapq.heappush(heap, (first_token_s - job.offset * tpot_s, next(_NUMBER), job))

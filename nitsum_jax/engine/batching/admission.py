@@ -129,6 +129,7 @@ class Admission:
 
     def await_again(self, sequence: LiveRequest) -> None:
         """Has a sequence that lost its blocks admitted again."""
+        sequence.start_over(again=self._deterministic)
         self._policy.again(sequence)
 
     def drop(self, sequence: LiveRequest) -> None:
@@ -171,7 +172,6 @@ class Admission:
         instances: Sequence[Instance],
         now_s: float,
     ) -> None:
-        sequence.start_prefill(again=self._deterministic)
         sequence.readmitted = sequence.admitted >= 0
         if self._cell.prefixes is not None and prefix is not None:
             self._cell.prefixes.begin(sequence, prefix, instance, instances)

@@ -100,7 +100,7 @@ class Intake:
         for index, (sequence, emits, epoch, token) in enumerate(steps):
             if not emits or epoch != sequence.epoch:
                 continue
-            sequence.pending -= 1
+            sequence.settled(emits=True)
             if sequence.finish is not None:
                 continue
             if token == NO_TOKEN:
@@ -141,7 +141,7 @@ class Intake:
         for sequence, emits, epoch in zip(step.sequences, step.emits, step.epochs, strict=True):
             if epoch != sequence.epoch:
                 continue
-            sequence.pending -= emits
+            sequence.settled(emits=emits)
             if emits and sequence.finish is None and sequence.home not in (None, instance):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)  # it went over before this token came
             if sequence.finish is None and sequence.home is None and not sequence.pending:

@@ -45,8 +45,6 @@ def write_off(instance: Instance, listener: Listener) -> list[LiveRequest]:
         victims += [s for s, emits, epoch in steps if emits and epoch == s.epoch and s.finish is None]
     found = list(dict.fromkeys(victims))
     for sequence in found:
-        # Its results may never come; what they would have said is computed again, to the same token.
-        sequence.epoch += 1
-        sequence.pending = 0
+        sequence.forget_flights()
         leave_instance(sequence, listener)
     return found

@@ -144,7 +144,7 @@ class PrefixCache:
         self._share(sequence, blocks, where, done)
         count = done + blocks.shape[1]
         self._hit(sequence, (count - done) * size)
-        sequence.cached = count * size
+        sequence.found(count * size)
         sequence.entered = count
         sequence.pages = max(sequence.pages, count)
 
@@ -201,7 +201,7 @@ class PrefixCache:
     def _begun(self, sequence: LiveRequest, pages: int) -> None:
         tokens = pages * self._pool.shape.page_size
         sequence.pages = sequence.entered = pages
-        sequence.cached = tokens
+        sequence.found(tokens)
         self._hit(sequence, tokens)
 
     def _hit(self, sequence: LiveRequest, tokens: int) -> None:

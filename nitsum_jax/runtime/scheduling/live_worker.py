@@ -1,14 +1,47 @@
-"""An engine's instance as the policies see it."""
+"""An engine's requests and instances as the policies see them."""
 
 import collections
 
 from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import InstancePlan
 from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.control.tiers import Tier
 from nitsum_jax.engine.instance import Instance
+from nitsum_jax.engine.live_request import LiveRequest
 
 
-class LiveWorker(Worker):
+class LiveJob(Job):
+    """A job that an engine runs: how far it has come is read from the engine's own state of it.
+
+    Attributes:
+      sequence: that state.
+    """
+
+    worker: "LiveWorker | None"
+
+    def __init__(self, sequence: LiveRequest, tier: Tier, arrival_s: float):
+        """Begins with what the engine knows of a request; `arrival_s`: on the clock of tiers."""
+        super().__init__(sequence.request.id, tier, arrival_s, sequence.prompt_len)
+        self.sequence = sequence
+
+    @property
+    def target(self) -> int:
+        """As of `Job`."""
+        return self.sequence.target
+
+    @property
+    def cached(self) -> int:
+        """As of `Job`, with what dispatched steps compute."""
+        return self.sequence.cached
+
+    @property
+    def generated(self) -> int:
+        """As of `Job`, with what dispatched steps make; a request that has ended made a token, if only to stop at."""
+        generated = self.sequence.generated
+        return generated if self.finish_s is None else max(1, generated)
+
+
+class LiveWorker(Worker[LiveJob]):
     """A `Worker` whose steps an engine makes; its room is what the engine says.
 
     Attributes:
@@ -27,7 +60,7 @@ class LiveWorker(Worker):
         self.instance = instance
         self.busy_until_s = 0.0
         self.flights: collections.deque[float] = collections.deque()
-        self.round: collections.deque[tuple[Job, int]] = collections.deque()
+        self.round: collections.deque[tuple[LiveJob, int]] = collections.deque()
         self.begun = False
         self.owed = False
         self.leads = False
@@ -57,7 +90,7 @@ class LiveWorker(Worker):
             self.flights.popleft()
         self.busy_until_s = now_s + sum(self.flights)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: LiveJob) -> None:
         """A job goes, in whatever state it is."""
         if job.id in self.outgoing:
             self.departed(job)

@@ -1,9 +1,9 @@
 """The engine's policy by latency tiers: `control.Scheduler`, with a control `Worker` for every instance.
 
-Requests are `control` jobs and instances are `control` workers, the very objects of the simulator, kept up to date by
-what the engine tells.  Two things differ from the model of a cell.  Steps are launched ahead of their results, so token
-deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are steps of their own:
-the chunks that the scheduler composes beside a decode step go before it, one after the other.
+Requests are `control` jobs, which read from the engine how far they have come; instances are `control` workers, kept up
+to date by what the engine tells.  Two things differ from the model of a cell.  Steps are launched ahead of their
+results, so token deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are
+steps of their own: the chunks that the scheduler composes beside a decode step go before it, one after the other.
 
 All but `push`, `now_s`, `plan` and `keep_for` runs on the engine's thread.  What other threads are to see of jobs and
 workers is copied here first (`control.planning.cell_view`).
@@ -16,7 +16,6 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
 from nitsum_jax.control.planning.cell_view import CellView, JobView
@@ -31,7 +30,7 @@ from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
 from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft
 from nitsum_jax.errors import OverloadedError
-from nitsum_jax.runtime.scheduling.live_worker import LiveWorker
+from nitsum_jax.runtime.scheduling.live_worker import LiveJob, LiveWorker
 
 JobListener = Callable[[float, JobView], None]
 _LOOK_AGAIN_S = 0.25
@@ -76,7 +75,7 @@ class TieredScheduling(Policy):
         self.capacity = capacity
         self.cost = cost
         self._config = config
-        self.scheduler: Scheduler[LiveWorker] = Scheduler(cost, tuple(tiers), config)
+        self.scheduler: Scheduler[LiveJob, LiveWorker] = Scheduler(cost, tuple(tiers), config)
         self.arrived_listeners: list[JobListener] = []
         self.finished_listeners: list[JobListener] = []
         self._tiers = tiers
@@ -84,13 +83,11 @@ class TieredScheduling(Policy):
         self._scale = time_scale
         self._fused = fused
         self._clock = clock
-        self._new: collections.deque[LiveRequest] = collections.deque()
+        self._new: dict[LiveRequest, None] = {}  # in their order
         self._unseated: set[LiveRequest] = set()
-        self._jobs: dict[LiveRequest, Job] = {}
-        self._sequences: dict[str, LiveRequest] = {}
         self._workers: dict[Instance, LiveWorker] = {}
         self._kept_for: dict[tuple[tuple[int, ...], str], tuple[str, ...]] = {}
-        self._offered: collections.deque[Job] = collections.deque()
+        self._offered: collections.deque[LiveJob] = collections.deque()
         self._stale: dict[LiveWorker, None] = {}  # something changed there: it may take another request
         self._look_for_late = False  # something changed: a late request may go somewhere
         self._wakes: list[float] = []
@@ -127,8 +124,9 @@ class TieredScheduling(Policy):
 
     def count_late(self, ids: Collection[str]) -> int:
         """How many of these requests are alive and late."""
-        alive = (self._sequences.get(name) for name in ids)
-        return sum(self._jobs[sequence].late for sequence in alive if sequence is not None)
+        asked = set(ids)
+        seated = (worker.members() for worker in self._workers.values())
+        return sum(job.late and job.id in asked for job in itertools.chain(self.scheduler.backlog.jobs(), *seated))
 
     def keep_for(self, plan: CellPlan) -> None:
         """Says which tiers instances are kept for, those that are there and those that a switch will bring."""
@@ -144,8 +142,9 @@ class TieredScheduling(Policy):
     def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
             raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
+        sequence.job = LiveJob(sequence, self._tiers.get(sequence.request.tier), sequence.arrival_s / self._scale)
         self._unseated.add(sequence)
-        self._new.append(sequence)
+        self._new[sequence] = None
 
     def arrivals(self, now_s: float) -> Sequence[LiveRequest]:
         if not self._new:
@@ -154,13 +153,9 @@ class TieredScheduling(Policy):
         self._new.clear()
         now = now_s / self._scale
         for sequence in arrived:
-            request = sequence.request
-            tier = self._tiers.get(request.tier)
-            job = Job(request.id, tier, sequence.arrival_s / self._scale, sequence.prompt_len, request.max_tokens)
-            self._jobs[sequence] = job
-            self._sequences[job.id] = sequence
+            job = _job(sequence)
             self.scheduler.admit(job, now)
-            job.expected_output = min(job.expected_output, request.max_tokens)
+            job.expected_output = min(job.expected_output, sequence.request.max_tokens)
             self._offered.append(job)
             seen = JobView.of(job)
             for listener in self.arrived_listeners:
@@ -168,31 +163,31 @@ class TieredScheduling(Policy):
         return arrived
 
     def waiting(self) -> Iterable[LiveRequest]:
-        return [*self._new, *(self._sequences[job.id] for job in self.scheduler.backlog.jobs())]
+        return [*self._new, *(job.sequence for job in self.scheduler.backlog.jobs())]
 
     def next(self, instances: Sequence[Instance], test: SeatTest, now_s: float) -> tuple[LiveRequest, Instance] | None:
         now = self._seen_s = now_s / self._scale
         self._wake(now)
         while self._offered:
             job = self._offered.popleft()
-            held = self._held(self._sequences[job.id], test)
+            held = self._held(job.sequence, test)
             worker = self.scheduler.first_worker(job, tuple(self._workers.values()), now, held)
-            if worker is None or not test.fits(self._sequences[job.id], worker.instance):
+            if worker is None or not test.fits(job.sequence, worker.instance):
                 for time_s in self.scheduler.wakes(job, now):
                     heapq.heappush(self._wakes, time_s)
                 self._look_for_late = True
                 continue
             self.scheduler.backlog.remove(job)
-            return self._sequences[job.id], worker.instance
+            return job.sequence, worker.instance
         while self._stale:
             live = next(iter(self._stale))
             found = self.scheduler.pull(live, now) if live.instance in self._workers else None
-            if found is not None and not test.fits(self._sequences[found.id], live.instance):
+            if found is not None and not test.fits(found.sequence, live.instance):
                 self.scheduler.backlog.push(found)
                 found = None
             self._look_for_late = True
             if found is not None:
-                return self._sequences[found.id], live.instance
+                return found.sequence, live.instance
             del self._stale[live]
         return self._next_late(test, now) if self._look_for_late else None
 
@@ -201,9 +196,8 @@ class TieredScheduling(Policy):
         placed = self.scheduler.place_late(tuple(self._workers.values()), now)
         if placed is not None:
             job, worker = placed
-            sequence, instance = self._sequences[job.id], worker.instance
-            if test.fits(sequence, instance):
-                return sequence, instance
+            if test.fits(job.sequence, worker.instance):
+                return job.sequence, worker.instance
             self.scheduler.backlog.push(job)
         self._look_for_late = False
         return None
@@ -217,24 +211,15 @@ class TieredScheduling(Policy):
         return {worker: count * worker.page_size for worker, count in pages.items() if count}
 
     def again(self, sequence: LiveRequest) -> None:
-        job = self._jobs.get(sequence)
-        if job is None:
-            return
-        job.worker = None
-        job.recomputed += job.cached
-        job.generated = len(sequence.tokens) - sequence.prompt_len
-        job.target = len(sequence.tokens)
-        job.cached = 0
+        job = _job(sequence)
         self.scheduler.readmit(job, self.now_s())
         self._offered.append(job)
 
     def remove(self, sequence: LiveRequest) -> None:
-        job = self._jobs.get(sequence)
-        if job is not None:
-            if self.scheduler.backlog.remove(job) and job in self._offered:
-                self._offered.remove(job)
-        elif sequence in self._unseated:
-            self._new.remove(sequence)
+        job = _job(sequence)
+        self._new.pop(sequence, None)
+        if self.scheduler.backlog.remove(job) and job in self._offered:
+            self._offered.remove(job)
         self._unseated.discard(sequence)
 
     def wake_s(self) -> float | None:
@@ -262,7 +247,7 @@ class TieredScheduling(Policy):
             if instance.decodable():
                 return None
             worker.owed = False
-        while worker.round and self._sequences.get(worker.round[0][0].id) not in instance.prefills:
+        while worker.round and worker.round[0][0].sequence not in instance.prefills:
             worker.round.popleft()  # it has gone
         if not worker.round:
             self._compose(worker, instance)
@@ -270,7 +255,7 @@ class TieredScheduling(Policy):
             return None
         worker.leads = False
         job, tokens = worker.round[0]
-        return PrefillChoice(self._sequences[job.id], tokens, joined=worker.begun)
+        return PrefillChoice(job.sequence, tokens, joined=worker.begun)
 
     def _compose(self, worker: LiveWorker, instance: Instance) -> None:
         if self.cost.version != self._version:
@@ -280,7 +265,7 @@ class TieredScheduling(Policy):
         chunks = self.scheduler.compose(worker, max(self.now_s(), worker.busy_until_s)) if worker.prefills else []
         worker.round.extend(chunks)
         if not chunks and not instance.decodable():  # whoever decodes is about to end; somebody must go on
-            worker.round.append((self._jobs[instance.prefills[0]], 256))
+            worker.round.append((_job(instance.prefills[0]), 256))
         worker.leads = self._fused
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
@@ -298,8 +283,7 @@ class TieredScheduling(Policy):
         alone = self.cost.step_s(worker.tp, len(worker.decoding), worker.context) if worker.decoding else 0.0
         both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, ((new, before),))
         worker.launched(both - alone, now)
-        job = self._jobs[step.sequences[0]]
-        job.cached = before + new  # with what others computed for it
+        job = _job(step.sequences[0])
         if worker.round and worker.round[0][0] is job:
             left = worker.round[0][1] - new
             worker.round.popleft()
@@ -308,7 +292,6 @@ class TieredScheduling(Policy):
         worker.begun = True
         worker.owed = not worker.round and not self._fused
         if step.emits[0]:
-            job.generated += 1
             if job.first_token_s is None:
                 job.first_token_s = worker.busy_until_s  # as is expected; corrected when it comes
             if worker.plan.role == PREFILL:
@@ -332,7 +315,7 @@ class TieredScheduling(Policy):
 
     def decode_at(self, sequence: LiveRequest, instances: Sequence[Instance], now_s: float) -> Instance | None:
         workers = [self._workers[instance] for instance in instances if instance in self._workers]
-        worker = self.scheduler.decode_worker(self._jobs[sequence], workers, now_s / self._scale)
+        worker = self.scheduler.decode_worker(_job(sequence), workers, now_s / self._scale)
         return None if worker is None else worker.instance
 
     def place(
@@ -349,25 +332,18 @@ class TieredScheduling(Policy):
         return Worker(number, plan, host.pages * host.page_size, host.page_size, host.rows)
 
     def _traveller(self, sequence: LiveRequest) -> placement.Traveller:
-        job, home = self._jobs[sequence], sequence.home
+        job, home = _job(sequence), sequence.home
         assert home is not None
-        worker = self._at(job)
-        waited = worker is not None and job.id in worker.outgoing
+        waited = job.worker is not None and job.id in job.worker.outgoing
         return placement.Traveller(job, home.spec.devices, sequence.cached, not sequence.prefilling, waited)
 
-    def _at(self, job: Job) -> LiveWorker | None:
-        """Where a request is, if it is somewhere."""
-        return next((worker for worker in self._workers.values() if worker is job.worker), None)
-
     def victim(self, instance: Instance) -> LiveRequest:
-        return self._sequences[self.scheduler.victim(self._jobs[sequence] for sequence in instance.rows.values()).id]
+        return self.scheduler.victim(map(_job, instance.rows.values())).sequence
 
     def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None:
         first = sequence in self._unseated
         self._unseated.discard(sequence)
-        job = self._jobs[sequence]
-        job.target, job.cached = sequence.target, sequence.cached
-        job.generated = len(sequence.tokens) - sequence.prompt_len
+        job = _job(sequence)
         worker = self._workers.get(instance)
         if worker is not None:
             worker.seat(job)
@@ -375,37 +351,31 @@ class TieredScheduling(Policy):
             self._admitted(job.id, now_s)
 
     def moved(self, sequence: LiveRequest, source: Instance, target: Instance) -> None:
-        job = self._jobs[sequence]
-        for worker in self._workers.values():
-            if job.worker is worker:
-                worker.drop(job)
-        self._arrive(job, sequence, self._workers[target])
+        job = _job(sequence)
+        if job.worker is not None:
+            job.worker.drop(job)
+        self._arrive(job, self._workers[target])
         for instance in (source, target):
             if instance in self._workers:
                 self._stale[self._workers[instance]] = None
 
     def left(self, sequence: LiveRequest, home: Home) -> None:
-        job = self._jobs.get(sequence)
-        if job is not None and (worker := self._at(job)) is not None:
+        job = _job(sequence)
+        if (worker := job.worker) is not None:
             worker.drop(job)
-            job.generated = len(sequence.tokens) - sequence.prompt_len
             self._stale[worker] = None
 
     def first_token(self, sequence: LiveRequest, now_s: float) -> None:
-        job = self._jobs[sequence]
+        job = _job(sequence)
         job.first_token_s = now_s / self._scale
         if job.first_token_s > job.ttft_deadline_s:
-            job.late = True
-        if (worker := self._at(job)) is not None:
-            worker.retime(job)
+            job.give_up()
+        if job.worker is not None:
+            job.worker.retime(job)
 
     def ended(self, sequence: LiveRequest, now_s: float) -> None:
-        job = self._jobs.pop(sequence, None)
-        if job is None:
-            return
-        del self._sequences[job.id]
+        job = _job(sequence)
         job.finish_s = now_s / self._scale
-        job.generated = job.output_tokens = max(1, len(sequence.tokens) - sequence.prompt_len)
         if sequence.finish not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         self.scheduler.ended(job)
@@ -419,29 +389,24 @@ class TieredScheduling(Policy):
             kept = self._workers.get(instance)
             workers[instance] = kept or self._make(instance)
         for worker in self._workers.values():
-            for job in (*worker.prefills, *worker.decoding.values(), *worker.outgoing.values()):
-                sequence = self._sequences.get(job.id)
-                if worker.instance not in workers or sequence is None or sequence.home is not worker.instance:
+            for job in worker.members():
+                if worker.instance not in workers or job.sequence.home is not worker.instance:
                     worker.drop(job)
         for worker in workers.values():
             for sequence in (*worker.instance.prefills, *worker.instance.rows.values()):
-                job = self._jobs[sequence]
+                job = _job(sequence)
                 if job.worker is worker:
                     continue
                 if sequence.prefilling:
-                    job.target, job.cached = sequence.target, sequence.cached
-                    job.generated = len(sequence.tokens) - sequence.prompt_len
                     worker.seat(job)
                 else:
-                    self._arrive(job, sequence, worker)
+                    self._arrive(job, worker)
         self._workers = workers
         for worker in workers.values():  # `keep_for` may have come meanwhile and seen those before
             worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
         self._stale = dict.fromkeys(workers.values())
 
-    def _arrive(self, job: Job, sequence: LiveRequest, worker: LiveWorker) -> None:
-        job.cached = sequence.cached
-        job.generated = sequence.length - sequence.prompt_len
+    def _arrive(self, job: LiveJob, worker: LiveWorker) -> None:
         if job.first_token_s is None:
             job.first_token_s = self.now_s()  # it comes any moment
         if worker.plan.role == PREFILL:  # a switch has put it there
@@ -454,3 +419,9 @@ class TieredScheduling(Policy):
         group = spec.devices, str(spec.role)
         plan = InstancePlan(*group, self._kept_for.get(group, ()))
         return LiveWorker(next(self._indices), plan, instance, instance.page_size, instance.max_batch)
+
+
+def _job(sequence: LiveRequest) -> LiveJob:
+    """What this policy keeps of a request, from `push` on."""
+    job: LiveJob = sequence.job
+    return job

@@ -8,8 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import Span
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched
 from nitsum_jax.control.planning.decision import Decision
 from nitsum_jax.control.scheduling.worker import Worker
@@ -69,11 +69,11 @@ class LogFolder(contextlib.ExitStack):
         record = StepRecord(worker.index, devices, worker.tp, start_s, end_s, sequences, context, tokens, before)
         self._steps.write(to_line(record))
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: ModelJob) -> None:
         """A request has ended."""
         self._requests.write(to_line(request_record(job)))
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: ModelJob, reason: str) -> None:
         """A request cannot be served; it is in the log without an end."""
         del reason
         self._requests.write(to_line(dataclasses.replace(request_record(job), finish_s=None, met=False)))
@@ -91,7 +91,7 @@ class LogFolder(contextlib.ExitStack):
         (self.folder / SUMMARY).write_text(metrics.to_json(values), encoding="utf-8")
 
 
-def request_record(job: Job) -> RequestRecord:
+def request_record(job: ModelJob) -> RequestRecord:
     """The record of a request as it stands."""
     return RequestRecord(
         job.id,

@@ -12,9 +12,9 @@ from typing import Protocol
 
 import tqdm
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Span, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planning.cell_view import CellView, JobView
@@ -60,8 +60,8 @@ class Log(Protocol):
     def step(
         self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
     ) -> None: ...
-    def finished(self, job: Job) -> None: ...
-    def failed(self, job: Job, reason: str) -> None: ...
+    def finished(self, job: ModelJob) -> None: ...
+    def failed(self, job: ModelJob, reason: str) -> None: ...
     def switched(self, report: Switched) -> None: ...
     def decided(self, decision: Decision) -> None: ...
 
@@ -89,8 +89,8 @@ class RunOutcome:
     seconds: float
     end_s: float = 0.0
     offered: int = 0
-    finished: list[Job] = dataclasses.field(default_factory=list)
-    failed: list[Job] = dataclasses.field(default_factory=list)
+    finished: list[ModelJob] = dataclasses.field(default_factory=list)
+    failed: list[ModelJob] = dataclasses.field(default_factory=list)
     switches: list[Switched] = dataclasses.field(default_factory=list)
     decisions: int = 0
     busy_s: float = 0.0
@@ -192,7 +192,7 @@ class _Driver:
         self.step_log = log if log_steps else None
         self.outcome = RunOutcome(policy.name, workload.seconds, offered=len(workload.requests))
         self.by_name = {tier.name: tier for tier in tiers}
-        self.scheduler: Scheduler[ModelWorker] = Scheduler(cost, tuple(tiers), policy.scheduler)
+        self.scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(cost, tuple(tiers), policy.scheduler)
         self.cell = SwitchingCell(
             cost,
             self.scheduler,
@@ -252,7 +252,7 @@ class _Driver:
 
     def _add(self, number: int, request: TraceRequest) -> None:
         tier = self.by_name[request.tier]
-        job = Job(str(number), tier, request.arrival_s, request.prompt_tokens, request.output_tokens)
+        job = ModelJob(str(number), tier, request.arrival_s, request.prompt_tokens, request.output_tokens)
         if self.controller is not None:
             self.controller.arrived(request.arrival_s, JobView.of(job))
         self.cell.add(job)
@@ -305,7 +305,7 @@ class _Driver:
             for start_s, end_s, context in run.steps():
                 self.step_log.step(worker, start_s, end_s, run.sequences, context, spans)
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: ModelJob) -> None:
         self.outcome.finished.append(job)
         self.scheduler.ended(job)
         if self.controller is not None:
@@ -314,7 +314,7 @@ class _Driver:
         if self.log is not None:
             self.log.finished(job)
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: ModelJob, reason: str) -> None:
         self.outcome.failed.append(job)
         if self.log is not None:
             self.log.failed(job, reason)

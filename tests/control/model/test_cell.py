@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import CellModel, ModelWorker, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan, InstancePlan, homogeneous
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from tests.control.cells import CHAT, COST, TIERS, Steps, job, make_cell, serve, small_cost, some_jobs
@@ -203,7 +203,7 @@ def test_a_recorder_may_take_whole_rows() -> None:
 
     rows = _Rows()
     cell = CellModel(COST, Scheduler(COST, TIERS), homogeneous(8, 8), recorder=rows)
-    one: Job = job(0, CHAT, output=100)
+    one: ModelJob = job(0, CHAT, output=100)
     cell.add(one)
     cell.run_until(math.inf)
     assert rows.steps == []

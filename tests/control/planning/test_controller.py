@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 import pytest
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import ModelWorker
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
 from nitsum_jax.control.plan import CellPlan, homogeneous
 from nitsum_jax.control.planning.cell_view import CellView, JobView
@@ -34,7 +34,7 @@ class Run:
     def __init__(self, first: CellPlan, controller: AdaptiveController | None):
         self.met = self.ended = 0
         self.switches: list[Switched] = []
-        self.scheduler: Scheduler[ModelWorker] = Scheduler(COST, (CHAT, CODE))
+        self.scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, (CHAT, CODE))
         resident = controller.planner.resident_tp if controller else None
         self.cell = SwitchingCell(COST, self.scheduler, first, recorder=self, resident_tp=resident)
         self.cell.on_switch = self.switches.append
@@ -44,11 +44,11 @@ class Run:
 
     def step(self, worker: Worker, *_: object) -> None: ...
 
-    def finished(self, job: Job) -> None:
+    def finished(self, job: ModelJob) -> None:
         self.ended += 1
         self.met += job.met()
 
-    def failed(self, job: Job, reason: str) -> None:
+    def failed(self, job: ModelJob, reason: str) -> None:
         raise AssertionError(reason)
 
     def tick(self, now_s: float) -> None:
@@ -72,7 +72,7 @@ class Run:
             self.cell.run_until(time_s)
             if self.controller and self.controller.urgent(time_s, self.count_late):
                 self.tick(time_s)
-            job = Job(str(i), tier, time_s, prompt, output)
+            job = ModelJob(str(i), tier, time_s, prompt, output)
             if self.controller:
                 self.controller.arrived(time_s, JobView.of(job))
             self.cell.add(job)
@@ -116,7 +116,7 @@ def test_it_waits_until_it_knows_something() -> None:
 def test_misses_bring_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     for i in range(20):
-        job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
+        job = ModelJob(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
         controller.arrived(6.0, JobView.of(job))
         controller.finished(6.0, JobView.of(job))
     assert controller.urgent(6.0, nobody)
@@ -127,7 +127,7 @@ def test_misses_bring_the_next_tick_on() -> None:
 def test_requests_that_are_given_up_bring_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     for i in range(20):
-        controller.arrived(6.0, JobView.of(Job(str(i), CHAT, 6.0, 100, 10)))
+        controller.arrived(6.0, JobView.of(ModelJob(str(i), CHAT, 6.0, 100, 10)))
     late: set[str] = set()
 
     def count_late(ids: Collection[str]) -> int:
@@ -141,7 +141,7 @@ def test_requests_that_are_given_up_bring_the_next_tick_on() -> None:
 
 def test_who_was_late_and_has_ended_still_counts() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(urgent_share=0.2))
-    jobs = [Job(str(i), CHAT, 6.0, 100, 10, first_token_s=6.1, finish_s=6.1, late=i < 3) for i in range(20)]
+    jobs = [ModelJob(str(i), CHAT, 6.0, 100, 10, first_token_s=6.1, finish_s=6.1, late=i < 3) for i in range(20)]
     for job in jobs:
         controller.arrived(6.0, JobView.of(job))
     for job in jobs[:3]:
@@ -154,12 +154,12 @@ def test_a_change_of_the_load_brings_the_next_tick_on() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     view = CellView(homogeneous(8, 1), 8)
     for i in range(100):
-        controller.arrived(i / 5, JobView.of(Job(f"a{i}", CHAT, i / 5, 100, 10)))
+        controller.arrived(i / 5, JobView.of(ModelJob(f"a{i}", CHAT, i / 5, 100, 10)))
     controller.tick(20.0, view)
     urgent_s = []
     for i in range(200):
         now_s = 20 + i / 50
-        controller.arrived(now_s, JobView.of(Job(f"b{i}", CHAT, now_s, 100, 10)))
+        controller.arrived(now_s, JobView.of(ModelJob(f"b{i}", CHAT, now_s, 100, 10)))
         if controller.urgent(now_s, nobody):
             urgent_s.append(now_s)
     assert urgent_s
@@ -169,7 +169,7 @@ def test_a_change_of_the_load_brings_the_next_tick_on() -> None:
 def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(warm_up_s=10.0))
     for i in range(20):
-        job = Job(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
+        job = ModelJob(str(i), CHAT, 0.0, 100, 10, generated=10, first_token_s=5.0, finish_s=6.0)
         controller.arrived(6.0, JobView.of(job))
         controller.finished(6.0, JobView.of(job))
     view = CellView(homogeneous(8, 1), 8)
@@ -182,8 +182,9 @@ def test_an_event_within_the_dwell_time_is_seen_after_it() -> None:
 def test_the_planner_is_told_how_many_requests_an_instance_holds() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE))
     plan = homogeneous(8, 4)
-    workers = [Worker(i, instance, 100_000, 16, 32) for i, instance in enumerate(plan.instances)]
-    view = CellView.of(plan, 8, workers, Backlog())
+    backlog: Backlog[ModelJob] = Backlog()
+    workers = [ModelWorker(i, instance, 100_000, 16, 32) for i, instance in enumerate(plan.instances)]
+    view = CellView.of(plan, 8, workers, backlog)
     assert controller.inputs(1.0, view).max_batch == 32
 
 
@@ -202,7 +203,7 @@ def test_who_has_planned_a_lot_is_thrifty_until_the_load_changes() -> None:
     def play(start_s: float, rate: int, seconds: int) -> None:
         for i in range(rate * seconds):
             now_s = start_s + i / rate
-            job = Job(f"{now_s}", CHAT, now_s - 5, 100, 10, generated=10, first_token_s=now_s - 1, finish_s=now_s)
+            job = ModelJob(f"{now_s}", CHAT, now_s - 5, 100, 10, generated=10, first_token_s=now_s - 1, finish_s=now_s)
             controller.arrived(now_s, JobView.of(job))
             controller.finished(now_s, JobView.of(job))  # it missed its target, as they all do
             if controller.urgent(now_s, nobody) or i % (5 * rate) == 0:
@@ -229,10 +230,10 @@ def test_replays_are_made_of_what_came_since_the_load_changed() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE, batch))
     view = CellView(homogeneous(8, 1), 8)
     for i in range(100):
-        controller.arrived(i / 5, JobView.of(Job(f"a{i}", CHAT, i / 5, 100, 10)))
+        controller.arrived(i / 5, JobView.of(ModelJob(f"a{i}", CHAT, i / 5, 100, 10)))
     for i in range(400):
         now_s = 20 + i / 50
-        controller.arrived(now_s, JobView.of(Job(f"b{i}", CODE, now_s, 3000, 10)))
+        controller.arrived(now_s, JobView.of(ModelJob(f"b{i}", CODE, now_s, 3000, 10)))
     inputs = controller.inputs(28.0, view)
     before = [arrival.tier for arrival in inputs.recent if arrival.time_s < 20]
     # Only chat came then; those since the change (and from the second in which it was found) stand there again.

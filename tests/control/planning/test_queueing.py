@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import CellModel, ModelWorker
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import Shape, place
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.queueing import QueueingModel
@@ -42,18 +42,18 @@ def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -
         met = 0
 
         def step(self, worker: Worker, *_: object) -> None: ...
-        def failed(self, job: Job, reason: str) -> None: ...
-        def finished(self, job: Job) -> None:
+        def failed(self, job: ModelJob, reason: str) -> None: ...
+        def finished(self, job: ModelJob) -> None:
             self.met += job.met()
 
     tally = Tally()
-    scheduler: Scheduler[ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
     for load in loads(chat, code):
         scheduler.expect_output(load.tier, load.output)
     cell = CellModel(COST, scheduler, place(shapes, 8), recorder=tally)
     for i, (time_s, tier, prompt, output) in enumerate(sorted(jobs, key=lambda job: job[0])):
         cell.run_until(time_s)
-        cell.add(Job(str(i), tier, time_s, prompt, output))
+        cell.add(ModelJob(str(i), tier, time_s, prompt, output))
     cell.run_until(float("inf"))
     return tally.met / len(jobs)
 

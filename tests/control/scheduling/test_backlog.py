@@ -5,14 +5,14 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.scheduling.backlog import Backlog
 from tests.control.cells import CHAT, CODE, job
 
 
 def _waiting(
     number: int, latest_start_s: float, arrival_s: float = 0.0, tier: object = CHAT, prompt_s: float = 0.0
-) -> Job:
+) -> ModelJob:
     one = job(number, tier, arrival_s)  # type: ignore[arg-type]
     one.latest_start_s, one.due_s = latest_start_s, latest_start_s + prompt_s
     return one
@@ -22,9 +22,9 @@ def _waiting(
 @given(st.integers(0, 2**32))
 def test_equals_a_plain_list(seed: int) -> None:
     draw = random.Random(seed)
-    backlog = Backlog()
-    in_time: list[Job] = []
-    late: list[Job] = []
+    backlog: Backlog[ModelJob] = Backlog()
+    in_time: list[ModelJob] = []
+    late: list[ModelJob] = []
     now = 0.0
     for number in range(60):
         kind = draw.choice(("push", "push", "remove", "demote"))
@@ -59,14 +59,14 @@ def test_equals_a_plain_list(seed: int) -> None:
 
 
 def test_tiers_come_in_the_order_of_their_most_urgent_request() -> None:
-    backlog = Backlog()
+    backlog: Backlog[ModelJob] = Backlog()
     for number, (latest, tier) in enumerate(((3.0, CHAT), (1.0, CODE), (2.0, CHAT))):
         backlog.push(_waiting(number, latest, tier=tier))
     assert [one.id for one in backlog.heads(3)] == ["1", "2", "0"]
 
 
 def test_by_arrival_nobody_is_late() -> None:
-    backlog = Backlog(by_arrival=True)
+    backlog: Backlog[ModelJob] = Backlog(by_arrival=True)
     backlog.push(_waiting(0, latest_start_s=1.0, arrival_s=0.5))
     backlog.push(_waiting(1, latest_start_s=9.0, arrival_s=0.1))
     assert backlog.demote(100.0) == []

@@ -5,7 +5,7 @@ import collections
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, InstancePlan
 from nitsum_jax.control.scheduling.placement import Seat, Traveller, WorkerRoom
 from nitsum_jax.control.scheduling.scheduler import Scheduler
@@ -23,12 +23,12 @@ def worker(index: int, role: str = MIXED, *, pages: int = 1000, rows: int = 8, t
 def decoding(
     name: str, tokens: int = 320, *, late: bool = False, waited: bool = False, since_s: float = 0.0
 ) -> Traveller:
-    job = Job(name, CHAT, since_s, tokens - 9, generated=10, cached=tokens, late=late)
+    job = ModelJob(name, CHAT, since_s, tokens - 9, generated=10, cached=tokens, late=late)
     return Traveller(job, OLD, tokens, decodes=True, waited=waited)
 
 
 def half_done(name: str, cached: int, target: int = 320) -> Traveller:
-    return Traveller(Job(name, CHAT, 0.0, target, cached=cached), OLD, cached, decodes=False)
+    return Traveller(ModelJob(name, CHAT, 0.0, target, cached=cached), OLD, cached, decodes=False)
 
 
 def seats(travellers: list[Traveller], workers: list[Worker]) -> list[Seat | None]:
@@ -69,7 +69,7 @@ def test_without_room_for_all_those_go_whom_it_harms_least() -> None:
 def test_its_tier_and_then_the_emptier_instance_decide() -> None:
     workers = [worker(0, tiers=("code",)), worker(1, tiers=("chat",))]
     assert seats([decoding("a")], workers) == [Seat(1, False)]
-    code = Traveller(Job("b", CODE, 0.0, 311, generated=10, cached=320), OLD, 320, decodes=True)
+    code = Traveller(ModelJob("b", CODE, 0.0, 311, generated=10, cached=320), OLD, 320, decodes=True)
     assert seats([code], workers) == [Seat(0, False)]
     spread = seats([decoding(str(i)) for i in range(6)], [worker(0, pages=300), worker(1, pages=300)])
     assert collections.Counter(seat.instance for seat in spread if seat) == {0: 3, 1: 3}

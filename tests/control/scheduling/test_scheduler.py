@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
@@ -69,7 +69,7 @@ def test_an_instance_refuses_whom_it_would_fail() -> None:
 def test_who_is_too_fast_for_an_instance_keeps_nobody_out_of_it(waits: bool) -> None:
     """A switch may leave requests in an instance that is too slow for them."""
     fast = Tier("fast", ttft_ms=500, tpot_ms=1000 * COST.step_s(1, 1, 1000) / 2)
-    scheduler: Scheduler[Worker] = Scheduler(COST, (fast, *TIERS))
+    scheduler: Scheduler[ModelJob, Worker] = Scheduler(COST, (fast, *TIERS))
     worker = _worker()
     _decoding(worker, 3, 0.0, fast)
     left_over = list(worker.decoding.values())
@@ -213,7 +213,7 @@ QUICK = Tier("chat", ttft_ms=500, tpot_ms=9)
 def _decoder(count: int, first_s: float, generated: int) -> Worker:
     """A decode instance of TP 1 with so many of QUICK, all of whom have made so many tokens."""
     plan = InstancePlan((0,), "decode")
-    worker = Worker(0, plan, COST.kv_capacity_tokens(1), COST.page_size, 256)
+    worker: Worker[ModelJob] = Worker(0, plan, COST.kv_capacity_tokens(1), COST.page_size, 256)
     _decoding(worker, count, first_s, QUICK)
     worker.advance(generated - 1)
     return worker
@@ -224,7 +224,7 @@ def _full(share: float) -> int:
     return next(n for n in range(1, 256) if COST.step_s(1, n, 600 * n) > share * QUICK.tpot_ms / 1000)
 
 
-def _prefilled(first_s: float) -> Job:
+def _prefilled(first_s: float) -> ModelJob:
     one = job(0, QUICK, first_s - 0.1, prompt=500, output=200)
     one.cached, one.generated, one.first_token_s, one.expected_output = 500, 1, first_s, 200.0
     return one
@@ -253,7 +253,7 @@ def test_those_who_are_ahead_bear_a_crowd_for_a_while() -> None:
 def test_a_late_request_decodes_where_there_is_room_to_spare_and_after_its_patience_anywhere() -> None:
     scheduler = _scheduler()
     late = _prefilled(0.0)
-    late.late = True
+    late.give_up()
     full = _decoder(_full(0.93), 0.0, 1)
     assert scheduler.decode_worker(late, [full], 0.0) is None
     assert scheduler.decode_worker(late, [_decoder(2, 0.0, 1)], 0.0) is not None
@@ -270,31 +270,35 @@ def test_everybody_ends_in_a_split_however_crowded_it_is(rate: float) -> None:
 
 
 def test_late_requests_give_up_their_cache_first_and_then_who_came_last() -> None:
-    early, last, late = Job("a", CHAT, 0.0, 100), Job("b", CHAT, 2.0, 100), Job("c", CHAT, 1.0, 100, late=True)
+    early, last, late = (
+        ModelJob("a", CHAT, 0.0, 100),
+        ModelJob("b", CHAT, 2.0, 100),
+        ModelJob("c", CHAT, 1.0, 100, late=True),
+    )
     assert Scheduler.victim([early, last, late]) is late
     assert Scheduler.victim([early, last]) is last
 
 
 def test_who_finds_no_instance_is_looked_at_when_others_may_take_it_and_when_it_is_late() -> None:
     scheduler = _scheduler(SchedulerConfig(spill_after=0.5))
-    one = Job("a", CHAT, 0.0, 500)
+    one = ModelJob("a", CHAT, 0.0, 500)
     scheduler.admit(one, 0.0)
     spill_s, late_s = scheduler.wakes(one, 0.0)
     assert (spill_s, late_s) == pytest.approx((one.latest_start_s / 2, one.latest_start_s), abs=1e-5)
     assert late_s > one.latest_start_s  # at that time itself it could still begin
     assert scheduler.wakes(one, spill_s) == [late_s]
-    one.late = True
+    one.give_up()
     assert scheduler.wakes(one, 0.0) == []  # it waits for room alone
 
 
 def test_outputs_are_expected_to_be_as_those_that_ended_unless_somebody_says_otherwise() -> None:
     scheduler = _scheduler()
     for number in range(40):
-        scheduler.ended(Job(str(number), CHAT, 0.0, 100, generated=20 + 20 * (number % 2)))
-    came = Job("a", CHAT, 0.0, 100), Job("b", CODE, 0.0, 100)
+        scheduler.ended(ModelJob(str(number), CHAT, 0.0, 100, generated=20 + 20 * (number % 2)))
+    came = ModelJob("a", CHAT, 0.0, 100), ModelJob("b", CODE, 0.0, 100)
     for job_ in came:
         scheduler.admit(job_, 0.0)
     assert [job_.expected_output for job_ in came] == [30, 128]  # nobody of the other tier has ended
     scheduler.expect_output(CHAT.name, 77)
-    scheduler.ended(Job("c", CHAT, 0.0, 100, generated=1000))
+    scheduler.ended(ModelJob("c", CHAT, 0.0, 100, generated=1000))
     assert scheduler.expected_output(CHAT.name) == 77

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.scheduling.backlog import Backlog
 from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
@@ -63,7 +64,7 @@ def test_the_drain_is_the_work_that_leaves_while_some_wait() -> None:
 
 
 def test_a_backlog_sheds_one_tier_and_serves_the_late_ones_last() -> None:
-    backlog = Backlog()
+    backlog: Backlog[ModelJob] = Backlog()
     long, short, other = job(0, CODE), job(1, CODE), job(2, CHAT)
     for one, work_s in ((long, 2.0), (short, 0.1), (other, 9.0)):
         one.due_s = one.ttft_deadline_s

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cell import ModelWorker
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -57,7 +57,7 @@ def _plan(draw: random.Random, tiers: tuple[Tier, ...]) -> CellPlan:
     return draw.choice(plans)
 
 
-def _jobs(draw: random.Random, tiers: tuple[Tier, ...], devices: int, load: float, count: int) -> list[Job]:
+def _jobs(draw: random.Random, tiers: tuple[Tier, ...], devices: int, load: float, count: int) -> list[ModelJob]:
     """Requests of random lengths; a load of 1 is about what the devices can serve, infinity a burst."""
     prompt, output = 10 ** draw.uniform(1, 3.7), 10 ** draw.uniform(0.5, 2.5)
     work_s = COST.prefill_s(1, int(prompt)) + output * COST.step_s(1, 32, int(32 * (prompt + output))) / 32
@@ -65,12 +65,12 @@ def _jobs(draw: random.Random, tiers: tuple[Tier, ...], devices: int, load: floa
     for number in range(count):
         now += 0.0 if load == math.inf else draw.expovariate(load * devices / work_s)
         lengths = max(1, int(draw.expovariate(1 / prompt))), max(2, int(draw.expovariate(1 / output)))
-        jobs.append(Job(str(number), draw.choice(tiers), now, *lengths))
+        jobs.append(ModelJob(str(number), draw.choice(tiers), now, *lengths))
     return jobs
 
 
-def _serve(plan: CellPlan, tiers: tuple[Tier, ...], jobs: list[Job], config: SchedulerConfig) -> Outcome:
-    scheduler: Scheduler[ModelWorker] = Scheduler(COST, tiers, config)
+def _serve(plan: CellPlan, tiers: tuple[Tier, ...], jobs: list[ModelJob], config: SchedulerConfig) -> Outcome:
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tiers, config)
     watch = _Watch()
     for tier in tiers:
         scheduler.expect_output(tier.name, sum(job.output_tokens for job in jobs) / len(jobs))
@@ -166,9 +166,9 @@ def test_targets_that_cannot_be_kept_cost_no_throughput(devices: int, load: floa
 def test_an_idle_server_serves_at_once_whom_it_cannot_serve_in_time() -> None:
     """It waited for its whole TTFT target before: an instance that is too slow for its tokens did not take it."""
     slow = Tier("slow", ttft_ms=5000, tpot_ms=FLOOR_MS / 2)
-    job = Job("0", slow, 0.0, 100, 10)
+    job = ModelJob("0", slow, 0.0, 100, 10)
     _serve(homogeneous(4, 1), (slow,), [job], SchedulerConfig())
-    scheduler: Scheduler[ModelWorker] = Scheduler(COST, (slow,))
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, (slow,))
     steps = Steps()
     cell = SwitchingCell(COST, scheduler, homogeneous(4, 1), recorder=steps)
     cell.add(job)
@@ -184,9 +184,9 @@ def test_a_prompt_does_not_wait_for_others_to_end_their_decoding() -> None:
     steps = Steps()
     cell = SwitchingCell(COST, Scheduler(COST, (tight, plain)), homogeneous(1, 1), recorder=steps)
     for number in range(2):
-        cell.add(Job(str(number), plain, 0.0, 100, 3000))
+        cell.add(ModelJob(str(number), plain, 0.0, 100, 3000))
     cell.run_until(1.0)
-    short = Job("short", plain, 1.0, 50, 5)
+    short = ModelJob("short", plain, 1.0, 50, 5)
     cell.add(short)
     cell.run_until(math.inf)
     assert short.first_token_s is not None
@@ -198,7 +198,7 @@ def test_late_requests_go_where_they_end_first() -> None:
     tier = Tier("hopeless", ttft_ms=1, tpot_ms=1)
     cell = SwitchingCell(COST, Scheduler(COST, (tier,)), homogeneous(4, 1), recorder=Steps())
     for number in range(16):
-        cell.add(Job(str(number), tier, 0.0, 2000, 200))
+        cell.add(ModelJob(str(number), tier, 0.0, 2000, 200))
         cell.run_until(0.01 * number)
     cell.run_until(0.4)
     assert {worker.jobs for worker in cell.workers} == {4}
@@ -211,7 +211,7 @@ def test_a_late_request_decodes_where_it_ends_first(first: int) -> None:
     plan = place([Shape(1, "prefill"), Shape(1, "decode"), Shape(1, "decode")], 3)
     cell = SwitchingCell(COST, Scheduler(COST, (tier,)), plan, recorder=Steps())
     for number in range(8):
-        cell.add(Job(str(number), tier, 0.0, 500, 400))
+        cell.add(ModelJob(str(number), tier, 0.0, 500, 400))
     cell.run_until(0.8)
     busy = [len(worker.decoding) for worker in cell.workers if worker.takes_decodes]
     assert sorted(busy) == [4, 4]

@@ -6,16 +6,16 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.cell import ModelWorker
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import InstancePlan
-from nitsum_jax.control.scheduling.worker import Worker
 from tests.control.cells import CHAT, CODE, job
 
 PAGE = 16
 
 
-def _worker(tokens: int = 100_000) -> Worker:
-    return Worker(0, InstancePlan((0,)), tokens, PAGE, 64)
+def _worker(tokens: int = 100_000) -> ModelWorker:
+    return ModelWorker(0, InstancePlan((0,)), tokens, PAGE, 64)
 
 
 def _pages(tokens: int) -> int:
@@ -26,9 +26,9 @@ class _Naive:
     """Who is where, and how many tokens each has: nothing is summed up in between."""
 
     def __init__(self) -> None:
-        self.prefilling: list[Job] = []
+        self.prefilling: list[ModelJob] = []
         self.generated: dict[str, int] = {}
-        self.jobs: dict[str, Job] = {}
+        self.jobs: dict[str, ModelJob] = {}
 
     def context(self) -> int:
         return sum(self.jobs[name].prompt_tokens + made - 1 for name, made in self.generated.items())
@@ -70,7 +70,7 @@ def test_accounts_equal_a_recount(seed: int) -> None:
             worker.advance(steps)
             naive.generated = {name: made + steps for name, made in naive.generated.items()}
         elif kind == "late" and naive.generated:
-            naive.jobs[draw.choice(sorted(naive.generated))].late = True
+            naive.jobs[draw.choice(sorted(naive.generated))].give_up()
         elif kind == "leave" and (naive.generated or naive.prefilling):
             if naive.generated and (not naive.prefilling or draw.random() < 0.7):
                 name = draw.choice(sorted(naive.generated))
@@ -123,7 +123,7 @@ def test_slack_is_that_of_the_most_urgent_token() -> None:
     least = min(one.next_token_due_s(worker.generated(one)) for one in due.values())
     assert abs(worker.slack_s(1.05) - (least - 1.05)) < 1e-9
     for one in due.values():  # who is late costs nobody time
-        one.late = True
+        one.give_up()
     assert worker.slack_s(1.05) == float("inf")
     assert list(worker.overdue(100.0)) == []
 
@@ -137,12 +137,12 @@ def test_overdue_are_those_whose_next_token_is_due() -> None:
         worker.begin_decode(one)
     found = []
     for one in worker.overdue(0.6):
-        one.late = True
+        one.give_up()
         found.append(one.id)
     assert found == ["0", "1"]  # due at 0.025, 0.525 and 1.025
 
 
-def _decoding(worker: Worker, number: int, first_token_s: float) -> Job:
+def _decoding(worker: ModelWorker, number: int, first_token_s: float) -> ModelJob:
     one = job(number, CHAT, 0.0, 20)
     worker.seat(one)
     one.cached, one.generated, one.first_token_s = one.target, 1, first_token_s
@@ -163,7 +163,7 @@ def test_first_tokens_may_come_at_another_time_and_at_the_same(order: list[int],
     assert worker.slack_s(0.0) == due[0]
     overdue = []
     for one in worker.overdue(math.inf):
-        one.late = True
+        one.give_up()
         overdue.append((one.first_token_s or 0.0) - one.offset * tpot_s + worker.clock * tpot_s)
     assert overdue == due
 

@@ -30,7 +30,6 @@ def instance() -> FakeInstance:
         prompt = 1000 if number < 4 else 700
         page_table = np.zeros((8, 256), np.int32)
         sequence = LiveRequest(Request(str(number), (1,) * prompt, 50), 0, [1] * prompt, page_table, 1050)
-        sequence.start_prefill(again=False)
         assert instance.grow(sequence, prompt)
         instance.join(sequence)
         if number < 4:

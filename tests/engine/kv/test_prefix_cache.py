@@ -78,7 +78,6 @@ class World:
         request = Request(str(self.count), tuple(prompt), 8)
         page_table = np.zeros((K, PAGES), np.int32)
         sequence = LiveRequest(request, seed=0, tokens=prompt, page_table=page_table, limit=len(prompt) + 8)
-        sequence.start_prefill(again=False)
         prefix = self.cache.find(sequence)
         pages = -(-(len(prompt) + 1) // PAGE)
         slots = collections.Counter(home.device_of)

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import pytest
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan, homogeneous
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import ControllerConfig
@@ -107,7 +107,7 @@ class FakeScheduling:
         """Requests as of the last seconds, all at once."""
         now, generator = self.now_s(), random.Random(0)
         for i in range(int(rate * seconds)):
-            job = Job(str(i), CHAT, now, generator.randint(200, 1500), 150, generated=150)
+            job = ModelJob(str(i), CHAT, now, generator.randint(200, 1500), 150, generated=150)
             job.first_token_s, job.finish_s = now + 0.1, now + 0.9
             for listener in self.arrived_listeners:
                 listener(now, JobView.of(job))

@@ -3,22 +3,29 @@
 import types
 from typing import cast
 
+import numpy as np
 import pytest
 
-from nitsum_jax.control.job import Job
 from nitsum_jax.control.plan import InstancePlan
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.engine.instance import Instance
-from nitsum_jax.runtime.scheduling.live_worker import LiveWorker
+from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.engine.request import FinishReason, Request
+from nitsum_jax.runtime.scheduling.live_worker import LiveJob, LiveWorker
 
 TIER = Tier("chat", ttft_ms=500, tpot_ms=50)
 
 
-def decoding(worker: LiveWorker, name: str) -> Job:
-    one = Job(name, TIER, 0.0, 20, 100)
-    one.target = 20
+def arrived(name: str) -> LiveJob:
+    request = Request(name, (1,) * 20, 100, tier="chat")
+    return LiveJob(LiveRequest(request, 0, [1] * 20, np.zeros((1, 8), np.int32), 120), TIER, 0.0)
+
+
+def decoding(worker: LiveWorker, name: str) -> LiveJob:
+    one = arrived(name)
     worker.seat(one)
-    one.cached, one.generated, one.first_token_s = 20, 1, 1.0
+    one.sequence.dispatched(20, emits=True)
+    one.first_token_s = 1.0
     worker.begin_decode(one)
     return one
 
@@ -30,3 +37,28 @@ def test_jobs_that_are_due_at_the_same_time_need_no_order() -> None:
         worker.retime(decoding(worker, str(number)))
         decoding(worker, f"{number}+")
     assert worker.slack_s(0.0) == pytest.approx(1.05)  # the second token of each is due
+
+
+def test_a_job_says_at_once_what_the_engine_knows_of_its_request() -> None:
+    one = arrived("a")
+    sequence = one.sequence
+    assert (one.target, one.cached, one.generated) == (20, 0, 0)
+    sequence.found(16)  # pages that others have computed
+    sequence.dispatched(4, emits=True)
+    assert (one.target, one.cached, one.generated) == (20, 20, 1)  # the token is on its way
+    sequence.settled(emits=True)
+    sequence.accept(7)
+    sequence.dispatched(1, emits=True)
+    assert (one.cached, one.generated) == (21, 2)
+    sequence.forget_flights()  # a device was lost
+    sequence.start_over(again=False)
+    assert (one.target, one.cached, one.generated) == (21, 0, 1)  # its output is computed like a prompt
+
+
+def test_a_request_that_stops_at_its_first_token_has_made_one() -> None:
+    one = arrived("a")
+    one.sequence.dispatched(20, emits=True)
+    one.sequence.settled(emits=True)
+    one.sequence.finish = FinishReason.STOP
+    one.finish_s = 2.0
+    assert one.generated == 1

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, Shape, partitions, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler
@@ -82,7 +82,7 @@ def switches(draw: st.DrawFn) -> Switch:
 class _NotingCell(SwitchingCell):
     """Notes who is sent back: the backlog may seat them again at once."""
 
-    def send_back(self, job: Job) -> None:
+    def send_back(self, job: ModelJob) -> None:
         self.__dict__.setdefault("sent_back", set()).add(job.id)
         super().send_back(job)
 
@@ -91,7 +91,7 @@ def seats_of_the_model(switch: Switch) -> dict[str, Group | None]:
     cell = _NotingCell(COST, Scheduler(COST, TIERS), switch.before, recorder=Steps(), max_batch=switch.rows)
     jobs = []
     for one in switch.requests:
-        job = Job(one.name, TierSet(TIERS).get(one.tier), 0.0, one.prompt, 1000, late=one.late)
+        job = ModelJob(one.name, TierSet(TIERS).get(one.tier), 0.0, one.prompt, 1000, late=one.late)
         job.cached, job.generated = one.cached, one.generated
         jobs.append(job)
         worker = cell.workers[one.instance]
@@ -115,7 +115,7 @@ def seats_of_the_model(switch: Switch) -> dict[str, Group | None]:
     }
 
 
-def _plan_of(cell: SwitchingCell, job: Job) -> InstancePlan | None:
+def _plan_of(cell: SwitchingCell, job: ModelJob) -> InstancePlan | None:
     return next((worker.plan for worker in cell.workers if worker is job.worker), None)
 
 
@@ -143,7 +143,8 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
         if one.generated:
             home.prefills.remove(sequence)
         assert home.grow(sequence, one.cached)
-        policy._jobs[sequence].late = one.late
+        if one.late:
+            sequence.job.give_up()
     policy.relaid(instances, 0.0)
     policy.keep_for(switch.after)
 

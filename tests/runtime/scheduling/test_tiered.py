@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from nitsum_jax.control.job import Job, met
+from nitsum_jax.control.job import met
 from nitsum_jax.control.model.cell import CellModel
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.scheduling.scheduler import Scheduler
@@ -95,18 +96,18 @@ def simulated(requests: Sequence[Wanted], layout: str = "tp2x4") -> dict[str, fl
     class Recorder:
         def step(self, *_: object) -> None: ...
         def ran(self, *_: object) -> None: ...
-        def finished(self, job: Job) -> None:
+        def finished(self, job: ModelJob) -> None:
             ended[job.tier.name] += 1
             met_[job.tier.name] += job.met()
 
-        def failed(self, job: Job, reason: str) -> None:
+        def failed(self, job: ModelJob, reason: str) -> None:
             raise AssertionError(reason)
 
     plan = CellPlan(tuple(InstancePlan(i.devices) for i in parse_layout(layout, 8).instances))
     cell = CellModel(COST, Scheduler(COST, tuple(TIERS)), plan, recorder=Recorder(), max_batch=64)
     for number, (at_s, prompt, output, tier) in enumerate(requests):
         cell.run_until(at_s)
-        cell.add(Job(str(number), TIERS.get(tier), at_s, prompt, output))
+        cell.add(ModelJob(str(number), TIERS.get(tier), at_s, prompt, output))
     cell.run_until(float("inf"))
     return {tier: met_[tier] / ended[tier] for tier in ended}
 
@@ -224,7 +225,7 @@ def test_who_comes_with_a_switch_to_an_instance_that_only_prefills_does_not_slow
     scheduling.relaid([successor, decoder], 1.0)
     here, there = scheduling.view(8).workers
     assert (here.jobs, here.decoding, there.jobs) == (1, 0, 0)  # it waits to go on
-    (sequence,) = scheduling._sequences.values()
+    (sequence,) = successor.rows.values()
     scheduling.moved(sequence, successor, decoder)
     here, there = scheduling.view(8).workers
     assert (here.jobs, there.decoding) == (0, 1)

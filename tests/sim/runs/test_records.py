@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.job import Job
+from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import AdaptiveController
 from nitsum_jax.control.planning.decision import PlanInputs, PlannerConfig
@@ -138,7 +138,7 @@ def test_files_that_are_missing(tmp_path: pathlib.Path) -> None:
 
 def test_requests_are_recorded_as_their_jobs_stand() -> None:
     chat = TIERS.get("chat")
-    job = Job("7", chat, 1.0, 20, 3, first_token_s=1.2, finish_s=1.22, instances=[4, 5])
+    job = ModelJob("7", chat, 1.0, 20, 3, first_token_s=1.2, finish_s=1.22, instances=[4, 5])
     assert request_record(job) == RequestRecord("7", "chat", 1.0, 20, 3, 1.2, 1.22, (4, 5), True)
     job.finish_s = None
     assert request_record(job).met is False
@@ -146,7 +146,7 @@ def test_requests_are_recorded_as_their_jobs_stand() -> None:
 
 def test_failed_requests_are_in_the_log(tmp_path: pathlib.Path) -> None:
     with LogFolder(tmp_path) as log:
-        log.failed(Job("7", TIERS.get("chat"), 1.0, 20, 3, first_token_s=1.2, finish_s=1.22), "no room")
+        log.failed(ModelJob("7", TIERS.get("chat"), 1.0, 20, 3, first_token_s=1.2, finish_s=1.22), "no room")
     (record,) = read_requests(tmp_path / "requests.jsonl")
     assert (record.finish_s, record.met) == (None, False)
 
@@ -162,7 +162,7 @@ def test_a_decision_can_be_made_again_from_the_log(tmp_path: pathlib.Path) -> No
     cost = cost_model()
     controller = AdaptiveController(cost, TIERS, planner=PlannerConfig(satisfied=1.1))  # all plans are compared
     for i, r in enumerate(workload(seconds=10).requests):
-        job = Job(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens)
+        job = ModelJob(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens)
         controller.arrived(r.arrival_s, JobView.of(job))
     decision = controller.tick(10.0, CellView(MIXED, DEVICES))
     assert decision is not None
