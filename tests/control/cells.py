@@ -5,13 +5,12 @@ import math
 import random
 from collections.abc import Sequence
 
-from nitsum_jax.control.model.cell import Span
+from nitsum_jax.control.model.cell import ModelWorker, Recorder, Span, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
 from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
-from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
 from tests.control.profiles import roofline_profile
 
@@ -31,7 +30,7 @@ def small_cost(tokens_of_device: int) -> CostModel:
 
 
 @dataclasses.dataclass
-class Steps:
+class Steps(Recorder):
     """A recorder that keeps everything."""
 
     steps: list[tuple[int, tuple[int, ...], float, float, int, int, tuple[Span, ...]]] = dataclasses.field(
@@ -40,8 +39,13 @@ class Steps:
     done: list[ModelJob] = dataclasses.field(default_factory=list)
     failures: list[tuple[ModelJob, str]] = dataclasses.field(default_factory=list)
 
+    def ran(self, worker: ModelWorker, run: StepRun) -> None:
+        """Keeps a row of steps."""
+        for start_s, end_s, context in run.steps():
+            self.step(worker, start_s, end_s, run.sequences, context, run.spans())
+
     def step(
-        self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
+        self, worker: ModelWorker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
     ) -> None:
         """Keeps a step."""
         self.steps.append((worker.index, worker.plan.devices, start_s, end_s, sequences, context, tuple(spans)))

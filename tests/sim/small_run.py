@@ -2,9 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import cast
 
-from nitsum_jax.control.model.cell import Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
@@ -55,7 +53,7 @@ def run(
     plan = homogeneous(DEVICES, 1) if then is None else then
     cost = cost_model() if cost is None else cost
     with LogFolder(folder) as log:
-        cell = SwitchingCell(cost, Scheduler(cost, tuple(TIERS)), first, recorder=cast(Recorder, log))
+        cell = SwitchingCell(cost, Scheduler(cost, tuple(TIERS)), first, recorder=log)
         cell.on_switch = log.switched
         for i, r in enumerate(work.requests):
             job = ModelJob(str(i), TIERS.get(r.tier), r.arrival_s, r.prompt_tokens, r.output_tokens)

@@ -13,8 +13,8 @@ import heapq
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
@@ -26,22 +26,8 @@ Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
 MAX_BATCH = 256
 """Requests of an instance, if nobody says otherwise."""
 
-_IN_TIME = operator.attrgetter("begin_s", "arrival_s", "id")
-_LATE = operator.attrgetter("arrival_s", "id")
-
-
-class Recorder(Protocol):
-    """Who is told what happens; see `sim` for one that writes logs.
-
-    One with a method `ran(worker, run)` is told of whole rows of steps by it instead of `step` (see `StepRun.steps`).
-    """
-
-    # ruff: noqa: D102
-    def step(
-        self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
-    ) -> None: ...
-    def finished(self, job: ModelJob) -> None: ...
-    def failed(self, job: ModelJob, reason: str) -> None: ...
+_IN_TIME = operator.attrgetter("job.begin_s", "job.arrival_s", "job.id")
+_LATE = operator.attrgetter("job.arrival_s", "job.id")
 
 
 @dataclasses.dataclass(slots=True)
@@ -152,6 +138,26 @@ class ModelWorker(Worker[ModelJob]):
         return 1 << 30
 
 
+class Recorder:
+    """Is told what happens; what is not overridden is of no interest.  See `sim` for one that writes logs."""
+
+    def ran(self, worker: ModelWorker, run: StepRun) -> None:
+        """An instance has made a row of steps (see `StepRun.steps`)."""
+
+    def finished(self, job: ModelJob) -> None:
+        """A request has its last token."""
+
+    def failed(self, job: ModelJob, reason: str) -> None:
+        """A request cannot be served."""
+
+
+class Stranded(NamedTuple):
+    """A request whose prompt is computed and that waits, where it was, for an instance to decode it."""
+
+    job: ModelJob
+    source: ModelWorker
+
+
 class CellModel:
     """Instances, requests and events.
 
@@ -194,11 +200,10 @@ class CellModel:
         self.alive: dict[str, ModelJob] = {}
         self.preemptions = 0
         self._recorder = recorder
-        self._ran: Callable[[ModelWorker, StepRun], None] = getattr(recorder, "ran", self._record)
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
-        self._stranded: list[ModelJob] = []
+        self._stranded: list[Stranded] = []
         self.workers = [self.make_worker(instance) for instance in plan.instances]
         self.on_finish: Callable[[ModelJob], None] | None = None
 
@@ -340,7 +345,7 @@ class CellModel:
         if worker.version != version or worker.run is None:
             return
         run, worker.run = worker.run, None
-        self._ran(worker, run)
+        self._recorder.ran(worker, run)
         if run.sequences:
             worker.advance(run.count - run.counted)
             while worker.steps_to_finish() <= 0:
@@ -361,13 +366,6 @@ class CellModel:
             self._drained()
         else:
             self._begin(worker)
-
-    def _record(self, worker: ModelWorker, run: StepRun) -> None:
-        if run.chunks:
-            self._recorder.step(worker, run.start_s, run.end_s, run.sequences, run.context, run.spans())
-            return
-        for start_s, end_s, context in run.steps():
-            self._recorder.step(worker, start_s, end_s, run.sequences, context, ())
 
     def _prefilled(self, worker: ModelWorker, job: ModelJob) -> None:
         if job.first_token_s is None:
@@ -416,9 +414,8 @@ class CellModel:
     def _hand_over(self, source: ModelWorker, job: ModelJob) -> None:
         self.settle()
         target = self.scheduler.decode_worker(job, self.workers, self.now_s)
-        job.worker = source
         if target is None:
-            self.strand(job)
+            self.strand(job, source)
             return
         target.reserve(job)
         target.incoming += 1
@@ -426,10 +423,10 @@ class CellModel:
         seconds = self.cost.transfer_s(job.cached, source.tp, target.tp)
         self.at(self.now_s + seconds, self._arrive, source, target, job)
 
-    def strand(self, job: ModelJob) -> None:
+    def strand(self, job: ModelJob, source: ModelWorker) -> None:
         """A request that is prefilled waits for an instance to decode it."""
         job.begin_s = _begin_s(job)
-        self._stranded.append(job)
+        self._stranded.append(Stranded(job, source))
 
     def _arrive(self, source: ModelWorker, target: ModelWorker, job: ModelJob) -> None:
         source.departed(job)
@@ -458,16 +455,15 @@ class CellModel:
 
         Late ones, the last in this order, are tried whatever the others found.
         """
-        in_time = [job for job in self._stranded if not job.late]
-        late = [job for job in self._stranded if job.late]
+        in_time = [one for one in self._stranded if not one.job.late]
+        late = [one for one in self._stranded if one.job.late]
         self._stranded = []
         for waiting, order in ((in_time, _IN_TIME), (late, _LATE)):
             if len(waiting) > 1:
                 waiting.sort(key=order)
-            for i, job in enumerate(waiting):
-                worker, was_late, count = job.worker, job.late, len(self._stranded)
-                assert isinstance(worker, ModelWorker)
-                self._hand_over(worker, job)
+            for i, (job, source) in enumerate(waiting):
+                was_late, count = job.late, len(self._stranded)
+                self._hand_over(source, job)
                 if len(self._stranded) > count and job.late is was_late:
                     self._stranded += waiting[i + 1 :]
                     break

@@ -95,7 +95,7 @@ class SwitchingCell(CellModel):
         fresh = {i.group: self.make_worker(i) for i in after.instances if i.group not in kept}
         self.workers = [kept.get(i.group) or fresh[i.group] for i in after.instances]
         travellers = [traveller for worker in gone for traveller in _take_all(worker)]
-        self._stranded = [job for job in self._stranded if job.worker is not None]
+        self._stranded = [one for one in self._stranded if not one.source.stopping]
         self.settle()
         links: dict[tuple[int, int], float] = collections.defaultdict(float)
         requeued = self._place(travellers, list(fresh.values()), links)
@@ -147,7 +147,7 @@ class SwitchingCell(CellModel):
                     links[link] += share * job.cached * self.cost.profile.kv_bytes_per_token
             if seat.parked:
                 worker.park(job)
-                self.strand(job)
+                self.strand(job, worker)
             elif traveller.decodes:
                 worker.reserve(job)
                 worker.arrive(job)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
-from nitsum_jax.control.model.cell import MAX_BATCH, CellModel, ModelWorker
+from nitsum_jax.control.model.cell import MAX_BATCH, CellModel, ModelWorker, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan
@@ -52,16 +52,13 @@ class Replay:
     count: int
 
 
-class _Tally:
+class _Tally(Recorder):
     """Requests that missed their targets, from the one numbered `first` on."""
 
     def __init__(self, first: int) -> None:
         self.missed = 0.0
         self.late: set[int] = set()
         self._first = first
-
-    def ran(self, *_: object) -> None:
-        """Not counted."""
 
     def finished(self, job: ModelJob) -> None:
         """Counts it if it missed a target."""
@@ -121,7 +118,7 @@ def rollout(
         cost,
         scheduler,
         plan,
-        recorder=tally,  # type: ignore[arg-type]
+        recorder=tally,
         max_batch=max_batch,
         resident_tp=resident_tp,
         now_s=start_s,

@@ -5,7 +5,7 @@ to date by what the engine tells.  Two things differ from the model of a cell.  
 results, so token deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are
 steps of their own: the chunks that the scheduler composes beside a decode step go before it, one after the other.
 
-All but `push`, `now_s`, `plan` and `keep_for` runs on the engine's thread.  What other threads are to see of jobs and
+All but `push` and `now_s` runs on the engine's thread.  What other threads are to see of jobs and
 workers is copied here first (`control.planning.cell_view`).
 """
 
@@ -113,9 +113,8 @@ class TieredScheduling(Policy):
         return self._scale
 
     def plan(self) -> CellPlan:
-        """The instances in force, with the tiers that they are kept for; on any thread."""
-        workers = self._workers  # never changed in place
-        return CellPlan(tuple(worker.plan for worker in workers.values()))
+        """The instances in force, with the tiers that they are kept for."""
+        return CellPlan(tuple(worker.plan for worker in self._workers.values()))
 
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
         """What a controller sees, made on the engine's thread for whatever thread."""
@@ -402,8 +401,6 @@ class TieredScheduling(Policy):
                 else:
                     self._arrive(job, worker)
         self._workers = workers
-        for worker in workers.values():  # `keep_for` may have come meanwhile and seen those before
-            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
         self._stale = dict.fromkeys(workers.values())
 
     def _arrive(self, job: LiveJob, worker: LiveWorker) -> None:

@@ -22,16 +22,16 @@ class KeepsInstances(Protocol):
     """The part of the scheduling that is used here; see `scheduling.TieredScheduling`."""
 
     # ruff: noqa: D102
-    def plan(self) -> CellPlan: ...
     def keep_for(self, plan: CellPlan) -> None: ...
 
 
 class _TieredEngine:
     """An Engine; what is not written here is that of the engine behind it."""
 
-    def __init__(self, engine: Engine, scheduling: KeepsInstances) -> None:
+    def __init__(self, engine: Engine, scheduling: KeepsInstances, kept: CellPlan) -> None:
         self._engine = engine
         self._scheduling = scheduling
+        self._kept = kept  # what was asked for last: instances that are there, or that a switch will bring
         self._lock = threading.Lock()
         self._last: concurrent.futures.Future[SwitchReport] | None = None
 
@@ -47,17 +47,17 @@ class _TieredEngine:
         wanted = self._read(layout)
         bare = wanted.without_tiers()
         with self._lock:
-            before = self._scheduling.plan()
-            self._scheduling.keep_for(CellPlan.of(wanted))
+            before, there = self._kept, self.layout()
+            self._keep(CellPlan.of(wanted))
             idle = self._last is None or self._last.done()
             if idle and set(bare.instances) == set(self._engine.layout().instances):
                 future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
-                future.set_result(SwitchReport(before.layout, str(wanted), 0, 0, 0, 0.0, 0))
+                future.set_result(SwitchReport(str(there), str(wanted), 0, 0, 0, 0.0, 0))
                 return future
             try:
                 future = self._last = self._engine.set_layout(bare)
             except BaseException:
-                self._scheduling.keep_for(before)
+                self._keep(before)
                 raise
         future.add_done_callback(lambda done: self._failed(before, done))
         return future
@@ -72,7 +72,7 @@ class _TieredEngine:
 
     def layout(self) -> Layout:
         """The layout in force, with the tiers that its instances are kept for."""
-        kept = {instance.group: instance.tiers for instance in self._scheduling.plan().instances}
+        kept = {instance.group: instance.tiers for instance in self._kept.instances}
         return Layout(
             tuple(
                 dataclasses.replace(instance, tiers=kept.get((instance.devices, instance.role.value), ()))
@@ -88,12 +88,17 @@ class _TieredEngine:
 
     def _failed(self, before: CellPlan, done: "concurrent.futures.Future[SwitchReport]") -> None:
         if done is self._last and (done.cancelled() or done.exception() is not None):
-            self._scheduling.keep_for(before)
+            self._keep(before)
+
+    def _keep(self, plan: CellPlan) -> None:
+        """Has the scheduling keep the instances of a plan for its tiers, on the engine's thread."""
+        self._kept = plan
+        self._engine.ask(lambda: self._scheduling.keep_for(plan))
 
 
-def tiered(engine: Engine, scheduling: KeepsInstances) -> Engine:
-    """The engine with layouts that may name tiers."""
-    return cast(Engine, _TieredEngine(engine, scheduling))
+def tiered(engine: Engine, scheduling: KeepsInstances, kept: CellPlan) -> Engine:
+    """The engine with layouts that may name tiers; `kept`: what the scheduling keeps its first instances for."""
+    return cast(Engine, _TieredEngine(engine, scheduling, kept))
 
 
 def check_tiers(layout: Layout, known: Sequence[str]) -> None:

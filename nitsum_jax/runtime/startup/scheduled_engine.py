@@ -102,7 +102,7 @@ def start_scheduled(
         if reach is not None and stretch:
             tiers = stretched(tiers, reach)
         scheduling.begin(tiers)
-    return Scheduled(tiered(engine, scheduling), scheduling, cost, config.pace, tiers, reach)
+    return Scheduled(tiered(engine, scheduling, first), scheduling, cost, config.pace, tiers, reach)
 
 
 def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineConfig, CellPlan]:

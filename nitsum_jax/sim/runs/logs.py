@@ -5,14 +5,13 @@ import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from nitsum_jax.control.model.cell import Span
+from nitsum_jax.control.model.cell import ModelWorker, Recorder, StepRun
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched
 from nitsum_jax.control.planning.decision import Decision
-from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.runs import metrics
 from nitsum_jax.sim.runs.records import (
@@ -36,7 +35,7 @@ from nitsum_jax.sim.runs.tables import RequestTable, StepTable
 _BUFFER = 1 << 20
 
 
-class LogFolder(contextlib.ExitStack):
+class LogFolder(contextlib.ExitStack, Recorder):
     """Is told what happens in a run and writes it down as it comes; a context manager.
 
     Raises:
@@ -60,14 +59,16 @@ class LogFolder(contextlib.ExitStack):
         file = open(self.folder / name, "w", encoding="utf-8", buffering=_BUFFER)  # noqa: SIM115
         return self.enter_context(file)
 
-    def step(
-        self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
-    ) -> None:
-        """An instance ran a step."""
+    def ran(self, worker: ModelWorker, run: StepRun) -> None:
+        """An instance has made a row of steps."""
+        spans = run.spans()
         tokens, before = zip(*spans, strict=True) if spans else ((), ())
         devices = worker.plan.devices
-        record = StepRecord(worker.index, devices, worker.tp, start_s, end_s, sequences, context, tokens, before)
-        self._steps.write(to_line(record))
+        for start_s, end_s, context in run.steps():
+            record = StepRecord(
+                worker.index, devices, worker.tp, start_s, end_s, run.sequences, context, tokens, before
+            )
+            self._steps.write(to_line(record))
 
     def finished(self, job: ModelJob) -> None:
         """A request has ended."""

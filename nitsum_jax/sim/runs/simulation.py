@@ -7,12 +7,12 @@ its arguments: two of the same agree bit for bit.
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import tqdm
 
-from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Span, StepRun
+from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Recorder, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
@@ -21,7 +21,6 @@ from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import Controller
 from nitsum_jax.control.planning.decision import Decision
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
-from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
@@ -57,9 +56,7 @@ class Log(Protocol):
     """Who writes down what happens in a run."""
 
     # ruff: noqa: D102
-    def step(
-        self, worker: Worker, start_s: float, end_s: float, sequences: int, context: int, spans: Sequence[Span]
-    ) -> None: ...
+    def ran(self, worker: ModelWorker, run: StepRun) -> None: ...
     def finished(self, job: ModelJob) -> None: ...
     def failed(self, job: ModelJob, reason: str) -> None: ...
     def switched(self, report: Switched) -> None: ...
@@ -169,7 +166,7 @@ def _check(workload: Workload, tiers: TierSet, cost: CostModel, policy: RunPolic
         raise InvalidInputError(f"{policy.name}: the plan has no instances")
 
 
-class _Driver:
+class _Driver(Recorder):
     """One run."""
 
     def __init__(
@@ -197,7 +194,7 @@ class _Driver:
             cost,
             self.scheduler,
             policy.plan,
-            recorder=self,  # type: ignore[arg-type]  # it has `ran` in place of `step`
+            recorder=self,
             max_batch=max_batch,
             resident_tp=policy.resident_tp,
         )
@@ -301,9 +298,7 @@ class _Driver:
     def ran(self, worker: ModelWorker, run: StepRun) -> None:
         self.outcome.busy_s += (run.end_s - run.start_s) * worker.tp
         if self.step_log is not None:
-            spans = run.spans()
-            for start_s, end_s, context in run.steps():
-                self.step_log.step(worker, start_s, end_s, run.sequences, context, spans)
+            self.step_log.ran(worker, run)
 
     def finished(self, job: ModelJob) -> None:
         self.outcome.finished.append(job)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import pytest
 
-from nitsum_jax.control.model.cell import ModelWorker
+from nitsum_jax.control.model.cell import ModelWorker, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
@@ -16,7 +16,6 @@ from nitsum_jax.control.planning.controller import AdaptiveController, Controlle
 from nitsum_jax.control.planning.decision import Decision, PlanInputs
 from nitsum_jax.control.scheduling.backlog import Backlog
 from nitsum_jax.control.scheduling.scheduler import Scheduler
-from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
 from tests.control.profiles import roofline_profile
 
@@ -28,7 +27,7 @@ def nobody(ids: Collection[str]) -> int:
     return 0
 
 
-class Run:
+class Run(Recorder):
     """A cell under a load, with a controller or without."""
 
     def __init__(self, first: CellPlan, controller: AdaptiveController | None):
@@ -41,8 +40,6 @@ class Run:
         self.controller = controller
         if controller:
             self.cell.on_finish = lambda job: controller.finished(self.cell.now_s, JobView.of(job))
-
-    def step(self, worker: Worker, *_: object) -> None: ...
 
     def finished(self, job: ModelJob) -> None:
         self.ended += 1

@@ -5,14 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from nitsum_jax.control.model.cell import CellModel, ModelWorker
+from nitsum_jax.control.model.cell import CellModel, ModelWorker, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import Shape, place
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.queueing import QueueingModel
 from nitsum_jax.control.scheduling.scheduler import Scheduler
-from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
 from tests.control.profiles import roofline_profile
 
@@ -38,11 +37,9 @@ def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -
             output = 1 + int(generator.exponential(load.output))
             jobs.append((time_s, tier, int(generator.choice(load.prompts)), output))
 
-    class Tally:
+    class Tally(Recorder):
         met = 0
 
-        def step(self, worker: Worker, *_: object) -> None: ...
-        def failed(self, job: ModelJob, reason: str) -> None: ...
         def finished(self, job: ModelJob) -> None:
             self.met += job.met()
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nitsum_jax.control.job import met
-from nitsum_jax.control.model.cell import CellModel
+from nitsum_jax.control.model.cell import CellModel, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.plan import CellPlan, InstancePlan
@@ -93,9 +93,7 @@ def simulated(requests: Sequence[Wanted], layout: str = "tp2x4") -> dict[str, fl
     """Attainment by the model of the cell."""
     met_, ended = collections.Counter[str](), collections.Counter[str]()
 
-    class Recorder:
-        def step(self, *_: object) -> None: ...
-        def ran(self, *_: object) -> None: ...
+    class Tally(Recorder):
         def finished(self, job: ModelJob) -> None:
             ended[job.tier.name] += 1
             met_[job.tier.name] += job.met()
@@ -104,7 +102,7 @@ def simulated(requests: Sequence[Wanted], layout: str = "tp2x4") -> dict[str, fl
             raise AssertionError(reason)
 
     plan = CellPlan(tuple(InstancePlan(i.devices) for i in parse_layout(layout, 8).instances))
-    cell = CellModel(COST, Scheduler(COST, tuple(TIERS)), plan, recorder=Recorder(), max_batch=64)
+    cell = CellModel(COST, Scheduler(COST, tuple(TIERS)), plan, recorder=Tally(), max_batch=64)
     for number, (at_s, prompt, output, tier) in enumerate(requests):
         cell.run_until(at_s)
         cell.add(ModelJob(str(number), TIERS.get(tier), at_s, prompt, output))

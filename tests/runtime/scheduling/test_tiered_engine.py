@@ -1,6 +1,7 @@
 """Layouts that say which tiers their instances are kept for: the scheduling keeps them, the engine sees devices."""
 
 import concurrent.futures
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
@@ -25,6 +26,17 @@ class FakeEngine:
         self.prepared: list[Layout] = []
         self.futures: list[concurrent.futures.Future[Any]] = []
         self.refuses = False
+        self.posted: list[Callable[[], object]] = []
+
+    def ask(self, call: Callable[[], object]) -> "concurrent.futures.Future[Any]":
+        self.posted.append(call)
+        return concurrent.futures.Future()
+
+    def turn(self) -> None:
+        """The engine's thread looks around."""
+        for call in self.posted:
+            call()
+        self.posted.clear()
 
     def set_layout(self, layout: Layout) -> "concurrent.futures.Future[Any]":
         if self.refuses:
@@ -46,16 +58,10 @@ class FakeEngine:
 
 
 class FakeScheduling:
-    """Knows the instances of an engine and whom they are kept for."""
+    """Is told what instances are kept for."""
 
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine = engine
+    def __init__(self) -> None:
         self.kept = CellPlan(())
-
-    def plan(self) -> CellPlan:
-        tiers = {instance.group: instance.tiers for instance in self.kept.instances}
-        there = CellPlan.of(self.engine.now).instances
-        return CellPlan(tuple(type(i)(*i.group, tiers.get(i.group, ())) for i in there))
 
     def keep_for(self, plan: CellPlan) -> None:
         self.kept = plan
@@ -67,8 +73,13 @@ def fake() -> FakeEngine:
 
 
 @pytest.fixture
-def engine(fake: FakeEngine) -> Engine:
-    return tiered(cast(Engine, fake), FakeScheduling(fake))
+def scheduling() -> FakeScheduling:
+    return FakeScheduling()
+
+
+@pytest.fixture
+def engine(fake: FakeEngine, scheduling: FakeScheduling) -> Engine:
+    return tiered(cast(Engine, fake), scheduling, CellPlan(()))
 
 
 def test_the_engine_gets_devices_and_everybody_else_sees_tiers(fake: FakeEngine, engine: Engine) -> None:
@@ -88,6 +99,17 @@ def test_only_the_tiers_change_and_nothing_stops(fake: FakeEngine, engine: Engin
     assert str(engine.layout()) == "tp1x4/chat+tp1x4"
     engine.set_layout("tp1x8")
     assert str(engine.layout()) == "tp1x8"  # a layout without tiers keeps nothing for anybody
+
+
+def test_the_scheduling_is_told_on_the_engines_thread(
+    fake: FakeEngine, engine: Engine, scheduling: FakeScheduling
+) -> None:
+    engine.set_layout("tp1x4/chat+tp1x4")
+    engine.set_layout("tp1x4/code+tp1x4")
+    assert str(engine.layout()) == "tp1x4/code+tp1x4"  # whoever asks sees at once what was asked for
+    assert scheduling.kept == CellPlan(())
+    fake.turn()
+    assert scheduling.kept == CellPlan.of(parse_layout("tp1x4/code+tp1x4", 8))
 
 
 def test_a_refused_layout_leaves_the_tiers(fake: FakeEngine, engine: Engine) -> None:
