@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, homogeneous, shapes_text
+from nitsum_jax.control.plan import homogeneous, shapes_text
 from nitsum_jax.control.planning.decision import PlanInputs
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.planner import Planner
 from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
@@ -60,7 +61,7 @@ def planning(cost: CostModel) -> None:
     for devices in (64, 128, 256, 512):
         for name, shares in loads.items():
             planner = Planner(cost, (TIGHT, RELAXED, BATCH))
-            plan: CellPlan = homogeneous(devices, 2)
+            plan: Layout = homogeneous(devices, 2)
             took = []
             decisions = []
             for _ in range(2):

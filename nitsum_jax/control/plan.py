@@ -1,12 +1,9 @@
-"""Cell plans: which devices form which instances, what each does, and which tiers it is kept for.
+"""Plans of a cell: shapes of instances, and the devices that they get.
 
-A plan is what a planner chooses and a scheduler works with.  It says a little more than a layout: besides devices and
-roles it names the tiers that an instance serves first.  The text form is that of layouts (`meshes.layout`):
-`tp4/interactive+tp1x4/standard,batch`.
+A plan is a `Layout`, with the tiers that its instances are kept for.
 """
 
 import collections
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role, Shape, shapes_text
@@ -16,64 +13,7 @@ PREFILL = Role.PREFILL.value
 DECODE = Role.DECODE.value
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class InstancePlan:
-    """An instance in its place.
-
-    Attributes:
-      devices: numbers of its devices, ascending.
-      role: mixed, prefill or decode.
-      tiers: as of `Shape`.
-    """
-
-    devices: tuple[int, ...]
-    role: str = MIXED
-    tiers: tuple[str, ...] = ()
-
-    @property
-    def tp(self) -> int:
-        """Tensor-parallel degree."""
-        return len(self.devices)
-
-    @property
-    def shape(self) -> Shape:
-        """What it is, without its place."""
-        return Shape(self.tp, self.role, self.tiers)
-
-    @property
-    def group(self) -> tuple[tuple[int, ...], str]:
-        """Devices and role: two plans that share it need no switch between them for this instance."""
-        return self.devices, self.role
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CellPlan:
-    """A partition of the cell, or of a part of it, into instances."""
-
-    instances: tuple[InstancePlan, ...]
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        """Shapes of the instances in order."""
-        return tuple(instance.shape for instance in self.instances)
-
-    @property
-    def layout(self) -> str:
-        """Text form with all devices named: what a server's `SetLayout` reads."""
-        return "+".join(str(InstanceSpec(i.devices, Role(i.role), i.tiers)) for i in self.instances)
-
-    @classmethod
-    def of(cls, layout: Layout) -> "CellPlan":
-        """The plan that a layout is."""
-        return cls(tuple(InstancePlan(i.devices, i.role.value, i.tiers) for i in layout.instances))
-
-    def __str__(self) -> str:
-        return shapes_text(self.shapes)
-
-
-def place(
-    shapes: Sequence[Shape], num_devices: int, before: CellPlan | None = None, lost: Sequence[int] = ()
-) -> CellPlan:
+def place(shapes: Sequence[Shape], num_devices: int, before: Layout | None = None, lost: Sequence[int] = ()) -> Layout:
     """Gives shapes their devices: runs of neighbours, as far as possible where they are already.
 
     Args:
@@ -90,7 +30,7 @@ def place(
     """
     taken = set(lost)
     wanted = collections.Counter(shapes)
-    placed: list[InstancePlan] = []
+    placed: list[InstanceSpec] = []
     # 1. what is there already, tiers and all; 2. what is there under other tiers: only routing changes.
     for same in (lambda a, b: a == b, lambda a, b: (a.tp, a.role) == (b.tp, b.role)):
         for old in before.instances if before else ():
@@ -100,7 +40,7 @@ def place(
             if match is not None:
                 wanted[match] -= 1
                 taken.update(old.devices)
-                placed.append(InstancePlan(old.devices, match.role, match.tiers))
+                placed.append(match.on(old.devices))
     # An old instance in the way of a larger new one gives way: drop the smallest until everything fits.
     while True:
         rest = sorted(wanted.elements(), key=lambda shape: -shape.tp)
@@ -113,10 +53,10 @@ def place(
         placed.remove(loser)
         wanted[loser.shape] += 1
         taken.difference_update(loser.devices)
-    return CellPlan(tuple(sorted((*placed, *fresh), key=lambda i: (-i.tp, i.devices))))
+    return Layout(tuple(sorted((*placed, *fresh), key=lambda i: (-i.tp, i.devices))))
 
 
-def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[InstancePlan] | None:
+def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[InstanceSpec] | None:
     used = set(taken)
     out = []
     for shape in shapes:
@@ -124,7 +64,7 @@ def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[In
         if devices is None:
             return None
         used.update(devices)
-        out.append(InstancePlan(devices, shape.role, shape.tiers))
+        out.append(shape.on(devices))
     return out
 
 
@@ -167,6 +107,6 @@ def fits(shapes: Sequence[Shape], num_devices: int, lost: Sequence[int] = ()) ->
     return _fill(sorted(shapes, key=lambda shape: -shape.tp), num_devices, set(lost)) is not None
 
 
-def homogeneous(num_devices: int, tp: int) -> CellPlan:
+def homogeneous(num_devices: int, tp: int) -> Layout:
     """Every device in an instance of this TP, as far as they go round."""
     return place([Shape(tp)] * (num_devices // tp), num_devices)

@@ -66,6 +66,10 @@ class Shape:
     role: str = Role.MIXED.value
     tiers: tuple[str, ...] = ()
 
+    def on(self, devices: tuple[int, ...]) -> "InstanceSpec":
+        """Such an instance on these devices."""
+        return InstanceSpec(devices, Role(self.role), self.tiers)
+
     def __str__(self) -> str:
         return shapes_text((self,))
 
@@ -98,6 +102,11 @@ class InstanceSpec:
         """What it is, without its place."""
         return Shape(self.tp, self.role.value, self.tiers)
 
+    @property
+    def group(self) -> tuple[tuple[int, ...], Role]:
+        """Devices and role: two layouts that share it need no switch between them for this instance."""
+        return self.devices, self.role
+
     def __str__(self) -> str:
         """The text form with its devices, such as `tp2@0,1:decode/chat`."""
         return _part(self.shape, devices=self.devices)
@@ -127,6 +136,16 @@ class Layout:
     def tiers(self) -> tuple[str, ...]:
         """All tiers that instances are kept for, each once."""
         return tuple(dict.fromkeys(tier for instance in self.instances for tier in instance.tiers))
+
+    @property
+    def unplaced(self) -> str:
+        """Text form of its shapes alone, without devices."""
+        return shapes_text(self.shapes)
+
+    @property
+    def placed(self) -> str:
+        """Text form with all devices named, whatever cell reads it."""
+        return "+".join(map(str, self.instances))
 
     def without_tiers(self) -> "Layout":
         """The same instances, kept for nobody."""

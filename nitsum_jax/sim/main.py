@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.tiers import Tier, TierSet, read_tiers
 from nitsum_jax.errors import InvalidInputError, NitsumError
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
 from nitsum_jax.sim.options import SimulateOptions, UsageRequested
@@ -100,7 +100,7 @@ class _Tool:
         self.setting = setting
         self.workload = _workload(given, setting.tiers)
         self.out = pathlib.Path(given.out) if given.out else None
-        self.used: list[CellPlan] = []  # plans of the runs so far
+        self.used: list[Layout] = []  # plans of the runs so far
         self.scaled = functools.lru_cache(maxsize=4)(
             lambda level: scale_rate(self.workload, _GRID.factor(level), given.seed) if level else self.workload
         )
@@ -190,7 +190,7 @@ class _Tool:
             workload=self.workload.name,
             profile=self.setting.cost.profile.name,
             devices=given.devices,
-            layout=policy.plan.layout,
+            layout=policy.plan.placed,
             rate_scale=given.rate_scale,
             seed=given.seed,
             compile_s=given.compile_s,

@@ -9,9 +9,9 @@ from nitsum_jax.control.model.cell import ModelWorker, Recorder, Span, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 from tests.control.profiles import roofline_profile
 
 CHAT = Tier("chat", ttft_ms=500, tpot_ms=25)
@@ -77,14 +77,14 @@ def some_jobs(count: int, rate: float, seed: int, *, prompt: int = 1500, output:
 
 
 def make_cell(
-    plan: CellPlan, cost: CostModel = COST, config: SchedulerConfig = SchedulerConfig(), **more: int
+    plan: Layout, cost: CostModel = COST, config: SchedulerConfig = SchedulerConfig(), **more: int
 ) -> tuple[SwitchingCell, Steps]:
     """A cell and its recorder."""
     steps = Steps()
     return SwitchingCell(cost, Scheduler(cost, TIERS, config), plan, recorder=steps, **more), steps
 
 
-def serve(cell: SwitchingCell, jobs: Sequence[ModelJob], switches: Sequence[tuple[float, CellPlan]] = ()) -> None:
+def serve(cell: SwitchingCell, jobs: Sequence[ModelJob], switches: Sequence[tuple[float, Layout]] = ()) -> None:
     """Lets the jobs come, the plans change, and all of them end."""
     for time_s, plan in switches:
         cell.at(time_s, _switch, cell, plan)
@@ -94,5 +94,5 @@ def serve(cell: SwitchingCell, jobs: Sequence[ModelJob], switches: Sequence[tupl
     cell.run_until(math.inf)
 
 
-def _switch(cell: SwitchingCell, plan: CellPlan) -> None:
+def _switch(cell: SwitchingCell, plan: Layout) -> None:
     cell.switch(plan)

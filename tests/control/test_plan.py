@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, partitions, place, shapes_text
-from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.control.plan import Shape, homogeneous, partitions, place, shapes_text
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role, parse_layout
 
 
 def test_text_joins_equal_neighbours() -> None:
@@ -17,10 +17,10 @@ def test_text_joins_equal_neighbours() -> None:
 
 
 def test_layout_names_devices_roles_and_tiers() -> None:
-    plan = CellPlan((InstancePlan((0, 1), "prefill"), InstancePlan((2,), tiers=("chat",))))
-    assert plan.layout == "tp2@0,1:prefill+tp1@2/chat"
-    assert str(plan) == "tp2:prefill+tp1/chat"
-    assert CellPlan.of(parse_layout(plan.layout, 3)) == plan
+    plan = Layout((InstanceSpec((0, 1), Role.PREFILL), InstanceSpec((2,), tiers=("chat",))))
+    assert plan.placed == "tp2@0,1:prefill+tp1@2/chat"
+    assert plan.unplaced == "tp2:prefill+tp1/chat"
+    assert parse_layout(plan.placed, 3) == plan
 
 
 def test_partitions_are_all_of_them() -> None:

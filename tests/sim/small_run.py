@@ -6,9 +6,10 @@ import pathlib
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
-from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, homogeneous
+from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.sim.runs import metrics
 from nitsum_jax.sim.runs.logs import LogFolder, RunLogs, read_folder
 from nitsum_jax.sim.workloads.schedules import constant
@@ -18,7 +19,7 @@ from tests.control.profiles import roofline_profile
 
 DEVICES = 4
 TIERS = TierSet((Tier("chat", ttft_ms=300, tpot_ms=12, weight=2), Tier("batch", ttft_ms=5000, tpot_ms=100)))
-SPLIT = CellPlan((InstancePlan((0, 1), PREFILL), InstancePlan((2, 3), DECODE)))
+SPLIT = Layout((InstanceSpec((0, 1), Role.PREFILL), InstanceSpec((2, 3), Role.DECODE)))
 MIXED = homogeneous(DEVICES, 2)
 
 
@@ -43,8 +44,8 @@ def run(
     folder: pathlib.Path,
     work: Workload,
     *,
-    first: CellPlan = MIXED,
-    then: CellPlan | None = None,
+    first: Layout = MIXED,
+    then: Layout | None = None,
     cost: CostModel | None = None,
     policy: str = "half-way",
     rate_scale: float = 1.0,
@@ -74,7 +75,7 @@ def run(
         "workload": work.name,
         "profile": cost.profile.name,
         "devices": DEVICES,
-        "layout": first.layout,
+        "layout": first.placed,
         "rate_scale": rate_scale,
         "preemptions": cell.preemptions,
     }

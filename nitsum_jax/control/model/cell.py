@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.plan import PREFILL
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
 MAX_BATCH = 256
@@ -87,7 +88,7 @@ class StepRun:
 class ModelWorker(Worker[ModelJob]):
     """An instance of the model: a worker and what it is doing."""
 
-    def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
+    def __init__(self, index: int, plan: InstanceSpec, capacity_tokens: int, page_size: int, max_batch: int):
         """As `Worker`."""
         super().__init__(index, plan, capacity_tokens, page_size, max_batch)
         self.run: StepRun | None = None
@@ -173,7 +174,7 @@ class CellModel:
         self,
         cost: CostModel,
         scheduler: "Scheduler[ModelJob, ModelWorker]",
-        plan: CellPlan,
+        plan: Layout,
         *,
         recorder: Recorder,
         max_batch: int = MAX_BATCH,
@@ -232,7 +233,7 @@ class CellModel:
         if time_s != math.inf:
             self.now_s = max(self.now_s, time_s)
 
-    def make_worker(self, instance: InstancePlan) -> ModelWorker:
+    def make_worker(self, instance: InstanceSpec) -> ModelWorker:
         """An empty instance."""
         return ModelWorker(
             next(self._indices),

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from nitsum_jax.control.model.cell import CellModel, ModelWorker
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.scheduling.placement import Traveller, WorkerRoom, moves
+from nitsum_jax.meshes.layout import Layout
 
 _Travellers = list[Traveller[ModelJob]]
 
@@ -30,8 +30,8 @@ class Switched:
 
     time_s: float
     asked_s: float
-    before: CellPlan
-    after: CellPlan
+    before: Layout
+    after: Layout
     devices: tuple[int, ...]
     stall_s: float
     kv_bytes: float
@@ -44,7 +44,7 @@ class SwitchingCell(CellModel):
 
     on_switch: Callable[[Switched], None] | None = None
     device_put = False  # ablation: weights and KV cache of the stopped instances are resharded by copying all of it
-    _pending: CellPlan | None = None
+    _pending: Layout | None = None
     _asked_s = 0.0
 
     @property
@@ -52,7 +52,7 @@ class SwitchingCell(CellModel):
         """Whether a switch is under way."""
         return self._pending is not None
 
-    def switch(self, plan: CellPlan, prepare_s: float = 0.0) -> bool:
+    def switch(self, plan: Layout, prepare_s: float = 0.0) -> bool:
         """Asks for another plan; False if a switch is under way.
 
         Args:

@@ -11,9 +11,9 @@ import itertools
 from collections.abc import Sequence
 
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.scheduling.backlog import Backlog
 from nitsum_jax.control.scheduling.worker import Worker
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 _WAITING = 400  # requests that are told at the most
 
@@ -76,7 +76,7 @@ class WorkerView:
       max_batch: most requests that it takes.
     """
 
-    plan: InstancePlan
+    plan: InstanceSpec
     jobs: int
     decoding: int
     context: int
@@ -121,7 +121,7 @@ class CellView:
       allowed: layouts that may be used (see `PlanInputs`); empty: all.
     """
 
-    plan: CellPlan
+    plan: Layout
     num_devices: int
     workers: tuple[WorkerView, ...] = ()
     waiting: tuple[JobView, ...] = ()
@@ -133,7 +133,7 @@ class CellView:
     @classmethod
     def of(
         cls,
-        plan: CellPlan,
+        plan: Layout,
         num_devices: int,
         workers: Sequence[Worker],
         backlog: Backlog,

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.control.model.cell import MAX_BATCH
-from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.rollout import Arrival
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ class PlanInputs:
     """
 
     time_s: float
-    plan: CellPlan
+    plan: Layout
     num_devices: int
     lost: tuple[int, ...]
     loads: tuple[TierLoad, ...]
@@ -144,7 +144,7 @@ class Decision:
     time_s: float
     inputs: PlanInputs
     candidates: tuple[Candidate, ...]
-    choice: CellPlan
+    choice: Layout
     switch: bool
     reason: str
     work: int = 0
@@ -167,5 +167,7 @@ class Decision:
         )
 
 
-def _plan_from_json(values: Mapping[str, Any]) -> CellPlan:
-    return CellPlan(tuple(InstancePlan(tuple(i["devices"]), i["role"], tuple(i["tiers"])) for i in values["instances"]))
+def _plan_from_json(values: Mapping[str, Any]) -> Layout:
+    return Layout(
+        tuple(InstanceSpec(tuple(i["devices"]), Role(i["role"]), tuple(i["tiers"])) for i in values["instances"])
+    )

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from nitsum_jax.control.model.cell import MAX_BATCH, CellModel, ModelWorker, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 
 _LOOK = 16  # arrivals between two looks at who is late
 _LOOK_S = 0.5
@@ -80,7 +80,7 @@ class _Tally(Recorder):
 def rollout(
     cost: CostModel,
     tiers: Iterable[Tier],
-    plan: CellPlan,
+    plan: Layout,
     arrivals: Sequence[Arrival],
     loads: Sequence[TierLoad],
     resident_tp: int | None = None,

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import DECODE, PREFILL, InstancePlan
+from nitsum_jax.control.plan import DECODE, PREFILL
+from nitsum_jax.meshes.layout import InstanceSpec
 
 _NUMBER = itertools.count()
 
@@ -33,7 +34,7 @@ class Worker(Generic[J]):
       hungry_s: since when its prompts have had no chunk; None before anybody looked, or without any.
     """
 
-    def __init__(self, index: int, plan: InstancePlan, capacity_tokens: int, page_size: int, max_batch: int):
+    def __init__(self, index: int, plan: InstanceSpec, capacity_tokens: int, page_size: int, max_batch: int):
         """Makes an empty instance that can hold `capacity_tokens` tokens and `max_batch` jobs."""
         self.index = index
         self.plan = plan

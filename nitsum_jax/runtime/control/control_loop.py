@@ -20,13 +20,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, place
+from nitsum_jax.control.plan import place
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.planning.decision import Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.errors import NitsumError, PreconditionError
-from nitsum_jax.meshes.layout import parse_shapes
+from nitsum_jax.meshes.layout import Layout, parse_shapes
 from nitsum_jax.runtime.control.decision_log import DecisionLog
 from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.runtime.control.planner_process import PlannerError, PlannerProcess
@@ -202,7 +202,7 @@ class ControlLoop:
     def explain(self) -> Explanation:
         """What was decided last, and from what."""
         last = self._last
-        decision = None if last is None else last.to_json() | {"choice_text": str(last.choice)}
+        decision = None if last is None else last.to_json() | {"choice_text": last.choice.unplaced}
         return Explanation(self._mode, self._paused, decision, self._applied, self._plan_s, self._failures)
 
     def _require_planner(self) -> None:
@@ -256,7 +256,7 @@ class ControlLoop:
             self._log.write(decision, self._ratios)
         if decision.switch:
             advice = "" if apply else " (advice only)"
-            self._layout_log.decide(str(decision.choice), decision.reason + advice, self._plan_s)
+            self._layout_log.decide(decision.choice.unplaced, decision.reason + advice, self._plan_s)
         if apply:
             self._apply(before, decision.choice)
         self._prepare(decision)
@@ -287,21 +287,21 @@ class ControlLoop:
         self._plan_s = time.monotonic() - start
         return decision
 
-    def _apply(self, before: CellPlan, after: CellPlan) -> None:
+    def _apply(self, before: Layout, after: Layout) -> None:
         try:
-            self._switching = self._engine.set_layout(after.layout)
+            self._switching = self._engine.set_layout(after.placed)
         except NitsumError as error:
-            _LOG.error("the engine refuses %s: %s", after.layout, error)
+            _LOG.error("the engine refuses %s: %s", after.placed, error)
             return
         if {i.group for i in before.instances} != {i.group for i in after.instances}:  # else only tiers change
-            self._layout_log.watch(after.layout, self._switching)
+            self._layout_log.watch(after.placed, self._switching)
 
     def _prepare(self, decision: Decision) -> None:
         """Has executables compiled that are likely to be wanted next."""
         count, lost = len(self._engine.device_names), self._engine.lost_devices()
         for candidate in decision.candidates[1 : 1 + _LIKELY]:
             try:
-                layout = place(parse_shapes(candidate.plan), count, decision.choice, lost).layout
+                layout = place(parse_shapes(candidate.plan), count, decision.choice, lost).placed
                 if layout not in self._prepared:
                     self._prepared.add(layout)
                     self._engine.prepare_layout(layout)

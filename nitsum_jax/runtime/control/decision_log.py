@@ -32,7 +32,7 @@ class DecisionLog:
         """Adds a decision, and the corrections of the cost model that it was made with."""
         values = decision.to_json()
         entry = {name: values[name] for name in ("time_s", "inputs", "candidates", "reason")}
-        entry["choice"] = str(decision.choice)
+        entry["choice"] = decision.choice.unplaced
         if ratios is not None:
             entry["inputs"] = values["inputs"] | {"ratios": {str(tp): list(pair) for tp, pair in ratios.items()}}
         with self._lock:

@@ -3,11 +3,11 @@
 import collections
 
 from nitsum_jax.control.job import Job
-from nitsum_jax.control.plan import InstancePlan
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
+from nitsum_jax.meshes.layout import InstanceSpec
 
 
 class LiveJob(Job):
@@ -54,7 +54,7 @@ class LiveWorker(Worker[LiveJob]):
       leads: whether they have it before the round begins.
     """
 
-    def __init__(self, index: int, plan: InstancePlan, instance: Instance, page_size: int, max_batch: int):
+    def __init__(self, index: int, plan: InstanceSpec, instance: Instance, page_size: int, max_batch: int):
         """Makes a worker of nobody."""
         super().__init__(index, plan, instance.total_pages() * page_size, page_size, max_batch)
         self.instance = instance

@@ -10,6 +10,7 @@ workers is copied here first (`control.planning.cell_view`).
 """
 
 import collections
+import dataclasses
 import heapq
 import itertools
 import math
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.plan import PREFILL
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.scheduling import placement
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
@@ -30,6 +31,7 @@ from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.step.dispatched import PrefillChoice, Step
 from nitsum_jax.engine.switching.migration import Destination, Leaving, SeatsLeft
 from nitsum_jax.errors import OverloadedError
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.runtime.scheduling.live_worker import LiveJob, LiveWorker
 
 JobListener = Callable[[float, JobView], None]
@@ -86,7 +88,7 @@ class TieredScheduling(Policy):
         self._new: dict[LiveRequest, None] = {}  # in their order
         self._unseated: set[LiveRequest] = set()
         self._workers: dict[Instance, LiveWorker] = {}
-        self._kept_for: dict[tuple[tuple[int, ...], str], tuple[str, ...]] = {}
+        self._kept_for: dict[tuple[tuple[int, ...], Role], tuple[str, ...]] = {}
         self._offered: collections.deque[LiveJob] = collections.deque()
         self._stale: dict[LiveWorker, None] = {}  # something changed there: it may take another request
         self._look_for_late = False  # something changed: a late request may go somewhere
@@ -112,9 +114,9 @@ class TieredScheduling(Policy):
         """Seconds of the engine's clock for one of the jobs' and tiers'."""
         return self._scale
 
-    def plan(self) -> CellPlan:
+    def plan(self) -> Layout:
         """The instances in force, with the tiers that they are kept for."""
-        return CellPlan(tuple(worker.plan for worker in self._workers.values()))
+        return Layout(tuple(worker.plan for worker in self._workers.values()))
 
     def view(self, num_devices: int, lost: tuple[int, ...] = (), allowed: tuple[str, ...] = ()) -> CellView:
         """What a controller sees, made on the engine's thread for whatever thread."""
@@ -127,11 +129,11 @@ class TieredScheduling(Policy):
         seated = (worker.members() for worker in self._workers.values())
         return sum(job.late and job.id in asked for job in itertools.chain(self.scheduler.backlog.jobs(), *seated))
 
-    def keep_for(self, plan: CellPlan) -> None:
+    def keep_for(self, plan: Layout) -> None:
         """Says which tiers instances are kept for, those that are there and those that a switch will bring."""
         self._kept_for = {instance.group: instance.tiers for instance in plan.instances}
         for worker in self._workers.values():
-            worker.plan = InstancePlan(*worker.plan.group, self._kept_for.get(worker.plan.group, ()))
+            worker.plan = self._kept(worker.plan)
 
     # ---- the queue
 
@@ -326,9 +328,7 @@ class TieredScheduling(Policy):
 
     def _planned(self, number: int, host: Destination) -> Worker:
         """An instance that a switch will bring."""
-        group = host.spec.devices, host.spec.role.value
-        plan = InstancePlan(*group, self._kept_for.get(group, ()))
-        return Worker(number, plan, host.pages * host.page_size, host.page_size, host.rows)
+        return Worker(number, self._kept(host.spec), host.pages * host.page_size, host.page_size, host.rows)
 
     def _traveller(self, sequence: LiveRequest) -> placement.Traveller:
         job, home = _job(sequence), sequence.home
@@ -412,10 +412,12 @@ class TieredScheduling(Policy):
             worker.arrive(job)
 
     def _make(self, instance: Instance) -> LiveWorker:
-        spec = instance.spec
-        group = spec.devices, str(spec.role)
-        plan = InstancePlan(*group, self._kept_for.get(group, ()))
+        plan = self._kept(instance.spec)
         return LiveWorker(next(self._indices), plan, instance, instance.page_size, instance.max_batch)
+
+    def _kept(self, spec: InstanceSpec) -> InstanceSpec:
+        """An instance with the tiers that it is kept for."""
+        return dataclasses.replace(spec, tiers=self._kept_for.get(spec.group, ()))
 
 
 def _job(sequence: LiveRequest) -> LiveJob:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.engine.engine import Engine
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError
@@ -22,13 +21,13 @@ class KeepsInstances(Protocol):
     """The part of the scheduling that is used here; see `scheduling.TieredScheduling`."""
 
     # ruff: noqa: D102
-    def keep_for(self, plan: CellPlan) -> None: ...
+    def keep_for(self, plan: Layout) -> None: ...
 
 
 class _TieredEngine:
     """An Engine; what is not written here is that of the engine behind it."""
 
-    def __init__(self, engine: Engine, scheduling: KeepsInstances, kept: CellPlan) -> None:
+    def __init__(self, engine: Engine, scheduling: KeepsInstances, kept: Layout) -> None:
         self._engine = engine
         self._scheduling = scheduling
         self._kept = kept  # what was asked for last: instances that are there, or that a switch will bring
@@ -48,7 +47,7 @@ class _TieredEngine:
         bare = wanted.without_tiers()
         with self._lock:
             before, there = self._kept, self.layout()
-            self._keep(CellPlan.of(wanted))
+            self._keep(wanted)
             idle = self._last is None or self._last.done()
             if idle and set(bare.instances) == set(self._engine.layout().instances):
                 future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
@@ -75,7 +74,7 @@ class _TieredEngine:
         kept = {instance.group: instance.tiers for instance in self._kept.instances}
         return Layout(
             tuple(
-                dataclasses.replace(instance, tiers=kept.get((instance.devices, instance.role.value), ()))
+                dataclasses.replace(instance, tiers=kept.get(instance.group, ()))
                 for instance in self._engine.layout().instances
             )
         )
@@ -86,17 +85,17 @@ class _TieredEngine:
         check_tiers(layout, self._engine.tier_names)
         return layout
 
-    def _failed(self, before: CellPlan, done: "concurrent.futures.Future[SwitchReport]") -> None:
+    def _failed(self, before: Layout, done: "concurrent.futures.Future[SwitchReport]") -> None:
         if done is self._last and (done.cancelled() or done.exception() is not None):
             self._keep(before)
 
-    def _keep(self, plan: CellPlan) -> None:
+    def _keep(self, plan: Layout) -> None:
         """Has the scheduling keep the instances of a plan for its tiers, on the engine's thread."""
         self._kept = plan
         self._engine.ask(lambda: self._scheduling.keep_for(plan))
 
 
-def tiered(engine: Engine, scheduling: KeepsInstances, kept: CellPlan) -> Engine:
+def tiered(engine: Engine, scheduling: KeepsInstances, kept: Layout) -> Engine:
     """The engine with layouts that may name tiers; `kept`: what the scheduling keeps its first instances for."""
     return cast(Engine, _TieredEngine(engine, scheduling, kept))
 

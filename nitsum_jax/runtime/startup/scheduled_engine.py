@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planning.decision import PlannerConfig
 from nitsum_jax.control.planning.planner import least_tp
 from nitsum_jax.control.tiers import TierSet
@@ -105,7 +104,7 @@ def start_scheduled(
     return Scheduled(tiered(engine, scheduling, first), scheduling, cost, config.pace, tiers, reach)
 
 
-def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineConfig, CellPlan]:
+def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineConfig, Layout]:
     """The layouts of a configuration as the engine reads them, and what the first one keeps for which tiers.
 
     Tiers in an allow-list restrict nothing; those of its first layout count where a cell begins with that.
@@ -121,4 +120,4 @@ def _without_tiers(config: EngineConfig, known: Sequence[str]) -> tuple[EngineCo
         layouts=None if listed is None else tuple(str(layout.without_tiers()) for layout in listed),
     )
     start = first or (listed[0] if listed else Layout(()))
-    return bare, CellPlan.of(start)
+    return bare, start

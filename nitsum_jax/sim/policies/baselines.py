@@ -20,13 +20,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, Shape, shapes_text
+from nitsum_jax.control.plan import DECODE, PREFILL, Shape, shapes_text
 from nitsum_jax.control.planning.candidates import joint_plans, mixed_plans
 from nitsum_jax.control.planning.controller import AdaptiveController, Controller
 from nitsum_jax.control.planning.decision import PlannerConfig
 from nitsum_jax.control.planning.planner import Planner
 from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.policies import layouts
 from nitsum_jax.sim.policies.rebalancing import AllOrNothing, RoleBalancer, RoleLimits, SwitchLimits
 from nitsum_jax.sim.runs.simulation import RunPolicy
@@ -66,7 +67,7 @@ class Setting:
             sorted(shapes * max(1, self.num_devices // self.node), key=lambda s: (s.role != PREFILL, -s.tp))
         )
 
-    def plan(self, shapes: tuple[Shape, ...]) -> CellPlan:
+    def plan(self, shapes: tuple[Shape, ...]) -> Layout:
         """A node's shapes in all nodes."""
         return layouts.plan_of(shapes, self.num_devices, self.node)
 

@@ -26,7 +26,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from nitsum_jax.control.plan import CellPlan, Shape
+from nitsum_jax.control.plan import Shape
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.policies import layouts
 from nitsum_jax.sim.policies.baselines import Setting, static
 from nitsum_jax.sim.runs.simulation import RunPolicy, simulate
@@ -79,16 +80,16 @@ class Bound:
         return self.best_met / self.offered if self.offered else 1.0
 
 
-def candidates(setting: Setting, more: Sequence[CellPlan] = ()) -> list[RunPolicy]:
+def candidates(setting: Setting, more: Sequence[Layout] = ()) -> list[RunPolicy]:
     """All cuts of a node without placement of tiers, and these plans."""
     plain = [
         static(setting, "static", tuple(Shape(tp) for tp in cut)) for cut in layouts.cuts(setting.node, setting.tps)
     ]
-    names = {str(policy.plan) for policy in plain}
+    names = {policy.plan.unplaced for policy in plain}
     for plan in more:
-        if str(plan) not in names:
-            names.add(str(plan))
-            plain.append(RunPolicy(f"static[{plan}]", plan))
+        if plan.unplaced not in names:
+            names.add(plan.unplaced)
+            plain.append(RunPolicy(f"static[{plan.unplaced}]", plan))
     return plain
 
 
@@ -132,7 +133,7 @@ def upper_bound(
             outcome = simulate(piece, setting.tiers, setting.cost, policy, num_devices=setting.num_devices)
             found = {first + int(job.id) for job in outcome.finished if job.met()}
             met |= found
-            count = counts[str(policy.plan)] = sum(number in found for number in inside)
+            count = counts[policy.plan.unplaced] = sum(number in found for number in inside)
             if count > most:
                 best, most = policy, count
             if count == len(inside):
@@ -140,7 +141,7 @@ def upper_bound(
         order.sort(key=lambda policy: policy is not best)
         best_met += most
         near |= {name for name, count in counts.items() if count >= (1 - NEAR) * most}
-        choices.append(str(best.plan))
+        choices.append(best.plan.unplaced)
     return Bound(len(arrivals), len(met), best_met, workload.seconds, tuple(choices), tuple(sorted(near)))
 
 

@@ -8,9 +8,10 @@ small and large instances for one tier and those in between for another.
 
 from collections.abc import Iterator, Sequence
 
-from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, CellPlan, Shape, partitions, place
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, Shape, partitions, place
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.layout import Layout
 
 
 def node_size(num_devices: int, devices_of_node: int) -> int:
@@ -28,7 +29,7 @@ def node_size(num_devices: int, devices_of_node: int) -> int:
     return devices_of_node
 
 
-def plan_of(shapes: Sequence[Shape], num_devices: int, node: int) -> CellPlan:
+def plan_of(shapes: Sequence[Shape], num_devices: int, node: int) -> Layout:
     """The plan of a node's shapes, repeated for every node."""
     return place(tuple(shapes) * max(1, num_devices // node), num_devices)
 

@@ -8,11 +8,12 @@ import math
 from collections.abc import Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan
+from nitsum_jax.control.plan import DECODE, PREFILL
 from nitsum_jax.control.planning.cell_view import CellView, JobView, WorkerView
 from nitsum_jax.control.planning.controller import CountLate
 from nitsum_jax.control.planning.decision import Decision, PlanInputs
 from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class _LoadController:
         return False
 
 
-def _decision(now_s: float, view: CellView, plan: CellPlan, reason: str) -> Decision:
+def _decision(now_s: float, view: CellView, plan: Layout, reason: str) -> Decision:
     inputs = PlanInputs(now_s, view.plan, view.num_devices, view.lost, ())
     return Decision(now_s, inputs, (), plan, plan != view.plan, reason)
 
@@ -111,13 +112,13 @@ class RoleBalancer(_LoadController):
             found.setdefault(worker.plan.devices[0] // size, []).append(worker)
         return found
 
-    def _moved(self, plan: CellPlan, instances: Sequence[InstancePlan], role: str) -> CellPlan:
+    def _moved(self, plan: Layout, instances: Sequence[InstanceSpec], role: str) -> Layout:
         """The plan with the devices of these instances in another role, cut to its TP."""
         devices = sorted(device for instance in instances for device in instance.devices)
         tp = instances[0].tp if self._tps is None else self._tps[0] if role == PREFILL else self._tps[1]
-        new = [InstancePlan(tuple(devices[i : i + tp]), role) for i in range(0, len(devices), tp)]
+        new = [InstanceSpec(tuple(devices[i : i + tp]), Role(role)) for i in range(0, len(devices), tp)]
         kept = [instance for instance in plan.instances if instance not in instances]
-        return CellPlan(tuple(sorted((*kept, *new), key=lambda i: (i.devices[0], i.devices))))
+        return Layout(tuple(sorted((*kept, *new), key=lambda i: (i.devices[0], i.devices))))
 
     def _prefill_load(self, workers: Sequence[WorkerView], waiting: int) -> float:
         tokens = (waiting + sum(worker.prefill_left for worker in workers)) // len(workers)
@@ -158,7 +159,7 @@ class AllOrNothing(_LoadController):
     After Flying Serving: latency when there is little to do, throughput when there is much.
     """
 
-    def __init__(self, data_parallel: CellPlan, tensor_parallel: CellPlan, limits: SwitchLimits = SwitchLimits()):
+    def __init__(self, data_parallel: Layout, tensor_parallel: Layout, limits: SwitchLimits = SwitchLimits()):
         """Makes one that knows these two plans."""
         self.interval_s = limits.interval_s
         self._plans = (data_parallel, tensor_parallel)

@@ -111,8 +111,8 @@ def switch_record(report: Switched) -> SwitchRecord:
     """The record of a switch."""
     return SwitchRecord(
         report.time_s,
-        report.before.layout,
-        report.after.layout,
+        report.before.placed,
+        report.after.placed,
         report.devices,
         report.stall_s,
         report.kv_bytes,
@@ -125,7 +125,7 @@ def decision_record(decision: Decision) -> DecisionRecord:
     """The record of a decision: its inputs can be read back and the decision made again."""
     candidates = [_plain(dataclasses.asdict(candidate)) for candidate in decision.candidates]
     inputs = _plain(decision.inputs.to_json())
-    return DecisionRecord(decision.time_s, inputs, candidates, str(decision.choice), decision.reason)
+    return DecisionRecord(decision.time_s, inputs, candidates, decision.choice.unplaced, decision.reason)
 
 
 def _plain(value: Any) -> Any:

@@ -45,6 +45,8 @@ def replay(path: str | pathlib.Path, setting: Setting) -> ReplayedDecisions:
         except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise InvalidInputError(f"{path}:{line}: not the inputs of a decision: {' '.join(repr(e).split())}") from e
         count += 1
-        if str(decision.choice) != record.choice:
-            differences.append(f"{path}:{line}: at {record.time_s:.3f} s: {decision.choice} instead of {record.choice}")
+        if decision.choice.unplaced != record.choice:
+            differences.append(
+                f"{path}:{line}: at {record.time_s:.3f} s: {decision.choice.unplaced} instead of {record.choice}"
+            )
     return ReplayedDecisions(count, tuple(differences))

@@ -16,13 +16,13 @@ from nitsum_jax.control.model.cell import MAX_BATCH, ModelWorker, Recorder, Step
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import Controller
 from nitsum_jax.control.planning.decision import Decision
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
 
 _CHECK_S = 5.0  # how often a run that may be given up is looked at
@@ -44,7 +44,7 @@ class RunPolicy:
     """
 
     name: str
-    plan: CellPlan
+    plan: Layout
     scheduler: SchedulerConfig = SchedulerConfig()
     controller: Callable[[], Controller] | None = None
     resident_tp: int | None = None
@@ -160,7 +160,7 @@ def _check(workload: Workload, tiers: TierSet, cost: CostModel, policy: RunPolic
             have = ", ".join(map(str, cost.tps))
             raise InvalidInputError(f"{policy.name}: profile {cost.profile.name} has no TP {instance.tp}: use {have}")
         if not taken.isdisjoint(instance.devices) or not all(0 <= d < num_devices for d in instance.devices):
-            raise InvalidInputError(f"{policy.name}: plan {policy.plan} does not fit {num_devices} devices")
+            raise InvalidInputError(f"{policy.name}: plan {policy.plan.unplaced} does not fit {num_devices} devices")
         taken.update(instance.devices)
     if not policy.plan.instances:
         raise InvalidInputError(f"{policy.name}: the plan has no instances")

@@ -122,7 +122,7 @@ def figures_of(outcome: RunOutcome, num_devices: int) -> Figures:
 
 def _plans(outcome: RunOutcome) -> list[Any]:
     plans = {
-        str(report.after): [[list(i.devices), i.role, list(i.tiers)] for i in report.after.instances]
+        report.after.unplaced: [[list(i.devices), i.role, list(i.tiers)] for i in report.after.instances]
         for report in outcome.switches
     }
     return list(plans.values())

@@ -9,7 +9,7 @@ from typing import Any
 
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.profile import to_json
-from nitsum_jax.control.plan import CellPlan, InstancePlan
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
@@ -220,7 +220,7 @@ class _Runner:
         }
         if self.cell.mix.shifting:
             # At neighbouring rates only those run that came near the best of some window at this one.
-            close = [policy for policy in chosen if str(policy.plan) in value["near"]]
+            close = [policy for policy in chosen if policy.plan.unplaced in value["near"]]
 
             def reached(other: int) -> float:
                 value = self._bound_at(other, chosen if other == level else close)
@@ -230,7 +230,7 @@ class _Runner:
         return found
 
     def _bound_at(self, level: int, chosen: list[RunPolicy]) -> dict[str, Any]:
-        names = sorted(str(policy.plan) for policy in chosen)
+        names = sorted(policy.plan.unplaced for policy in chosen)
         key = key_of(
             kind="bound", about=self.about, factor=self.grid.factor(level), code=code_digest(False), names=names
         )
@@ -267,5 +267,5 @@ class _Runner:
         _log.info("%s: %s", self.cell.name, what)
 
 
-def _plan(layout: list[Any]) -> CellPlan:
-    return CellPlan(tuple(InstancePlan(tuple(devices), role, tuple(tiers)) for devices, role, tiers in layout))
+def _plan(layout: list[Any]) -> Layout:
+    return Layout(tuple(InstanceSpec(tuple(devices), Role(role), tuple(tiers)) for devices, role, tiers in layout))

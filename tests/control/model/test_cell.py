@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from nitsum_jax.control.model.cell import CellModel, ModelWorker, Recorder, StepRun
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import CellPlan, InstancePlan, homogeneous
+from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from tests.control.cells import CHAT, COST, TIERS, Steps, job, make_cell, serve, small_cost, some_jobs
 
-SPLIT = CellPlan((InstancePlan((0, 1, 2, 3), "prefill"), InstancePlan((4, 5, 6, 7), "decode")))
+SPLIT = Layout((InstanceSpec((0, 1, 2, 3), Role.PREFILL), InstanceSpec((4, 5, 6, 7), Role.DECODE)))
 
 
 class _OneByOne(CostModel):
@@ -28,7 +29,7 @@ class _OneByOne(CostModel):
 
 @pytest.mark.parametrize("plan", [homogeneous(8, 4), homogeneous(8, 1), SPLIT], ids=str)
 @pytest.mark.parametrize("order", ["deadline", "fcfs"])
-def test_rows_of_decode_steps_equal_stepping_one_by_one(plan: CellPlan, order: str) -> None:
+def test_rows_of_decode_steps_equal_stepping_one_by_one(plan: Layout, order: str) -> None:
     config = SchedulerConfig(order=order)
     rows, row_steps = make_cell(plan, config=config)
     serve(rows, some_jobs(120, 12.0, seed=3))
@@ -56,7 +57,7 @@ def test_steps_by_counts_the_steps_that_ended(count: int, first_s: float, growth
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([homogeneous(8, 2), homogeneous(8, 8), SPLIT]), st.floats(2, 60))
-def test_every_token_is_computed_once_and_every_step_takes_its_time(seed: int, plan: CellPlan, rate: float) -> None:
+def test_every_token_is_computed_once_and_every_step_takes_its_time(seed: int, plan: Layout, rate: float) -> None:
     cell, steps = make_cell(plan)
     jobs = some_jobs(60, rate, seed)
     serve(cell, jobs)

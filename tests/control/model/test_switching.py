@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nitsum_jax.control.model.switching import Switched
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, partitions, place
+from nitsum_jax.control.plan import Shape, homogeneous, partitions, place
 from nitsum_jax.control.scheduling.placement import moves
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.meshes.vshards import VshardMap
 from tests.control.cells import COST, job, make_cell, serve, some_jobs
 
@@ -30,7 +31,7 @@ def test_moves_count_the_vshards_that_change_their_device() -> None:
     assert moves((0, 1), (0, 1), 8) == {}
 
 
-def _random_plan(draw: random.Random) -> CellPlan:
+def _random_plan(draw: random.Random) -> Layout:
     cut = draw.choice(list(partitions(8, (1, 2, 4, 8))))
     tiers = [(), ("chat",), ("code",)]
     shapes = [Shape(tp, "mixed", draw.choice(tiers)) for tp in cut]
@@ -74,8 +75,8 @@ def test_nothing_is_lost_in_random_switches(seed: int) -> None:
 
 
 def test_instances_that_stay_keep_running() -> None:
-    before = CellPlan((InstancePlan((0, 1, 2, 3)), InstancePlan((4, 5)), InstancePlan((6, 7))))
-    after = CellPlan((InstancePlan((0, 1, 2, 3)), InstancePlan((4, 5, 6, 7))))
+    before = Layout((InstanceSpec((0, 1, 2, 3)), InstanceSpec((4, 5)), InstanceSpec((6, 7))))
+    after = Layout((InstanceSpec((0, 1, 2, 3)), InstanceSpec((4, 5, 6, 7))))
     cell, steps = make_cell(before)
     reports: list[Switched] = []
     cell.on_switch = reports.append
@@ -116,7 +117,7 @@ def test_one_switch_at_a_time_and_not_before_it_is_compiled() -> None:
 
 def test_who_decodes_and_finds_only_an_instance_that_prefills_is_parked_there_and_handed_over() -> None:
     before = homogeneous(8, 4)
-    after = CellPlan((InstancePlan((0, 1, 2, 3)), InstancePlan((4, 5, 6, 7), "prefill")))
+    after = Layout((InstanceSpec((0, 1, 2, 3)), InstanceSpec((4, 5, 6, 7), Role.PREFILL)))
     cell, steps = make_cell(before)
     reports: list[Switched] = []
     cell.on_switch = reports.append
@@ -130,11 +131,19 @@ def test_who_decodes_and_finds_only_an_instance_that_prefills_is_parked_there_an
 
 
 def test_a_switch_lets_nobody_into_an_instance_that_decodes_whom_the_scheduler_kept_out() -> None:
-    before = CellPlan(
-        (InstancePlan((0, 1), "decode"), InstancePlan((2, 3, 4, 5), "prefill"), InstancePlan((6, 7), "prefill"))
+    before = Layout(
+        (
+            InstanceSpec((0, 1), Role.DECODE),
+            InstanceSpec((2, 3, 4, 5), Role.PREFILL),
+            InstanceSpec((6, 7), Role.PREFILL),
+        )
     )
-    after = CellPlan(
-        (InstancePlan((0, 1), "decode"), InstancePlan((2, 3), "prefill"), InstancePlan((4, 5, 6, 7), "prefill"))
+    after = Layout(
+        (
+            InstanceSpec((0, 1), Role.DECODE),
+            InstanceSpec((2, 3), Role.PREFILL),
+            InstanceSpec((4, 5, 6, 7), Role.PREFILL),
+        )
     )
     cell, steps = make_cell(before)
     jobs = [job(i, arrival_s=i / 150, prompt=400, output=400) for i in range(600)]

@@ -10,13 +10,14 @@ from nitsum_jax.control.model.cell import ModelWorker, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import Switched, SwitchingCell
-from nitsum_jax.control.plan import CellPlan, homogeneous
+from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import AdaptiveController, ControllerConfig
 from nitsum_jax.control.planning.decision import Decision, PlanInputs
 from nitsum_jax.control.scheduling.backlog import Backlog
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 from tests.control.profiles import roofline_profile
 
 COST = CostModel(roofline_profile())
@@ -30,7 +31,7 @@ def nobody(ids: Collection[str]) -> int:
 class Run(Recorder):
     """A cell under a load, with a controller or without."""
 
-    def __init__(self, first: CellPlan, controller: AdaptiveController | None):
+    def __init__(self, first: Layout, controller: AdaptiveController | None):
         self.met = self.ended = 0
         self.switches: list[Switched] = []
         self.scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, (CHAT, CODE))

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, shapes_text
+from nitsum_jax.control.plan import Shape, homogeneous, shapes_text
 from nitsum_jax.control.planning.decision import PlanInputs, PlannerConfig
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.fleet.nodes import changed_devices
@@ -19,6 +19,7 @@ from nitsum_jax.control.planning.planner import Planner
 from nitsum_jax.control.planning.queueing import QueueingModel
 from nitsum_jax.control.planning.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 from tests.control.profiles import roofline_profile
 
 CHAT, CODE = Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100)
@@ -28,14 +29,14 @@ SMALL = CostModel(roofline_profile((1, 2, 4), devices=4))  # nodes of four
 LARGE = CostModel(roofline_profile())
 
 
-def inputs(devices: int, plan: CellPlan | None = None, lost: tuple[int, ...] = (), **rates: float) -> PlanInputs:
+def inputs(devices: int, plan: Layout | None = None, lost: tuple[int, ...] = (), **rates: float) -> PlanInputs:
     """A load in requests a second for each device."""
     outputs = {"chat": 200.0, "code": 30.0, "batch": 300.0}
     loads = tuple(TierLoad(name, rate * devices, 1.3, PROMPTS, outputs[name]) for name, rate in rates.items())
     return PlanInputs(10.0, plan or homogeneous(devices, 2), devices, lost, loads)
 
 
-def devices_of(plan: CellPlan) -> list[int]:
+def devices_of(plan: Layout) -> list[int]:
     return sorted(device for instance in plan.instances for device in instance.devices)
 
 
@@ -119,7 +120,7 @@ def test_decisions_can_be_made_again() -> None:
 
 def test_lost_devices_and_smaller_last_nodes() -> None:
     planner = Planner(LARGE, (CHAT, CODE))
-    plan = CellPlan(tuple(i for i in homogeneous(28, 4).instances if not {3, 17} & set(i.devices)))
+    plan = Layout(tuple(i for i in homogeneous(28, 4).instances if not {3, 17} & set(i.devices)))
     decision = planner.decide(inputs(28, plan, (3, 17), chat=2.0, code=2.0))
     used = devices_of(decision.choice)
     assert not {3, 17} & set(used)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, place
+from nitsum_jax.control.plan import Shape, homogeneous, place
 from nitsum_jax.control.planning.fleet.nodes import (
     changed_devices,
     fits,
@@ -17,6 +17,7 @@ from nitsum_jax.control.planning.fleet.nodes import (
     room_for,
     runs_of,
 )
+from nitsum_jax.meshes.layout import Layout
 
 NODE = 4
 TPS = (1, 2, 4)
@@ -24,7 +25,7 @@ KEPT = (("mixed", ()), ("mixed", ("chat",)), ("prefill", ()))
 SHAPES = [Shape(tp, role, tiers) for tp in TPS for role, tiers in KEPT]
 
 
-def check(plan: CellPlan, shapes: list[Shape], num_devices: int, lost: tuple[int, ...] = ()) -> None:
+def check(plan: Layout, shapes: list[Shape], num_devices: int, lost: tuple[int, ...] = ()) -> None:
     devices = [device for instance in plan.instances for device in instance.devices]
     assert len(set(devices)) == len(devices)
     assert set(devices) <= set(range(num_devices)) - set(lost)
@@ -50,7 +51,7 @@ def fillings(draw: st.DrawFn, nodes: int = 4) -> list[Shape]:
 @given(fillings(), fillings())
 def test_any_plan_follows_any_other(first: list[Shape], then: list[Shape]) -> None:
     size = 4 * NODE
-    nothing = CellPlan(())
+    nothing = Layout(())
     before = place_fleet(first, size, NODE, nothing)
     check(before, first, size)
     assert place_fleet(first, size, NODE, before) == before
@@ -65,7 +66,7 @@ def test_any_plan_follows_any_other(first: list[Shape], then: list[Shape]) -> No
 @given(fillings(3), st.sets(st.integers(0, 11), max_size=4))
 def test_lost_devices_are_left_out_or_it_is_said_not_to_fit(shapes: list[Shape], lost: set[int]) -> None:
     away = tuple(sorted(lost))
-    runs = runs_of(nodes_of(CellPlan(()), 12, NODE, away), TPS)
+    runs = runs_of(nodes_of(Layout(()), 12, NODE, away), TPS)
     before = homogeneous(12, 2)
     if fits(kinds_of(shapes), {tp: runs[tp] for tp in {shape.tp for shape in shapes}}):
         check(place_fleet(shapes, 12, NODE, before, away), shapes, 12, away)
@@ -78,7 +79,7 @@ def test_lost_devices_are_left_out_or_it_is_said_not_to_fit(shapes: list[Shape],
             place_fleet(shapes, 12, NODE, before, away)
 
 
-def fewest_changed(before: CellPlan, shapes: list[Shape], nodes: int) -> int:
+def fewest_changed(before: Layout, shapes: list[Shape], nodes: int) -> int:
     """By trying every way to deal the instances to the nodes."""
     best = nodes * NODE
     for dealt in itertools.product(range(nodes), repeat=len(shapes)):
@@ -87,7 +88,7 @@ def fewest_changed(before: CellPlan, shapes: list[Shape], nodes: int) -> int:
             continue
         total = 0
         for node, there in zip(parts, nodes_of(before, nodes * NODE, NODE), strict=True):
-            old = CellPlan(there.instances)
+            old = Layout(there.instances)
             total += changed_devices(old, place(node, NODE, old))
         best = min(best, total)
     return best
@@ -103,7 +104,7 @@ def fewest_changed(before: CellPlan, shapes: list[Shape], nodes: int) -> int:
     ],
 )
 def test_the_fewest_devices_change(first: list[int], then: list[int]) -> None:
-    before = place_fleet([Shape(tp) for tp in first], 12, NODE, CellPlan(()))
+    before = place_fleet([Shape(tp) for tp in first], 12, NODE, Layout(()))
     after = place_fleet([Shape(tp) for tp in then], 12, NODE, before)
     assert changed_devices(before, after) == fewest_changed(before, [Shape(tp) for tp in then], 3)
 

@@ -6,19 +6,20 @@ import json
 import pytest
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, place
+from nitsum_jax.control.plan import Shape, homogeneous, place
 from nitsum_jax.control.planning.decision import Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.planner import Planner, least_tp
 from nitsum_jax.control.planning.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 from tests.control.profiles import roofline_profile
 
 COST = CostModel(roofline_profile())
 TIERS = (Tier("chat", ttft_ms=300, tpot_ms=7), Tier("code", ttft_ms=2000, tpot_ms=100))
 
 
-def inputs(chat: float, code: float, plan: CellPlan | None = None, lost: tuple[int, ...] = ()) -> PlanInputs:
+def inputs(chat: float, code: float, plan: Layout | None = None, lost: tuple[int, ...] = ()) -> PlanInputs:
     prompts = (100, 300, 500, 800, 1000, 1200, 1500, 2500)
     loads = (TierLoad("chat", chat, 1.0, prompts, 200.0), TierLoad("code", code, 1.0, prompts, 30.0))
     count = 48

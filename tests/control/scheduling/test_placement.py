@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, InstancePlan
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, Shape
 from nitsum_jax.control.scheduling.placement import Seat, Traveller, WorkerRoom
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.scheduling.worker import Worker
@@ -17,7 +17,7 @@ OLD = (0, 1, 2, 3)  # all come from there
 
 
 def worker(index: int, role: str = MIXED, *, pages: int = 1000, rows: int = 8, tiers: tuple[str, ...] = ()) -> Worker:
-    return Worker(index, InstancePlan((2 * index, 2 * index + 1), role, tiers), pages * PAGE, PAGE, rows)
+    return Worker(index, Shape(2, role, tiers).on((2 * index, 2 * index + 1)), pages * PAGE, PAGE, rows)
 
 
 def decoding(

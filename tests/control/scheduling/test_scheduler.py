@@ -5,10 +5,11 @@ import math
 import pytest
 
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, homogeneous, place
+from nitsum_jax.control.plan import Shape, homogeneous, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from tests.control.cells import CHAT, CODE, COST, TIERS, job, make_cell, serve, some_jobs
 
 
@@ -17,7 +18,7 @@ def _scheduler(config: SchedulerConfig = SchedulerConfig()) -> Scheduler:
 
 
 def _worker(tp: int = 1, tiers: tuple[str, ...] = (), index: int = 0) -> Worker:
-    plan = InstancePlan(tuple(range(tp)), "mixed", tiers)
+    plan = InstanceSpec(tuple(range(tp)), Role.MIXED, tiers)
     return Worker(index, plan, COST.kv_capacity_tokens(tp), COST.page_size, 64)
 
 
@@ -174,7 +175,7 @@ def test_decoding_requests_that_are_lost_do_not_hold_prompts_up() -> None:
 
 @pytest.mark.parametrize("order", ["deadline", "fcfs"])
 @pytest.mark.parametrize("plan", [homogeneous(8, 2), place([Shape(4, tiers=("chat",)), Shape(4)], 8)], ids=str)
-def test_nobody_starves_in_an_overloaded_cell(plan: CellPlan, order: str) -> None:
+def test_nobody_starves_in_an_overloaded_cell(plan: Layout, order: str) -> None:
     cell, steps = make_cell(plan, config=SchedulerConfig(order=order))
     jobs = some_jobs(1500, 300.0, seed=9)
     ends = jobs[-1].arrival_s
@@ -212,7 +213,7 @@ QUICK = Tier("chat", ttft_ms=500, tpot_ms=9)
 
 def _decoder(count: int, first_s: float, generated: int) -> Worker:
     """A decode instance of TP 1 with so many of QUICK, all of whom have made so many tokens."""
-    plan = InstancePlan((0,), "decode")
+    plan = InstanceSpec((0,), Role.DECODE)
     worker: Worker[ModelJob] = Worker(0, plan, COST.kv_capacity_tokens(1), COST.page_size, 256)
     _decoding(worker, count, first_s, QUICK)
     worker.advance(generated - 1)

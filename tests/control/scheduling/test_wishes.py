@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from nitsum_jax.control.model.cell import ModelWorker
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
-from nitsum_jax.control.plan import CellPlan, Shape, homogeneous, place
+from nitsum_jax.control.plan import Shape, homogeneous, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.tiers import Tier
+from nitsum_jax.meshes.layout import Layout
 from tests.control.cells import COST, Steps
 
 FCFS = SchedulerConfig(order="fcfs", routing="least_loaded", chunk_tokens=8192, ahead_tokens=8192)
@@ -46,7 +47,7 @@ def _tiers(draw: random.Random, count: int) -> tuple[Tier, ...]:
     return tuple(Tier(f"t{i}", 10 ** draw.uniform(0.7, 4.8), 10 ** draw.uniform(0, 3)) for i in range(count))
 
 
-def _plan(draw: random.Random, tiers: tuple[Tier, ...]) -> CellPlan:
+def _plan(draw: random.Random, tiers: tuple[Tier, ...]) -> Layout:
     devices = draw.choice((1, 2, 4))
     plans = [homogeneous(devices, 1), homogeneous(devices, devices)]
     if devices > 1:
@@ -69,7 +70,7 @@ def _jobs(draw: random.Random, tiers: tuple[Tier, ...], devices: int, load: floa
     return jobs
 
 
-def _serve(plan: CellPlan, tiers: tuple[Tier, ...], jobs: list[ModelJob], config: SchedulerConfig) -> Outcome:
+def _serve(plan: Layout, tiers: tuple[Tier, ...], jobs: list[ModelJob], config: SchedulerConfig) -> Outcome:
     scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tiers, config)
     watch = _Watch()
     for tier in tiers:

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from nitsum_jax.control.model.cell import ModelWorker
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import InstancePlan
+from nitsum_jax.meshes.layout import InstanceSpec
 from tests.control.cells import CHAT, CODE, job
 
 PAGE = 16
 
 
 def _worker(tokens: int = 100_000) -> ModelWorker:
-    return ModelWorker(0, InstancePlan((0,)), tokens, PAGE, 64)
+    return ModelWorker(0, InstanceSpec((0,)), tokens, PAGE, 64)
 
 
 def _pages(tokens: int) -> int:

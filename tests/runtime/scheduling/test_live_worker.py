@@ -6,11 +6,11 @@ from typing import cast
 import numpy as np
 import pytest
 
-from nitsum_jax.control.plan import InstancePlan
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import FinishReason, Request
+from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.runtime.scheduling.live_worker import LiveJob, LiveWorker
 
 TIER = Tier("chat", ttft_ms=500, tpot_ms=50)
@@ -32,7 +32,7 @@ def decoding(worker: LiveWorker, name: str) -> LiveJob:
 
 def test_jobs_that_are_due_at_the_same_time_need_no_order() -> None:
     instance = types.SimpleNamespace(total_pages=lambda: 1000, free_pages=lambda: 1000, free_rows=8, broken=False)
-    worker = LiveWorker(0, InstancePlan((0,)), cast(Instance, instance), 16, 64)
+    worker = LiveWorker(0, InstanceSpec((0,)), cast(Instance, instance), 16, 64)
     for number in range(200):  # first tokens that came when they were expected, among others that are still to come
         worker.retime(decoding(worker, str(number)))
         decoding(worker, f"{number}+")

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from nitsum_jax.control.model.job import ModelJob
 from nitsum_jax.control.model.switching import SwitchingCell
-from nitsum_jax.control.plan import DECODE, PREFILL, CellPlan, InstancePlan, Shape, partitions, place
+from nitsum_jax.control.plan import DECODE, PREFILL, Shape, partitions, place
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.switching.migration import Destination, Leaving, plan_moves
-from nitsum_jax.meshes.layout import InstanceSpec, Role
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.runtime.scheduling.tiered import TieredScheduling
 from tests.control.cells import TIERS, Steps, small_cost
 from tests.runtime.fake_cell import PAGE, FakeInstance
@@ -26,7 +26,7 @@ from tests.runtime.fake_cell import PAGE, FakeInstance
 DEVICES = 8
 PAGES = 600  # of a device alone: room for all of any example, twice
 COST = small_cost(PAGES * PAGE)
-Group = tuple[tuple[int, ...], str]
+Group = tuple[tuple[int, ...], Role]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,16 +46,16 @@ class Live:
 class Switch:
     """Requests on a plan, and the plan that is to come."""
 
-    before: CellPlan
-    after: CellPlan
+    before: Layout
+    after: Layout
     rows: int
     requests: list[Live]
 
 
-def plans() -> st.SearchStrategy[CellPlan]:
+def plans() -> st.SearchStrategy[Layout]:
     roles = st.sampled_from([(), ("chat",), ("code",)])
 
-    def of(cut: tuple[int, ...], prefills: int, kept: list[tuple[str, ...]]) -> CellPlan:
+    def of(cut: tuple[int, ...], prefills: int, kept: list[tuple[str, ...]]) -> Layout:
         if 0 < prefills < len(cut):
             return place([Shape(tp, PREFILL if i < prefills else DECODE) for i, tp in enumerate(cut)], DEVICES)
         return place([Shape(tp, "mixed", tiers) for tp, tiers in zip(cut, kept, strict=False)], DEVICES)
@@ -115,11 +115,11 @@ def seats_of_the_model(switch: Switch) -> dict[str, Group | None]:
     }
 
 
-def _plan_of(cell: SwitchingCell, job: ModelJob) -> InstancePlan | None:
+def _plan_of(cell: SwitchingCell, job: ModelJob) -> InstanceSpec | None:
     return next((worker.plan for worker in cell.workers if worker is job.worker), None)
 
 
-def _leaves(switch: Switch, plan: InstancePlan | None) -> bool:
+def _leaves(switch: Switch, plan: InstanceSpec | None) -> bool:
     assert plan is not None
     return plan.group not in {instance.group for instance in switch.after.instances}
 
@@ -128,7 +128,7 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
     allocators = [BlockAllocator(PAGES * DEVICES) for _ in range(DEVICES)]
     policy = TieredScheduling(TierSet(TIERS), COST, 100, clock=lambda: 0.0)
     instances = [
-        FakeInstance(InstanceSpec(plan.devices, Role(plan.role)), allocators, DEVICES, 4096 // PAGE)
+        FakeInstance(dataclasses.replace(plan, tiers=()), allocators, DEVICES, 4096 // PAGE)
         for plan in switch.before.instances
     ]
     for one in switch.requests:
@@ -148,12 +148,12 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
     policy.relaid(instances, 0.0)
     policy.keep_for(switch.after)
 
-    leaving = [instance for instance in instances if _leaves(switch, InstancePlan(*_group(instance.spec)))]
-    there = {_group(instance.spec) for instance in instances}
+    leaving = [instance for instance in instances if _leaves(switch, instance.spec)]
+    there = {instance.spec.group for instance in instances}
     hosts = []
     for plan in switch.after.instances:
         if plan.group not in there:
-            host = FakeInstance(InstanceSpec(plan.devices, Role(plan.role)), allocators, DEVICES, 4096 // PAGE)
+            host = FakeInstance(dataclasses.replace(plan, tiers=()), allocators, DEVICES, 4096 // PAGE)
             hosts.append(Destination(host.spec, host.device_of, switch.rows, host.total_pages(), PAGE))
     pool: Any = types.SimpleNamespace(
         allocators=allocators, index=None, shape=types.SimpleNamespace(page_size=PAGE), copied=lambda *_: None
@@ -161,13 +161,9 @@ def seats_of_the_engine(switch: Switch) -> dict[str, Group | None]:
     travellers = [Leaving(s, instance.device_of) for instance in leaving for s in instance.rows.values()]
     moves = plan_moves(travellers, hosts, pool, seats=policy.place)
     return {
-        one.sequence.request.id: None if host is None else _group(hosts[host].spec)
+        one.sequence.request.id: None if host is None else hosts[host].spec.group
         for one, host in zip(travellers, moves.assigned, strict=True)
     }
-
-
-def _group(spec: InstanceSpec) -> Group:
-    return spec.devices, spec.role.value
 
 
 @settings(max_examples=150, deadline=None)

@@ -13,7 +13,6 @@ from nitsum_jax.control.job import met
 from nitsum_jax.control.model.cell import CellModel, Recorder
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.job import ModelJob
-from nitsum_jax.control.plan import CellPlan, InstancePlan
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier, TierSet
@@ -24,7 +23,7 @@ from nitsum_jax.engine.policy import Policy, SeatTest
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.errors import OverloadedError
-from nitsum_jax.meshes.layout import parse_layout
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, parse_layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.runtime.scheduling.tiered import TieredScheduling
 from tests.runtime.fake_cell import FakeCell
@@ -101,7 +100,7 @@ def simulated(requests: Sequence[Wanted], layout: str = "tp2x4") -> dict[str, fl
         def failed(self, job: ModelJob, reason: str) -> None:
             raise AssertionError(reason)
 
-    plan = CellPlan(tuple(InstancePlan(i.devices) for i in parse_layout(layout, 8).instances))
+    plan = Layout(tuple(InstanceSpec(i.devices) for i in parse_layout(layout, 8).instances))
     cell = CellModel(COST, Scheduler(COST, tuple(TIERS)), plan, recorder=Tally(), max_batch=64)
     for number, (at_s, prompt, output, tier) in enumerate(requests):
         cell.run_until(at_s)
@@ -136,7 +135,7 @@ def test_instances_that_are_kept_for_a_tier_take_others_only_when_it_can_wait() 
     def policy_of(clock: Callable[[], float]) -> Policy:
         scheduling = TieredScheduling(TIERS, COST, 100, clock=clock)
         scheduling.keep_for(
-            CellPlan((InstancePlan((0, 1, 2, 3), tiers=("tight",)), InstancePlan((4, 5, 6, 7), tiers=("relaxed",))))
+            Layout((InstanceSpec((0, 1, 2, 3), tiers=("tight",)), InstanceSpec((4, 5, 6, 7), tiers=("relaxed",))))
         )
         seated = scheduling.seated
 

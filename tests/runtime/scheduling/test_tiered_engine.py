@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import pytest
 
-from nitsum_jax.control.plan import CellPlan
 from nitsum_jax.engine.engine import Engine
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -61,9 +60,9 @@ class FakeScheduling:
     """Is told what instances are kept for."""
 
     def __init__(self) -> None:
-        self.kept = CellPlan(())
+        self.kept = Layout(())
 
-    def keep_for(self, plan: CellPlan) -> None:
+    def keep_for(self, plan: Layout) -> None:
         self.kept = plan
 
 
@@ -79,7 +78,7 @@ def scheduling() -> FakeScheduling:
 
 @pytest.fixture
 def engine(fake: FakeEngine, scheduling: FakeScheduling) -> Engine:
-    return tiered(cast(Engine, fake), scheduling, CellPlan(()))
+    return tiered(cast(Engine, fake), scheduling, Layout(()))
 
 
 def test_the_engine_gets_devices_and_everybody_else_sees_tiers(fake: FakeEngine, engine: Engine) -> None:
@@ -107,9 +106,9 @@ def test_the_scheduling_is_told_on_the_engines_thread(
     engine.set_layout("tp1x4/chat+tp1x4")
     engine.set_layout("tp1x4/code+tp1x4")
     assert str(engine.layout()) == "tp1x4/code+tp1x4"  # whoever asks sees at once what was asked for
-    assert scheduling.kept == CellPlan(())
+    assert scheduling.kept == Layout(())
     fake.turn()
-    assert scheduling.kept == CellPlan.of(parse_layout("tp1x4/code+tp1x4", 8))
+    assert scheduling.kept == parse_layout("tp1x4/code+tp1x4", 8)
 
 
 def test_a_refused_layout_leaves_the_tiers(fake: FakeEngine, engine: Engine) -> None:

@@ -77,7 +77,7 @@ def test_a_decision_is_told_with_what_it_was_made_from() -> None:
     assert isinstance(inputs.loads[0], TierLoad)
     found = Decision(7.0, inputs, (Candidate("tp2x2", 2.4, 0.9, 0.5, {"chat": 0.96}),), plan, True, "it is better")
     state = {"mode": "on", "paused": True, "failures": 1, "applied": True, "plan_ms": 31.0}
-    text = explanation_text(state | {"decision": found.to_json() | {"choice_text": str(plan)}})
+    text = explanation_text(state | {"decision": found.to_json() | {"choice_text": plan.unplaced}})
     assert "planner on, paused; 1 decisions failed" in text
     assert "at 7.0 s, in 31 ms: tp2x2 (carried out)" in text
     assert "chat: 2.50 requests/s, prompts of 200 tokens, outputs of 40" in text

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
-from nitsum_jax.control.plan import CellPlan, Shape
+from nitsum_jax.control.plan import Shape
 from nitsum_jax.errors import NitsumError
+from nitsum_jax.meshes.layout import Layout, Role
 from nitsum_jax.sim.policies import baselines
 from nitsum_jax.sim.policies.baselines import Setting
 from nitsum_jax.sim.policies.bound import candidates, upper_bound
@@ -35,7 +36,7 @@ def test_every_baseline_serves_everything(name: str) -> None:
 
 def test_static_holds_every_cut_and_split() -> None:
     setting = Setting(COST8, TIERS, 8)
-    plans = [str(policy.plan) for policy in baselines.best_static(setting)]
+    plans = [policy.plan.unplaced for policy in baselines.best_static(setting)]
     assert len(set(plans)) == len(plans)
     for cut in ("tp8", "tp4x2", "tp4+tp2x2", "tp4+tp2+tp1x2", "tp1x8", "tp4:prefill+tp1x4:decode"):
         assert cut in plans
@@ -148,7 +149,7 @@ def test_samples_are_windows_of_the_whole() -> None:
 def test_the_bound_is_the_union_of_what_candidates_meet() -> None:
     work = workload(rate=30.0, seconds=20.0, prompt=3000, output=150)
     chosen = candidates(SETTING, [MIXED])
-    assert len(chosen) == len({str(policy.plan) for policy in chosen})
+    assert len(chosen) == len({policy.plan.unplaced for policy in chosen})
     # One window: the runs of the bound are runs of the whole workload.
     found = upper_bound(SETTING, work, chosen, window_s=20.0)
     runs = [simulate(work, TIERS, COST, policy, num_devices=DEVICES) for policy in chosen]
@@ -204,7 +205,7 @@ def test_devices_change_their_role_and_take_its_tp(
     moved = 0
     for policy in baselines.dynamo(setting):
         roles = {i.role: i.tp for i in policy.plan.instances}
-        if (roles["prefill"], roles["decode"]) != tps:
+        if (roles[Role.PREFILL], roles[Role.DECODE]) != tps:
             continue
         outcome = simulate(work, TIERS, COST8, policy, num_devices=8)
         assert len(outcome.finished) + len(outcome.failed) == len(work.requests)
@@ -219,6 +220,6 @@ def test_adaptive_control_keeps_to_what_is_allowed() -> None:
     work = workload(rate=30.0, seconds=30.0)
     for policy in baselines.ablations(SETTING)["homogeneous"]:
         outcome = simulate(work, TIERS, COST, policy, num_devices=DEVICES)
-        plans: list[CellPlan] = [report.after for report in outcome.switches]
+        plans: list[Layout] = [report.after for report in outcome.switches]
         for plan in plans:
             assert len({(i.tp, i.role) for i in plan.instances}) == 1

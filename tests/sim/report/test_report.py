@@ -227,7 +227,7 @@ def test_spans_without_layouts_are_told_from_the_steps(folders: list[pathlib.Pat
     switch_s = logs.switches[0].time_s
     for span in found:
         assert (span.end_s <= switch_s + 1e-9) if span.tp == 2 else (span.start_s >= switch_s)
-    still = dataclasses.replace(logs, switches=(), summary=logs.summary | {"layout": homogeneous(DEVICES, 4).layout})
+    still = dataclasses.replace(logs, switches=(), summary=logs.summary | {"layout": homogeneous(DEVICES, 4).placed})
     assert spans_of(still, 4) == [Span(0, 4, (0, 1, 2, 3), "mixed")]
 
 

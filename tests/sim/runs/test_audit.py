@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from nitsum_jax.control.plan import CellPlan, homogeneous
+from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.runs.audit import audit
 from nitsum_jax.sim.runs.records import RequestRecord, StepRecord, SwitchRecord, read_requests, read_steps
 from nitsum_jax.sim.runs.tables import RequestTable, StepTable
@@ -63,7 +64,7 @@ def logs(true_logs: Logs) -> Logs:
     ],
     ids=["tp2 to tp1", "busy tp1 to tp4", "split to tp1", "busy tp1 to split"],
 )
-def test_true_logs_pass(first: CellPlan, then: CellPlan, rate: float, tmp_path: pathlib.Path) -> None:
+def test_true_logs_pass(first: Layout, then: Layout, rate: float, tmp_path: pathlib.Path) -> None:
     given = workload(rate, seconds=10)
     logs = run(tmp_path, given, first=first, then=then)
     assert len(logs.switches) == 1

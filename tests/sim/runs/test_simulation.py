@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import pytest
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import CellPlan, InstancePlan, homogeneous
+from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.planning.controller import CountLate
 from nitsum_jax.control.planning.decision import Decision, PlanInputs
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.layout import InstanceSpec, Layout, Role
 from nitsum_jax.sim.policies.baselines import Setting, adaptive
 from nitsum_jax.sim.policies.rebalancing import AllOrNothing, RoleBalancer, RoleLimits, SwitchLimits
 from nitsum_jax.sim.runs.audit import audit
@@ -32,7 +33,7 @@ class _InTurn:
 
     interval_s = 1.0
 
-    def __init__(self, plans: Sequence[CellPlan]):
+    def __init__(self, plans: Sequence[Layout]):
         self._plans = list(plans)
         self.heard: list[tuple[str, float]] = []
 
@@ -57,7 +58,7 @@ def _policies(cost: CostModel, resident_tp: int | None = 1) -> dict[str, RunPoli
     tiers = TIERS
     setting = Setting(cost, tiers, DEVICES)
     plans = [SPLIT, homogeneous(DEVICES, 4), homogeneous(DEVICES, 1), SPLIT, MIXED]
-    roles = CellPlan(tuple(InstancePlan((d,), "prefill" if d < 2 else "decode") for d in range(DEVICES)))
+    roles = Layout(tuple(InstanceSpec((d,), Role.PREFILL if d < 2 else Role.DECODE) for d in range(DEVICES)))
     return {
         "in turn": RunPolicy("in turn", MIXED, controller=lambda: _InTurn(plans), resident_tp=resident_tp),
         "adaptive": adaptive(setting),
@@ -188,12 +189,12 @@ def test_hopeless_runs_are_given_up() -> None:
     ("plan", "message"),
     [
         (homogeneous(8, 8), "has no TP 8"),
-        (CellPlan((InstancePlan((0, 1)), InstancePlan((1, 2)))), "does not fit 4 devices"),
-        (CellPlan((InstancePlan((4,)),)), "does not fit 4 devices"),
-        (CellPlan(()), "the plan has no instances"),
+        (Layout((InstanceSpec((0, 1)), InstanceSpec((1, 2)))), "does not fit 4 devices"),
+        (Layout((InstanceSpec((4,)),)), "does not fit 4 devices"),
+        (Layout(()), "the plan has no instances"),
     ],
 )
-def test_plans_that_do_not_fit_are_refused(plan: CellPlan, message: str) -> None:
+def test_plans_that_do_not_fit_are_refused(plan: Layout, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         simulate(workload(), TIERS, COST, RunPolicy("p", plan), num_devices=DEVICES)
 

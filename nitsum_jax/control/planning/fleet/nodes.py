@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from scipy import optimize, sparse
 
-from nitsum_jax.control.plan import CellPlan, InstancePlan, Shape, place
+from nitsum_jax.control.plan import Shape, place
+from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 Kind = tuple[int, str]
 """TP and role of an instance: what a switch would have to change."""
@@ -44,7 +45,7 @@ class Node:
     first: int
     size: int
     lost: tuple[int, ...]
-    instances: tuple[InstancePlan, ...]
+    instances: tuple[InstanceSpec, ...]
 
     @property
     def kinds(self) -> tuple[tuple[Kind, int], ...]:
@@ -62,7 +63,7 @@ def _runs(size: int, lost: tuple[int, ...], tp: int) -> int:
     return sum(run not in gone for run in range(size // tp))
 
 
-def nodes_of(plan: CellPlan, num_devices: int, node: int, lost: Sequence[int] = ()) -> list[Node]:
+def nodes_of(plan: Layout, num_devices: int, node: int, lost: Sequence[int] = ()) -> list[Node]:
     """The nodes of a cell, the last one smaller if the devices are no multiple of a node's.
 
     Args:
@@ -71,13 +72,13 @@ def nodes_of(plan: CellPlan, num_devices: int, node: int, lost: Sequence[int] = 
       node: devices of a node.
       lost: devices that cannot be used.
     """
-    there: dict[int, list[InstancePlan]] = collections.defaultdict(list)
+    there: dict[int, list[InstanceSpec]] = collections.defaultdict(list)
     gone = set(lost)
     for instance in plan.instances:
         number = instance.devices[0] // node
         if instance.devices[-1] // node == number and gone.isdisjoint(instance.devices):
             devices = tuple(device - number * node for device in instance.devices)
-            there[number].append(InstancePlan(devices, instance.role, instance.tiers))
+            there[number].append(InstanceSpec(devices, instance.role, instance.tiers))
     found = []
     for number in range(-(-num_devices // node)):
         first = number * node
@@ -109,8 +110,8 @@ def room_for(tp: int, kinds: Mapping[Kind, int], runs: Mapping[int, int]) -> int
 
 
 def place_fleet(
-    shapes: Sequence[Shape], num_devices: int, node: int, before: CellPlan, lost: Sequence[int] = ()
-) -> CellPlan:
+    shapes: Sequence[Shape], num_devices: int, node: int, before: Layout, lost: Sequence[int] = ()
+) -> Layout:
     """Gives the instances of a cell of many nodes their devices; most nodes keep what they have.
 
     Args:
@@ -139,14 +140,14 @@ def place_fleet(
     placed = {number: nodes[number].instances for number in kept}
     placed |= _pair(nodes, changed, _packed([nodes[number] for number in changed], left))
     moved = [
-        InstancePlan(tuple(device + nodes[number].first for device in i.devices), i.role, i.tiers)
+        InstanceSpec(tuple(device + nodes[number].first for device in i.devices), i.role, i.tiers)
         for number in sorted(placed)
         for i in placed[number]
     ]
-    return CellPlan(tuple(sorted(_with_tiers(moved, shapes), key=lambda i: (-i.tp, i.devices))))
+    return Layout(tuple(sorted(_with_tiers(moved, shapes), key=lambda i: (-i.tp, i.devices))))
 
 
-def changed_devices(before: CellPlan, after: CellPlan) -> int:
+def changed_devices(before: Layout, after: Layout) -> int:
     """Devices of instances that a switch would have to stop."""
     kept = {instance.group for instance in after.instances}
     return sum(instance.tp for instance in before.instances if instance.group not in kept)
@@ -208,16 +209,16 @@ def _packed(nodes: Sequence[Node], kinds: Mapping[Kind, int]) -> list[tuple[Kind
 
 def _pair(
     nodes: Sequence[Node], changed: Sequence[int], packed: Sequence[tuple[Kind, ...]]
-) -> dict[int, tuple[InstancePlan, ...]]:
+) -> dict[int, tuple[InstanceSpec, ...]]:
     """Gives each changed node one of the packed lists, so that the fewest devices change."""
 
     @functools.cache
-    def local(instances: tuple[InstancePlan, ...], size: int, lost: tuple[int, ...], kinds: tuple[Kind, ...]) -> tuple:
-        before = CellPlan(instances)
+    def local(instances: tuple[InstanceSpec, ...], size: int, lost: tuple[int, ...], kinds: tuple[Kind, ...]) -> tuple:
+        before = Layout(instances)
         after = place([Shape(tp, role) for tp, role in kinds], size, before, lost)
         return changed_devices(before, after), after.instances
 
-    placed: dict[int, tuple[InstancePlan, ...]] = {}
+    placed: dict[int, tuple[InstanceSpec, ...]] = {}
     alike: dict[tuple, list[int]] = collections.defaultdict(list)  # any of them can hold what another can
     for i, number in enumerate(changed):
         alike[nodes[number].size, nodes[number].lost].append(i)
@@ -229,11 +230,11 @@ def _pair(
     return placed
 
 
-def _with_tiers(instances: Sequence[InstancePlan], shapes: Sequence[Shape]) -> list[InstancePlan]:
+def _with_tiers(instances: Sequence[InstanceSpec], shapes: Sequence[Shape]) -> list[InstanceSpec]:
     """The instances with the tiers of the wanted shapes; who has wanted tiers keeps them."""
     left = collections.Counter(shapes)
-    kept: list[InstancePlan] = []
-    others: list[InstancePlan] = []
+    kept: list[InstanceSpec] = []
+    others: list[InstanceSpec] = []
     for instance in instances:
         if left[instance.shape] > 0:
             left[instance.shape] -= 1
@@ -245,5 +246,5 @@ def _with_tiers(instances: Sequence[InstancePlan], shapes: Sequence[Shape]) -> l
         waiting[shape.tp, shape.role].append(shape)
     for instance in others:
         shape = waiting[instance.tp, instance.role].pop()
-        kept.append(InstancePlan(instance.devices, shape.role, shape.tiers))
+        kept.append(shape.on(instance.devices))
     return kept

@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, CellPlan, Shape, shapes_text
+from nitsum_jax.control.plan import DECODE, MIXED, PREFILL, Shape, shapes_text
 from nitsum_jax.control.planning.candidates import mixed_plans
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.fleet.nodes import (
@@ -37,7 +37,7 @@ from nitsum_jax.control.planning.fleet.nodes import (
 from nitsum_jax.control.planning.fleet.program import Scenario, operating_points, solve, tier_runs
 from nitsum_jax.control.planning.queueing import Prediction
 from nitsum_jax.control.tiers import Tier
-from nitsum_jax.meshes.layout import parse_shapes
+from nitsum_jax.meshes.layout import Layout, parse_shapes
 
 MINIATURE = 2
 """Nodes of the cell in which plans are replayed."""
@@ -111,7 +111,7 @@ class FleetChoice:
     """
 
     options: tuple[FleetOption, ...]
-    plan: CellPlan
+    plan: Layout
     reason: str
 
 
@@ -127,7 +127,7 @@ class FleetCell:
       allowed: texts of the layouts that may be used (see `PlanInputs`); empty: all.
     """
 
-    plan: CellPlan
+    plan: Layout
     num_devices: int
     node: int
     lost: tuple[int, ...] = ()
