@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from nitsum_jax.engine.batching.admission import Admission, Counters
-from nitsum_jax.engine.batching.handover import HandOver
+from nitsum_jax.engine.batching.handover import PrefillHandover
 from nitsum_jax.engine.batching.intake import Intake
 from nitsum_jax.engine.batching.loss import layout_with, layout_without, write_off
 from nitsum_jax.engine.batching.pacing import Pace, Pacer
@@ -100,7 +100,7 @@ class Loop:
         self._admission = Admission(
             cell, policy, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
         )
-        self.handover = HandOver(cell, policy, self.pacer, deterministic=deterministic)
+        self.handover = PrefillHandover(cell, policy, self.pacer, deterministic=deterministic)
         self._intake = Intake(
             cell,
             policy,
@@ -255,7 +255,7 @@ class Loop:
                 self.handover.advance(self.instances, now_s)
         while (launched := self._wide.advance(self._admission.make_room)) is not None:
             if isinstance(launched, Step):
-                self._launched(self._wide.guest(), launched)
+                self._launched(self._wide.instance(), launched)
             else:
                 self._policy.moved(*launched)
 
@@ -438,9 +438,9 @@ class Loop:
         # Results of an instance that a switch has taken away may be outstanding there, too.
         for retired in [i for i in self._retired if i.retired and device in i.order]:
             self._write_off(retired)
-        guest = self._wide.lose(device)
-        if guest is not None:
-            self._write_off(guest)
+        wide = self._wide.lose(device)
+        if wide is not None:
+            self._write_off(wide)
         for instance in [instance for instance in self.instances if device in instance.order]:
             self._write_off(instance)
             instance.close()

@@ -253,22 +253,6 @@ class WeightBank:
         with self._lock:
             return frozenset(v for held in self._buffers[device].values() for v in held if v is not None)
 
-    def bytes_resident(self, device: int) -> int:
-        """The bytes of all buffers of a device."""
-        with self._lock:
-            return sum(buffer.nbytes for held in self._buffers[device].values() for buffer in held.values())
-
-    def bytes_allocated(self) -> int:
-        """The memory in bytes that all buffers take: emulated CPU devices share theirs, which is counted once."""
-        with self._lock:
-            sizes: dict[tuple[int, int], int] = {}
-            for device, names in enumerate(self._buffers):
-                place = -1 if self._devices[device].platform == "cpu" else device
-                for held in names.values():
-                    for buffer in held.values():
-                        sizes[place, buffer.unsafe_buffer_pointer()] = buffer.nbytes
-            return sum(sizes.values())
-
     def _needed(self, device: int, tp: int) -> range:
         self._check_device(device)
         return self._vmap.vshards_of(device, tp)

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -55,13 +54,6 @@ class PlannedParam:
     def dtype(self, matrices: np.dtype) -> np.dtype:
         """Norms and biases stay float32: they are small, and the arithmetic around them is float32."""
         return matrices if len(self.shape) > 1 else _DTYPES["float32"]
-
-
-class ParamShape(NamedTuple):
-    """Shape of a parameter in one vshard, and whether all vshards share it."""
-
-    shape: tuple[int, ...]
-    replicated: bool
 
 
 def matrix_dtype(name: "str | np.dtype") -> np.dtype:
@@ -110,11 +102,6 @@ def plan(config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
     yield _replicated("final_norm", "model.norm.weight", config.d_model)
     if not config.tied_head:
         yield from _table("head.table", "lm_head.weight", config, cut)
-
-
-def cut_shapes(config: ModelConfig, cut: ModelCut) -> dict[str, ParamShape]:
-    """Shape of every parameter in one vshard, in loading order."""
-    return {p.name: ParamShape(p.shape, p.vshard is None) for p in plan(config, cut) if not p.vshard}
 
 
 def cut_bytes(config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype") -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from nitsum_jax.models.text.chat import encode_chat
+from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.tokenizer import Tokenizer
 from tests.golden import smollm2_prompts, tiny_models
 
@@ -63,7 +63,8 @@ def test_hf_folder_tokenizer(tmp_path: Path) -> None:
     ids = tokenizer.encode(text)
     assert ids[0] == tiny_models.BOS
     assert tokenizer.decode(ids, starts_text=True) == text
-    chat = encode_chat(tokenizer, [{"role": "user", "content": "hi"}])
+    text = render_chat(tokenizer.chat_template, [{"role": "user", "content": "hi"}], bos_token=tokenizer.bos_token)
+    chat = tokenizer.encode(text, add_special=False)
     assert tokenizer.decode(chat, skip_special=False) == "<s> user: hi assistant:"
 
 

@@ -20,6 +20,7 @@ from nitsum_jax.meshes.layout import InstanceSpec, Role, enumerate_layouts, pars
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import BankCounters, Placement, WeightBank
+from tests.meshes.bank_bytes import bytes_resident, bytes_shared
 
 ROWS, WIDTH = 3, 5
 CUT_BYTES = ROWS * WIDTH * 4
@@ -116,7 +117,7 @@ def test_counters_are_exact() -> None:
     assert bank.names == ("w", "norm")
     loaded = 4 * (2 * CUT_BYTES + NORM_BYTES)
     assert bank.counters == BankCounters(bytes_loaded=loaded)
-    assert [bank.bytes_resident(d) for d in range(4)] == [loaded // 4] * 4
+    assert [bytes_resident(bank, d) for d in range(4)] == [loaded // 4] * 4
     assert [bank.resident(d) for d in range(4)] == [{0, 1}, {2, 3}, {0, 1}, {2, 3}]
 
     pair, four, one = InstanceSpec((0, 1)), InstanceSpec((0, 1, 2, 3)), InstanceSpec((3,))
@@ -142,7 +143,7 @@ def test_counters_are_exact() -> None:
     assert bank.drop(3, {0, 1}) == 2 * CUT_BYTES
     assert bank.drop(3, {0, 1}) == 0
     assert bank.counters == BankCounters(loaded, wrapped, 2 * CUT_BYTES, 2 * CUT_BYTES)
-    assert bank.bytes_resident(3) == loaded // 4
+    assert bytes_resident(bank, 3) == loaded // 4
 
 
 def test_fetch_moves_replicated_parameters_too() -> None:
@@ -255,12 +256,12 @@ def test_later_writes_to_a_host_array_do_not_show(dtype: type) -> None:
 
 def test_emulated_devices_share_memory() -> None:
     bank = full_bank(4, 2)
-    assert sum(bank.bytes_resident(d) for d in range(4)) == 4 * (2 * CUT_BYTES + NORM_BYTES)
-    assert bank.bytes_allocated() == 2 * CUT_BYTES + NORM_BYTES
+    assert sum(bytes_resident(bank, d) for d in range(4)) == 4 * (2 * CUT_BYTES + NORM_BYTES)
+    assert bytes_shared(bank) == 2 * CUT_BYTES + NORM_BYTES
     bank.drop(0, [1])
-    assert bank.bytes_allocated() == 2 * CUT_BYTES + NORM_BYTES  # three others hold it
+    assert bytes_shared(bank) == 2 * CUT_BYTES + NORM_BYTES  # three others hold it
     bank.fetch(InstanceSpec((0,)))
-    assert bank.bytes_allocated() == 3 * CUT_BYTES + NORM_BYTES
+    assert bytes_shared(bank) == 3 * CUT_BYTES + NORM_BYTES
 
 
 def test_load_holds_one_host_array_at_a_time() -> None:
@@ -284,7 +285,7 @@ def test_load_holds_one_host_array_at_a_time() -> None:
 def test_load_keeps_to_the_residency() -> None:
     bank = bank_with(4, 4, {1: frozenset({2}), 3: frozenset()})
     assert [bank.resident(d) for d in range(4)] == [set(), {2}, set(), set()]
-    assert [bank.bytes_resident(d) for d in range(4)] == [0, CUT_BYTES + NORM_BYTES, 0, NORM_BYTES]
+    assert [bytes_resident(bank, d) for d in range(4)] == [0, CUT_BYTES + NORM_BYTES, 0, NORM_BYTES]
 
 
 @pytest.mark.parametrize(

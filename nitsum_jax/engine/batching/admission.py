@@ -84,10 +84,10 @@ class Admission:
             prefix = self._prefix(sequence)
             known = 0 if prefix is None else len(prefix) * self._cell.program.pool.page_size
             pages = self._pages(sequence, instance)
-            guest = None if switching else self._wide.admit(sequence, pages, instances, known)
-            if guest is not None:
+            wide = None if switching else self._wide.admit(sequence, pages, instances, known)
+            if wide is not None:
                 self._counters.wide_prefills += 1
-            self._seat(sequence, guest or instance, prefix, instances, now_s)
+            self._seat(sequence, wide or instance, prefix, instances, now_s)
 
     def refuse_hopeless(self, instances: Sequence[Instance]) -> None:
         """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
@@ -112,7 +112,7 @@ class Admission:
             self._finish(sequence, FinishReason.ERROR, f"needs {whole} KV pages, more than an instance has")
 
     def make_room(self, instance: Instance, sequence: LiveRequest, tokens: int) -> bool:
-        """Gives a sequence pages for so many tokens, at the cost of those admitted last if need be.
+        """Gives a sequence pages for so many tokens; if there are too few, others that the policy names lose theirs.
 
         Returns:
           False if the sequence itself had to go.

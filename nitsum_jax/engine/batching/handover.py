@@ -53,7 +53,7 @@ def move_sequence(
     return True
 
 
-class HandOver:
+class PrefillHandover:
     """Empties prefill instances; used by the engine's thread alone."""
 
     def __init__(self, cell: Cell, policy: Policy, pacer: Pacer | None, *, deterministic: bool):

@@ -108,7 +108,7 @@ def moved_shards(old: Sequence[int], new: Sequence[int]) -> int:
 
 
 @dataclasses.dataclass
-class Ahead:
+class CopiedPages:
     """What was copied of a sequence before its switch.
 
     Attributes:
@@ -175,7 +175,7 @@ def plan_moves(
     sequences: Sequence[Leaving],
     destinations: Sequence[Destination],
     pool: KvPool,
-    ahead: Mapping[int, Ahead] | None = None,
+    ahead: Mapping[int, CopiedPages] | None = None,
     seats: Seats = fewest_bytes,
 ) -> Moves:
     """Assigns sequences to instances and takes the blocks that they need there.
@@ -254,7 +254,7 @@ class _FreeBlocks:
         sequences: Sequence[Leaving],
         destinations: Sequence[Destination],
         pool: KvPool,
-        ahead: Mapping[int, Ahead],
+        ahead: Mapping[int, CopiedPages],
     ):
         self._sequences = sequences
         self._hosts = destinations
@@ -366,7 +366,7 @@ def _remap(
     new: Sequence[int],
     pool: KvPool,
     moves: Moves,
-    ahead: Mapping[int, Ahead],
+    ahead: Mapping[int, CopiedPages],
 ) -> None:
     """Gives sequences that go the same way the blocks that they need; all pages in one row, to handle few arrays."""
     route = _route(tuple(old), tuple(new))

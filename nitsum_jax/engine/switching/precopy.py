@@ -18,7 +18,7 @@ from nitsum_jax.engine.kv.history import is_ready
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.transfer import PIECES
 from nitsum_jax.engine.live_request import LiveRequest
-from nitsum_jax.engine.switching.migration import Ahead, Destination, Leaving, Seats, choose_destinations
+from nitsum_jax.engine.switching.migration import CopiedPages, Destination, Leaving, Seats, choose_destinations
 
 # A round copies this many blocks per pair of devices; it must not hold a step up for long.
 ROUND_BLOCKS = 4 * PIECES[0]
@@ -32,7 +32,7 @@ class _CopyPlan:
 
     sequence: LiveRequest
     home: Instance
-    ahead: Ahead
+    ahead: CopiedPages
 
 
 class _Taken:
@@ -101,7 +101,9 @@ class PreCopy:
             _CopyPlan(
                 s,
                 home,
-                Ahead(destination, destinations[destination].device_of, s.admitted, np.zeros_like(s.page_table), 0),
+                CopiedPages(
+                    destination, destinations[destination].device_of, s.admitted, np.zeros_like(s.page_table), 0
+                ),
             )
             for (s, home), destination in zip(pairs, chosen, strict=True)
             if destination is not None
@@ -109,12 +111,12 @@ class PreCopy:
         self._places: dict[int, int] = {}
         self.rounds = 0
 
-    def advance(self, instances: Sequence[Instance], guest: Instance | None = None) -> bool:
+    def advance(self, instances: Sequence[Instance], wide: Instance | None = None) -> bool:
         """Starts the next round if the last one is over; returns whether the switch may begin.
 
         Args:
           instances: of the layout in force; pools of theirs are borrowed.
-          guest: another one that may have steps in flight on their devices.
+          wide: another one that may have steps in flight on their devices.
         """
         if not all(is_ready(flag) for flag in self._flags):
             return time.monotonic() - self._since > LONGEST_S
@@ -122,7 +124,7 @@ class PreCopy:
         self._plans = [plan for plan in self._plans if self._lives(plan)]
         blocks: dict[tuple[int, int], list[tuple[int, int]]] = {}
         past = self._cell.switch_mover is not self._cell.mover
-        taken = _Taken(self._cell.pool, (*instances, *([] if guest is None else [guest])) if past else ())
+        taken = _Taken(self._cell.pool, (*instances, *([] if wide is None else [wide])) if past else ())
         for plan in self._plans:
             self._collect(plan, blocks, taken)
         if not blocks or time.monotonic() - self._since > LONGEST_S:
@@ -145,7 +147,7 @@ class PreCopy:
         self._flags = [flag for flag in self._flags if not is_ready(flag)]
         return False
 
-    def take(self) -> dict[int, Ahead]:
+    def take(self) -> dict[int, CopiedPages]:
         """What was copied, by id of the sequence; the blocks belong to whoever calls this.
 
         The pools must be given back.

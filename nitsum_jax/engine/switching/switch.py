@@ -29,7 +29,7 @@ from nitsum_jax.engine.kv.transfer import Copy
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.step.dispatched import IncomingRequest, Step
 from nitsum_jax.engine.switching.migration import (
-    Ahead,
+    CopiedPages,
     Destination,
     Leaving,
     Moves,
@@ -130,7 +130,7 @@ class PendingSwitch:
             self.future.set_exception(PreconditionError(f"the weights of {self.layout}: {self._prefetch.error}"))
         return self._prefetch.done
 
-    def copied_ahead(self, cell: Cell, instances: Sequence[Instance], guest: Instance | None, seats: Seats) -> bool:
+    def copied_ahead(self, cell: Cell, instances: Sequence[Instance], wide: Instance | None, seats: Seats) -> bool:
         """Copies KV blocks ahead, if the cell is to; returns whether enough of it is done for the switch to begin."""
         if not cell.precopy:
             return True
@@ -139,7 +139,7 @@ class PendingSwitch:
             leaving = [instance for instance in instances if instance.spec not in wanted]
             destinations = [_destination(cell, spec) for spec in self.layout.instances if spec not in there]
             self.precopy = PreCopy(cell, leaving, destinations, seats)
-        return self.precopy.advance(instances, guest)
+        return self.precopy.advance(instances, wide)
 
     def slowed_down(self, cell: Cell, instances: Sequence[Instance]) -> bool:
         """Whether the instances that must go have one step in flight at most; none, if the cell is to drain them.
@@ -230,7 +230,7 @@ class _Stopped:
     gone: list[Instance]
     specs: list[InstanceSpec]
     running: list[jax.Array]
-    ahead: Mapping[int, Ahead]
+    ahead: Mapping[int, CopiedPages]
     snapshot: CellSnapshot
 
 
@@ -402,7 +402,7 @@ def _report(
 
 
 def _bytes_of(
-    travellers: Sequence[Leaving], destinations: Sequence[Destination], ahead: Mapping[int, Ahead], cell: Cell
+    travellers: Sequence[Leaving], destinations: Sequence[Destination], ahead: Mapping[int, CopiedPages], cell: Cell
 ) -> int:
     """What was copied ahead, bytes."""
     blocks = 0

@@ -23,7 +23,6 @@ import jinja2.parser
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.text import chat_content, chat_sandbox
-from nitsum_jax.models.text.tokenizer import Tokenizer
 
 
 def render_chat(
@@ -64,24 +63,6 @@ def render_chat(
         raise InvalidInputError(f"the chat template is broken at line {e.lineno}: {_one_line(e)}") from None
     except Exception as e:  # a template can fail in any way that Python code can
         raise InvalidInputError(f"the chat template fails on these messages: {_one_line(e)}") from None
-
-
-def encode_chat(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
-) -> list[int]:
-    """The prompt ids of `messages`; the template alone decides about the start token.
-
-    Raises:
-      InvalidInputError: as render_chat, or the text is not valid Unicode.
-    """
-    text = render_chat(
-        tokenizer.chat_template,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-    )
-    return tokenizer.encode(text, add_special=False)
 
 
 class _RefusedError(Exception):

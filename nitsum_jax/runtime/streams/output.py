@@ -13,7 +13,7 @@ from nitsum_jax.runtime.streams.stops import StopMatcher
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ToldToken:
+class TokenWithLogprob:
     """A token with how likely it was.
 
     Attributes:
@@ -48,7 +48,7 @@ class Piece:
 
     text: str
     ids: Sequence[int]
-    told: Sequence[ToldToken] = ()
+    told: Sequence[TokenWithLogprob] = ()
     end: End | None = None
 
 
@@ -67,7 +67,7 @@ class Output:
         self._call = call
         self._text = OutputText(text_stream, call.stops, call.request.min_tokens)
         self._cancel = cancel
-        self._waiting: deque[ToldToken] | None = None if call.request.logprobs is None else deque()
+        self._waiting: deque[TokenWithLogprob] | None = None if call.request.logprobs is None else deque()
         self.times = OutputTimes(arrival_s)
         self.cached_tokens = 0
         """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
@@ -104,13 +104,13 @@ class Output:
             return self._text.push(delta.token_ids)
         text = ""
         for index, (token, logprob) in enumerate(zip(delta.token_ids, delta.logprobs, strict=True)):
-            self._waiting.append(ToldToken(token, logprob, self._text.decoded))
+            self._waiting.append(TokenWithLogprob(token, logprob, self._text.decoded))
             text += self._text.push((token,))[1]
             if self._text.stopped_by is not None:
                 return delta.token_ids[: index + 1], text
         return delta.token_ids, text
 
-    def _told(self, whole: bool = False) -> Sequence[ToldToken]:
+    def _told(self, whole: bool = False) -> Sequence[TokenWithLogprob]:
         """Tokens whose text has begun to be shown, or all of them if the output is whole."""
         if not self._waiting:
             return ()

@@ -12,7 +12,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.runtime.backend import ServingLoad, ServingStats
 from nitsum_jax.runtime.calls import Call, check, encode, make_call
-from nitsum_jax.runtime.streams.output import End, Output, ToldToken
+from nitsum_jax.runtime.streams.output import End, Output, TokenWithLogprob
 from nitsum_jax.runtime.streams.router import DeltaStream
 from nitsum_jax.server.grpc.layout_change import outcome
 from nitsum_jax.server.grpc.prompts import read_prompt, read_wanted
@@ -125,7 +125,7 @@ async def _relay(output: Output, stream: DeltaStream, call: Call, context: Servi
     await context.write(nitsum_pb2.GenerateResponse(finished=finished))
 
 
-def _logprob(told: ToldToken) -> nitsum_pb2.TokenLogprob:
+def _logprob(told: TokenWithLogprob) -> nitsum_pb2.TokenLogprob:
     top = [nitsum_pb2.LikelyToken(token_id=token, logprob=value) for token, value in told.logprob.top]
     return nitsum_pb2.TokenLogprob(token_id=told.id, logprob=told.logprob.logprob, top=top)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from nitsum_jax.runtime.streams.output import ToldToken
+from nitsum_jax.runtime.streams.output import TokenWithLogprob
 
 _LEAST = -9999.0  # JSON has no infinity; this is what OpenAI writes
 
@@ -16,7 +16,7 @@ class TokenBytes(Protocol):
         """Its bytes."""
 
 
-def chat_logprobs(told: Sequence[ToldToken], token_bytes: TokenBytes) -> dict[str, Any]:
+def chat_logprobs(told: Sequence[TokenWithLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
     """The `logprobs` of a chat choice: an entry per token.
 
     The bytes of all tokens are those of the content: a special token has a name, and no bytes.
@@ -33,7 +33,7 @@ def chat_logprobs(told: Sequence[ToldToken], token_bytes: TokenBytes) -> dict[st
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(told: Sequence[ToldToken], token_bytes: TokenBytes) -> dict[str, Any]:
+def completion_logprobs(told: Sequence[TokenWithLogprob], token_bytes: TokenBytes) -> dict[str, Any]:
     """The `logprobs` of a completion choice: four lists with an element per token."""
 
     def name(token: int) -> str:

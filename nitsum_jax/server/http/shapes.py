@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from nitsum_jax.runtime.streams.output import End, Piece, ToldToken
+from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
 from nitsum_jax.server.http.plan import RequestPlan
@@ -24,7 +24,7 @@ class Whole:
     """An output that is collected before it is sent."""
 
     texts: list[str] = dataclasses.field(default_factory=list)
-    told: list[ToldToken] = dataclasses.field(default_factory=list)
+    told: list[TokenWithLogprob] = dataclasses.field(default_factory=list)
     end: End | None = None
 
     def add(self, piece: Piece) -> None:
@@ -124,7 +124,7 @@ class AnswerShape:
         """The part of a whole choice that is the text."""
         raise NotImplementedError
 
-    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
         raise NotImplementedError
 
 
@@ -139,7 +139,7 @@ class CompletionShape(AnswerShape):
     def _content(self, text: str) -> Mapping[str, Any]:
         return {"text": text}
 
-    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
         return completion_logprobs(told, self._token_bytes)
 
 
@@ -159,5 +159,5 @@ class ChatShape(AnswerShape):
     def _content(self, text: str) -> Mapping[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _told(self, told: Sequence[ToldToken]) -> Mapping[str, Any]:
+    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
         return chat_logprobs(told, self._token_bytes)

@@ -16,7 +16,6 @@ INK = "#1f2933"
 MUTED = "#7b8794"
 RULE = "#d5dbe1"
 ACCENT = "#c8334d"
-GOOD = "#2a9d8f"
 
 # The degree is an order, so its colours are one as well: the darker, the wider.
 _TP = {1: "#c9e7c3", 2: "#86cfbd", 4: "#44b3c6", 8: "#2385bb", 16: "#2a57a0", 32: "#1b2f78", 64: "#0d1848"}

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from nitsum_jax.errors import InvalidInputError
@@ -126,14 +126,6 @@ def to_line(record: RequestRecord | StepRecord | SwitchRecord | DecisionRecord) 
             f' "prefill_tokens": {list(record.prefill_tokens)}, "prefill_context": {list(record.prefill_context)}}}\n'
         )
     return json.dumps({name: getattr(record, name) for name in _FIELDS[type(record)]}) + "\n"
-
-
-def write_records(
-    path: str | pathlib.Path, records: Iterable[RequestRecord | StepRecord | SwitchRecord | DecisionRecord]
-) -> None:
-    """Writes a log file."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(map(to_line, records))
 
 
 def read_requests(path: str | pathlib.Path) -> Iterator[RequestRecord]:

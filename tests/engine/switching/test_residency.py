@@ -12,6 +12,7 @@ from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import LAYOUTS, Harness, tiny_model
 from tests.engine.reference import random_prompts
+from tests.meshes.bank_bytes import bytes_resident
 
 PROMPTS = random_prompts(6, (3, 80), 93, seed=5)
 WALK = ("tp1x4", "tp2x2", "tp4", "tp2+tp1x2", "tp4")
@@ -47,11 +48,11 @@ def test_exactly_what_is_missing_moves_and_the_rest_is_freed(lean: Harness) -> N
     lean.switch("tp4")
     assert vshards(lean) == [1, 1, 1, 1]
     bank = lean.engine.cell.bank
-    shard = bank.bytes_resident(0)
+    shard = bytes_resident(bank, 0)
     before = lean.engine.stats()
     report = lean.switch("tp1x4")  # each device lacks three of four
     assert vshards(lean) == [4, 4, 4, 4]
-    cut = (bank.bytes_resident(0) - shard) // 3
+    cut = (bytes_resident(bank, 0) - shard) // 3
     assert report.weight_bytes_moved == 4 * 3 * cut
     back = lean.switch("tp2x2")
     assert back.weight_bytes_moved == 0

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.text.chat import encode_chat, render_chat
+from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "Hi <there> & 'you'"}]
@@ -138,7 +138,7 @@ def test_model_without_template() -> None:
         render_chat(None, USER)
 
 
-def test_encode_chat_takes_the_start_token_from_the_template_only() -> None:
+def test_the_start_token_comes_from_the_template_only() -> None:
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = HfTokenizer(models.BPE(vocab=vocab, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -146,6 +146,13 @@ def test_encode_chat_takes_the_start_token_from_the_template_only() -> None:
     inner.add_special_tokens([AddedToken("<s>", special=True), AddedToken("<|im_end|>", special=True)])
     template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
     tokenizer = Tokenizer(inner, bos_id=256, eos_ids=(257,), chat_template=template)
-    assert encode_chat(tokenizer, [{"role": "user", "content": "ab"}]) == [256, vocab["a"], vocab["b"], 257]
+
+    def encoded(content: str) -> list[int]:
+        text = render_chat(
+            tokenizer.chat_template, [{"role": "user", "content": content}], bos_token="<s>", eos_token="<|im_end|>"
+        )
+        return tokenizer.encode(text, add_special=False)
+
+    assert encoded("ab") == [256, vocab["a"], vocab["b"], 257]
     # Text that spells a special token becomes it, as with Hugging Face.
-    assert encode_chat(tokenizer, [{"role": "user", "content": "a<|im_end|>"}]) == [256, vocab["a"], 257, 257]
+    assert encoded("a<|im_end|>") == [256, vocab["a"], 257, 257]

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +25,6 @@ from nitsum_jax.sim.runs.records import (
     read_summary,
     read_switches,
     to_line,
-    write_records,
 )
 from tests.sim.small_run import DEVICES, MIXED, TIERS, cost_model, run, workload
 
@@ -38,6 +38,12 @@ REQUESTS = st.builds(
 STEPS = st.builds(StepRecord, WHOLE, LISTS, WHOLE, TIMES, TIMES, WHOLE, WHOLE, LISTS, LISTS)
 SWITCHES = st.builds(SwitchRecord, TIMES, NAMES, NAMES, LISTS, TIMES, TIMES, WHOLE, WHOLE)
 DECISIONS = st.builds(DecisionRecord, TIMES, st.dictionaries(NAMES, WHOLE), st.lists(WHOLE), NAMES, NAMES)
+
+
+def write_records(
+    path: pathlib.Path, records: Iterable[RequestRecord | StepRecord | SwitchRecord | DecisionRecord]
+) -> None:
+    path.write_text("".join(map(to_line, records)), encoding="utf-8")
 
 
 @given(*(st.lists(kind, max_size=3) for kind in (REQUESTS, STEPS, SWITCHES, DECISIONS)))
