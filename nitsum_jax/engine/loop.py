@@ -253,11 +253,10 @@ class Loop:
                 busy |= self._dispatch(instance)
             if not self.cell.drain and busy:
                 self.handover.advance(self.instances, now_s)
-        while (launched := self._wide.advance(self._admission.make_room)) is not None:
-            if isinstance(launched, Step):
-                self._launched(self._wide.instance(), launched)
-            else:
-                self._policy.moved(*launched)
+        while (launched := self._wide.prefill(self._admission.make_room)) is not None:
+            self._launched(*launched)
+        if (moved := self._wide.hand_over()) is not None:
+            self._policy.moved(*moved)
 
     def _timeout(self) -> float | None:
         """How long the engine's thread may sleep, seconds."""

@@ -116,26 +116,24 @@ class WidePrefill:
         """The wide instance, if there is one; steps of it may be in flight."""
         return self._instance
 
-    def instance(self) -> WideInstance:
-        """The wide instance, which is there once it was given a sequence."""
-        assert self._instance is not None
-        return self._instance
-
-    def advance(self, make_room: MakeRoom) -> Step | HandedOver | None:
-        """Starts the next chunk, or hands the sequence over if the last one was started.
-
-        Returns:
-          The step, or who was handed over; None if there is nothing to do now.
-        """
-        wide = self._instance
-        sequence = self.sequence
-        if wide is None or sequence is None or wide.broken:
+    def prefill(self, make_room: MakeRoom) -> tuple[WideInstance, Step] | None:
+        """Starts the next chunk; returns where and what, or None if there is nothing to start now."""
+        wide, sequence = self._instance, self.sequence
+        if wide is None or sequence is None or wide.broken or not sequence.prefilling:
             return None
-        if sequence.prefilling:
-            before = wide.steps
-            wide.dispatch(make_room, lambda _: PrefillChoice(sequence))
-            return wide.outstanding[-1] if wide.steps != before else None
-        return self._hand_over(wide, sequence)
+        before = wide.steps
+        wide.dispatch(make_room, lambda _: PrefillChoice(sequence))
+        return (wide, wide.outstanding[-1]) if wide.steps != before else None
+
+    def hand_over(self) -> HandedOver | None:
+        """Hands the sequence over if its last chunk was started; None if that is not so, or no instance has room."""
+        wide, sequence = self._instance, self.sequence
+        if wide is None or sequence is None or wide.broken or sequence.prefilling:
+            return None
+        for home in sorted(wide.lenders, key=lambda lender: (len(lender.rows) / lender.spec.tp, -lender.free_pages())):
+            if takes_decodes(home) and move_sequence(self._cell, sequence, wide, home, wide.lenders):
+                return HandedOver(sequence, wide, home)
+        return None
 
     def lose(self, device: int) -> WideInstance | None:
         """A device is lost: the wide instance, if that ends it."""
@@ -148,9 +146,3 @@ class WidePrefill:
         if self._instance is not None:
             self._instance.close()
             self._instance.wait_closed(timeout_s)
-
-    def _hand_over(self, wide: WideInstance, sequence: LiveRequest) -> HandedOver | None:
-        for home in sorted(wide.lenders, key=lambda lender: (len(lender.rows) / lender.spec.tp, -lender.free_pages())):
-            if takes_decodes(home) and move_sequence(self._cell, sequence, wide, home, wide.lenders):
-                return HandedOver(sequence, wide, home)
-        return None

@@ -77,6 +77,8 @@ def test_a_server_measures_itself_and_nobody_else_notices(tmp_path: Path) -> Non
         assert started.scheduling.scheduler.tiers == tuple(started.tiers)
         assert (seen, admitted) == ([], [])
         assert started.engine.stats().running == 0
+        started.engine.set_layout("tp1/slow")  # nothing stops: the engine's thread tells the scheduling
+        assert started.engine.ask(started.scheduling.plan).result(timeout=10).placed == "tp1@0/slow"
     finally:
         started.engine.close()
 
