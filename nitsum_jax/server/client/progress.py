@@ -1,4 +1,4 @@
-"""A line on stderr for whoever waits for a layout: within two seconds, and again at least every five."""
+"""A line on stderr while a command waits for a layout: within two seconds, and again at least every five."""
 
 import asyncio
 import shutil

@@ -11,8 +11,8 @@ from nitsum_jax.errors import PreconditionError
 from nitsum_jax.runtime.records import ServedRequest
 
 _MISSING = (
-    "tracing needs OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http, or start without "
-    "--otlp_endpoint"
+    "tracing needs OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http, or start "
+    "without --otlp_endpoint"
 )
 _NS = 1e9
 

@@ -150,7 +150,8 @@ def _short(results: Sequence[Result]) -> list[str]:
         lines += [
             "",
             f"In {never} of the comparisons with a static TP, that TP reaches 90 % at no rate, because a tier's targets"
-            " are out of its reach. It was tried down to a tenth of the guessed rate, and is counted with that rate here.",
+            " are out of its reach. It was tried down to a tenth of the guessed rate, and is counted with that rate"
+            " here.",
         ]
     mixes = {result["name"]: result["mix"] for result in results}
     means = []
