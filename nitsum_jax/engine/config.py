@@ -1,4 +1,4 @@
-"""What an engine can be told at its start."""
+"""The settings of an engine."""
 
 import dataclasses
 import pathlib

@@ -179,7 +179,7 @@ class Engine:
         return tuple(sorted(self._cell.lost))
 
     def on_step(self, listener: StepListener) -> None:
-        """Has a listener told of finished steps, in batches, on the engine's thread; it must be quick."""
+        """Adds a listener for finished steps, called with batches on the engine's thread; it must be quick."""
         self._running.log.listeners.append(listener)
 
     def ask(self, call: Callable[[], T]) -> "concurrent.futures.Future[T]":

@@ -56,7 +56,7 @@ class Instance:
           geometry: where these lie.
           program: what its steps compute.
           leaves: wrapped parameters in the order of `Program.parameters`.
-          executables: tells which buckets there are by now; the largest of both phases are always there.
+          executables: those that are ready; the largest buckets of both phases always are.
           pool: the cell's KV pool.
           histories: copies rows of token histories.
           prefixes: finds and keeps beginnings of prompts, if the cell does that.

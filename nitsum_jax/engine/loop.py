@@ -59,7 +59,7 @@ class _Phase(enum.Enum):
 
 
 class _Deadline(NamedTuple):
-    """When a sequence gives up; the number tells apart those at the same time."""
+    """When a sequence gives up; the number orders those at the same time."""
 
     time_s: float
     number: int

@@ -21,7 +21,8 @@ class Caller:
       admin: whether it may change the cell.
       traceparent: W3C trace context of the client; empty if it sent none.
       call_id: of the call, by which clients and proxies know it (x-request-id); empty without one.
-      more: told how many outputs the call asks for beside the first; raises if the caller may not have so many.
+      more: called with the number of outputs that the call asks for beside the first; raises if the caller may not
+        have that many.
     """
 
     client: str = ""

@@ -196,7 +196,7 @@ def make_call(
     """
     sampling = wanted.sampling
     if sampling.seed is None:
-        # Drawn here rather than in the engine, so that the client can be told what would give the same answer again.
+        # Drawn here rather than in the engine, so that the client can learn what would give the same answer again.
         sampling = dataclasses.replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
     stop_ids = tuple(wanted.stop_token_ids)
     request = Request(

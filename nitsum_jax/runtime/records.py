@@ -95,7 +95,7 @@ class ServedRequest:
 
 
 class RequestObserver(Protocol):
-    """Is told about requests, on the event loop."""
+    """Is notified about requests, on the event loop."""
 
     def ended(self, record: ServedRequest) -> None:
         """A request that was accepted has ended."""

@@ -80,7 +80,7 @@ def test_what_a_call_does_not_say_is_as_the_model_says(llm: LLM, monkeypatch: py
     says = GenerationDefaults(temperature=0.6, top_k=20, max_new_tokens=99)
     monkeypatch.setattr(llm, "_model", dataclasses.replace(llm._model, defaults=says))
     assert (request().sampling, request().max_tokens) == (SamplingParams(temperature=0.6, top_k=20), 99)
-    # Who gives parameters gives all of them.
+    # A call that gives parameters gives all of them.
     assert request(SamplingParams(top_p=0.5), max_tokens=7).sampling == SamplingParams(top_p=0.5)
     assert request(max_tokens=7).max_tokens == 7
 

@@ -1,4 +1,4 @@
-"""nitsum-bench serve: plays traces against a server over gRPC and tells TTFT, TPOT and goodput of each tier."""
+"""nitsum-bench serve: plays traces against a server over gRPC and prints TTFT, TPOT and goodput of each tier."""
 
 import asyncio
 import pathlib

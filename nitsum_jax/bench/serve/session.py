@@ -60,8 +60,8 @@ async def drive(
     Args:
       channel: to the server.
       session: what to play.
-      progress: told (sent, ended, alive) about once a second.
-      begun: told of the player and the time scale before the first request.
+      progress: called with (sent, ended, alive) about once a second.
+      begun: called with the player and the time scale before the first request.
 
     Raises:
       InvalidInputError: the server has not the tiers of the workload.

@@ -52,7 +52,7 @@ class Admission:
           policy: chooses.
           lock: guards what of the policy other threads use: `push`.
           counters: of the loop.
-          wide: takes long prompts, if the cell is told so.
+          wide: takes long prompts, if the cell is configured so.
           finish: ends a sequence that cannot be served.
           deterministic: reserve all blocks of a sequence at once, and recompute outputs token by token.
         """

@@ -41,7 +41,7 @@ class Intake:
 
         Args:
           cell: whose steps they are.
-          policy: is told.
+          policy: is notified of results and ends.
           pacer: holds results until they are due, in a paced cell.
           admission: has sequences admitted again that were sent back while their steps ran.
           counters: of the loop.

@@ -99,7 +99,7 @@ class _Round:
 
 
 class _Held(NamedTuple):
-    """Results that are not due; the number tells apart what is due at once."""
+    """Results that are not due; the number orders those with the same time."""
 
     due_s: float
     number: int

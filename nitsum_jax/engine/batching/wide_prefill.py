@@ -68,7 +68,7 @@ class WidePrefill:
     """Decides which prompts are prefilled by the guest, and hands them over; used by the engine's thread alone."""
 
     def __init__(self, cell: Cell, on_step: Callable[[Instance, Step], None]):
-        """Asks for the executables of the widest group, if the cell is told to use it."""
+        """Asks for the executables of the widest group, if the cell is configured to use it."""
         self._cell = cell
         self._on_step = on_step
         self._guest: Guest | None = None

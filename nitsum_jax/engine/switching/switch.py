@@ -379,7 +379,7 @@ def _report(
     running: list[jax.Array],
     flags: list[jax.Array],
 ) -> None:
-    """Waits for the copies, off the engine's thread, and tells how long they took."""
+    """Waits for the copies, off the engine's thread, and reports how long they took."""
     try:
         jax.block_until_ready(running)
         begin = time.monotonic()

@@ -59,7 +59,7 @@ class SwitchNote:
 
 
 class LayoutObserver(Protocol):
-    """Is told of entries as they are made, on whichever thread makes them."""
+    """Is notified of entries as they are made, on the thread that makes them."""
 
     def decided(self, decision: LayoutChoice) -> None:
         """A layout was chosen."""
@@ -75,7 +75,7 @@ class LayoutLog:
         """Begins empty.
 
         Args:
-          observer: is told of every entry.
+          observer: is notified of every entry.
           clock: seconds since 1970.
         """
         self._observer = observer

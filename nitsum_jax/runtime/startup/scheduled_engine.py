@@ -70,7 +70,7 @@ def start_scheduled(
       config: of the engine.
       tiers: that requests may name.
       sink: takes the deltas of every step.
-      admitted: told every request that leaves the queue, and when.
+      admitted: called with every request that leaves the queue, and when.
       profile: what the scheduling predicts with at first, a name or a file; None: the model's size will do.
       pace: profile at whose pace the cell runs.
       time_scale: of a paced cell, seconds here for a second of its target.

@@ -62,7 +62,7 @@ class Output:
         Args:
           call: whose output this is.
           text_stream: the tokenizer's decoder for it.
-          cancel: told the id of the request when a stop string has ended it, while the engine would go on.
+          cancel: called with the id of the request when a stop string has ended it, while the engine would go on.
           arrival_s: of the request, on the engine's monotonic clock.
         """
         self._call = call

@@ -1,6 +1,6 @@
 """From the engine's thread to asyncio streams.
 
-Concurrency, told once. The engine calls `StreamRouter.sink` on its own thread, once per step, with the deltas of all
+Concurrency. The engine calls `StreamRouter.sink` on its own thread, once per step, with the deltas of all
 requests. The sink makes one `call_soon_threadsafe` for the whole step: the cost of crossing threads does not grow with
 the number of streams. Everything else here runs on the event loop: the deltas are put in the buffers of their streams,
 and each stream wakes its handler. A handler that is slow (its client does not read) finds all deltas of the meantime at

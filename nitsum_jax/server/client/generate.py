@@ -155,7 +155,7 @@ class _Client:
     async def _watched(
         self, call: Awaitable[nitsum_pb2.SetLayoutResponse], what: str, layout: str
     ) -> nitsum_pb2.SetLayoutResponse:
-        """Waits for a call to SetLayout, and tells how far it is."""
+        """Waits for a call to SetLayout, and shows its progress."""
         # On a terminal that shows the answers too, a line that is written anew would wipe them out.
         rewritten = sys.stderr.isatty() and not (self._streaming and sys.stdout.isatty())
         line = ProgressLine(_NAME, rewritten=rewritten, say=self._note)

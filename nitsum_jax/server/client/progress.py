@@ -81,7 +81,7 @@ def _write(text: str) -> None:
 
 
 async def watched(call: Awaitable[_T], what: str, look: Look, line: ProgressLine, clock: Clock | None = None) -> _T:
-    """Waits for a call, and tells how far it is while that takes longer than a moment.
+    """Waits for a call, and shows its progress while that takes longer than a moment.
 
     The line comes from here, not from the server: it comes in time also if that answers late, with the older news.
 

@@ -30,7 +30,7 @@ from nitsum_jax.server.security.tls import TlsFiles
 from nitsum_jax.server.state import ServerPhase, ServerState
 
 MAX_MESSAGE_BYTES = 4 * 2**20
-"""Longest request: about a million tokens of text, and what gRPC allows unless told otherwise."""
+"""Longest request: about a million tokens of text, and gRPC's own default limit."""
 
 MAX_METADATA_BYTES = 32 * 2**10
 """All metadata of a call together; more is refused before any of it is looked at."""

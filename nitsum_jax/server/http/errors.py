@@ -53,7 +53,7 @@ class ApiError(Exception):
 
 
 def of_validation(error: ValidationError) -> ApiError:
-    """What pydantic found, as an answer; of several findings the first is told."""
+    """What pydantic found, as an answer; of several findings it has the first."""
     first = error.errors(include_url=False, include_input=False)[0]
     context = first.get("ctx") or {}
     kind = first["type"]

@@ -43,7 +43,7 @@ class HttpServer:
         self.host = host
         self._sockets = _bound(host, port, flag)
         self.port: int = self._sockets[0].getsockname()[1]
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below that it tells of every malformed request
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # below that it reports every malformed request
         config = uvicorn.Config(
             app,
             http=BoundedProtocol,

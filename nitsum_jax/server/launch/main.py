@@ -105,12 +105,12 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     Args:
       options: what the flags say.
       sink: takes the deltas of every step.
-      admitted: told every request that leaves the queue, and when.
+      admitted: called with every request that leaves the queue, and when.
 
     Raises:
       NitsumError: model, devices, layout or memory do not fit what was asked for.
     """
-    # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
+    # Here rather than at the top: they bring in JAX, and a port in use should be reported without that delay.
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.meshes.devices import emulate_cpu_devices
     from nitsum_jax.meshes.memory import spare_the_collector
@@ -224,7 +224,7 @@ def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
 
 
 async def _stop(server: GrpcServer, http: "HttpServer | None", ports: ServerPorts) -> None:
-    """Ends all front ends; what is alive is told that the server stops."""
+    """Ends all front ends; open calls get the error that the server stops."""
     stopping = [server.stop(), ports.stop()] if http is None else [server.stop(), ports.stop(), http.stop()]
     await asyncio.gather(*stopping)
 

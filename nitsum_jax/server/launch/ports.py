@@ -66,7 +66,7 @@ class ServerPorts:
         self._http: HttpServer | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._control: ControlLoop | None = None
-        if options.otlp_endpoint is not None:  # told before the model is loaded
+        if options.otlp_endpoint is not None:  # reported before the model is loaded
             otlp_tracer(options.otlp_endpoint, "", "").close()
 
     def guard(self) -> Guard:

@@ -1,4 +1,4 @@
-"""All that watches a running server: metrics, log, traces, layout log, dashboard. One object, told once per request."""
+"""All that watches a running server: metrics, log, traces, layout log, dashboard. Notified once per request."""
 
 import time
 from collections.abc import Callable, Sequence

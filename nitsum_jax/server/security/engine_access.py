@@ -91,7 +91,7 @@ def access_checked(engine: ServingEngine, layout_log: LayoutLog, stopped: Callab
     Args:
       engine: behind it.
       layout_log: gets what administrators change.
-      stopped: told the id of every request that is cancelled (`StreamRouter.stopped`).
+      stopped: called with the id of every request that is cancelled (`StreamRouter.stopped`).
     """
     return cast(ServingEngine, _AccessCheckedEngine(engine, layout_log, stopped))
 

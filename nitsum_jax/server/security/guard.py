@@ -74,7 +74,7 @@ class Guard:
         Args:
           policy: what holds.
           limits: shared by the ports of a server; own ones if None.
-          on_refused: told the kind of every refusal, for the metrics.
+          on_refused: called with the kind of every refusal, for the metrics.
         """
         self.policy = policy
         self._limits = limits or Limits(time.monotonic)

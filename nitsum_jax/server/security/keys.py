@@ -131,7 +131,7 @@ def parse_keys(text: str, source: str, tiers: Iterable[str] | None = None) -> Ke
       tiers: those of the server, to find misspelt ones; None: not checked.
 
     Raises:
-      InvalidInputError: one line that begins with source, and the line number where one can be told.
+      InvalidInputError: one line that begins with source, and the line number if it is known.
     """
     try:
         document = tomllib.loads(text)

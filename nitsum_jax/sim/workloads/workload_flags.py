@@ -28,7 +28,7 @@ def workload_of(
       seconds: length; the traces' own if None.
       rate_scale: what the rate is multiplied with.
       seed: of all that is random.
-      note: told what was left out.
+      note: called with a line about what was left out.
 
     Raises:
       InvalidInputError: a trace is wrong or names an unknown tier.

@@ -1,4 +1,4 @@
-"""Who waits for a layout is told how far it is: in time whatever the server does, and in nobody's way."""
+"""A caller that waits for a layout sees its progress: in time whatever the server does, and without disturbing it."""
 
 import asyncio
 import io
@@ -19,7 +19,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class FakeClock:
-    """Time that passes only while somebody waits; the work is done at its end."""
+    """Time that passes only while a caller waits; the work is done at its end."""
 
     def __init__(self, end_s: float) -> None:
         self.now_s = 100.0
