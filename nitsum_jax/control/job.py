@@ -25,7 +25,7 @@ class Holder(Protocol):
 class Job:
     """State of one request.
 
-    Whoever runs it (the model of a cell, or an engine) keeps it up to date; policies read it and set `late`.
+    What runs it (the model of a cell, or an engine) keeps it up to date; policies read it and set `late`.
 
     Attributes:
       id: unique among those alive.

@@ -230,7 +230,7 @@ def _pair(
 
 
 def _with_tiers(instances: Sequence[InstancePlan], shapes: Sequence[Shape]) -> list[InstancePlan]:
-    """The instances with the tiers of the wanted shapes; who has wanted tiers keeps them."""
+    """The instances with the tiers of the wanted shapes; one that has wanted tiers keeps them."""
     left = collections.Counter(shapes)
     kept: list[InstancePlan] = []
     others: list[InstancePlan] = []
