@@ -5,8 +5,8 @@ says of the target.  A step starts when it is dispatched, or when the step befor
 results are delivered at its paced end.  Prefill and decode are two steps here; where the profile fuses them, a chunk
 beside decoding sequences takes what it adds to their step, so that both together take as long as the fused one.
 
-An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle too early, by
-a whole step of the target, which requests take part in it.  What a host does between two steps is part of the
+An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle too
+early, by a whole step of the target, which requests take part in it.  What a host does between two steps is part of the
 profile's times; so a step that follows another begins when that one is due, not when this machine launches it.
 
 Where this machine is slower than the pace, results come late.  That is counted: a run with too many late steps says
