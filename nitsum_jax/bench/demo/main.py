@@ -68,19 +68,21 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
     """
     values = flags.FlagValues()
     flags.DEFINE_bool("quick", False, "two phases, and the best static layout alone", flag_values=values)
-    flags.DEFINE_string("profile", "qwen2.5-32b-h100", "at whose pace: name or .json file", flag_values=values)
+    flags.DEFINE_string(
+        "profile", "qwen2.5-32b-h100", "profile of the pace: a name or a .json file", flag_values=values
+    )
     flags.DEFINE_float(
-        "time_scale", 6.0, "seconds here for a second of the target", lower_bound=0.1, flag_values=values
+        "time_scale", 6.0, "real seconds per second of the emulated cell", lower_bound=0.1, flag_values=values
     )
     flags.DEFINE_float(
         "phase_seconds",
         20.0,
-        "length of a phase, of the target's seconds",
+        "length of a phase in seconds of the emulated cell",
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_float("rate_scale", 1.0, "what the rate is multiplied with", lower_bound=1e-3, flag_values=values)
-    flags.DEFINE_integer("seed", 1, "of the load", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("rate_scale", 1.0, "factor on the rate", lower_bound=1e-3, flag_values=values)
+    flags.DEFINE_integer("seed", 1, "seed of the load", lower_bound=0, flag_values=values)
     flags.DEFINE_string(
         "layouts",
         None,
@@ -88,7 +90,7 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
         "best other one, by the simulator",
         flag_values=values,
     )
-    flags.DEFINE_string("json", None, "file that gets all figures", flag_values=values)
+    flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
     flags.DEFINE_string(
         "out", None, "folder for the server's log and its decisions (decisions.jsonl)", flag_values=values
     )
