@@ -24,6 +24,9 @@ _HEAD = """# Python
 
 <!-- Written by tools/make_api_docs.py from docstrings; change those. -->
 
+The reference of the Python API: how to run a model without a server, in a script, a notebook or an event loop.
+[notebooks/quickstart.ipynb](../notebooks/quickstart.ipynb) is a tour.
+
 ```python
 from nitsum_jax import LLM, SamplingParams
 
@@ -31,10 +34,8 @@ with LLM("smollm2-135m", layout="tp2x2") as llm:
     print(llm.generate(["Once upon a time"], SamplingParams(temperature=0.8, seed=7), max_tokens=32)[0].text)
 ```
 
-The reference of the Python API: how to run a model without a server, in a script, a notebook or an event loop. `LLM`,
-`Completion` and `SamplingParams` are imported from `nitsum_jax`; the other classes are their arguments and results.
-Every expected error is a `nitsum_jax.errors.NitsumError` with one line that suggests what to do.
-[notebooks/quickstart.ipynb](../notebooks/quickstart.ipynb) is a tour.
+`LLM`, `Completion` and `SamplingParams` are imported from `nitsum_jax`; the other classes are their arguments and
+results. Errors are of the class `nitsum_jax.errors.NitsumError`, with one line that suggests what to do.
 """
 _SHOWN = (
     LLM, Completion, SamplingParams, Wanted, Piece, End, FinishReason, TokenLogprob, SwitchReport, EngineStats,
