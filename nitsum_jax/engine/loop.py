@@ -434,7 +434,7 @@ class Loop:
         if device in self.cell.lost:
             return
         self.cell.lost.add(device)
-        _LOG.error("device %d is lost; its sequences are computed anew on the others", device)
+        _LOG.error("device %d is lost; its sequences are computed again on the others", device)
         # Results of an instance that a switch has taken away may be outstanding there, too.
         for retired in [i for i in self._retired if i.retired and device in i.order]:
             self._write_off(retired)

@@ -238,7 +238,7 @@ async def _end(
     drain_s: float,
 ) -> int:
     """From the first signal to the exit status."""
-    cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
+    cli.err(f"{_NAME}: finishing running requests (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
@@ -297,8 +297,8 @@ def _announce(
     cli.out(engine.memory_report)
     if options.pace is not None:
         cli.out(
-            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
-            "no time or rate below is of this machine"
+            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} real seconds for a second "
+            "of that cell; no time or rate below describes this machine"
         )
     base = None
     if http is not None:
@@ -307,7 +307,7 @@ def _announce(
     for line in ports.addresses():
         cli.out(line)
     if model_says := str(model.defaults):
-        cli.out(f"where a request does not say: {model_says} (the model's; --generation_config=none leaves them out)")
+        cli.out(f"defaults of the model: {model_says} (--generation_config=none ignores them)")
     if loaded.scheduled is not None:
         for line in _of_tiers(loaded.scheduled, options.tiers == AUTO):
             cli.out(line)

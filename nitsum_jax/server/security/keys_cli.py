@@ -74,7 +74,7 @@ def _new(values: flags.FlagValues) -> None:
         cli.err(entry(key).rstrip())
     else:
         _append(pathlib.Path(values.file), key)
-        cli.err(f"added to {values.file}; the key follows, and is not kept anywhere:")
+        cli.err(f"added to {values.file}; the key follows, and is stored nowhere:")
     cli.out(secret)
 
 
