@@ -80,7 +80,7 @@ async def main_async(argv: Sequence[str]) -> int:
 
 def _command(words: Sequence[str]) -> tuple[str, str]:
     if not words or words[0] not in _COMMANDS:
-        raise InvalidInputError(f"give one of {', '.join(_COMMANDS)} (--help tells what they do)")
+        raise InvalidInputError(f"give one of {', '.join(_COMMANDS)} (--help describes them)")
     wanted = 2 if words[0] in _WITH_VALUE else 1
     if len(words) != wanted:
         raise InvalidInputError(f"{words[0]} takes {'one value' if wanted == 2 else 'no value'} (--help)")

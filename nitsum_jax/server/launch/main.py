@@ -220,7 +220,7 @@ def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
     """The HTTP server beside the gRPC server, if there is to be one."""
     if options.http_port is None:
         return None
-    # Here rather than at the top: who serves no HTTP need not wait for its libraries.
+    # Here rather than at the top: a server without HTTP need not wait for its libraries.
     from nitsum_jax.server.http.app import build_app
     from nitsum_jax.server.http.server import HttpServer
 
@@ -278,7 +278,7 @@ class _Signals:
 
 def _reload(keys: "KeyFile") -> None:
     """At SIGHUP."""
-    with contextlib.suppress(NitsumError):  # it has been logged, and nobody waits for an answer
+    with contextlib.suppress(NitsumError):  # it has been logged, and no caller waits for an answer
         keys.reload()
 
 
