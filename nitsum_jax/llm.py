@@ -10,6 +10,7 @@ An `LLM` may be used by several threads and event loops at once; their requests 
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import queue
@@ -40,6 +41,7 @@ from nitsum_jax.runtime.calls import (
     make_call,
     prompt_ids,
 )
+from nitsum_jax.runtime.progress import TICK_S, ProgressLine, StartProgress, Waiting, told
 from nitsum_jax.runtime.startup.compile_cache import OFF, enable
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
@@ -48,6 +50,7 @@ from nitsum_jax.runtime.streams.output import Output, Piece
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
 
+_NAME = "nitsum-jax"
 _Take = Callable[[TokenDelta], None]
 _MOST_WAITING = 1 << 16  # no request has to be refused: its caller waits for the answer
 _MOST_DEVICES = 1024  # more than any cell has: only to read how many a layout names
@@ -91,6 +94,7 @@ class LLM:
         devices: int | None = None,
         cache_dir: str | None = None,
         generation_config: str = "auto",
+        progress: bool = True,
         **settings: Any,
     ):
         """Loads a model and compiles its steps, which takes seconds, and longer the first time on a machine.
@@ -105,6 +109,7 @@ class LLM:
           cache_dir: folder for compiled executables, "off" for none; as `nitsum-serve --cache_dir`.
           generation_config: "auto": calls without `sampling` or `max_tokens` take the values of the model's generation
             config; "none": the config is ignored; as `nitsum-serve --generation_config`.
+          progress: say on stderr how far compiling is, if that takes longer than a second.
           **settings: other fields of `EngineConfig`, such as max_batch, dtype or deterministic.
 
         Raises:
@@ -126,10 +131,15 @@ class LLM:
         self._model = served_model(opened, None, generation_config)
         self._lock = threading.Lock()
         self._takers: dict[str, _Take] = {}
+        self._progress = progress
+        line = ProgressLine(_NAME)
+        telling = StartProgress(line) if progress else None
         if config.tier_names == DEFAULT_TIERS.names:
-            self._engine = start_scheduled(opened, config, DEFAULT_TIERS, self._sink).engine
+            started = start_scheduled(opened, config, DEFAULT_TIERS, self._sink, on_progress=telling)
+            self._engine = started.engine
         else:
-            self._engine = start_engine(opened, config, self._sink)
+            self._engine = start_engine(opened, config, self._sink, on_progress=telling)
+        line.clear()
 
     # ---- whole answers
 
@@ -235,7 +245,7 @@ class LLM:
         Raises:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """
-        return self._engine.set_layout(layout).result()
+        return self._waited(self._engine.set_layout(layout), f"switching to {layout}", layout)
 
     def prepare_layout(self, layout: str) -> None:
         """Compiles a layout, and returns when a switch to it would start at once.
@@ -243,11 +253,19 @@ class LLM:
         Raises:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """
-        self._engine.prepare_layout(layout).result()
+        self._waited(self._engine.prepare_layout(layout), f"compiling {layout}", layout)
 
     async def aset_layout(self, layout: str) -> SwitchReport:
         """Like `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""
-        return await asyncio.shield(asyncio.wrap_future(self._engine.set_layout(layout)))
+        future = asyncio.wrap_future(self._engine.set_layout(layout))
+        line = ProgressLine(_NAME)
+        waiting = Waiting(f"switching to {layout}", line)
+        try:
+            while not (await asyncio.wait({future}, timeout=TICK_S))[0]:
+                self._show(waiting, layout)
+        finally:
+            line.clear()
+        return future.result()
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -285,6 +303,21 @@ class LLM:
         return f"LLM({self._model.name!r}, layout={self.layout!r}, {len(self.devices)} devices)"
 
     # ---- inside
+
+    def _waited(self, future: "concurrent.futures.Future[SwitchReport]", what: str, layout: str) -> SwitchReport:
+        """The result of what takes long where something has to be compiled, and a line about that meanwhile."""
+        line = ProgressLine(_NAME)
+        waiting = Waiting(what, line)
+        try:
+            while not concurrent.futures.wait([future], TICK_S).done:
+                self._show(waiting, layout)
+        finally:
+            line.clear()
+        return future.result()
+
+    def _show(self, waiting: Waiting, layout: str) -> None:
+        if self._progress:
+            waiting.show(told(self._engine.compiling(), layout, len(self.devices)))
 
     def _calls(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | None, wanted: Mapping[str, Any]

@@ -28,6 +28,8 @@ from nitsum_jax.models.loading import OpenModel
 
 T = TypeVar("T")
 
+_PROGRESS_S = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
@@ -95,6 +97,7 @@ class Engine:
         config: EngineConfig,
         sink: Callable[[Sequence[TokenDelta]], None],
         policy: Policy,
+        on_progress: Callable[[CompileProgress], None] | None = None,
     ):
         self._counter = compile_counter()
         self.config = config
@@ -109,13 +112,22 @@ class Engine:
         self.memory_report = self._cell.memory.text
         self.device_names = tuple(str(device) for device in self._cell.devices)
         first = self._cell.groups(self._cell.first)
-        self._cell.executables.wait(first)
+        self._wait(WantedLayout(self._cell.first, tuple(first), time.monotonic()), on_progress)
         self._cell.executables.serve()
         self._loop = Loop(self._cell, policy, sink, deterministic=config.deterministic, pace=config.pace)
         for layout in self._cell.known_layouts():
             self._cell.executables.want(self._cell.groups(layout), LIKELY)
         # An engine that was not closed, in a notebook for instance, ends quietly all the same.
         atexit.register(_close, weakref.ref(self))
+
+    def _wait(self, first: WantedLayout, on_progress: Callable[[CompileProgress], None] | None) -> None:
+        """Until the first layout can serve."""
+        executables = self._cell.executables
+        if on_progress is None:
+            executables.wait(first.groups)
+            return
+        while not executables.wait(first.groups, timeout_s=_PROGRESS_S):
+            on_progress(executables.progress([first]))
 
     @property
     def cell(self) -> Cell:
@@ -393,6 +405,7 @@ def start_engine(
     config: EngineConfig,
     sink: Callable[[Sequence[TokenDelta]], None],
     policy: Policy | None = None,
+    on_progress: Callable[[CompileProgress], None] | None = None,
 ) -> Engine:
     """Loads a model and starts serving it.
 
@@ -401,9 +414,10 @@ def start_engine(
       config: settings.
       sink: called on the engine's thread once per step with all deltas of the step.
       policy: decides which request goes where and when; first come, first served if None.
+      on_progress: told about twice a second how far compiling is, until the first layout can serve.
 
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
     # Not `policy or ...`: a policy without waiting requests is false.
-    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)
+    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy, on_progress)
