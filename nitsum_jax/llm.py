@@ -109,7 +109,7 @@ class LLM:
           cache_dir: folder for compiled executables, "off" for none; as `nitsum-serve --cache_dir`.
           generation_config: "auto": calls without `sampling` or `max_tokens` take the values of the model's generation
             config; "none": the config is ignored; as `nitsum-serve --generation_config`.
-          progress: say on stderr how far compiling is, if that takes longer than a second.
+          progress: shows the progress of compiling on stderr, if that takes longer than a second.
           **settings: other fields of `EngineConfig`, such as max_batch, dtype or deterministic.
 
         Raises:

@@ -414,7 +414,7 @@ def start_engine(
       config: settings.
       sink: called on the engine's thread once per step with all deltas of the step.
       policy: decides which request goes where and when; first come, first served if None.
-      on_progress: told about twice a second how far compiling is, until the first layout can serve.
+      on_progress: called about twice a second with the progress of compiling, until the first layout can serve.
 
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.

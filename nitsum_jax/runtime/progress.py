@@ -1,4 +1,4 @@
-"""A line on stderr while somebody waits for compiling: within two seconds, and again at least every five."""
+"""A line on stderr while a caller waits for compiling: within two seconds, and again at least every five."""
 
 import shutil
 import sys
@@ -56,7 +56,7 @@ class CompileNews(Protocol):
 
 
 class ProgressLine:
-    """Where progress is told: one line that is rewritten on a terminal, else line after line."""
+    """Where progress is shown: one line that is rewritten on a terminal, else line after line."""
 
     def __init__(self, name: str, *, rewritten: bool | None = None, say: Callable[[str], None] | None = None) -> None:
         """Says nothing yet.
@@ -97,7 +97,7 @@ def _write(text: str) -> None:
 
 
 class Waiting:
-    """Decides when the line says something while a call is waited for: what is quick is not told."""
+    """Decides when the line is written while a call is waited for: never for what is quick."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Waiting:
         self._every_s = TICK_S if line.rewritten else plain_every_s
 
     def show(self, news: str = "") -> None:
-        """Tells how long it has taken and the news, if a line is due; to be called every `TICK_S`."""
+        """Writes how long it has taken and the news, if a line is due; to be called every `TICK_S`."""
         now = self._now()
         if now >= self._due:
             self._line.tell(f"{self._what} for {duration(now - self._begin)}" + (f": {news}" if news else ""))
@@ -160,7 +160,7 @@ def _in_words(news: CompileNews, layouts: Sequence[LayoutNews]) -> str:
 
 
 class StartProgress:
-    """Tells on a line how far the start of an engine is; `start_engine` calls it."""
+    """Shows on a line the progress of the start of an engine; `start_engine` calls it."""
 
     def __init__(
         self,

@@ -78,7 +78,7 @@ def start_scheduled(
       time_scale: of a paced cell, seconds here for a second of its target.
       find_reach: find out what a request alone gets: a paced cell's profile knows, any other serves one or two.
       stretch: make targets longer that the cell cannot keep.
-      on_progress: told how far compiling is, until the first layout can serve.
+      on_progress: called with the progress of compiling, until the first layout can serve.
 
     Raises:
       NitsumError: model, devices, layout, profile or memory do not fit.
