@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-Every error that reaches a user is one line that says what is wrong and what to do.  The class tells the front ends
-which status it is: the gRPC code stands in each docstring.
+Every error that reaches a user is one line about what is wrong and what to do.  The front ends choose the status by
+its class: the gRPC code is in each docstring.
 """
 
 

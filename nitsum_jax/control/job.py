@@ -26,7 +26,7 @@ class Holder(Protocol):
 class Job(abc.ABC):
     """A request, with what the scheduler has decided about it.
 
-    How far it has come, whoever runs it knows and alone writes: the model of a cell (`model.job.ModelJob`), or a
+    How far it has come is known and written by what runs it alone: the model of a cell (`model.job.ModelJob`), or a
     running engine, whose own state of the request is read here.
 
     Attributes:

@@ -103,7 +103,7 @@ DEFAULT_TIERS = TierSet(
         Tier("batch", ttft_ms=60_000, tpot_ms=1_000),
     )
 )
-"""For demonstrations: a chat that reads faster than a person does, an ordinary request, and work that nobody watches.
+"""For demonstrations: a chat that reads faster than a person does, an ordinary request, and work in the background.
 A deployment states its own."""
 
 
@@ -115,7 +115,7 @@ def parse_tiers(text: str, source: str) -> TierSet:
       source: what error messages call the text, such as its file name.
 
     Raises:
-      InvalidInputError: one line that begins with source, and the line number where one can be told.
+      InvalidInputError: one line that begins with source, and the line number if it is known.
     """
     try:
         document = tomllib.loads(text)
@@ -124,7 +124,7 @@ def parse_tiers(text: str, source: str) -> TierSet:
     for key in document:
         if key != "tiers":
             place = _place(source, text, key)
-            raise InvalidInputError(f"{place}: unknown entry {key!r}: only [tiers.NAME] tables may stand here")
+            raise InvalidInputError(f"{place}: unknown entry {key!r}: only [tiers.NAME] tables are allowed here")
     tables = document.get("tiers")
     if not isinstance(tables, dict) or not tables:
         raise InvalidInputError(f"{source}: no tiers: add a table such as [tiers.standard] with ttft_ms and tpot_ms")

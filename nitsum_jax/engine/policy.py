@@ -1,8 +1,8 @@
-"""What the engine asks a policy, and what it tells whoever listens.
+"""What the engine asks a policy, and what it tells a listener.
 
-The engine knows how: blocks, rows, steps, copies.  A policy knows who and when: which request an instance takes,
-whether its next step works on a prompt and how far, where a prompt that is done goes on, where a switch puts whom, who
-is sent back when blocks run out.
+The engine knows how: blocks, rows, steps, copies.  A policy decides which and when: which request an instance takes,
+whether its next step works on a prompt and how far, where a prompt that is done goes on, where a switch puts each
+sequence, and which one is sent back when blocks run out.
 All calls but `push` come on the engine's thread, between launches, so they must be short and must not wait.
 """
 
@@ -31,7 +31,7 @@ class SeatTest:
 
 
 class Listener:
-    """Is told what has happened; what is not overridden is of no interest.  Times are those of time.monotonic."""
+    """Is notified of what has happened; by default it does nothing.  Times are those of time.monotonic."""
 
     def seated(self, sequence: LiveRequest, instance: Instance, now_s: float) -> None:
         """An instance has taken a sequence, whose prompt is to be computed."""
@@ -89,7 +89,7 @@ class Policy(Listener, abc.ABC):
 
     @abc.abstractmethod
     def next(self, instances: Sequence[Instance], test: SeatTest, now_s: float) -> tuple[LiveRequest, Instance] | None:
-        """Who is to be seated next, and where; it does not wait any more.
+        """Which sequence is to be seated next, and where; it does not wait any more.
 
         Args:
           instances: of the layout in force.
@@ -130,7 +130,7 @@ class Policy(Listener, abc.ABC):
 
     @abc.abstractmethod
     def victim(self, instance: Instance) -> LiveRequest:
-        """Who in an instance gives up its blocks for others."""
+        """Which sequence of an instance gives up its blocks for others."""
 
     def wake_s(self) -> float | None:
         """When `next` is worth another call even if nothing happens; None: never."""

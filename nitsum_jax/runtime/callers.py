@@ -1,4 +1,4 @@
-"""Who makes the call that is being answered: set by the security layer of a front end, read behind it."""
+"""The caller of the call that is being answered: set by the security layer of a front end, read behind it."""
 
 import contextlib
 import contextvars
@@ -13,7 +13,7 @@ def _any_number(outputs: int) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
-    """What the front end knows about who calls.
+    """What the front end knows about the caller.
 
     Attributes:
       client: name of its API key; empty without one.
@@ -21,7 +21,8 @@ class Caller:
       admin: whether it may change the cell.
       traceparent: W3C trace context of the client; empty if it sent none.
       call_id: of the call, by which clients and proxies know it (x-request-id); empty without one.
-      more: told how many outputs the call asks for beside the first; raises if the caller may not have so many.
+      more: called with the number of outputs that the call asks for beside the first; raises if the caller may not
+        have that many.
     """
 
     client: str = ""

@@ -1,4 +1,4 @@
-"""What is noted of one request while it lives, and who wants to know when it ends."""
+"""What is recorded of one request while it lives, and the callbacks for its end."""
 
 import dataclasses
 from typing import Protocol
@@ -95,7 +95,7 @@ class ServedRequest:
 
 
 class RequestObserver(Protocol):
-    """Is told about requests, on the event loop."""
+    """Is notified about requests, on the event loop."""
 
     def ended(self, record: ServedRequest) -> None:
         """A request that was accepted has ended."""

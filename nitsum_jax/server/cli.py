@@ -24,7 +24,7 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
     """Parses the flags of a tool, which takes no other arguments.
 
     Each tool has `FlagValues` of its own rather than absl's global ones: several tools can then be imported in one
-    process, and `--help` tells the flags of the tool and no others.
+    process, and `--help` lists the flags of the tool and no others.
 
     Raises:
       HelpRequested: --help, -h or --helpfull is among the arguments.

@@ -66,7 +66,12 @@ def _define() -> flags.FlagValues:
         "TIER:FILE or TIER:FILE:FORMAT, may be repeated (docs/simulator/workloads.md); or a stand-in's name instead"
         f" of a file. Without any: {' and '.join(DEFAULT_TRACES)}, drawn from the seed.",
     )
-    add(flags.DEFINE_string, "tiers", None, "TOML file with the tiers' targets; chat and code have some without it.")
+    add(
+        flags.DEFINE_string,
+        "tiers",
+        None,
+        "TOML file with the tiers' targets; without it chat and code have default ones.",
+    )
     add(flags.DEFINE_integer, "devices", 8, "Devices of the cell.", lower_bound=1)
     add(
         flags.DEFINE_string,
@@ -82,9 +87,9 @@ def _define() -> flags.FlagValues:
         "Several policies to compare, commas between them, or semicolons where a layout has commas of its own; with"
         " `+bound` for the upper bound.",
     )
-    add(flags.DEFINE_float, "rate_scale", 1.0, "What the rate is multiplied with; burstiness stays.")
+    add(flags.DEFINE_float, "rate_scale", 1.0, "Factor on the rate; burstiness is kept.")
     add(flags.DEFINE_float, "seconds", None, "Length of the workload; the traces' own if left out.")
-    add(flags.DEFINE_integer, "seed", 0, "Of all that is random.", lower_bound=0)
+    add(flags.DEFINE_integer, "seed", 0, "Seed of everything that is random.", lower_bound=0)
     add(flags.DEFINE_string, "out", None, "Folder of summary.json, the logs and report.html.")
     add(
         flags.DEFINE_float,
@@ -101,7 +106,7 @@ def _define() -> flags.FlagValues:
         "Switches find the weights in place, or reshard them by the general path.",
     )
     add(flags.DEFINE_integer, "max_batch", MAX_BATCH, "Most requests of an instance.", lower_bound=1)
-    add(flags.DEFINE_bool, "capacity", False, "Find the rate that is met to 90 % by bisection.")
+    add(flags.DEFINE_bool, "capacity", False, "Find the highest rate at which 90 % meet both targets, by bisection.")
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
     add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")
     add(flags.DEFINE_string, "replay", None, "Make the decisions of this decisions.jsonl again and compare.")

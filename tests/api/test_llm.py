@@ -1,9 +1,11 @@
 """The Python API: the same answers whichever way they are asked for."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 import nitsum_jax
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
 from nitsum_jax.models.generation import GenerationDefaults
@@ -53,6 +56,23 @@ def test_many_prompts_come_back_in_order(llm: LLM, answers: list[Completion]) ->
     assert [answer.token_ids for answer in many] == [answer.token_ids for answer in answers] * 3
 
 
+def test_a_layout_that_compiles_is_not_waited_for_in_silence(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(layout: str) -> "concurrent.futures.Future[SwitchReport]":
+        future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
+        threading.Timer(1.7, future.set_result, [SwitchReport("tp2x2", layout, 0, 0, 0, 0.0, 0)]).start()
+        return future
+
+    monkeypatch.setattr(llm._engine, "set_layout", slow, raising=False)
+    for switch in (llm.set_layout, lambda layout: asyncio.run(llm.aset_layout(layout))):
+        assert switch("tp4").to_layout == "tp4"
+        assert capsys.readouterr().err.startswith("nitsum-jax: switching to tp4 for 1 s")
+    monkeypatch.setattr(llm, "_progress", False)
+    llm.set_layout("tp4")
+    assert capsys.readouterr().err == ""
+
+
 def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion]) -> None:
     pieces = list(llm.stream(TEXTS[0], max_tokens=20, ignore_eos=True))
     assert "".join(piece.text for piece in pieces) == answers[0].text
@@ -80,7 +100,7 @@ def test_what_a_call_does_not_say_is_as_the_model_says(llm: LLM, monkeypatch: py
     says = GenerationDefaults(temperature=0.6, top_k=20, max_new_tokens=99)
     monkeypatch.setattr(llm, "_model", dataclasses.replace(llm._model, defaults=says))
     assert (request().sampling, request().max_tokens) == (SamplingParams(temperature=0.6, top_k=20), 99)
-    # Who gives parameters gives all of them.
+    # A call that gives parameters gives all of them.
     assert request(SamplingParams(top_p=0.5), max_tokens=7).sampling == SamplingParams(top_p=0.5)
     assert request(max_tokens=7).max_tokens == 7
 

@@ -68,19 +68,21 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
     """
     values = flags.FlagValues()
     flags.DEFINE_bool("quick", False, "two phases, and the best static layout alone", flag_values=values)
-    flags.DEFINE_string("profile", "qwen2.5-32b-h100", "at whose pace: name or .json file", flag_values=values)
+    flags.DEFINE_string(
+        "profile", "qwen2.5-32b-h100", "profile of the pace: a name or a .json file", flag_values=values
+    )
     flags.DEFINE_float(
-        "time_scale", 6.0, "seconds here for a second of the target", lower_bound=0.1, flag_values=values
+        "time_scale", 6.0, "real seconds per second of the emulated cell", lower_bound=0.1, flag_values=values
     )
     flags.DEFINE_float(
         "phase_seconds",
         20.0,
-        "length of a phase, of the target's seconds",
+        "length of a phase in seconds of the emulated cell",
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_float("rate_scale", 1.0, "what the rate is multiplied with", lower_bound=1e-3, flag_values=values)
-    flags.DEFINE_integer("seed", 1, "of the load", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("rate_scale", 1.0, "factor on the rate", lower_bound=1e-3, flag_values=values)
+    flags.DEFINE_integer("seed", 1, "seed of the load", lower_bound=0, flag_values=values)
     flags.DEFINE_string(
         "layouts",
         None,
@@ -88,7 +90,7 @@ def read_options(argv: Sequence[str]) -> DemoOptions:
         "best other one, by the simulator",
         flag_values=values,
     )
-    flags.DEFINE_string("json", None, "file that gets all figures", flag_values=values)
+    flags.DEFINE_string("json", None, "file to write all figures to", flag_values=values)
     flags.DEFINE_string(
         "out", None, "folder for the server's log and its decisions (decisions.jsonl)", flag_values=values
     )
@@ -163,7 +165,7 @@ class _Demo:
             pathlib.Path(options.json).write_text(json.dumps(to_json(entries, pace), indent=1) + "\n", encoding="utf-8")
 
     def _best(self) -> tuple[str, ...]:
-        """Tells what the simulator expects of everybody; returns the static layouts that are worth a live run."""
+        """Prints what the simulator expects of each policy; returns the static layouts that are worth a live run."""
         setting, workload = self._setting, self._workload
         even = tuple(_even(tp) for tp in setting.tps)
         uneven = best_uneven(setting, workload, _MAX_BATCH)
@@ -191,7 +193,7 @@ class _Demo:
             f"--decision_log={options.folder / 'decisions.jsonl'}",
             f"--max_batch={_MAX_BATCH}",
             "--max_queue=100000",
-            # Small pieces, for which nobody on this machine waits long; the pace takes them for one chunk.
+            # Small pieces, for which no other step on this machine waits long; the pace counts them as one chunk.
             "--prefill_chunk=256",
             # Small block tables: they travel with every step.
             "--page_size=128",

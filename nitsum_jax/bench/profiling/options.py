@@ -14,7 +14,7 @@ USAGE = """nitsum-profile: step-time profiles, for control and simulation.
 
   nitsum-profile --model=MODEL --out=FILE      measures a model on the devices present, at every TP
   nitsum-profile --derive=DIR --out=DIR        derives profiles from a folder of kernel tables
-  nitsum-profile --derive=DIR --heldout        tells how well such tables predict points that are left out"""
+  nitsum-profile --derive=DIR --heldout        prints how well such tables predict points that are left out"""
 
 _DERIVING = ("kinds", "host_overhead_ms", "switch_host_ms", "device_put_gbps", "memory_fraction")
 _MEASURING = ("layout", "dtype", "max_batch", "max_model_len", "prefill_chunk", "quick", "name", "cache_dir")

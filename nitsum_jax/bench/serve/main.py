@@ -1,4 +1,4 @@
-"""nitsum-bench serve: plays traces against a server over gRPC and tells TTFT, TPOT and goodput of each tier."""
+"""nitsum-bench serve: plays traces against a server over gRPC and prints TTFT, TPOT and goodput of each tier."""
 
 import asyncio
 import pathlib
@@ -37,24 +37,26 @@ def define() -> flags.FlagValues:
         "TIER:FILE or TIER:FILE:FORMAT, or TIER: and a stand-in, azure-conv-like or azure-code-like; any number",
         flag_values=values,
     )
-    flags.DEFINE_float("rate_scale", 1.0, "what the rate is multiplied with", lower_bound=1e-9, flag_values=values)
+    flags.DEFINE_float("rate_scale", 1.0, "factor on the rate", lower_bound=1e-9, flag_values=values)
     flags.DEFINE_float(
         "seconds", None, "length of the load; the traces' own if not given", lower_bound=0, flag_values=values
     )
-    flags.DEFINE_integer("seed", 0, "of all that is random", lower_bound=0, flag_values=values)
-    flags.DEFINE_string("tiers", None, "file with the tiers' targets, that of the server", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "seed of everything that is random", lower_bound=0, flag_values=values)
+    flags.DEFINE_string(
+        "tiers", None, "TOML file with the tiers' targets: the one that the server has", flag_values=values
+    )
     flags.DEFINE_float(
         "time_scale",
         None,
-        "seconds here for a second of the trace; that of a paced server, else 1, if not given",
+        "real seconds per second of the trace; if not given, that of a paced server, else 1",
         lower_bound=1e-6,
         flag_values=values,
     )
-    flags.DEFINE_float("warm_up", 0.0, "seconds at the start that do not count", lower_bound=0, flag_values=values)
+    flags.DEFINE_float("warm_up", 0.0, "seconds at the start that are left out", lower_bound=0, flag_values=values)
     flags.DEFINE_integer("max_prompt", None, "longer prompts are cut to this", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("max_output", None, "longer outputs are cut to this", lower_bound=1, flag_values=values)
-    flags.DEFINE_string("json", None, "file that gets all figures as JSON", flag_values=values)
-    flags.DEFINE_string("plot", None, "file (.png, .svg) that gets a picture", flag_values=values)
+    flags.DEFINE_string("json", None, "file to write all figures to, as JSON", flag_values=values)
+    flags.DEFINE_string("plot", None, "file for a picture, .png or .svg", flag_values=values)
     flags.DEFINE_string("out", None, f"folder that gets {REQUESTS}, as nitsum-simulate writes it", flag_values=values)
     return values
 

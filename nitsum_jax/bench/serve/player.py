@@ -82,7 +82,7 @@ class Player:
           vocab_size: prompts are random token ids below it.
           time_scale: seconds here for a second of the workload (that of a paced server).
           seed: of the prompts.
-          progress: told (sent, ended, alive) about once a second.
+          progress: called with (sent, ended, alive) about once a second.
         """
         stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
         self._generate = stub.Generate

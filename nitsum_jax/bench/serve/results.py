@@ -33,7 +33,7 @@ def records_of(run: PlayedRun, tiers: TierSet, time_scale: float, warm_up_s: flo
         if one.request.arrival_s < warm_up_s:
             continue
         tier = tiers.get(one.request.tier)
-        # TTFT counts from when it was sent: the client's lateness is told apart.
+        # TTFT counts from when it was sent: the client's lateness is counted separately.
         arrival = one.sent_s / time_scale - warm_up_s
         first = None if one.first_s is None else one.first_s / time_scale - warm_up_s
         finish = None if one.last_s is None or not one.complete else one.last_s / time_scale - warm_up_s

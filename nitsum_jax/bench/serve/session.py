@@ -60,8 +60,8 @@ async def drive(
     Args:
       channel: to the server.
       session: what to play.
-      progress: told (sent, ended, alive) about once a second.
-      begun: told of the player and the time scale before the first request.
+      progress: called with (sent, ended, alive) about once a second.
+      begun: called with the player and the time scale before the first request.
 
     Raises:
       InvalidInputError: the server has not the tiers of the workload.
@@ -74,7 +74,7 @@ async def drive(
     scale = session.time_scale or (before.pace.time_scale if paced else 1.0)
     if paced and scale != before.pace.time_scale:
         raise InvalidInputError(
-            f"--time_scale={scale:g} does not do: the server is paced at {before.pace.time_scale:g} (leave it out)"
+            f"--time_scale={scale:g} must be that of the server, {before.pace.time_scale:g}: leave it out"
         )
     player = Player(channel, before.vocab_size, time_scale=scale, seed=session.seed, progress=progress)
     if begun is not None:

@@ -1,7 +1,7 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
 Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
-chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with nobody
+chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with no request
 coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
 approximated.
 
@@ -25,7 +25,7 @@ from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
 Span = tuple[int, int]  # of a prefill chunk: new tokens, context before them
 MAX_BATCH = 256
-"""Requests of an instance, if nobody says otherwise."""
+"""Most requests of an instance, by default."""
 
 _IN_TIME = operator.attrgetter("job.begin_s", "job.arrival_s", "job.id")
 _LATE = operator.attrgetter("job.arrival_s", "job.id")
@@ -129,7 +129,7 @@ class ModelWorker(Worker[ModelJob]):
         return max(0.0, ends_s - now_s)
 
     def steps_to_finish(self) -> int:
-        """Decode steps until somebody is done."""
+        """Decode steps until a request is done."""
         while self.finishes:
             clock, _, job = self.finishes[0]
             # One that was preempted may be here again, with its prompt.
@@ -185,9 +185,9 @@ class CellModel:
 
         Args:
           cost: what steps take.
-          scheduler: who decides.
+          scheduler: decides.
           plan: the first one.
-          recorder: who is told.
+          recorder: is notified.
           max_batch: most requests of an instance.
           resident_tp: least TP whose weights all devices keep, so that switches move none; None: only those in use.
           now_s: the time at which it starts.
@@ -246,7 +246,7 @@ class CellModel:
     # ---- requests
 
     def settle(self) -> None:
-        """Brings the accounts of instances amid a row of decode steps up to date, for whoever looks at them now."""
+        """Brings the accounts of instances amid a row of decode steps up to date, so that they can be read now."""
         for worker in self.workers:
             run = worker.run
             if run is not None and run.count > 1:
@@ -263,7 +263,7 @@ class CellModel:
             self.nudge(worker)
             return
         self._place_late()
-        # Who is turned away now may do for an instance of other tiers later, or be late.
+        # A request that is refused now may suit an instance of other tiers later, or be late.
         for time_s in self.scheduler.wakes(job, self.now_s):
             self.at(time_s, self._wake_idle)
 
@@ -452,7 +452,7 @@ class CellModel:
             self.nudge(target)
 
     def _retry_stranded(self) -> None:
-        """Who found no instance to decode tries again: first who can wait least, until one finds none.
+        """Requests without an instance to decode try again: those that can wait least first, until one finds none.
 
         Late ones, the last in this order, are tried whatever the others found.
         """
@@ -470,7 +470,7 @@ class CellModel:
                     break
 
     def _drained(self) -> None:
-        """An instance that was told to stop has; see `SwitchingCell`."""
+        """An instance that was to stop has stopped; see `SwitchingCell`."""
 
 
 def _begin_s(job: ModelJob) -> float:

@@ -40,7 +40,7 @@ class CostModel:
     def observe(
         self, tp: int, seconds: float, sequences: int, context_tokens: int, chunks: Sequence[tuple[int, int]] = ()
     ) -> None:
-        """Told what a step took.  This model does nothing with it: it stays with its profile (see `CorrectedCost`)."""
+        """Takes note of the time of a step.  This model ignores it and keeps to its profile (see `CorrectedCost`)."""
 
     def learnt(self) -> dict[int, tuple[float, float]]:
         """Per TP, measured over predicted seconds of decoding and of prompts; empty here, where nothing is learnt."""
@@ -74,7 +74,7 @@ class CostModel:
     def chunk_line(
         self, tp: int, sequences: int, context_tokens: int, before: int, chunks: Sequence[tuple[int, int]] = ()
     ) -> Callable[[int], float]:
-        """step_s as a function of the size of one more prefill chunk, for whoever looks for the size that fits.
+        """step_s as a function of the size of one more prefill chunk, to search for the size that fits.
 
         Args:
           tp: TP of the instance.

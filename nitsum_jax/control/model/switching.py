@@ -124,7 +124,7 @@ class SwitchingCell(CellModel):
             self.on_switch(report)
 
     def _place(self, travellers: _Travellers, fresh: list[ModelWorker], links: dict[tuple[int, int], float]) -> int:
-        """Gives requests their new instances, by the scheduler's rule; those that are kept take nobody.
+        """Gives requests their new instances, by the scheduler's rule; those that are kept take none.
 
         Args:
           travellers: requests of instances that have gone.

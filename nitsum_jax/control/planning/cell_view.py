@@ -15,7 +15,7 @@ from nitsum_jax.control.scheduling.backlog import Backlog
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.meshes.layout import InstanceSpec, Layout
 
-_WAITING = 400  # requests that are told at the most
+_WAITING = 400  # waiting requests in a view, at most
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

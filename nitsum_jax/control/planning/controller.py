@@ -22,7 +22,7 @@ _FRESH = 24  # arrivals since the load changed from which a replay can be made
 
 
 CountLate = Callable[[Collection[str]], int]
-"""Tells how many of the requests of these ids are alive and late by now."""
+"""Counts the requests of these ids that are alive and late by now."""
 
 
 class Controller(Protocol):
@@ -48,7 +48,7 @@ class ControllerConfig:
         (Another is a change of the load, as the estimator finds it.)
       dwell_s: least time between two switches.
       warm_up_s: no decision before: there is nothing to estimate from.
-      work_rate: what planning may cost on average, in `Decision.work` a second.  Who has spent more plans thriftily
+      work_rate: what planning may cost on average, in `Decision.work` a second.  A planner that spent more is thrifty
         (`PlanInputs.thrifty`) at every interval, unless the load has changed since the last decision: an overload that
         goes on would otherwise be planned for again and again, with the same outcome.
       work_saved: what a calm time leaves for the next change of the load, at the most.

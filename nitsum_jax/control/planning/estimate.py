@@ -167,7 +167,7 @@ class _Arrivals:
 
 
 class WorkloadEstimator:
-    """Watches requests come and end; tells the load of each tier.
+    """Watches requests come and end; estimates the load of each tier.
 
     Pure: the clock is what callers pass, and must not run backwards.
     """

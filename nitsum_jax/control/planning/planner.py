@@ -2,11 +2,11 @@
 
 The present plan is asked first: the requests that wait, and then those of the last seconds once more, coming a little
 faster than they did, run through the model of the cell.  If they meet their targets (and the estimate says nothing
-else) it stays, and nothing else is looked at.  Who has planned a lot lately asks the estimate first, which costs
+else) it stays, and nothing else is looked at.  A planner over its budget asks the estimate first, which costs
 little, and stays unless that finds a plan far better than the present one.
 
 If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
-The best few, some of every kind, are then replayed with the same requests; who misses more than the best so far
+The best few, some of every kind, are then replayed with the same requests; one that misses more than the best so far
 is given up at once.  The replay decides, and of those that do alike the estimate.  A plan is left only for one
 that saves more requests than it loses by a margin, and by more than chance.  Pure: a `PlanInputs` and the same
 settings always give the same decision, so one can be replayed from a log.
@@ -191,7 +191,7 @@ _Scored = tuple[float, Prediction, tuple[Shape, ...]]
 
 
 def _kinds(shapes: Sequence[Shape]) -> tuple[tuple[int, str], ...]:
-    """TPs and roles, in an order that does not depend on who wrote them down."""
+    """TPs and roles, in an order that does not depend on how they were written."""
     return tuple(sorted((shape.tp, shape.role) for shape in shapes))
 
 

@@ -1,15 +1,15 @@
 """Predicted goodput of a plan under a load, by a queueing estimate: fast enough for hundreds of plans.
 
 **Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so
-many prompt tokens in such a step; against what it computes with nobody decoding, that is its room (an instance that
+many prompt tokens in such a step; against what it computes with none decoding, that is its room (an instance that
 only decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of
 it, where b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is
 full at 1.
 
 **Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one
-queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  Who would
-come too late is demoted and costs the others nothing, so what is lost follows the formula for customers who leave a
-queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to
+queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  A request that
+would come too late is demoted and costs the others nothing, so what is lost follows the formula for customers who leave
+a queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to
 1 - 1/load beyond it.
 
 What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
@@ -197,7 +197,7 @@ class QueueingModel:
         rate = self._loads[name].rate * scale if rate is None else rate
         own = [group for group in groups if not group.shape.tiers or name in group.shape.tiers]
         fit = [group for group in own if group.shape.role == PREFILL or self.can(group.shape.tp, name)]
-        if not fit:  # nobody can hold its time per token: it is late from the start, and costs the others nothing
+        if not fit:  # no instance can hold its time per token: it is late from the start, and costs the others nothing
             return
         # A trickle of tight requests takes the room of all others in an instance that is barely fast enough for them.
         tpot_s = self._tiers[name].tpot_ms / 1000 * self._margin

@@ -12,7 +12,7 @@ from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.meshes.layout import Layout
 
-_LOOK = 16  # arrivals between two looks at who is late
+_LOOK = 16  # arrivals between two looks at what is late
 _LOOK_S = 0.5
 
 
@@ -90,7 +90,7 @@ def rollout(
     most_missed: float = math.inf,
     max_batch: int = MAX_BATCH,
 ) -> Replay:
-    """Which requests meet both targets when they come to a cell with this plan in which nobody decodes yet.
+    """Which requests meet both targets when they come to a cell with this plan in which none decodes yet.
 
     The first quarter of them only fill the cell and are not counted.
 
@@ -144,7 +144,7 @@ def rollout(
         if i % _LOOK == 0 and lost():
             given_up = True
             break
-    # What is late already misses whatever comes: nobody waits for it.
+    # What is late already misses whatever comes: it is not waited for.
     while not given_up and cell.next_event_s() < math.inf and any(not job.late for job in cell.alive.values()):
         cell.run_until(cell.next_event_s() + _LOOK_S)
         given_up = lost()

@@ -5,9 +5,9 @@ says of the target.  A step starts when it is dispatched, or when the step befor
 results are delivered at its paced end.  Prefill and decode are two steps here; where the profile fuses them, a chunk
 beside decoding sequences takes what it adds to their step, so that both together take as long as the fused one.
 
-An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle who takes
-part in it a whole step of the target too early.  What a host does between two steps is part of the profile's times; so
-a step that follows another begins when that one is due, not when this machine comes round to launching it.
+An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle too
+early, by a whole step of the target, which requests take part in it.  What a host does between two steps is part of the
+profile's times; so a step that follows another begins when that one is due, not when this machine launches it.
 
 Where this machine is slower than the pace, results come late.  That is counted: a run with too many late steps says
 nothing about the target.
@@ -62,7 +62,7 @@ class Pace:
     def __post_init__(self) -> None:
         """Raises InvalidInputError for a scale that is not above 0."""
         if not self.time_scale > 0:
-            raise InvalidInputError(f"time_scale={self.time_scale} does not do: give more than 0")
+            raise InvalidInputError(f"time_scale={self.time_scale} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Round:
 
 
 class _Held(NamedTuple):
-    """Results that are not due; the number tells apart what is due at once."""
+    """Results that are not due; the number orders those with the same time."""
 
     due_s: float
     number: int
@@ -126,7 +126,7 @@ class Pacer:
         """A step was dispatched: settles when it begins and ends."""
         seconds = self._decode_s(instance, step) if step.chunk is None else self._chunk_s(instance, step, step.chunk)
         free_s = max(self._free_s.get(device, 0.0) for device in instance.order)
-        # It became free since somebody last looked: a host without delay would have launched it then.
+        # It became free since the last look: a host without delay would have launched it then.
         step.start_s = free_s if free_s > self._before_s else max(now_s, free_s)
         step.paced_s = step.start_s + self.pace.time_scale * seconds
         self._occupy(instance.order, step.paced_s)

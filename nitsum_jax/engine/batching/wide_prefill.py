@@ -69,7 +69,7 @@ class WidePrefill:
     """Decides which prompts the wide instance prefills, and hands them over; used by the engine's thread alone."""
 
     def __init__(self, cell: Cell, on_step: Callable[[Instance, Step], None]):
-        """Asks for the executables of the widest group, if the cell is told to use it."""
+        """Asks for the executables of the widest group, if the cell is configured to use it."""
         self._cell = cell
         self._on_step = on_step
         self._instance: WideInstance | None = None

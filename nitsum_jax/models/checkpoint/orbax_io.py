@@ -41,7 +41,7 @@ WEIGHTS_FOLDER = "weights"
 FORMAT_VERSION = 1
 GROUP_BYTES = 128 * 2**20  # what one restore reads, unless a single layer is larger
 
-# Orbax tells of every step at level INFO, through absl's logger; its warnings and errors stay.
+# Orbax logs every step at level INFO, through absl's logger; its warnings and errors stay.
 logging.getLogger("absl").addFilter(lambda r: r.levelno >= logging.WARNING or "orbax" not in Path(r.pathname).parts)
 
 Key = tuple[str, int | None]  # (parameter name, vshard or None for replicated)

@@ -101,7 +101,7 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     # llama.cpp refuses a file without this key, too; in the file it is a float32.
     eps = positive(get("attention.layer_norm_rms_epsilon", required=True), "attention.layer_norm_rms_epsilon")
     rows = int(tensors["token_embd.weight"].shape[1])
-    # The tokenizer tells of ids that are beyond its vocabulary.
+    # The tokenizer warns of ids that are beyond its vocabulary.
     known = min(rows, len(gguf_field(reader, "tokenizer.ggml.tokens") or range(rows)))
     special = ids_of_gguf(lambda key: gguf_field(reader, key), known, warn=False)
     return ModelConfig(

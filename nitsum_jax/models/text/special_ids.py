@@ -38,7 +38,7 @@ def ids_of_json(data: Mapping[str, Any], vocab_size: int, file: str, *, warn: bo
       data: the JSON object.
       vocab_size: ids are less than this.
       file: its name, for messages.
-      warn: whether to tell of ids that are left out; another reader of the same file may have told.
+      warn: whether to warn of ids that are left out; another reader of the same file may have done so.
 
     Raises:
       InvalidInputError: an id is not a whole number.

@@ -1,6 +1,6 @@
 """The controller of a live cell: watches requests, asks the planner, changes the layout.
 
-Concurrency, told once. The engine's thread tells of requests by appending to a deque, which costs it a microsecond. A
+Concurrency. The engine's thread reports requests by appending to a deque, which costs it a microsecond. A
 thread of this module takes them in, a few times a second, and at its ticks asks the planner, which is another process.
 What it knows of the cell are copies (`control.planning.cell_view`), which the engine's thread makes between two steps
 when it is asked to: no job, worker or queue is read while it may change. So a control loop never delays a step by more
@@ -81,7 +81,7 @@ class Explanation:
 
     Attributes:
       mode: what it may do.
-      paused: whether it was told to wait.
+      paused: whether an administrator has paused it.
       decision: the last one, as `Decision.to_json`; None before the first.
       applied: whether it was carried out.
       plan_s: how long planning took.

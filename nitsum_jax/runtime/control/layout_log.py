@@ -59,7 +59,7 @@ class SwitchNote:
 
 
 class LayoutObserver(Protocol):
-    """Is told of entries as they are made, on whichever thread makes them."""
+    """Is notified of entries as they are made, on the thread that makes them."""
 
     def decided(self, decision: LayoutChoice) -> None:
         """A layout was chosen."""
@@ -75,7 +75,7 @@ class LayoutLog:
         """Begins empty.
 
         Args:
-          observer: is told of every entry.
+          observer: is notified of every entry.
           clock: seconds since 1970.
         """
         self._observer = observer
@@ -85,7 +85,7 @@ class LayoutLog:
         self._switches: deque[SwitchNote] = deque(maxlen=KEPT)
 
     def decide(self, choice: str, reason: str, plan_s: float | None = None) -> None:
-        """Notes that a layout was chosen; whoever changes layouts calls this, also for the choice to stay."""
+        """Records that a layout was chosen; called for every change of the layout, and for the choice to stay."""
         decision = LayoutChoice(self._clock(), choice, one_line(reason), plan_s)
         with self._lock:
             self._decisions.append(decision)

@@ -29,7 +29,7 @@ class TokenWithLogprob:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """How an output ended: STOP or LENGTH, and the stop string that ended it, if one did."""
+    """How an output ended: by STOP or LENGTH, and by which stop string, if by one."""
 
     reason: FinishReason
     stop: str | None
@@ -40,10 +40,11 @@ class Piece:
     """What is new in an output.
 
     Attributes:
-      text: certain to be output; lags behind the ids while a character is incomplete or a stop string may have begun.
+      text: new text that is certain; it lags behind the ids while a character is incomplete or a stop string may have
+        begun.
       ids: new token ids.
-      told: tokens with their log probabilities, where these are wanted; they come when their text does.
-      end: None while more is to come.
+      told: tokens with their log probabilities, if these were asked for; they come together with their text.
+      end: how the output ended; None while more is to come.
     """
 
     text: str
@@ -61,7 +62,7 @@ class Output:
         Args:
           call: whose output this is.
           text_stream: the tokenizer's decoder for it.
-          cancel: told the id of the request when a stop string has ended it, while the engine would go on.
+          cancel: called with the id of the request when a stop string has ended it, while the engine would go on.
           arrival_s: of the request, on the engine's monotonic clock.
         """
         self._call = call

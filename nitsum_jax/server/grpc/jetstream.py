@@ -2,7 +2,7 @@
 
 Its protocol has no field for how tokens are chosen: one sample is decoded greedily, several are drawn as the model's
 generation config says, at temperature 1 if it says nothing. It has no stop strings and no tiers either; the
-end-of-sequence ids of the model end an output, and the default tier serves it. How an output ended is not told.
+end-of-sequence ids of the model end an output, and the default tier serves it. The reason of its end is not sent.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """The requests of OpenAI's API that are served, as pydantic models.
 
 The names, types and defaults are OpenAI's; fields beyond its API are named as vLLM names them. What is known to OpenAI
-and not supported here is listed with the reason, so that a client that sends it is told so.
+and not supported here is listed with the reason, which a client that sends it gets as an error.
 """
 
 from collections.abc import Mapping
@@ -48,7 +48,7 @@ class StreamOptions(Strict):
         "include_obfuscation": Unsupported("streams are not padded", (False,))
     }
 
-    include_usage: bool | None = Field(None, description="A last chunk without choices tells the usage.")
+    include_usage: bool | None = Field(None, description="A last chunk without choices has the usage.")
 
 
 class Generation(Strict):
@@ -93,7 +93,7 @@ class Generation(Strict):
         return self
 
     def sampling(self, vocab_size: int, defaults: GenerationDefaults) -> SamplingParams:
-        """How tokens are chosen; a temperature that nobody gives is 1, as OpenAI has it.
+        """How tokens are chosen; a temperature that is not given is 1, as with OpenAI.
 
         Args:
           vocab_size: V; keeping more tokens than there are is the same as keeping all.
@@ -133,7 +133,7 @@ class Message(Strict):
     """One turn of a conversation. An answer of ours is a message, too: its empty fields are accepted."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "refusal": Unsupported("refusals are not told apart from content"),
+        "refusal": Unsupported("refusals are not distinguished from content"),
         "annotations": Unsupported(_TEXT_ONLY.why, ([],), _NO_TOOLS.schema),
         "audio": _TEXT_ONLY,
         "tool_calls": _NO_TOOLS,

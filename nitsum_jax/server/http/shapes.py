@@ -47,7 +47,7 @@ class AnswerShape:
           plan: of the request.
           token_bytes: what a token says.
           logprobs: whether log probabilities are wanted.
-          include_usage: whether a stream tells its usage at the end, and null until then.
+          include_usage: whether a stream has its usage at the end, and null until then.
         """
         self._plan = plan
         self._token_bytes = token_bytes
@@ -79,7 +79,7 @@ class AnswerShape:
         return ""
 
     def usage_event(self, outputs: Outputs) -> str:
-        """The event that tells the usage."""
+        """The event with the usage."""
         usage = json.dumps(self._usage(outputs), separators=(",", ":"))
         return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n'
 

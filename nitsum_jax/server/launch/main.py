@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nitsum_jax.server.security.key_file import KeyFile
 
 _NAME = "nitsum-serve"
+_LOG_EVERY_S = 10.0  # lines about compiling where stderr is a log
 AUTO = "auto"  # what --tiers says instead of a file, for targets that the machine can keep
 _LOG = logging.getLogger(__name__)
 
@@ -105,16 +106,17 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     Args:
       options: what the flags say.
       sink: takes the deltas of every step.
-      admitted: told every request that leaves the queue, and when.
+      admitted: called with every request that leaves the queue, and when.
 
     Raises:
       NitsumError: model, devices, layout or memory do not fit what was asked for.
     """
-    # Here rather than at the top: they bring in JAX, and a port in use should not take seconds to be told.
+    # Here rather than at the top: they bring in JAX, and a port in use should be reported without that delay.
     from nitsum_jax.engine.config import EngineConfig
     from nitsum_jax.meshes.devices import emulate_cpu_devices
     from nitsum_jax.meshes.memory import spare_the_collector
     from nitsum_jax.models.loading import open_model
+    from nitsum_jax.runtime.progress import ProgressLine, StartProgress
     from nitsum_jax.runtime.startup.compile_cache import enable
     from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 
@@ -124,6 +126,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
+    line = ProgressLine(_NAME)
     started = start_scheduled(
         model,
         config,
@@ -135,7 +138,9 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
         time_scale=options.time_scale,
         find_reach=True,
         stretch=options.tiers == AUTO,
+        on_progress=StartProgress(line, plain_every_s=_LOG_EVERY_S),
     )
+    line.clear()
     spare_the_collector()
     return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
 
@@ -215,7 +220,7 @@ def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
     """The HTTP server beside the gRPC server, if there is to be one."""
     if options.http_port is None:
         return None
-    # Here rather than at the top: who serves no HTTP need not wait for its libraries.
+    # Here rather than at the top: a server without HTTP need not wait for its libraries.
     from nitsum_jax.server.http.app import build_app
     from nitsum_jax.server.http.server import HttpServer
 
@@ -224,7 +229,7 @@ def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
 
 
 async def _stop(server: GrpcServer, http: "HttpServer | None", ports: ServerPorts) -> None:
-    """Ends all front ends; what is alive is told that the server stops."""
+    """Ends all front ends; open calls get the error that the server stops."""
     stopping = [server.stop(), ports.stop()] if http is None else [server.stop(), ports.stop(), http.stop()]
     await asyncio.gather(*stopping)
 
@@ -238,7 +243,7 @@ async def _end(
     drain_s: float,
 ) -> int:
     """From the first signal to the exit status."""
-    cli.err(f"{_NAME}: finishing what is alive (at most {drain_s:g} s; a second signal stops at once)")
+    cli.err(f"{_NAME}: finishing running requests (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
@@ -273,7 +278,7 @@ class _Signals:
 
 def _reload(keys: "KeyFile") -> None:
     """At SIGHUP."""
-    with contextlib.suppress(NitsumError):  # it has been logged, and nobody waits for an answer
+    with contextlib.suppress(NitsumError):  # it has been logged, and no caller waits for an answer
         keys.reload()
 
 
@@ -297,8 +302,8 @@ def _announce(
     cli.out(engine.memory_report)
     if options.pace is not None:
         cli.out(
-            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} s here for a second there; "
-            "no time or rate below is of this machine"
+            f"PACED: tokens come at the pace of {options.pace}, {options.time_scale:g} real seconds for a second "
+            "of that cell; no time or rate below describes this machine"
         )
     base = None
     if http is not None:
@@ -307,7 +312,7 @@ def _announce(
     for line in ports.addresses():
         cli.out(line)
     if model_says := str(model.defaults):
-        cli.out(f"where a request does not say: {model_says} (the model's; --generation_config=none leaves them out)")
+        cli.out(f"defaults of the model: {model_says} (--generation_config=none ignores them)")
     if loaded.scheduled is not None:
         for line in _of_tiers(loaded.scheduled, options.tiers == AUTO):
             cli.out(line)

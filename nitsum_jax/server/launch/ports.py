@@ -66,7 +66,7 @@ class ServerPorts:
         self._http: HttpServer | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._control: ControlLoop | None = None
-        if options.otlp_endpoint is not None:  # told before the model is loaded
+        if options.otlp_endpoint is not None:  # reported before the model is loaded
             otlp_tracer(options.otlp_endpoint, "", "").close()
 
     def guard(self) -> Guard:
@@ -156,7 +156,7 @@ class ServerPorts:
                 await server.stop()
         self._http = self._admin = None
         if operations is not None:
-            with contextlib.suppress(TimeoutError):  # a collector that does not answer keeps nobody from leaving
+            with contextlib.suppress(TimeoutError):  # a collector that does not answer must not hold up the end
                 async with asyncio.timeout(_LAST_TRACES_S):
                     await in_thread(operations.close)
 

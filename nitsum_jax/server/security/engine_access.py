@@ -1,4 +1,4 @@
-"""The engine as the front ends see it: it knows who calls, and notes what they change."""
+"""The engine as the front ends see it: it knows the caller, and records what the caller changes."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class _AccessCheckedEngine:
         self._engine.submit(request)
 
     def cancel(self, request_id: str) -> None:
-        """As the engine's. Who cancels a request that it still reads has all it wants, which is no abort."""
+        """As the engine's. A front end that cancels a request which it still reads has all it wants: no abort."""
         self._stopped(request_id)
         self._engine.cancel(request_id)
 
@@ -91,7 +91,7 @@ def access_checked(engine: ServingEngine, layout_log: LayoutLog, stopped: Callab
     Args:
       engine: behind it.
       layout_log: gets what administrators change.
-      stopped: told the id of every request that is cancelled (`StreamRouter.stopped`).
+      stopped: called with the id of every request that is cancelled (`StreamRouter.stopped`).
     """
     return cast(ServingEngine, _AccessCheckedEngine(engine, layout_log, stopped))
 

@@ -1,4 +1,4 @@
-"""TLS for all ports: the files are read and tried at the start, so that a wrong one is told then."""
+"""TLS for all ports: the files are read and tried at the start, so that a wrong one is reported then."""
 
 import dataclasses
 import pathlib

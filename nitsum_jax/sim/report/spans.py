@@ -1,4 +1,4 @@
-"""Which instances a cell had over time, told from the logs."""
+"""Which instances a cell had over time, from the logs."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ _BUFFER = 1 << 20
 
 
 class LogFolder(contextlib.ExitStack, Recorder):
-    """Is told what happens in a run and writes it down as it comes; a context manager.
+    """Is notified of what happens in a run and writes it down at once; a context manager.
 
     Raises:
       InvalidInputError: the folder or a file cannot be made (on construction).

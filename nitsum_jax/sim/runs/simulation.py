@@ -53,7 +53,7 @@ class RunPolicy:
 
 
 class Log(Protocol):
-    """Who writes down what happens in a run."""
+    """Records what happens in a run."""
 
     # ruff: noqa: D102
     def ran(self, worker: ModelWorker, run: StepRun) -> None: ...
@@ -131,10 +131,10 @@ def simulate(
       workload: what comes.
       tiers: targets of its tiers.
       cost: what steps, transfers and switches take.
-      policy: who decides.
+      policy: decides.
       num_devices: devices of the cell.
-      log: is told everything; None is faster.
-      log_steps: whether it is told of steps, of which there are many.
+      log: is notified of everything; None is faster.
+      log_steps: whether it is notified of steps, of which there are many.
       max_batch: most requests of an instance.
       compile_s: compiling the executables of a device group takes this long the first time; the switch begins after it.
       most_missed: ends the run when more requests than this are certain to miss their targets.
@@ -293,7 +293,7 @@ class _Driver(Recorder):
         lost = sum(not job.met() for job in self.outcome.finished) + len(self.outcome.failed)
         return lost + sum(job.first_token_s is None and job.ttft_deadline_s < now for job in self.cell.alive.values())
 
-    # ---- what the cell tells
+    # ---- notifications of the cell
 
     def ran(self, worker: ModelWorker, run: StepRun) -> None:
         self.outcome.busy_s += (run.end_s - run.start_s) * worker.tp

@@ -185,7 +185,7 @@ class StepTable:
         return [tuple(pairs[a:b]) for a, b in itertools.pairwise(at)]
 
     def roles(self) -> Mapping[int, str]:
-        """Role of each instance, told from its steps: prefill, decode or mixed."""
+        """Role of each instance, inferred from its steps: prefill, decode or mixed."""
         prefills = self.prefill_tokens > 0
         decodes = self.decode_sequences > 0
         found = {}

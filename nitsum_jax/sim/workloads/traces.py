@@ -102,7 +102,7 @@ def parse_trace(
       lines: of the file, with line ends.
       source: what error messages call it; its stem becomes the name of the workload.
       tier: of all requests; None if the rows name theirs (plain formats only).
-      format: one of FORMATS; told from the first line if None.
+      format: one of FORMATS; recognised by the first line if None.
       until_s: reading ends at the first row that arrives later than this after the first row (for traces of a week of
         which an hour is wanted); everything is read if None.
 
@@ -239,7 +239,7 @@ FORMATS: Mapping[str, _Format] = {
 
 
 def _detected(first: str, source: str) -> str:
-    """The format that the first line tells of."""
+    """The format, recognised by the first line."""
     jsonl = first.lstrip().startswith("{")
     fields: set[str]
     try:

@@ -26,9 +26,9 @@ def workload_of(
       tiers: that may be named.
       tiers_source: what error messages call them.
       seconds: length; the traces' own if None.
-      rate_scale: what the rate is multiplied with.
-      seed: of all that is random.
-      note: told what was left out.
+      rate_scale: factor on the rate.
+      seed: seed of everything that is random.
+      note: called with a line about what was left out.
 
     Raises:
       InvalidInputError: a trace is wrong or names an unknown tier.

@@ -137,7 +137,7 @@ def test_who_is_preempted_makes_all_its_tokens(seed: int, room: int) -> None:
     decoded = sum(sequences for *_, sequences, _, _ in steps.steps)
     prefilled = sum(tokens for *_, spans in steps.steps for tokens, _ in spans)
     assert len(steps.done) == 25
-    # Who comes back computes prompt and output so far, the newest token included, and has its next one from that.
+    # A request that comes back computes prompt and output so far, the newest token included: that gives the next one.
     assert prefilled == sum(one.prompt_tokens + one.recomputed for one in jobs) + cell.preemptions
     assert decoded == sum(one.output_tokens - 1 for one in jobs) - cell.preemptions
 

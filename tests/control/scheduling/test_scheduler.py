@@ -185,7 +185,7 @@ def test_nobody_starves_in_an_overloaded_cell(plan: Layout, order: str) -> None:
 
 
 def test_late_requests_move_while_others_keep_coming() -> None:
-    """Aging: under a load that could fill the cell alone, who became late in a burst is served all the same."""
+    """Aging: under a load that could fill the cell alone, requests late since a burst are served all the same."""
     cell, steps = make_cell(homogeneous(1, 1))
     burst = [job(i, CHAT, 0.0, prompt=3000, output=20) for i in range(60)]
     stream = [job(100 + i, CHAT, 0.15 * i, prompt=3000, output=20) for i in range(1200)]

@@ -23,7 +23,7 @@ def _pages(tokens: int) -> int:
 
 
 class _Naive:
-    """Who is where, and how many tokens each has: nothing is summed up in between."""
+    """Which requests are where, and how many tokens each has: nothing is summed up in between."""
 
     def __init__(self) -> None:
         self.prefilling: list[ModelJob] = []
@@ -122,7 +122,7 @@ def test_slack_is_that_of_the_most_urgent_token() -> None:
         worker.advance(3)
     least = min(one.next_token_due_s(worker.generated(one)) for one in due.values())
     assert abs(worker.slack_s(1.05) - (least - 1.05)) < 1e-9
-    for one in due.values():  # who is late costs nobody time
+    for one in due.values():  # a late request costs no other time
         one.give_up()
     assert worker.slack_s(1.05) == float("inf")
     assert list(worker.overdue(100.0)) == []

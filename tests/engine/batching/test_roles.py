@@ -60,7 +60,7 @@ def test_roles_change_no_token(harness: Harness, mixed: list[tuple[int, ...]], l
     harness.switch(layout)
     before = harness.engine.stats().hand_overs
     assert spoken(harness, submit_all(harness)) == mixed
-    # Who has one token to say is never handed over.
+    # A request for one token is never handed over.
     assert harness.engine.stats().hand_overs - before == sum(length > 1 for length in LENGTHS)
 
 

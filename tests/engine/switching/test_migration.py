@@ -1,4 +1,4 @@
-"""Who goes where when the layout changes: nothing is lost, nothing is moved that could stay."""
+"""Which sequence goes where when the layout changes: nothing is lost, nothing is moved that could stay."""
 
 import collections
 import dataclasses
@@ -116,7 +116,7 @@ def test_rows_and_room_are_respected(case: tuple[World, Layout, list[Destination
     counts = collections.Counter(destination for destination in moves.assigned if destination is not None)
     assert all(counts[index] <= destination.rows for index, destination in enumerate(destinations))
     assert all(allocator.free >= 0 for allocator in world.pool.allocators)
-    # Nobody stays out who could go in: no rows anywhere, or too few blocks.
+    # No sequence stays out that could go in: no rows anywhere, or too few blocks.
     for (sequence, old), destination in zip(world.sequences, moves.assigned, strict=True):
         if destination is None:
             for index, other in enumerate(destinations):

@@ -121,7 +121,7 @@ def test_copies_that_go_past_the_steps_leave_alone_what_these_may_still_write() 
 def test_pages_are_settled_when_a_step_with_them_was_taken_in() -> None:
     home, elsewhere = object(), object()
     sequence = LiveRequest(Request("a", (1, 2, 3), 5), 0, [1, 2, 3], np.zeros((4, 2), np.int32), 8)
-    sequence.home, sequence.landing = home, 3  # type: ignore[assignment]  # only who it is counts
+    sequence.home, sequence.landing = home, 3  # type: ignore[assignment]  # only its identity counts
     for instance, number, landing in ((home, 2, 3), (elsewhere, 3, 3), (home, 3, 0)):
         # Not by a step that was launched before they came, nor by one of the instance that it comes from.
         Step(StepShape(1, 1), [sequence], [True], number=number).settle(instance)  # type: ignore[arg-type]

@@ -80,7 +80,7 @@ def switches(draw: st.DrawFn) -> Switch:
 
 
 class _NotingCell(SwitchingCell):
-    """Notes who is sent back: the backlog may seat them again at once."""
+    """Records which requests are sent back: the backlog may seat them again at once."""
 
     def send_back(self, job: ModelJob) -> None:
         self.__dict__.setdefault("sent_back", set()).add(job.id)

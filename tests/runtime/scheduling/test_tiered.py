@@ -52,7 +52,7 @@ def tiered(clock: Callable[[], float]) -> Policy:
 
 
 class Outcome:
-    """Runs requests and counts who met both targets, by what the engine says of the times."""
+    """Runs requests and counts those that met both targets, by the engine's times."""
 
     def __init__(self, policy_of: Callable[[Callable[[], float]], Policy], requests: Sequence[Wanted], **cell: Any):
         self.met: collections.Counter[str] = collections.Counter()

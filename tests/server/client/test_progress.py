@@ -1,4 +1,4 @@
-"""Who waits for a layout is told how far it is: in time whatever the server does, and in nobody's way."""
+"""A caller that waits for a layout sees its progress: in time whatever the server does, and without disturbing it."""
 
 import asyncio
 import io
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from nitsum_jax.runtime.progress import ProgressLine, told
 from nitsum_jax.server.client.admin import main_async as admin
 from nitsum_jax.server.client.generate import main_async as generate
-from nitsum_jax.server.client.progress import ProgressLine, told, watched
+from nitsum_jax.server.client.progress import watched
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.harness import running, says, until
 
@@ -19,7 +20,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 class FakeClock:
-    """Time that passes only while somebody waits; the work is done at its end."""
+    """Time that passes only while a caller waits; the work is done at its end."""
 
     def __init__(self, end_s: float) -> None:
         self.now_s = 100.0
@@ -146,10 +147,11 @@ def test_a_layout_is_found_in_whatever_form_the_user_wrote_it() -> None:
         ),
     )
     work = "compiling decode of 32 at TP 2 for 2 min 5 s"
-    assert told(state, "tp2+tp2") == f"1 of 4 executables ready, {work}"
-    assert told(state, "tp4") == f"all 2 executables ready, switching, {work}"
-    assert told(state, "tp1x4") == work
-    assert told(state, "nonsense") == ""
+    assert told(state.compiling, "tp2+tp2", 4) == f"1 of 4 executables ready, {work}"
+    assert told(state.compiling, "tp2/chat+tp2", 4) == f"1 of 4 executables ready, {work}"
+    assert told(state.compiling, "tp4", 4) == f"all 2 executables ready, switching, {work}"
+    assert told(state.compiling, "tp1x4", 4) == work
+    assert told(state.compiling, "nonsense", 4) == ""
 
 
 def test_the_first_layout_plan_is_not_waited_for_in_silence(capsys: Capture) -> None:

@@ -76,7 +76,7 @@ def test_it_prints_its_url_and_a_drain_lets_streams_finish() -> None:
         assert (stream.text, stream.error) == ("word " * 20, None)
         _, log = process.communicate(timeout=20)
         assert process.returncode == 0
-        assert "finishing what is alive" in log
+        assert "finishing running requests" in log
         assert "Traceback" not in log
 
 

@@ -87,7 +87,7 @@ def test_serve_generate_and_drain() -> None:
         assert "100 tokens, length" in err
         status, log = server.finish()
         assert status == 0
-        assert "finishing what is alive" in log
+        assert "finishing running requests" in log
         assert "Traceback" not in log
 
 

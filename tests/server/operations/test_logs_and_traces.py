@@ -145,7 +145,7 @@ def test_the_trace_context_of_a_grpc_call_arrives() -> None:
 
 def test_without_opentelemetry_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(PreconditionError, match=r"pip install 'nitsum-jax\[otel\]'"):
+    with pytest.raises(PreconditionError, match="pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"):
         otlp_tracer("http://127.0.0.1:4318", "m", "1")
 
 

@@ -231,7 +231,7 @@ def _pair(
 
 
 def _with_tiers(instances: Sequence[InstanceSpec], shapes: Sequence[Shape]) -> list[InstanceSpec]:
-    """The instances with the tiers of the wanted shapes; who has wanted tiers keeps them."""
+    """The instances with the tiers of the wanted shapes; one that has wanted tiers keeps them."""
     left = collections.Counter(shapes)
     kept: list[InstanceSpec] = []
     others: list[InstanceSpec] = []

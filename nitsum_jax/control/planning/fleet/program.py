@@ -107,7 +107,7 @@ def operating_points(
                 shapes = [Shape(tp, tiers=run)] * pool
                 trickle = 1e-3 * pool / sum(load.rate for load in mixed)
                 load = model.predict(shapes, trickle).load
-                if load <= 0:  # it can hold nobody's time per token
+                if load <= 0:  # it can hold no time per token
                     continue
                 for level in _LEVELS:
                     scale = trickle * level / load

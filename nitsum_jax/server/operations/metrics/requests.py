@@ -52,7 +52,7 @@ class RequestMetrics:
     """Everything that is known of a request when it ends."""
 
     def __init__(self, registry: CollectorRegistry, model: str, tiers: TierSet) -> None:
-        """Registers the metrics, with every tier at zero: a series that is not there yet cannot be told from a fault.
+        """Registers the metrics, with every tier at zero: a series that is not there yet would look like a fault.
 
         Args:
           registry: takes them.
