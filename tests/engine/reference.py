@@ -13,7 +13,7 @@ from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.decoder import Decoder, causal_attend
+from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.reduction import Ranks
 from nitsum_jax.models.pack import pack
 from tests.golden import tiny_models
@@ -79,6 +79,26 @@ def split_decoder(cut: ModelCut, tp: int) -> tuple[nnx.GraphDef, nnx.State, list
         else:
             names.append((".".join(map(str, path)), None))
     return graph, state, names
+
+
+def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Plain attention of T tokens over themselves: the form without a cache.
+
+    Args:
+      q: f32[B, T, S, H/K, A].
+      k: f32[B, T, S, G/K, A].
+      v: as k.
+
+    Returns:
+      f32[B, T, S, H/K, A].
+    """
+    batch, length, slots, heads, width = q.shape
+    groups = k.shape[3]
+    q = q.reshape(batch, length, slots, groups, heads // groups, width)
+    scores = jnp.einsum("btsgra,busga->bsgrtu", q, k) * jnp.float32(width**-0.5)
+    scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None, None], scores, -jnp.inf)
+    out = jnp.einsum("bsgrtu,busga->btsgra", jax.nn.softmax(scores, axis=-1), v)
+    return out.reshape(batch, length, slots, heads, width)
 
 
 def decoder_logits(cut: ModelCut, params: Params, tokens: np.ndarray, tp: int = 1) -> np.ndarray:

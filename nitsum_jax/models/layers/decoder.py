@@ -201,26 +201,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return x * inverse * scale
 
 
-def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Plain attention of T tokens over themselves: the form without a cache.
-
-    Args:
-      q: f32[B, T, S, H/K, A].
-      k: f32[B, T, S, G/K, A].
-      v: as k.
-
-    Returns:
-      f32[B, T, S, H/K, A].
-    """
-    batch, length, slots, heads, width = q.shape
-    groups = k.shape[3]
-    q = q.reshape(batch, length, slots, groups, heads // groups, width)
-    scores = jnp.einsum("btsgra,busga->bsgrtu", q, k) * jnp.float32(width**-0.5)
-    scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None, None], scores, -jnp.inf)
-    out = jnp.einsum("bsgrtu,busga->btsgra", jax.nn.softmax(scores, axis=-1), v)
-    return out.reshape(batch, length, slots, heads, width)
-
-
 class _Initializer:
     """Makes parameters with random values and the annotation of how ranks share them."""
 

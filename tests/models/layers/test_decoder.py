@@ -10,9 +10,9 @@ from flax import nnx
 
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.decoder import Decoder, causal_attend, rms_norm
+from nitsum_jax.models.layers.decoder import Decoder, rms_norm
 from nitsum_jax.models.layers.reduction import Ranks
-from tests.engine.reference import decoder_logits, split_decoder, tiny_config, tiny_params
+from tests.engine.reference import causal_attend, decoder_logits, split_decoder, tiny_config, tiny_params
 from tests.golden import tiny_models
 
 GOLDEN = Path(tiny_models.__file__).with_name("tiny_logits.npz")
