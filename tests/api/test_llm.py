@@ -28,10 +28,10 @@ CHAT = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
-    folder = tiny_models.write_hf_folder("llama_odd", tmp_path_factory.mktemp("model"))
+    folder = tiny_models.write_hf_folder("llama_odd", tmp_path_factory.mktemp("model") / "llama_odd")
     settings: dict[str, Any] = {
         "max_model_len": 256,
-        "max_batch": 4,
+        "max_batch": 8,  # with the other sizes, what tests/engine/test_engine.py has: the steps are shared
         "prefill_chunk": 32,
         "dtype": "float32",
         "max_queue": 6,

@@ -37,19 +37,24 @@ def test_a_walk_of_a_tiny_model(tmp_path: Path) -> None:
         "--layouts=tp1x2;tp2",
         "--devices=2",
     ]
-    command += ["--live=4", "--context=20", f"--json={rows_file}", f"--plot={picture}", f"--cache_dir={tmp_path}"]
+    command += ["--quick", "--layers=2", f"--json={rows_file}", f"--plot={picture}", f"--cache_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     (row,) = (json.loads(line) for line in rows_file.read_text().splitlines())
     assert tuple(row) == FIELDS
-    assert (row["from_layout"], row["to_layout"], row["live_sequences"]) == ("tp1x2", "tp2", 4)
+    assert (row["from_layout"], row["to_layout"], row["live_sequences"]) == ("tp1x2", "tp2", 8)
     assert row["weight_bytes_moved"] == 0
     assert row["kv_bytes_moved"] == row["kv_bytes_minimum"] > 0
     assert 0 <= row["stall_ms_p50"] <= row["stall_ms_p99"]
     assert set(row["alternatives"]) == {"device_put", "rebuild", "recompute"}
     assert all(milliseconds > 0 for milliseconds in row["alternatives"].values())
-    assert "| tp1x2 -> tp2 | 4 | 20 | 0 |" in done.stdout
+    assert "| tp1x2 -> tp2 | 8 | 128 | 0 |" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sequences_and_contexts_are_lists() -> None:
+    options = read_options(["nitsum-bench switch", "--live=4,8", "--context=20"])
+    assert (options.live, options.context, options.layers) == ((4, 8), (20,), None)
 
 
 def test_quick_is_small() -> None:

@@ -150,6 +150,7 @@ def test_streams_are_watched_while_another_layout_is_compiled(
 ) -> None:
     monkeypatch.setattr(compile_cache, "enable", lambda folder: None)  # of this process, which has other tests to run
     monkeypatch.setattr(compiling, "_WARM_UP_S", 0.1)
+    monkeypatch.setattr(compiling, "_MAX_BATCH", 2)  # one bucket of decode steps less
     result = tmp_path / "result.json"
     flags = ["--layout=tp1x2", "--to=tp2", "--streams=2", "--quiet_s=0.5", "--kv_cache_gib=0.01"]
     assert compiling.main(["compiling", "--model=tiny-random", "--dtype=float32", *flags, f"--json={result}"]) == 0

@@ -16,6 +16,7 @@ from nitsum_jax.engine.executables import compiling
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.models.loading import OpenModel, open_model
+from tests.engine.shared_steps import SharedSteps
 from tests.golden import tiny_models
 
 LAYOUTS = ("tp1x4", "tp2x2", "tp4", "tp2+tp1x2")
@@ -109,7 +110,8 @@ class Harness:
             "prefill_chunk": 32,
             "max_model_len": 256,
         }
-        self.engine: Engine = start_engine(model, EngineConfig(**(defaults | settings)), self.recorder)
+        with SharedSteps.in_use():
+            self.engine: Engine = start_engine(model, EngineConfig(**(defaults | settings)), self.recorder)
         self._names = 0
 
     def __enter__(self) -> "Harness":

@@ -3,7 +3,6 @@
 import concurrent.futures
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Sequence
 
 import jax
@@ -132,11 +131,10 @@ class StepRig:
         wrapped = self.bank.wrap(InstanceSpec(tuple(range(tp))))
         return tuple(wrapped[name][slot or 0] for name, slot, _ in self.program.parameters(tp))
 
-    def compile_all(self, shapes: Iterable[StepShape], tps: Iterable[int]) -> None:
-        """Compiles the steps of these shapes on two cores."""
-        wanted = list(itertools.product(dict.fromkeys(shapes), tps))
+    def compile_all(self, wanted: Iterable[tuple[StepShape, int]]) -> None:
+        """Compiles the steps of these shapes and degrees of parallelism on two cores."""
         with concurrent.futures.ThreadPoolExecutor(2) as threads:
-            for _ in threads.map(lambda what: self.compiled(*what), wanted):
+            for _ in threads.map(lambda what: self.compiled(*what), dict.fromkeys(wanted)):
                 pass
 
     def mesh(self, tp: int) -> Mesh:

@@ -11,10 +11,17 @@ from hypothesis import strategies as st
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.meshes.layout import enumerate_layouts
 from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 
+# What is asked is whether the right numbers are at hand after every switch.  That steps of all degrees make the same of
+# them, as users compile them, is asked in tests/engine/step/test_program.py and in test_switching.py.
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 DEVICES, VOCAB = 8, 93
-LAYOUTS = [str(layout) for layout in enumerate_layouts(DEVICES, DEVICES, 1)]
+LAYOUTS, LAYOUTS_OF_FOUR = (
+    [str(layout) for layout in enumerate_layouts(devices, devices, 1)] for devices in (DEVICES, 4)
+)
 SIZES = (1, 9, 17, 31, 32, 33, 64, 70, 90, 5, 48, 25)
 PROMPTS = [random_prompts(1, (size, size), VOCAB, size)[0] for size in SIZES]
 LENGTHS = (60, 40, 80, 20, 50, 70, 30, 64, 25, 90, 45, 10)
@@ -37,7 +44,21 @@ def submit(harness: Harness, index: int) -> str:
 
 
 @pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    """On half as many devices a switch, and what goes on around it, takes half as long."""
+    model = tiny_model("llama_odd", tmp_path_factory.mktemp("model"))
+    settings = {"layouts": None, "layout": "tp1x4", "drain_before_switch": False}
+    with Harness(model, deterministic=True, prefix_cache=True, **settings) as harness:
+        harness.engine.wait_for_layouts()
+        yield harness
+
+
+@pytest.fixture(scope="module")
 def undisturbed(harness: Harness) -> list[tuple[int, ...]]:
+    return without_switch(harness)
+
+
+def without_switch(harness: Harness) -> list[tuple[int, ...]]:
     """What each request says without a switch."""
     answers = harness.collect([submit(harness, index) for index in range(len(PROMPTS))])
     assert [len(answer.tokens) for answer in answers] == list(LENGTHS)
@@ -69,9 +90,8 @@ def test_no_schedule_of_switches_changes_a_token(
     harness.assert_balanced()
 
 
-def test_a_thousand_switches_under_load_lose_compile_and_leak_nothing(
-    harness: Harness, undisturbed: list[tuple[int, ...]]
-) -> None:
+def test_a_thousand_switches_under_load_lose_compile_and_leak_nothing(four: Harness) -> None:
+    harness, undisturbed = four, without_switch(four)
     rng = random.Random(7)
     running: list[tuple[int, str]] = []
     done: list[tuple[int, str]] = []
@@ -83,7 +103,7 @@ def test_a_thousand_switches_under_load_lose_compile_and_leak_nothing(
         while len(running) < 8:
             index = rng.randrange(len(PROMPTS))
             running.append((index, submit(harness, index)))
-        report = harness.switch(rng.choice(LAYOUTS))
+        report = harness.switch(rng.choice(LAYOUTS_OF_FOUR))
         assert report.weight_bytes_moved == 0
         done += [item for item in running if harness.recorder.finished(item[1])]
         running = [item for item in running if not harness.recorder.finished(item[1])]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from nitsum_jax.runtime.scheduling.reach import Reach, Tap, predicted_reach, str
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from tests.control.cells import COST
 from tests.engine.harness import tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 
 SLOW = Reach(512, ttft_ms=640.0, tpot_ms=71.0)
 
@@ -50,6 +52,7 @@ def test_a_profile_says_it_without_a_measurement() -> None:
     assert reach.tpot_ms == 1000 * COST.step_s(4, 1, 512)
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_a_server_measures_itself_and_nobody_else_notices(tmp_path: Path) -> None:
     seen: list[TokenDelta] = []
     admitted: list[str] = []

@@ -8,6 +8,7 @@ from typing import Any
 import grpc.aio
 import httpx2
 import numpy as np
+import pytest
 from safetensors.numpy import load_file, save_file
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS
@@ -22,9 +23,12 @@ from nitsum_jax.server.http.server import HttpServer
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.launch.ports import ServerPorts
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
 from tests.server.harness import refusal
 from tests.server.operations.test_metrics import of
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 BROKEN, SOUND = [5, 70, 6], [5, 71, 6]
 SAYS = "the model produced NaN or infinite logits for request "
@@ -32,7 +36,7 @@ SAYS = "the model produced NaN or infinite logits for request "
 
 def _model(folder: Path) -> OpenModel:
     """The embedding of token 70 is not a number."""
-    tiny_models.write_hf_folder("llama_mha", folder)
+    folder = tiny_models.write_hf_folder("llama_mha", folder / "llama_mha")
     weights = load_file(folder / "model.safetensors")
     weights["model.embed_tokens.weight"][70] = np.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -45,7 +49,10 @@ def test_a_broken_weight_is_an_error_for_who_meets_it(tmp_path: Path) -> None:
 
 async def _test(folder: Path) -> None:
     model = _model(folder)
-    config = EngineConfig(devices=1, dtype="float32", max_batch=4, prefill_chunk=32, max_model_len=128)
+    # As in tests/engine/step/test_broken_logits.py, whose steps it shares.
+    config = EngineConfig(
+        devices=4, layout="tp1x4", layouts=("tp1x4",), dtype="float32", max_batch=8, prefill_chunk=32, max_model_len=256
+    )
     router = StreamRouter(asyncio.get_running_loop())
     engine = await in_thread(lambda: start_engine(model, config, router.sink))
     ports = ServerPorts(OpsOptions(), DEFAULT_TIERS, "127.0.0.1")
