@@ -8,13 +8,8 @@ import pytest
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.harness import Harness, eventually
-from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.golden import tiny_models
-
-# What is asked is who computes what, and where it goes.  That steps of all degrees say the same to the bit, as users
-# compile them, is asked in tests/engine/step/test_program.py and tests/engine/switching/test_switching.py.
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VOCAB = 93
 LONG = [prompt for size in (4096, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]
