@@ -9,14 +9,18 @@ a GPU it says nothing.  So it is counted here, from the optimised HLO, instructi
 - Of the branches of a conditional the one with the least traffic counts: all rows are greedy, none asks for
   log probabilities.
 - Launches of a GPU are its fusions, custom calls, copies and collectives.
+- A kernel of Pallas reads of the pool what it is said to read; XLA cannot know.
+- Time: straight code, the body of a loop and a kernel each take as long as their bytes, or on a TPU as long as the
+  cycles that the compiler expects, whichever is more.  Messages between devices, and launches, take none.
 """
 
 import collections
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nitsum_jax.bench.compile.hlo import Buffer, Computation, HloModule, Instruction
+from nitsum_jax.bench.compile.targets import Chip
 
 _NOTHING = {
     "parameter",
@@ -73,12 +77,14 @@ class Work:
       written: likewise.
       cycles: that XLA:TPU expects; 0 for a GPU.
       launches: kernels, for a GPU.
+      seconds: that it takes at least.
       collectives: by kind, how many and bytes that the device receives.
     """
 
     read: float = 0
     written: float = 0
     cycles: float = 0
+    seconds: float = 0
     launches: float = 0
     collectives: tuple[tuple[str, float, float], ...] = ()
 
@@ -107,6 +113,7 @@ class Work:
             self.read + times * other.read,
             self.written + times * other.written,
             self.cycles + times * other.cycles,
+            self.seconds + times * other.seconds,
             self.launches + times * other.launches,
             tuple((kind, *both) for kind, both in sorted(counts.items()) if both[0]),
         )
@@ -118,24 +125,24 @@ class Reading:
 
     Attributes:
       module: the program.
-      platform: "tpu" or "gpu".
+      chip: the device.
       trips: how often a loop runs of which the compiler does not know.
       pool_bytes: size of the KV pool: a kernel that takes an array of this size reads part of it,
       kernel_bytes: namely so much.
     """
 
     module: HloModule
-    platform: str
+    chip: Chip
     trips: float
     pool_bytes: int = 0
-    kernel_bytes: int = 0
+    kernel_bytes: float = 0
 
     def work(self) -> Work:
         """Of the whole program."""
         return self._of(self.module.computations[self.module.entry])
 
     def _of(self, computation: Computation) -> Work:
-        total = Work()
+        total, straight = Work(), Work()
         for one in computation.instructions:
             if one.opcode == "while":
                 (body,) = one.called("body")
@@ -150,17 +157,28 @@ class Reading:
                 (body,) = one.called("to_apply")
                 total = total.plus(self._of(self.module.computations[body]))
             elif one.opcode not in _NOTHING:
-                total = total.plus(self._one(one, computation))
-        return total
+                work = self._one(one, computation)
+                if one.opcode == "custom-call" and self._reads_pool(one, computation):
+                    total = total.plus(self._timed(work))
+                else:
+                    straight = straight.plus(work)
+        return total.plus(self._timed(straight))
+
+    def _timed(self, work: Work) -> Work:
+        cycles_s = work.cycles / self.chip.clock_hz if self.chip.clock_hz else 0.0
+        return dataclasses.replace(work, seconds=max(work.bytes / self.chip.bytes_per_s, cycles_s))
+
+    def _reads_pool(self, one: Instruction, within: Computation) -> bool:
+        return any(self._hbm(within.by_name[name]) == self.pool_bytes for name in one.operands)
 
     def _one(self, one: Instruction, within: Computation) -> Work:
         kind = collective_kind(one, self.module)
         read, written = self._traffic(one, within)
-        launches = float(self.platform == "gpu" and not (one.opcode == "custom-call" and _is_marker(one)))
+        launches = float(self.chip.platform == "gpu" and not (one.opcode == "custom-call" and _is_marker(one)))
         collectives: tuple[tuple[str, float, float], ...] = ()
         if kind is not None:
             collectives = ((kind, 1.0, received_bytes(kind, one, within, self.module)),)
-        return Work(read, written, one.cycles, launches, collectives)
+        return Work(read, written, one.cycles, 0, launches, collectives)
 
     def _traffic(self, one: Instruction, within: Computation) -> tuple[float, float]:
         taken = [within.by_name[name] for name in one.operands if name in within.by_name]
@@ -190,12 +208,12 @@ class Reading:
         return sum(map(self._hbm, taken)), self._hbm(one)
 
     def _main(self, buffer: Buffer) -> bool:
-        return buffer.space == 0 or self.platform == "gpu"
+        return buffer.space == 0 or self.chip.platform == "gpu"
 
     def _hbm(self, one: Instruction) -> int:
         return sum(b.bytes for b in one.buffers if self._main(b))
 
-    def _kernel_read(self, operand: Instruction) -> int:
+    def _kernel_read(self, operand: Instruction) -> float:
         size = self._hbm(operand)
         return self.kernel_bytes if self.pool_bytes and size == self.pool_bytes else size
 
@@ -241,6 +259,40 @@ class Reading:
             return self._written_by(inner, inner.result, buffers)
         return sum(b.bytes for b in buffers if self._main(b))
 
+    @property
+    def _everywhere(self) -> "Reading":
+        """The same where scratch memory counts as main memory."""
+        return dataclasses.replace(self, chip=dataclasses.replace(self.chip, platform="gpu"))
+
+    def copies_of(self, arguments: Sequence[int]) -> Iterator[Written]:
+        """Arrays as large as one of these arguments (by number) that are made of it, in straight code.
+
+        What only goes from main memory to scratch memory as it is, does not count.
+        """
+        entry = self.module.computations[self.module.entry]
+        sizes: dict[str, int] = {}
+        for one in entry.instructions:
+            if one.opcode == "parameter":
+                if one.parameter in arguments:
+                    sizes[one.name] = sum(b.bytes for b in one.buffers)
+                continue
+            known = [sizes[name] for name in one.operands if name in sizes]
+            if not known:
+                continue
+            moved = one.opcode in _ASYNC or one.opcode.endswith("-done") or one.target == "ConcatBitcast"
+            if moved or one.opcode in _SEEN_THROUGH - {"reshape"}:
+                sizes[one.name] = max(known)
+            elif (size := self._made(one)) >= min(known):
+                yield Written(one.name, one.opcode, max(one.buffers, key=lambda b: b.bytes).dims, size)
+
+    def _made(self, one: Instruction) -> int:
+        """Bytes that an instruction writes, in whatever memory."""
+        if one.opcode != "fusion":
+            return sum(b.bytes for b in one.buffers)
+        (name,) = one.called("calls")
+        body = self.module.computations[name]
+        return int(self._everywhere._written_by(body, body.result, one.buffers))
+
     def large_writes(self, least: int) -> Iterator[Written]:
         """Arrays of `least` bytes or more that are computed or copied, in branches that are rarely taken, too.
 
@@ -252,13 +304,7 @@ class Reading:
                     continue
                 if one.opcode in _UPDATES or (one.opcode == "custom-call" and "output_to_operand_aliasing" in one.attributes):
                     continue
-                size = sum(b.bytes for b in one.buffers)
-                if one.opcode == "fusion":
-                    (name,) = one.called("calls")
-                    body = self.module.computations[name]
-                    everywhere = dataclasses.replace(self, platform="gpu")  # scratch memory counts
-                    size = int(everywhere._written_by(body, body.result, one.buffers))
-                if size >= least:
+                if (size := self._made(one)) >= least:
                     dims = max(one.buffers, key=lambda b: b.bytes).dims
                     yield Written(one.name, one.opcode, dims, size)
 
