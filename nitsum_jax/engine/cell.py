@@ -291,7 +291,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         replicated_bytes=replicated,
     )
     weights = residency.bytes_per_device
-    forms = step_forms(site.platform, site.dtype)
+    forms = step_forms(site.platform, site.dtype, config.attention)
     shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
         model,
@@ -317,6 +317,8 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
         matmul=forms.matmul,
+        attention=forms.attention,
+        fast_sums=config.reduction == "fast",
         compile_options=forms.compile_options,
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)

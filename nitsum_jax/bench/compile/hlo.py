@@ -30,8 +30,10 @@ class Buffer:
     @property
     def bytes(self) -> int:
         """Without the padding of its layout."""
+        if self.kind in _SIZES:
+            return math.prod(self.dims) * _SIZES[self.kind]
         bits = re.search(r"\d+", self.kind)
-        return math.prod(self.dims) * (_SIZES[self.kind] if self.kind in _SIZES else max(1, int(bits[0]) // 8 if bits else 0))
+        return math.prod(self.dims) * max(1, int(bits[0]) // 8) if bits else 0
 
 
 @dataclasses.dataclass(frozen=True)

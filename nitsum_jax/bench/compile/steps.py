@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import StepForms, step_forms
+from nitsum_jax.engine.step.forms import CompileOptions, StepForms, step_forms
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.errors import InvalidInputError
@@ -20,7 +20,7 @@ from nitsum_jax.models.cuts import ModelCut
 
 PAGE_SIZE = 16
 # Without a GPU nothing can be tried out: the compiler takes its first choice of each matrix product.
-_UNTRIED = {"gpu": (("xla_gpu_autotune_level", 0),), "tpu": ()}
+_UNTRIED: dict[str, CompileOptions] = {"gpu": (("xla_gpu_autotune_level", "0"),), "tpu": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ class StepCase:
       vshards: K.
       dtype: of weights and KV.
       forms: other forms than the target's.
+      fast_sums: sums over devices with fewer bytes, see `Ranks`.
     """
 
     target: Target
@@ -48,6 +49,7 @@ class StepCase:
     vshards: int = 8
     dtype: str = "bfloat16"
     forms: StepForms | None = None
+    fast_sums: bool = False
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError if there are fewer devices."""
@@ -75,6 +77,8 @@ class StepCase:
             max(self.shape.batch, 32),
             self.max_model_len,
             forms.matmul,
+            forms.attention,
+            self.fast_sums,
             compile_options=options,
         )
 

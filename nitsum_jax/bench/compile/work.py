@@ -302,7 +302,7 @@ class Reading:
             for one in computation.instructions:
                 if one.opcode in _NOTHING | _ASYNC or one.opcode in ("while", "conditional", "call") or _is_marker(one):
                     continue
-                if one.opcode in _UPDATES or (one.opcode == "custom-call" and "output_to_operand_aliasing" in one.attributes):
+                if one.opcode in _UPDATES or "output_to_operand_aliasing" in one.attributes:
                     continue
                 if (size := self._made(one)) >= least:
                     dims = max(one.buffers, key=lambda b: b.bytes).dims

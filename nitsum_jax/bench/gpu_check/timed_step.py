@@ -48,7 +48,15 @@ class TimedModel:
         self._pages = one.pages(max_len)
         pool = dataclasses.replace(one, blocks=max_batch * vshards * self._pages)
         self.program = Program(
-            config, cut, dtype, pool, max_batch, max_len, forms.matmul, compile_options=forms.compile_options
+            config,
+            cut,
+            dtype,
+            pool,
+            max_batch,
+            max_len,
+            forms.matmul,
+            forms.attention,
+            compile_options=forms.compile_options,
         )
         self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))
         _, state = self.program.decoder(1)
