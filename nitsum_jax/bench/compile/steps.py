@@ -36,7 +36,8 @@ class StepCase:
       pool_tokens: of context that the pools of the step's devices hold together, per virtual shard.
       vshards: K.
       dtype: of weights and KV.
-      forms: other forms than the target's.
+      attention: "auto", "xla" or "pallas", see `step_forms`.
+      forms: other forms than the target's; `attention` then does not count.
       fast_sums: sums over devices with fewer bytes, see `Ranks`.
     """
 
@@ -48,6 +49,7 @@ class StepCase:
     pool_tokens: int
     vshards: int = 8
     dtype: str = "bfloat16"
+    attention: str = "auto"
     forms: StepForms | None = None
     fast_sums: bool = False
 
@@ -63,7 +65,7 @@ class StepCase:
     def program(self) -> Program:
         """What is compiled."""
         cut = ModelCut.of(self.config, self.vshards)
-        forms = self.forms or step_forms(self.target.chip.platform, self.dtype)
+        forms = self.forms or step_forms(self.target.chip.platform, self.dtype, self.attention)
         blocks = -(-self.pool_tokens // PAGE_SIZE) * self.vshards // self.tp
         pool = PoolShape(
             blocks, self.config.num_layers, PAGE_SIZE, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
@@ -87,6 +89,12 @@ class StepCase:
         """Bytes of a device's pool."""
         pool = self.program.pool
         return pool.blocks * pool.block_bytes
+
+    @property
+    def weight_numbers(self) -> tuple[int, ...]:
+        """Which arguments of the step are matrices."""
+        _, modules = self.program.decoder(self.tp)
+        return tuple(number for number, leaf in enumerate(jax.tree.leaves(modules)) if len(leaf.shape) > 1)
 
     @property
     def weight_sizes(self) -> tuple[int, ...]:

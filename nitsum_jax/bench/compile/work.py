@@ -259,6 +259,13 @@ class Reading:
             return self._written_by(inner, inner.result, buffers)
         return sum(b.bytes for b in buffers if self._main(b))
 
+    def kernels(self) -> Iterator[Instruction]:
+        """Kernels that read the pool."""
+        for computation in self._reached(self.module.entry):
+            for one in computation.instructions:
+                if one.opcode == "custom-call" and self._reads_pool(one, computation):
+                    yield one
+
     @property
     def _everywhere(self) -> "Reading":
         """The same where scratch memory counts as main memory."""

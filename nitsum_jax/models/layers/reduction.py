@@ -16,7 +16,7 @@ from nitsum_jax.meshes.mesh import TP_AXIS
 
 # Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each
 # device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
-_GATHER_LIMIT_BYTES = 1 << 20
+GATHER_LIMIT_BYTES = 1 << 20
 
 
 def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
@@ -59,7 +59,7 @@ class Ranks:
         if self.fast:
             return jax.lax.psum(local.astype(jnp.bfloat16), self.axis).astype(local.dtype)
         rows = local.size // local.shape[-1]
-        if local.size * local.dtype.itemsize > _GATHER_LIMIT_BYTES and rows % self.size == 0:
+        if local.size * local.dtype.itemsize > GATHER_LIMIT_BYTES and rows % self.size == 0:
             split = local.reshape(self.size, rows // self.size, local.shape[-1])
             mine = jax.lax.all_to_all(split, self.axis, split_axis=0, concat_axis=0)
             part = tree_sum([mine[rank] for rank in range(self.size)])
