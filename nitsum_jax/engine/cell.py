@@ -20,6 +20,7 @@ from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.paged.choice import attention_form
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -318,6 +319,13 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_model_len=site.max_model_len,
         matmul=forms.matmul,
         compile_options=forms.compile_options,
+        attention=attention_form(
+            config.attention,
+            site.platform,
+            memory.pool,
+            q_heads=site.cut.q_heads,
+            most_new_tokens=config.prefill_shapes()[-1].tokens,
+        ),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 

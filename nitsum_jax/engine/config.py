@@ -5,6 +5,7 @@ import pathlib
 
 from nitsum_jax.engine.batching.pacing import Pace
 from nitsum_jax.engine.step.packing import StepShape
+from nitsum_jax.engine.step.paged.form import ATTENTIONS
 from nitsum_jax.errors import InvalidInputError
 
 _DTYPES = ("auto", "float32", "bfloat16")
@@ -26,6 +27,8 @@ class EngineConfig:
       page_size: W, tokens per KV block, a power of two up to 128.
       prefill_chunk: most prompt tokens in one step.
       kv_cache_gib: KV pool per device, GiB.
+      attention: how attention over the KV pool is computed: "xla", everywhere; "pallas", a kernel of our own, on GPUs
+        and TPUs; or "auto" (pallas where there is a kernel for the model's shapes).
       deterministic: one bucket per phase, so that neither load nor a switch can change a token.
       max_queue: most requests that wait; one more is refused.
       layouts: allow-list of layouts; all.
@@ -52,6 +55,7 @@ class EngineConfig:
     page_size: int = 16
     prefill_chunk: int = 128
     kv_cache_gib: float | None = None
+    attention: str = "auto"
     deterministic: bool = False
     max_queue: int = 256
     layouts: tuple[str, ...] | None = None
@@ -69,6 +73,8 @@ class EngineConfig:
         """Raises InvalidInputError for a value outside its range."""
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
+        if self.attention not in ATTENTIONS:
+            raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} does not do: give a power of two from 1 to 128")
         for name in (

@@ -12,9 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
-from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
+from nitsum_jax.engine.step.attention import PoolShape, contained, write_tokens
 from nitsum_jax.engine.step.forms import CompileOptions
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.engine.step.paged.form import AttentionForm
+from nitsum_jax.engine.step.paged.kernels import attention
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -77,6 +79,7 @@ class Program:
       max_model_len: longest prompt and output together, in tokens.
       matmul: form of the matrix products.
       compile_options: for XLA.
+      attention: form of the attention over the pool.
     """
 
     config: ModelConfig
@@ -87,6 +90,7 @@ class Program:
     max_model_len: int
     matmul: MatmulChoice = MatmulChoice()
     compile_options: CompileOptions = ()
+    attention: AttentionForm = AttentionForm()
 
     @property
     def pages(self) -> int:
@@ -161,7 +165,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
-            return paged_attention(q, k, v, pool, layer, page_table, inputs.context, program.pool)
+            return attention(q, k, v, pool, layer, page_table, inputs.context, program.pool, program.attention)
 
         positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
         x = model(tokens, positions, attend)

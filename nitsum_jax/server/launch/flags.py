@@ -83,6 +83,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "page_size": values.page_size,
             "prefill_chunk": values.prefill_chunk,
             "kv_cache_gib": values.kv_cache_gib,
+            "attention": values.attention,
             "deterministic": values.deterministic,
             "max_queue": values.max_queue,
             "residency": values.residency,
@@ -159,6 +160,14 @@ def _define() -> flags.FlagValues:
         "auto",
         ["auto", "float32", "bfloat16"],
         "of weights and KV cache; auto: bfloat16 where the devices multiply it fast, else float32",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", "xla", "pallas"],
+        "how attention over the KV pool is computed; pallas: by a kernel of our own, on GPUs and TPUs; auto: pallas "
+        "where there is a kernel for the model's shapes, else xla",
         flag_values=values,
     )
     count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")
