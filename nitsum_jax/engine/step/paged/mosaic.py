@@ -157,7 +157,9 @@ def attend(
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
         compiler_params=None
         if interpret
-        else pltpu.CompilerParams(dimension_semantics=("arbitrary",), vmem_limit_bytes=_MEMORY_BYTES),
+        else pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=_MEMORY_BYTES, disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="paged_attention",
     )(layer, context, table, table, q, k, v, view)
@@ -270,13 +272,21 @@ def _new_tokens(plan: Plan, tile: jax.Array, q: jax.Array, k_ref: Ref, v_ref: Re
 
 def _heads(tile: Ref, group: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
     """Keys and values `[tokens, A]` of one KV head, of a tile of pages as they lie in `_view`."""
-    groups, width = plan.shape.kv_heads, plan.shape.head_dim
-    stored = tile[...]
-    if stored.dtype != plan.operand_dtype:
-        stored = pltpu.bitcast(stored, plan.operand_dtype)
-    if stored.ndim == 5:
-        stored = stored[:, :, group]
-    elif groups > 1:
-        stored = stored.reshape(tile.shape[0], 2, plan.shape.page_size, groups, width)[:, :, :, group]
-    tokens = tile.shape[0] * plan.shape.page_size
-    return stored[:, 0].reshape(tokens, width), stored[:, 1].reshape(tokens, width)
+    groups, page_size, width = plan.shape.kv_heads, plan.shape.page_size, plan.shape.head_dim
+    found = []
+    for which in range(2):
+        part = tile.at[:, which]
+        if len(part.shape) == 4:
+            x = part[:, group]
+        elif groups == 1:
+            x = part[...]
+        elif plan.operand_dtype.itemsize == 4:
+            x = part[:, pl.ds(group, page_size, stride=groups)]
+        else:  # two heads of a token are the halves of a word
+            words = part.bitcast(jnp.uint32)[:, pl.ds(group // 2, page_size, stride=groups // 2)]
+            half = words & jnp.uint32(0xFFFF0000) if group % 2 else words << 16
+            x = jax.lax.bitcast_convert_type(half, jnp.float32).astype(jnp.bfloat16)
+        if x.dtype != plan.operand_dtype:
+            x = pltpu.bitcast(x, plan.operand_dtype)
+        found.append(x.reshape(tile.shape[0] * page_size, width))
+    return found[0], found[1]
