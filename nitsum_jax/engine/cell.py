@@ -20,7 +20,7 @@ from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
-from nitsum_jax.engine.step.paged.choice import attention_form
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -292,7 +292,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         replicated_bytes=replicated,
     )
     weights = residency.bytes_per_device
-    forms = step_forms(site.platform, site.dtype)
+    forms = step_forms(site.platform, site.dtype, config.attention)
     shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
         model,
@@ -318,10 +318,11 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
         matmul=forms.matmul,
+        fast_sums=config.reduction == "fast",
         compile_options=forms.compile_options,
-        attention=attention_form(
+        attention=fitting(
+            forms.attention,
             config.attention,
-            site.platform,
             memory.pool,
             q_heads=site.cut.q_heads,
             most_new_tokens=config.prefill_shapes()[-1].tokens,

@@ -4,10 +4,11 @@ import dataclasses
 import pathlib
 
 from nitsum_jax.engine.batching.pacing import Pace
+from nitsum_jax.engine.step.forms import ATTENTIONS
 from nitsum_jax.engine.step.packing import StepShape
-from nitsum_jax.engine.step.paged.form import ATTENTIONS
 from nitsum_jax.errors import InvalidInputError
 
+REDUCTIONS = ("fixed", "fast")
 _DTYPES = ("auto", "float32", "bfloat16")
 _DECODE_BUCKETS = (1, 8, 32, 128)
 _PREFILL_BUCKET = 32
@@ -27,8 +28,6 @@ class EngineConfig:
       page_size: W, tokens per KV block, a power of two up to 128.
       prefill_chunk: most prompt tokens in one step.
       kv_cache_gib: KV pool per device, GiB.
-      attention: how attention over the KV pool is computed: "xla", everywhere; "pallas", a kernel of our own, on GPUs
-        and TPUs; or "auto" (pallas where there is a kernel for the model's shapes).
       deterministic: one bucket per phase, so that neither load nor a switch can change a token.
       max_queue: most requests that wait; one more is refused.
       layouts: allow-list of layouts; all.
@@ -41,6 +40,10 @@ class EngineConfig:
         they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
+      attention: what attends to the KV pool: "xla" (plain operations), "pallas" (a kernel; GPUs and TPUs only) or
+        "auto" (a kernel on accelerators that have one for the model's shapes).
+      reduction: how partial results of devices are added up: "fixed" (in one order: the same bits at every TP) or
+        "fast" (fewer and smaller messages in bfloat16, no promise about bits).
       tps: degrees of TP that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
       pace: deliver results at the pace of other hardware (see `pacing`); None: as they come.
@@ -55,7 +58,6 @@ class EngineConfig:
     page_size: int = 16
     prefill_chunk: int = 128
     kv_cache_gib: float | None = None
-    attention: str = "auto"
     deterministic: bool = False
     max_queue: int = 256
     layouts: tuple[str, ...] | None = None
@@ -65,6 +67,8 @@ class EngineConfig:
     precopy: bool = False
     prefix_cache: bool | None = None
     drain_before_switch: bool | None = None
+    attention: str = "auto"
+    reduction: str = "fixed"
     tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
     pace: Pace | None = None
@@ -75,6 +79,12 @@ class EngineConfig:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
         if self.attention not in ATTENTIONS:
             raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
+        if self.reduction not in REDUCTIONS:
+            raise InvalidInputError(f"reduction={self.reduction} is not known: give one of {', '.join(REDUCTIONS)}")
+        if self.deterministic and self.reduction == "fast":
+            raise InvalidInputError(
+                "reduction=fast does not do in deterministic mode, where no switch may change a token: leave one out"
+            )
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} does not do: give a power of two from 1 to 128")
         for name in (

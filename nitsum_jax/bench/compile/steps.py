@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import StepForms, step_forms
+from nitsum_jax.engine.step.forms import CompileOptions, StepForms, step_forms
 from nitsum_jax.engine.step.packing import StepShape
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.mesh import TP_AXIS
@@ -20,7 +21,7 @@ from nitsum_jax.models.cuts import ModelCut
 
 PAGE_SIZE = 16
 # Without a GPU nothing can be tried out: the compiler takes its first choice of each matrix product.
-_UNTRIED = {"gpu": (("xla_gpu_autotune_level", 0),), "tpu": ()}
+_UNTRIED: dict[str, CompileOptions] = {"gpu": (("xla_gpu_autotune_level", "0"),), "tpu": ()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ class StepCase:
       pool_tokens: of context that the pools of the step's devices hold together, per virtual shard.
       vshards: K.
       dtype: of weights and KV.
-      forms: other forms than the target's.
+      attention: "auto", "xla" or "pallas", see `step_forms`.
+      forms: other forms than the target's; `attention` then does not count.
+      fast_sums: sums over devices with fewer bytes, see `Ranks`.
     """
 
     target: Target
@@ -47,7 +50,9 @@ class StepCase:
     pool_tokens: int
     vshards: int = 8
     dtype: str = "bfloat16"
+    attention: str = "auto"
     forms: StepForms | None = None
+    fast_sums: bool = False
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError if there are fewer devices."""
@@ -61,7 +66,7 @@ class StepCase:
     def program(self) -> Program:
         """What is compiled."""
         cut = ModelCut.of(self.config, self.vshards)
-        forms = self.forms or step_forms(self.target.chip.platform, self.dtype)
+        forms = self.forms or step_forms(self.target.chip.platform, self.dtype, self.attention)
         blocks = -(-self.pool_tokens // PAGE_SIZE) * self.vshards // self.tp
         pool = PoolShape(
             blocks, self.config.num_layers, PAGE_SIZE, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
@@ -75,6 +80,8 @@ class StepCase:
             max(self.shape.batch, 32),
             self.max_model_len,
             forms.matmul,
+            fitting(forms.attention, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens),
+            self.fast_sums,
             compile_options=options,
         )
 
@@ -83,6 +90,12 @@ class StepCase:
         """Bytes of a device's pool."""
         pool = self.program.pool
         return pool.blocks * pool.block_bytes
+
+    @property
+    def weight_numbers(self) -> tuple[int, ...]:
+        """Which arguments of the step are matrices."""
+        _, modules = self.program.decoder(self.tp)
+        return tuple(number for number, leaf in enumerate(jax.tree.leaves(modules)) if len(leaf.shape) > 1)
 
     @property
     def weight_sizes(self) -> tuple[int, ...]:

@@ -169,9 +169,9 @@ def paged_attention(
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
-    # A row is a page of keys or values of one layer.  On a CPU no axis is split further: an axis of length 1 (one KV head
-    # in a virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it in its
-    # place.
+    # A row is a page of keys or values of one layer.  On a CPU no axis is split further: an axis of length 1 (one KV
+    # head in a virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it
+    # in its place.
     page = (shape.page_size, groups * width) if shape.form.by_rows else (shape.page_size * groups * width,)
     flat = pool.reshape(shape.blocks * shape.layers * 2, *page)
     reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
@@ -254,7 +254,7 @@ def write_tokens(
 
 
 def _write_rows(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array, shape: PoolShape) -> jax.Array:
-    """`write_tokens` by rows `[G/K A]`, each of one token, one layer, and keys or values; block and offset: i32[B, T, S]."""
+    """`write_tokens` by rows `[G/K A]`: one per token, layer, and keys or values; block and offset: i32[B, T, S]."""
     parts = shape.layers * 2
     width = shape.kv_heads * shape.head_dim
     part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, :]

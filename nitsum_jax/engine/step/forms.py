@@ -9,12 +9,11 @@ What the compilers of TPUs and GPUs make of a form is shown by `nitsum-bench com
 """
 
 import dataclasses
+import enum
 
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 
-CompileOptions = tuple[tuple[str, str | int | bool], ...]
-
-_MXU_ROWS = 8  # fewer rows than a register of a TPU holds are multiplied on its vector unit
+CompileOptions = tuple[tuple[str, str | bool], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +33,21 @@ class PoolForm:
     chunk_tokens: int = 128
 
 
+class AttentionForm(enum.StrEnum):
+    """What attends to the pool.
+
+    XLA: a loop of plain operations; the reference.
+    MOSAIC: a kernel for TPUs.
+    TRITON: a kernel for GPUs.
+    INTERPRETED: the kernel for TPUs, step by step on a CPU: very slow, for tests.
+    """
+
+    XLA = "xla"
+    MOSAIC = "mosaic"
+    TRITON = "triton"
+    INTERPRETED = "interpreted"
+
+
 @dataclasses.dataclass(frozen=True)
 class StepForms:
     """The forms of a step.
@@ -41,27 +55,46 @@ class StepForms:
     Attributes:
       pool: of the KV pool.
       matmul: of the matrix products.
+      attention: what attends.
       compile_options: for XLA, of each step.
     """
 
     pool: PoolForm = PoolForm()
     matmul: MatmulChoice = MatmulChoice()
+    attention: AttentionForm = AttentionForm.XLA
     compile_options: CompileOptions = ()
 
 
-def step_forms(platform: str, dtype: str) -> StepForms:
-    """The forms for a platform ("cpu", "gpu" or "tpu") and a type of weights and KV.
+ATTENTIONS = ("auto", "xla", "pallas")
+_KERNELS = {"tpu": AttentionForm.MOSAIC, "gpu": AttentionForm.TRITON}
+_MXU_ROWS = 8  # fewer rows than a register of a TPU holds are multiplied on its vector unit
+
+
+def step_forms(platform: str, dtype: str, attention: str = "auto") -> StepForms:
+    """The forms for a platform and a type of weights and KV.
 
     Those of the CPU are what benchmarks/engine/matmul_forms.py finds fastest, those of accelerators what copies least
     in docs/accelerators.md.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      dtype: "float32" or "bfloat16".
+      attention: "xla", "pallas" (a kernel) or "auto" (a kernel on accelerators).
     """
+    forms = _forms(platform, dtype)
+    if attention == "xla" or (attention == "auto" and platform == "cpu"):
+        return forms
+    return dataclasses.replace(forms, attention=_KERNELS.get(platform, AttentionForm.INTERPRETED))
+
+
+def _forms(platform: str, dtype: str) -> StepForms:
     match platform:
         case "tpu":
             padded = MatmulChoice(MatmulForm.PADDED, MatmulForm.PADDED, least_rows=_MXU_ROWS)
             return StepForms(PoolForm(as_integers=False, by_rows=True), padded)
-        case "gpu" | "cuda":
+        case "gpu":
             # XLA would write the weights of all vshards in one array, in every step, to multiply them in one go.
-            return StepForms(PoolForm(by_rows=True), compile_options=(("xla_gpu_dot_merger_threshold_mb", 0),))
+            return StepForms(PoolForm(by_rows=True), compile_options=(("xla_gpu_dot_merger_threshold_mb", "0"),))
         case _ if dtype == "bfloat16":
             return StepForms(matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT))
     return StepForms()

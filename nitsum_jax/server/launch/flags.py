@@ -83,13 +83,14 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "page_size": values.page_size,
             "prefill_chunk": values.prefill_chunk,
             "kv_cache_gib": values.kv_cache_gib,
-            "attention": values.attention,
             "deterministic": values.deterministic,
             "max_queue": values.max_queue,
             "residency": values.residency,
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
             "prefix_cache": values.prefix_cache,
+            "attention": values.attention,
+            "reduction": values.reduction,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -162,14 +163,6 @@ def _define() -> flags.FlagValues:
         "of weights and KV cache; auto: bfloat16 where the devices multiply it fast, else float32",
         flag_values=values,
     )
-    flags.DEFINE_enum(
-        "attention",
-        "auto",
-        ["auto", "xla", "pallas"],
-        "how attention over the KV pool is computed; pallas: by a kernel of our own, on GPUs and TPUs; auto: pallas "
-        "where there is a kernel for the model's shapes, else xla",
-        flag_values=values,
-    )
     count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")
     count("max_batch", 32, "most sequences in one decode step of an instance")
     count("page_size", 16, "tokens per KV block")
@@ -206,6 +199,22 @@ def _define() -> flags.FlagValues:
         None,
         "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
         "chunks are shared",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", "xla", "pallas"],
+        "what attends to the KV cache: xla, plain operations; pallas, a kernel, on GPUs and TPUs only; "
+        "auto: a kernel on accelerators that have one for the model's shapes",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "reduction",
+        "fixed",
+        ["fixed", "fast"],
+        "how partial results of devices are added up: fixed, in one order, the same bits at every TP; fast: by fewer "
+        "bytes in bfloat16, and no promise about bits (not with --deterministic)",
         flag_values=values,
     )
     flags.DEFINE_float(

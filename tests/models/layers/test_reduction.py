@@ -58,7 +58,7 @@ def test_every_degree_and_rank_gets_the_bits_of_the_tree(name: str) -> None:
 
 def test_a_large_part_is_one_above_the_limit() -> None:
     sizes = {name: 4 * np.prod(shape) for name, shape in SHAPES.items()}
-    assert sizes["small"] <= reduction._GATHER_LIMIT_BYTES < min(sizes["large"], sizes["large_indivisible"])
+    assert sizes["small"] <= reduction.GATHER_LIMIT_BYTES < min(sizes["large"], sizes["large_indivisible"])
 
 
 def test_tree_sum_adds_neighbours_first() -> None:

@@ -1,59 +1,41 @@
-"""Which form the attention of a cell's steps has: one for all, since they must give the same bits at every TP."""
-
-from types import ModuleType
+"""Whether there is a kernel for the shapes of a model."""
 
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.paged.form import AttentionForm
-from nitsum_jax.engine.step.paged.plan import Plan, make_plan
+from nitsum_jax.engine.step.forms import AttentionForm
+from nitsum_jax.engine.step.paged.plan import make_plan
 from nitsum_jax.errors import InvalidInputError
 
 
-def attention_form(asked: str, platform: str, shape: PoolShape, *, q_heads: int, most_new_tokens: int) -> AttentionForm:
-    """The form for a platform ("cpu", "gpu" or "tpu").
+def fitting(form: AttentionForm, asked: str, shape: PoolShape, *, q_heads: int, most_new_tokens: int) -> AttentionForm:
+    """The form of attention of all steps of a cell: `form`, or XLA's where `form` has no kernel for these shapes.
+
+    It is one for all buckets and every TP, since they must give the same bits.
 
     Args:
-      asked: one of ATTENTIONS.
-      platform: of the devices.
+      form: what the platform has.
+      asked: "auto", "xla" or "pallas", see `forms.step_forms`.
       shape: of the pool.
       q_heads: H/K, query heads of a virtual shard.
       most_new_tokens: of a row, in any step.
 
     Raises:
-      InvalidInputError: "pallas" was asked for, and there is no kernel for this platform or these shapes.
+      InvalidInputError: "pallas" was asked for, and there is no kernel.
     """
-    if asked == "xla":
-        return AttentionForm()
-    kernel = {"tpu": "mosaic", "gpu": "triton", "cuda": "triton"}.get(platform)
-    if kernel is None:
-        reason: str | None = f"there is none for a {platform.upper()}"
-    else:
-        reason = module_of(kernel).unsupported(plan_for(kernel, shape, q_heads, most_new_tokens))
-    if kernel is None or reason is not None:
-        if asked == "pallas":
-            raise InvalidInputError(f"attention=pallas has no kernel here: {reason}; give xla or auto")
-        return AttentionForm()
-    return AttentionForm(kernel)
+    if form is AttentionForm.XLA:
+        return form
+    reason = _lacking(form, shape, q_heads, most_new_tokens)
+    if reason is None:
+        return form
+    if asked == "pallas":
+        raise InvalidInputError(f"attention=pallas has no kernel here: {reason}; give xla or auto")
+    return AttentionForm.XLA
 
 
-def plan_for(
-    kernel: str,
-    shape: PoolShape,
-    q_heads: int,
-    length: int,
-    window: int | None = None,
-    soft_cap: float | None = None,
-) -> Plan:
-    """How a kernel cuts an attention with so many query heads of a virtual shard and new tokens of a row."""
-    limits = module_of(kernel).limits(shape)
-    return make_plan(shape, length, q_heads // shape.kv_heads, limits, window, soft_cap)
+def _lacking(form: AttentionForm, shape: PoolShape, q_heads: int, most_new_tokens: int) -> str | None:
+    if form is AttentionForm.INTERPRETED:
+        return "a CPU has none, and interpreting one is for tests"
+    # Only where it is wanted: Pallas takes half a second to import.
+    from nitsum_jax.engine.step.paged.kernels import KERNELS
 
-
-def module_of(kernel: str) -> ModuleType:
-    """Where a kernel is; imported when it is wanted, because Pallas takes half a second, which a CPU need not wait."""
-    if kernel == "mosaic":
-        from nitsum_jax.engine.step.paged import mosaic
-
-        return mosaic
-    from nitsum_jax.engine.step.paged import triton
-
-    return triton
+    of = KERNELS[str(form)]
+    return of.unsupported(make_plan(shape, most_new_tokens, q_heads // shape.kv_heads, of.limits(shape), None, None))
