@@ -20,6 +20,7 @@ from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -317,9 +318,15 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
         matmul=forms.matmul,
-        attention=forms.attention,
         fast_sums=config.reduction == "fast",
         compile_options=forms.compile_options,
+        attention=fitting(
+            forms.attention,
+            config.attention,
+            memory.pool,
+            q_heads=site.cut.q_heads,
+            most_new_tokens=config.prefill_shapes()[-1].tokens,
+        ),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 

@@ -40,8 +40,8 @@ class EngineConfig:
         they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: on a CPU, where a launch waits anyway.
-      attention: what attends to the KV pool: "xla" (plain operations), "pallas" (a kernel; on a CPU interpreted, which
-        is very slow) or "auto" (a kernel on accelerators).
+      attention: what attends to the KV pool: "xla" (plain operations), "pallas" (a kernel; GPUs and TPUs only) or
+        "auto" (a kernel on accelerators that have one for the model's shapes).
       reduction: how partial results of devices are added up: "fixed" (in one order: the same bits at every TP) or
         "fast" (fewer and smaller messages in bfloat16, no promise about bits).
       tps: degrees of TP that layouts may have, of those that fit; None: all.

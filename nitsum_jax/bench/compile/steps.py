@@ -12,6 +12,7 @@ from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import CompileOptions, StepForms, step_forms
 from nitsum_jax.engine.step.packing import StepShape
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.mesh import TP_AXIS
@@ -79,7 +80,7 @@ class StepCase:
             max(self.shape.batch, 32),
             self.max_model_len,
             forms.matmul,
-            forms.attention,
+            fitting(forms.attention, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens),
             self.fast_sums,
             compile_options=options,
         )

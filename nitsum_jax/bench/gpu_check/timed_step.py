@@ -15,6 +15,7 @@ from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
@@ -55,7 +56,7 @@ class TimedModel:
             max_batch,
             max_len,
             forms.matmul,
-            forms.attention,
+            fitting(forms.attention, "auto", pool, q_heads=cut.q_heads, most_new_tokens=max_len),
             compile_options=forms.compile_options,
         )
         self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))

@@ -205,8 +205,8 @@ def _define() -> flags.FlagValues:
         "attention",
         "auto",
         ["auto", "xla", "pallas"],
-        "what attends to the KV cache: xla, plain operations; pallas, a kernel (interpreted on a CPU, very slow); "
-        "auto: a kernel on accelerators",
+        "what attends to the KV cache: xla, plain operations; pallas, a kernel, on GPUs and TPUs only; "
+        "auto: a kernel on accelerators that have one for the model's shapes",
         flag_values=values,
     )
     flags.DEFINE_enum(

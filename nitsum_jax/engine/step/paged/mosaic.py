@@ -1,8 +1,8 @@
 """The attention kernel for TPUs (Mosaic).
 
-A program is one sequence of one virtual shard, with one tile of new tokens.  It copies pages of its keys and values from
-the pool in HBM into a ring of buffers, several tiles ahead, and across the end of its own work into that of the next
-program: copies that were waited for one by one would take longer than their bytes.
+A program is one sequence of one virtual shard, with one tile of new tokens.  It copies pages of its keys and values
+from the pool in HBM into a ring of buffers, several tiles ahead, and across the end of its own work into that of the
+next program: copies that were waited for one by one would take longer than their bytes.
 """
 
 import functools
@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
 from nitsum_jax.engine.step.paged.plan import Limits, Plan
 from nitsum_jax.engine.step.paged.softmax import Softmax
-
-LIMITS = Limits(least_rows=8, most_rows=512, power_of_two=False)
 
 Ref = Any  # of pallas, which has no public type for it
 
@@ -26,9 +25,41 @@ _TOKENS = 256
 _TILE_BYTES = 512 * 1024
 _RING_BYTES = 1024 * 1024
 _MOST_BUFFERS = 8
+# Queries of a program, heads and all, and what its memory may come to.
+_QUERY_ELEMENTS = 512 * 256
+_MEMORY_BYTES = 48 << 20
+_LANES = 128
+_LEAST_PAGE = 8
 
 
-def tile_pages(plan: Plan) -> int:
+def limits(shape: PoolShape) -> Limits:
+    """What a program takes at a time."""
+    return Limits(
+        least_rows=8, most_rows=min(512, _QUERY_ELEMENTS // (shape.kv_heads * shape.head_dim)), power_of_two=False
+    )
+
+
+def unsupported(plan: Plan) -> str | None:
+    """Why there is no kernel for this, or None."""
+    shape = plan.shape
+    if shape.head_dim % _LANES:
+        # XLA:TPU lays out such a pool with the blocks innermost, to fill its lanes, and would copy it whole.
+        return f"on a TPU heads are {_LANES} wide or a multiple of it, not {shape.head_dim}"
+    if shape.page_size < _LEAST_PAGE:
+        return f"on a TPU pages have at least {_LEAST_PAGE} tokens, not {shape.page_size}"
+    if _memory(plan) > _MEMORY_BYTES // 2:  # the other half is for what is computed
+        return f"{plan.length} new tokens of {shape.kv_heads} heads do not fit the memory of a TPU's core"
+    return None
+
+
+def _memory(plan: Plan) -> int:
+    """Bytes that a program keeps: queries and results twice, new keys and values, the ring."""
+    heads = plan.shape.kv_heads * plan.shape.head_dim
+    ring = 2 * max(_RING_BYTES, _tile_pages(plan) * plan.shape.block_bytes // plan.shape.layers)
+    return 4 * 4 * plan.rows * heads + 2 * plan.padded_length * heads * plan.operand_dtype.itemsize + ring
+
+
+def _tile_pages(plan: Plan) -> int:
     """Pages of a tile."""
     shape = plan.shape
     per_token = 2 * shape.kv_heads * shape.head_dim * shape.storage_dtype.itemsize
@@ -42,6 +73,17 @@ def _buffers(plan: Plan, pages: int) -> int:
     shape = plan.shape
     size = pages * shape.block_bytes // shape.layers
     return max(2, min(_MOST_BUFFERS, _RING_BYTES // size))
+
+
+def _view(pool: jax.Array, plan: Plan) -> jax.Array:
+    """The pool as `[N, L, 2, W G/K, A]`, or `[N, L, 2, G/K, W, A]`, whichever is not a copy.
+
+    XLA:TPU puts the tokens of a page in the place of its heads where these would not fill a tile.
+    """
+    shape = plan.shape
+    if shape.kv_heads & (shape.kv_heads - 1) and shape.kv_heads % 8:
+        return pool.transpose(0, 1, 2, 4, 3, 5)
+    return pool.reshape(shape.blocks, shape.layers, 2, shape.page_size * shape.kv_heads, shape.head_dim)
 
 
 def attend(
@@ -72,12 +114,10 @@ def attend(
     Returns:
       f32[n, G/K, tiles, rows, A].
     """
-    shape = plan.shape
     programs, groups, tiles, rows, width = q.shape
-    pages = tile_pages(plan)
+    pages = _tile_pages(plan)
     buffers = _buffers(plan, pages)
-    # The view is a bitcast on a TPU; see the compile tests.
-    view = pool.reshape(shape.blocks, shape.layers, 2, shape.page_size * groups, width)
+    view = _view(pool, plan)
     last = programs * tiles - 1
 
     def of_program(step: int) -> pl.BlockSpec:
@@ -88,7 +128,9 @@ def attend(
         )
 
     def whole(tokens: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, groups, tokens, width), lambda i, *_: (i // tiles, 0, 0, 0))
+        # One buffer where there is much: it changes with the sequence only.
+        mode = pl.Buffered(1) if tokens > 1 else None
+        return pl.BlockSpec((1, groups, tokens, width), lambda i, *_: (i // tiles, 0, 0, 0), pipeline_mode=mode)
 
     table = page_table[:, None, :]
     tile_spec = pl.BlockSpec((1, groups, 1, rows, width), lambda i, *_: (i // tiles, 0, i % tiles, 0, 0))
@@ -107,13 +149,17 @@ def attend(
             ],
             out_specs=tile_spec,
             scratch_shapes=[
-                pltpu.VMEM((buffers, pages, 2, shape.page_size * groups, width), pool.dtype),
+                pltpu.VMEM((buffers, pages, *view.shape[2:]), pool.dtype),
                 pltpu.SemaphoreType.DMA((buffers,)),
                 pltpu.SMEM((1,), jnp.int32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        compiler_params=None if interpret else pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=None
+        if interpret
+        else pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=_MEMORY_BYTES, disable_bounds_checks=True
+        ),
         interpret=interpret,
         name="paged_attention",
     )(layer, context, table, table, q, k, v, view)
@@ -198,7 +244,7 @@ def _program(
         seen = (key < context) & plan.sees(context + plan.offsets(tile, tokens), key)
         found = []
         for group, (q, state) in enumerate(zip(queries, states, strict=True)):
-            k, v = _heads(tile_of_pool, group, groups, plan)
+            k, v = _heads(tile_of_pool, group, plan)
             found.append(softmax.seen_keys(state, q, k, v, seen, plan.soft_cap))
         return found
 
@@ -214,21 +260,33 @@ def _new_tokens(plan: Plan, tile: jax.Array, q: jax.Array, k_ref: Ref, v_ref: Re
         return softmax.one_key(q, k_ref[...], v_ref[...], plan.soft_cap)
 
     def some(index: jax.Array, state: Softmax) -> Softmax:
-        at = pl.ds(index * plan.tile, plan.tile)
-        key = index * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.tile), 1)
-        seen = plan.sees(plan.offsets(tile, plan.tile), key)
+        at = pl.ds(index * plan.keys, plan.keys)
+        key = index * plan.keys + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
+        seen = plan.sees(plan.offsets(tile, plan.keys), key)
         return softmax.seen_keys(state, q, k_ref[at], v_ref[at], seen, plan.soft_cap)
 
-    return jax.lax.fori_loop(0, tile + 1, some, softmax.empty(plan.rows, plan.shape.head_dim))
+    return jax.lax.fori_loop(
+        0, (tile * plan.tile) // plan.keys + 1, some, softmax.empty(plan.rows, plan.shape.head_dim)
+    )
 
 
-def _heads(tile: Ref, group: int, groups: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Keys and values `[tokens, A]` of one KV head, of a tile `[pages, 2, W G/K, A]` as it lies in the pool."""
-    pages, _, rows, width = tile.shape
-    stored = tile[...]
-    if stored.dtype != plan.operand_dtype:
-        stored = pltpu.bitcast(stored, plan.operand_dtype)
-    if groups > 1:
-        stored = stored.reshape(pages, 2, rows // groups, groups, width)[:, :, :, group]
-    tokens = pages * rows // groups
-    return stored[:, 0].reshape(tokens, width), stored[:, 1].reshape(tokens, width)
+def _heads(tile: Ref, group: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Keys and values `[tokens, A]` of one KV head, of a tile of pages as they lie in `_view`."""
+    groups, page_size, width = plan.shape.kv_heads, plan.shape.page_size, plan.shape.head_dim
+    found = []
+    for which in range(2):
+        part = tile.at[:, which]
+        if len(part.shape) == 4:
+            x = part[:, group]
+        elif groups == 1:
+            x = part[...]
+        elif plan.operand_dtype.itemsize == 4:
+            x = part[:, pl.ds(group, page_size, stride=groups)]
+        else:  # two heads of a token are the halves of a word
+            words = part.bitcast(jnp.uint32)[:, pl.ds(group // 2, page_size, stride=groups // 2)]
+            half = words & jnp.uint32(0xFFFF0000) if group % 2 else words << 16
+            x = jax.lax.bitcast_convert_type(half, jnp.float32).astype(jnp.bfloat16)
+        if x.dtype != plan.operand_dtype:
+            x = pltpu.bitcast(x, plan.operand_dtype)
+        found.append(x.reshape(tile.shape[0] * page_size, width))
+    return found[0], found[1]

@@ -1,11 +1,14 @@
 """How the rows of an attention are cut into the programs of a kernel, and its arrays arranged for them."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 
 from nitsum_jax.engine.step.attention import PoolShape
+
+_LEAST_KEYS = 16  # of a product on a GPU's tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Limits:
 
     Attributes:
       least_rows: rows of a program are a multiple of it.
-      most_rows: rows of a program with several new tokens, as far as its heads allow.
+      most_rows: rows of a program with several new tokens, unless it has more heads.
       power_of_two: whether the heads of a program are padded to a power of two.
     """
 
@@ -36,6 +39,7 @@ class Plan:
       per_group: H/G, query heads of a KV head.
       heads: `per_group` with padding.
       tile: new tokens of a program; a power of two.
+      keys: new tokens that it attends to at a time; a multiple of `tile`.
       window: a token sees so many tokens, itself among them; None: all.
       soft_cap: scores are bent to lie between plus and minus this; None: they are not.
     """
@@ -45,18 +49,24 @@ class Plan:
     per_group: int
     heads: int
     tile: int
+    keys: int
     window: int | None
     soft_cap: float | None
 
     @property
     def tiles(self) -> int:
         """Programs per sequence and virtual shard (or KV head)."""
-        return -(-self.length // self.tile)
+        return self.padded_length // self.tile
 
     @property
     def rows(self) -> int:
         """Rows of a program."""
         return self.heads * self.tile
+
+    @property
+    def padded_length(self) -> int:
+        """T in whole tiles of queries and of keys."""
+        return self.length if self.length == 1 else -(-self.length // self.keys) * self.keys
 
     @property
     def operand_dtype(self) -> jnp.dtype:
@@ -85,19 +95,18 @@ def make_plan(
 ) -> Plan:
     """Sizes the tiles."""
     heads = 1 << (per_group - 1).bit_length() if limits.power_of_two else per_group
-    tile = 1
-    if length > 1:
-        tile = max(16, 1 << (max(1, limits.most_rows // heads).bit_length() - 1))
-        tile = min(tile, max(16, 1 << (length - 1).bit_length()))
-    else:
+    if length == 1:
         heads = -(-heads // limits.least_rows) * limits.least_rows
-    return Plan(shape, length, per_group, heads, tile, window, soft_cap)
+        return Plan(shape, length, per_group, heads, 1, 1, window, soft_cap)
+    fits = 1 << (max(1, limits.most_rows // heads).bit_length() - 1)
+    tile = max(limits.least_rows // math.gcd(heads, limits.least_rows), min(fits, 1 << (length - 1).bit_length()))
+    return Plan(shape, length, per_group, heads, tile, max(_LEAST_KEYS, tile), window, soft_cap)
 
 
 def arrange_queries(q: jax.Array, plan: Plan) -> jax.Array:
     """`f32[B, T, S, H/K, A] -> f32[B S, G/K, tiles, rows, A]`, scaled; what is padded is 0."""
     batch, length, slots, _, width = q.shape
-    groups, missing = plan.shape.kv_heads, plan.tiles * plan.tile - length
+    groups, missing = plan.shape.kv_heads, plan.padded_length - length
     q = q.reshape(batch, length, slots, groups, plan.per_group, width) * jnp.float32(width**-0.5)
     pads = [(0, 0), (0, missing), (0, 0), (0, 0), (0, plan.heads - plan.per_group), (0, 0)]
     q = jnp.pad(q, pads).reshape(batch, plan.tiles, plan.tile, slots, groups, plan.heads, width)
@@ -107,7 +116,7 @@ def arrange_queries(q: jax.Array, plan: Plan) -> jax.Array:
 def arrange_new(x: jax.Array, plan: Plan) -> jax.Array:
     """Keys or values `f32[B, T, S, G/K, A] -> [B S, G/K, T padded, A]`; of several tokens as the products take them."""
     batch, length, slots, groups, width = x.shape
-    x = jnp.pad(x, [(0, 0), (0, plan.tiles * plan.tile - length), (0, 0), (0, 0), (0, 0)])
+    x = jnp.pad(x, [(0, 0), (0, plan.padded_length - length), (0, 0), (0, 0), (0, 0)])
     x = x.transpose(0, 2, 3, 1, 4).reshape(batch * slots, groups, -1, width)
     return x if length == 1 else x.astype(plan.operand_dtype)
 
@@ -117,5 +126,5 @@ def restore(out: jax.Array, plan: Plan, batch: int) -> jax.Array:
     groups, width = out.shape[1], out.shape[-1]
     slots = out.shape[0] // batch
     out = out.reshape(batch, slots, groups, plan.tiles, plan.heads, plan.tile, width)[:, :, :, :, : plan.per_group]
-    out = out.transpose(0, 3, 5, 1, 2, 4, 6).reshape(batch, plan.tiles * plan.tile, slots, -1, width)
+    out = out.transpose(0, 3, 5, 1, 2, 4, 6).reshape(batch, plan.padded_length, slots, -1, width)
     return out[:, : plan.length]

@@ -12,16 +12,38 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
 from nitsum_jax.engine.step.paged.plan import Limits, Plan
 from nitsum_jax.engine.step.paged.softmax import Softmax
 
-LIMITS = Limits(least_rows=16, most_rows=64, power_of_two=True)
-
 Ref = Any  # of pallas, which has no public type for it
 
-# Old tokens of a tile.
-_TOKENS = 64
+# What a program takes of queries, keys or values at a time, bytes: as much as its registers and shared memory hold.
+_QUERY_BYTES = 16 * 1024
+_KEY_BYTES = 32 * 1024
+_MOST_WIDTH = 256
+_MOST_HEADS = 64
+
+
+def limits(shape: PoolShape) -> Limits:
+    """What a program takes at a time."""
+    return Limits(least_rows=16, most_rows=_fitting(_QUERY_BYTES, shape), power_of_two=True)
+
+
+def unsupported(plan: Plan) -> str | None:
+    """Why there is no kernel for this, or None."""
+    shape = plan.shape
+    if shape.head_dim > _MOST_WIDTH:
+        return f"on a GPU heads are at most {_MOST_WIDTH} wide, not {shape.head_dim}"
+    if plan.heads > _MOST_HEADS:
+        return f"on a GPU a KV head has at most {_MOST_HEADS} query heads, not {plan.per_group}"
+    return None
+
+
+def _fitting(size: int, shape: PoolShape) -> int:
+    lanes = 1 << (shape.head_dim - 1).bit_length()
+    return max(16, min(64, size // (lanes * jnp.dtype(shape.dtype).itemsize)))
 
 
 def attend(
@@ -81,23 +103,24 @@ def _program(
     context, layer = context_ref[n], layer_ref[0]
     q = q_ref[...]
     lane = jnp.arange(q.shape[1], dtype=jnp.int32)
+    tokens = _fitting(_KEY_BYTES, shape)
 
     def old_tokens(index: jax.Array, state: Softmax) -> Softmax:
-        token = index * _TOKENS + jnp.arange(_TOKENS, dtype=jnp.int32)
+        token = index * tokens + jnp.arange(tokens, dtype=jnp.int32)
         inside = token < context
         page = token // shape.page_size
         block = plgpu.load(table_ref.at[n, page], mask=inside, other=0)
-        row = ((block * (2 * shape.layers) + 2 * layer) * shape.page_size + token % shape.page_size)
+        row = (block * (2 * shape.layers) + 2 * layer) * shape.page_size + token % shape.page_size
         row = row * shape.kv_heads + group
         k = _load(pool_ref, row, lane, inside, plan)
         v = _load(pool_ref, row + shape.page_size * shape.kv_heads, lane, inside, plan)
-        key = index * _TOKENS + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, _TOKENS), 1)
-        seen = (key < context) & plan.sees(context + plan.offsets(tile, _TOKENS), key)
+        key = index * tokens + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, tokens), 1)
+        seen = (key < context) & plan.sees(context + plan.offsets(tile, tokens), key)
         return softmax.seen_keys(state, q, k, v, seen, plan.soft_cap)
 
     state = _new_tokens(plan, tile, q, k_ref, v_ref)
-    first = plan.first_seen(context, tile) // _TOKENS
-    state = jax.lax.fori_loop(first, (context + _TOKENS - 1) // _TOKENS, old_tokens, state)
+    first = plan.first_seen(context, tile) // tokens
+    state = jax.lax.fori_loop(first, (context + tokens - 1) // tokens, old_tokens, state)
     out_ref[...] = softmax.result(state)
 
 
@@ -107,12 +130,12 @@ def _new_tokens(plan: Plan, tile: jax.Array, q: jax.Array, k_ref: Ref, v_ref: Re
         return softmax.one_key(q, k_ref[...], v_ref[...], plan.soft_cap)
 
     def some(index: jax.Array, state: Softmax) -> Softmax:
-        at = pl.ds(index * plan.tile, plan.tile)
-        key = index * plan.tile + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.tile), 1)
-        seen = plan.sees(plan.offsets(tile, plan.tile), key)
+        at = pl.ds(index * plan.keys, plan.keys)
+        key = index * plan.keys + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, plan.keys), 1)
+        seen = plan.sees(plan.offsets(tile, plan.keys), key)
         return softmax.seen_keys(state, q, k_ref[at, :], v_ref[at, :], seen, plan.soft_cap)
 
-    return jax.lax.fori_loop(0, tile + 1, some, softmax.empty(plan.rows, q.shape[1]))
+    return jax.lax.fori_loop(0, (tile * plan.tile) // plan.keys + 1, some, softmax.empty(plan.rows, q.shape[1]))
 
 
 def _load(pool_ref: Ref, row: jax.Array, lane: jax.Array, inside: jax.Array, plan: Plan) -> jax.Array:
