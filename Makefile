@@ -80,7 +80,7 @@ format: $(DEV)
 bench: $(RUNTIME)
 	$(BIN)/python benchmarks/engine/decode.py $(ARGS)
 
-# The stubs of the gRPC service; they are committed, so that only who changes the .proto needs the compiler.
+# The stubs of the gRPC service; they are committed, so that only those who change the .proto need the compiler.
 proto: $(DEV)
 	$(BIN)/python -m nitsum_jax.server.proto.generate
 

@@ -9,7 +9,7 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 
 _GIB = 1 << 30
-# Of what is free after weights and workspace; the rest is left to the runtime and, on a CPU, to everybody else.
+# Of what is free after weights and workspace; the rest is left to the runtime and, on a CPU, to other programs.
 _SHARE = {"cpu": 0.4}
 _DEFAULT_SHARE = 0.9
 _CPU_LIMIT = 1 * _GIB
@@ -72,7 +72,7 @@ def plan_memory(
       devices: how many.
       weights: bytes of weights per device.
       allocated: bytes of weights of all devices together (emulated devices share copies).
-      free: free bytes of a device (of the machine, on a CPU), or None if nobody knows.
+      free: free bytes of a device (of the machine, on a CPU), or None if unknown.
       max_batch: sequences of an instance.
       max_model_len: their greatest length, tokens.
       page_size: tokens per block.
