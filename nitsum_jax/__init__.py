@@ -1,7 +1,7 @@
 """nitsum-jax: a JAX serving runtime in which tensor parallelism is a runtime control, not a deployment choice.
 
 Rooms, each importing only what stands below it: server; runtime; engine, control; models; meshes.  See
-docs/ARCHITECTURE.md. This file imports nothing until one asks for it, so that the pure rooms load without JAX.
+docs/ARCHITECTURE.md. This file imports nothing until a name is used, so that the pure rooms load without JAX.
 """
 
 from typing import TYPE_CHECKING, Any

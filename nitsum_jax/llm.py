@@ -10,6 +10,7 @@ An `LLM` may be used by several threads and event loops at once; their requests 
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import dataclasses
 import queue
@@ -40,6 +41,7 @@ from nitsum_jax.runtime.calls import (
     make_call,
     prompt_ids,
 )
+from nitsum_jax.runtime.progress import TICK_S, ProgressLine, StartProgress, Waiting, told
 from nitsum_jax.runtime.startup.compile_cache import OFF, enable
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
@@ -48,25 +50,26 @@ from nitsum_jax.runtime.streams.output import Output, Piece
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
 
+_NAME = "nitsum-jax"
 _Take = Callable[[TokenDelta], None]
-_MOST_WAITING = 1 << 16  # nobody has to be turned away: who asks waits for the answer
+_MOST_WAITING = 1 << 16  # no request has to be refused: its caller waits for the answer
 _MOST_DEVICES = 1024  # more than any cell has: only to read how many a layout names
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """What a prompt was continued with.
+    """The output of one prompt.
 
     Attributes:
-      text: the output.
-      token_ids: of it; with those that spelled a stop string, without a stop token.
+      text: text of the output.
+      token_ids: its token ids, including those that spelled a stop string, without a stop token.
       finish_reason: STOP or LENGTH.
-      prompt_tokens: tokens of the prompt.
-      cached_tokens: of them, those that the prefix cache had, so that they were not computed again.
-      seed: gives the same output again.
+      prompt_tokens: number of tokens of the prompt.
+      cached_tokens: how many of them were in the prefix cache, so that they were not computed again.
+      seed: the seed of the request, which gives the same output again.
       logprobs: one for each token whose text is in the output, if they were asked for.
-      ttft_ms: from the request to its first token; None if there is none.
-      tpot_ms: per token after the first; None below two tokens.
+      ttft_ms: time from the request to its first token, milliseconds; None if there is none.
+      tpot_ms: time per token after the first, milliseconds; None if there are fewer than two.
     """
 
     text: str
@@ -81,7 +84,7 @@ class Completion:
 
 
 class LLM:
-    """A running model."""
+    """A model that runs in this process, on one cell."""
 
     def __init__(
         self,
@@ -91,24 +94,26 @@ class LLM:
         devices: int | None = None,
         cache_dir: str | None = None,
         generation_config: str = "auto",
+        progress: bool = True,
         **settings: Any,
     ):
-        """Loads a model and compiles its steps; takes seconds, the first time on a machine longer.
+        """Loads a model and compiles its steps, which takes seconds, and longer the first time on a machine.
 
         Where there is no accelerator the CPU acts as several devices.  How many is decided when JAX starts, so make the
         `LLM` before anything else uses JAX, or restart the kernel.
 
         Args:
           model: name of a known model, a GGUF file, a Hugging Face folder, or an Orbax checkpoint of ours.
-          layout: to begin with, such as "tp2x2"; chosen to fit if None.
-          devices: of the cell; all there are if None, of a CPU as many as `layout` names.
+          layout: the first layout, such as "tp2x2"; chosen to fit if None.
+          devices: number of devices of the cell; if None, all, or on a CPU as many as `layout` needs.
           cache_dir: folder for compiled executables, "off" for none; as `nitsum-serve --cache_dir`.
-          generation_config: "auto": calls without `sampling` or `max_tokens` take what the model's generation config
-            says; "none": that is ignored; as `nitsum-serve --generation_config`.
+          generation_config: "auto": calls without `sampling` or `max_tokens` take the values of the model's generation
+            config; "none": the config is ignored; as `nitsum-serve --generation_config`.
+          progress: say on stderr how far compiling is, if that takes longer than a second.
           **settings: other fields of `EngineConfig`, such as max_batch, dtype or deterministic.
 
         Raises:
-          NitsumError: model, devices, layout or memory do not fit what was asked for.
+          NitsumError: model, devices, layout or memory do not fit together.
         """
         if generation_config not in ("auto", "none"):
             raise InvalidInputError(f"generation_config={generation_config!r} is not known: give auto or none")
@@ -126,10 +131,15 @@ class LLM:
         self._model = served_model(opened, None, generation_config)
         self._lock = threading.Lock()
         self._takers: dict[str, _Take] = {}
+        self._progress = progress
+        line = ProgressLine(_NAME)
+        telling = StartProgress(line) if progress else None
         if config.tier_names == DEFAULT_TIERS.names:
-            self._engine = start_scheduled(opened, config, DEFAULT_TIERS, self._sink).engine
+            started = start_scheduled(opened, config, DEFAULT_TIERS, self._sink, on_progress=telling)
+            self._engine = started.engine
         else:
-            self._engine = start_engine(opened, config, self._sink)
+            self._engine = start_engine(opened, config, self._sink, on_progress=telling)
+        line.clear()
 
     # ---- whole answers
 
@@ -139,9 +149,9 @@ class LLM:
         """Continues prompts, as many at a time as fit, and returns their outputs in the same order.
 
         Args:
-          prompts: each a text, token ids or a chat.
-          sampling: how tokens are chosen; if None, as the model's generation config says, greedy if it says nothing.
-          **wanted: fields of `Wanted`: max_tokens, stop (a text or several), stop_token_ids, min_tokens, ignore_eos,
+          prompts: texts, lists of token ids, or chats.
+          sampling: how tokens are chosen; if None, by the model's generation config, or greedily if it has no values.
+          **wanted: fields of `Wanted`: max_tokens, stop (one text or several), stop_token_ids, min_tokens, ignore_eos,
             logprobs, tier.
 
         Raises:
@@ -161,13 +171,13 @@ class LLM:
     def chat(
         self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
     ) -> Completion:
-        """The assistant's answer to messages; arguments as `generate`."""
+        """The assistant's answer to messages; the other arguments are those of `generate`."""
         return self.generate([messages], sampling, **wanted)[0]
 
     async def agenerate(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, **wanted: Any
     ) -> list[Completion]:
-        """As `generate`, for an event loop; cancelling it ends its requests."""
+        """Like `generate`, for an event loop; cancelling the call ends its requests."""
         events: asyncio.Queue[TokenDelta] = asyncio.Queue()
         jobs = [_PromptJob(self, call) for call in self._calls(prompts, sampling, wanted)]
         waiting, alive = deque(jobs), dict[str, _PromptJob]()
@@ -183,13 +193,13 @@ class LLM:
     async def achat(
         self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
     ) -> Completion:
-        """As `chat`, for an event loop."""
+        """Like `chat`, for an event loop."""
         return (await self.agenerate([messages], sampling, **wanted))[0]
 
     # ---- as it comes
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> Iterator[Piece]:
-        """The output of one prompt piece by piece; leaving the loop ends the request.  Arguments as `generate`."""
+        """The output of one prompt piece by piece; leaving the loop ends the request.  Arguments as for `generate`."""
         (call,) = self._calls([prompt], sampling, wanted)
 
         def pieces() -> Iterator[Piece]:
@@ -205,7 +215,7 @@ class LLM:
         return pieces()
 
     def astream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> AsyncIterator[Piece]:
-        """As `stream`, for an event loop."""
+        """Like `stream`, for an event loop."""
         (call,) = self._calls([prompt], sampling, wanted)
 
         async def pieces() -> AsyncIterator[Piece]:
@@ -230,28 +240,36 @@ class LLM:
     def set_layout(self, layout: str) -> SwitchReport:
         """Changes the layout while requests go on, and returns when it is done.
 
-        One such as "tp2/interactive+tp2" keeps instances for tiers of requests.
+        A layout such as "tp2/interactive+tp2" keeps instances for tiers of requests.
 
         Raises:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """
-        return self._engine.set_layout(layout).result()
+        return self._waited(self._engine.set_layout(layout), f"switching to {layout}", layout)
 
     def prepare_layout(self, layout: str) -> None:
-        """Returns when a switch to this layout would start at once.
+        """Compiles a layout, and returns when a switch to it would start at once.
 
         Raises:
           NitsumError: the layout is malformed, or this cell cannot take it.
         """
-        self._engine.prepare_layout(layout).result()
+        self._waited(self._engine.prepare_layout(layout), f"compiling {layout}", layout)
 
     async def aset_layout(self, layout: str) -> SwitchReport:
-        """As `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""
-        return await asyncio.shield(asyncio.wrap_future(self._engine.set_layout(layout)))
+        """Like `set_layout`, for an event loop; a switch that has begun is completed even if the caller leaves."""
+        future = asyncio.wrap_future(self._engine.set_layout(layout))
+        line = ProgressLine(_NAME)
+        waiting = Waiting(f"switching to {layout}", line)
+        try:
+            while not (await asyncio.wait({future}, timeout=TICK_S))[0]:
+                self._show(waiting, layout)
+        finally:
+            line.clear()
+        return future.result()
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """Layouts that are compiled: a switch to one of them starts at once, to another one when it is compiled."""
+        """Layouts that are compiled; a switch to one of them starts at once, to any other one after compiling it."""
         return self._engine.ready_layouts()
 
     @property
@@ -266,11 +284,11 @@ class LLM:
 
     @property
     def memory(self) -> str:
-        """What lies where on the devices, in words."""
+        """What is in the memory of the devices, in words."""
         return self._engine.memory_report
 
     def close(self) -> None:
-        """Ends what is alive and frees the devices; a second call does nothing."""
+        """Ends all requests and frees the devices; a second call does nothing."""
         self._engine.close()
 
     def __enter__(self) -> Self:
@@ -285,6 +303,21 @@ class LLM:
         return f"LLM({self._model.name!r}, layout={self.layout!r}, {len(self.devices)} devices)"
 
     # ---- inside
+
+    def _waited(self, future: "concurrent.futures.Future[SwitchReport]", what: str, layout: str) -> SwitchReport:
+        """The result of what takes long where something has to be compiled, and a line about that meanwhile."""
+        line = ProgressLine(_NAME)
+        waiting = Waiting(what, line)
+        try:
+            while not concurrent.futures.wait([future], TICK_S).done:
+                self._show(waiting, layout)
+        finally:
+            line.clear()
+        return future.result()
+
+    def _show(self, waiting: Waiting, layout: str) -> None:
+        if self._progress:
+            waiting.show(told(self._engine.compiling(), layout, len(self.devices)))
 
     def _calls(
         self, prompts: Sequence[Prompt], sampling: SamplingParams | None, wanted: Mapping[str, Any]
@@ -402,7 +435,7 @@ def _posting(events: "asyncio.Queue[TokenDelta]") -> _Take:
     loop = asyncio.get_running_loop()
 
     def take(delta: TokenDelta) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop was closed: no caller waits any more
             loop.call_soon_threadsafe(events.put_nowait, delta)
 
     return take
@@ -435,6 +468,6 @@ def _emulate(wanted: int | None) -> None:
         there = len(discover())
         if there < wanted:
             raise PreconditionError(
-                f"JAX has started with {there} device(s), and {wanted} are wanted: restart the kernel and make the LLM "
+                f"JAX has started with {there} device(s), but {wanted} are needed: restart the kernel and make the LLM "
                 "before anything else uses JAX"
             ) from None

@@ -31,8 +31,9 @@ with LLM("smollm2-135m", layout="tp2x2") as llm:
     print(llm.generate(["Once upon a time"], SamplingParams(temperature=0.8, seed=7), max_tokens=32)[0].text)
 ```
 
-`LLM`, `Completion` and `SamplingParams` are to be had from `nitsum_jax`. The others are what they take and give.
-Whatever goes wrong is a `nitsum_jax.errors.NitsumError` with one line that says what to do.
+The reference of the Python API: how to run a model without a server, in a script, a notebook or an event loop. `LLM`,
+`Completion` and `SamplingParams` are imported from `nitsum_jax`; the other classes are their arguments and results.
+Every expected error is a `nitsum_jax.errors.NitsumError` with one line that suggests what to do.
 [notebooks/quickstart.ipynb](../notebooks/quickstart.ipynb) is a tour.
 """
 _SHOWN = (
@@ -41,8 +42,8 @@ _SHOWN = (
 )  # fmt: skip
 _GIVEN = (SamplingParams, Wanted, EngineConfig)
 _NOTES = {
-    Wanted: "Keyword arguments of the calls above. There `stops` is called `stop`, `sampling` has a place of its "
-    "own, and `deadline_s` is not taken.\n",
+    Wanted: "Keyword arguments of the calls above. There `stops` is called `stop`, `sampling` is a separate "
+    "argument, and `deadline_s` is not accepted.\n",
     EngineConfig: "Keyword arguments of `LLM`, where `max_queue` is 65536 if not given.\n",
 }
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns):")

@@ -1,1 +1,1 @@
-"""Measurements that a user runs on the own machine: `nitsum-bench`."""
+"""Measurements that users run on their own machines: `nitsum-bench` and `nitsum-profile`."""

@@ -87,7 +87,7 @@ def read_options(argv: Sequence[str]) -> SwitchOptions:
     flags.DEFINE_string("cache_dir", None, "folder of compiled steps (default: the user's)", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
     if values.plot is not None and pathlib.Path(values.plot).suffix not in (".png", ".svg"):
-        raise InvalidInputError(f"--plot={values.plot} does not do: name a .png or .svg file")
+        raise InvalidInputError(f"--plot={values.plot} must name a .png or .svg file")
     devices = values.devices
     steps = [1 << n for n in range(devices.bit_length()) if devices % (1 << n) == 0]
     walk = [f"tp{tp}x{devices // tp}" if tp < devices else f"tp{tp}" for tp in (*steps, 1)]
@@ -262,7 +262,5 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     except ValueError:
         numbers = ()
     if not numbers or min(numbers) < 1:
-        raise InvalidInputError(
-            f"--{name}={','.join(texts)} does not do: give numbers of at least 1 with commas between"
-        )
+        raise InvalidInputError(f"--{name}={','.join(texts)} must be numbers of at least 1, separated by commas")
     return numbers

@@ -124,7 +124,7 @@ def parse_tiers(text: str, source: str) -> TierSet:
     for key in document:
         if key != "tiers":
             place = _place(source, text, key)
-            raise InvalidInputError(f"{place}: unknown entry {key!r}: only [tiers.NAME] tables may stand here")
+            raise InvalidInputError(f"{place}: unknown entry {key!r}: only [tiers.NAME] tables are allowed here")
     tables = document.get("tiers")
     if not isinstance(tables, dict) or not tables:
         raise InvalidInputError(f"{source}: no tiers: add a table such as [tiers.standard] with ttft_ms and tpot_ms")

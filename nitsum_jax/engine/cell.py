@@ -138,7 +138,7 @@ class Cell:
     def trial_run(self, group: Group, shape: StepShape, compiled: jax.stages.Compiled) -> object:
         """Runs a step in which every row is padding; does not wait for it.
 
-        It takes the pools of its devices, which nobody may have on loan, and gives them back as they were.
+        It takes the pools of its devices, which must not be on loan, and gives them back as they were.
         """
         spec, mesh = InstanceSpec(group), self.geometries.of(group).mesh
         history = jax.device_put(np.zeros(self.program.history_shape, np.int32), NamedSharding(mesh, PartitionSpec()))
@@ -202,7 +202,7 @@ class _Site:
 
     Attributes:
       devices: N devices.
-      free: free bytes of one of them, or None if nobody knows.
+      free: free bytes of one of them, or None if unknown.
       dtype: of the weights.
       cut: of the model.
       vmap: which vshards lie where.

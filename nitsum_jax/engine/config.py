@@ -16,37 +16,38 @@ _PREFILL_BUCKET = 32
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """Settings of one engine; None means: chosen to fit.
+    """Settings of one engine; None means that the engine chooses, as described.
 
     Attributes:
-      devices: N, devices of the cell; all there are.
-      layout: text form of the first layout; every device an instance of its own, as far as the weights fit.
-      vshards: K; the largest power of two that is at most N.
-      dtype: of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 wherever the hardware multiplies it).
-      max_model_len: longest prompt and output together, tokens; what the model was trained for.
+      devices: N, number of devices of the cell; None: all.
+      layout: text form of the first layout; None: as many instances as possible, of one device each or of the least TP
+        at which the weights fit.
+      vshards: K, number of virtual shards; None: the largest power of two that is at most N.
+      dtype: type of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
+      max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.
       prefill_chunk: most prompt tokens in one step.
-      kv_cache_gib: KV pool per device, GiB.
+      kv_cache_gib: size of the KV pool of each device, GiB; None: by the memory plan.
       deterministic: one bucket per phase, so that neither load nor a switch can change a token.
-      max_queue: most requests that wait; one more is refused.
-      layouts: allow-list of layouts; all.
-      wide_prefill_tokens: prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the
+      max_queue: most requests that may wait; further ones are refused.
+      layouts: allow-list of layouts; None: all layouts of the cell.
+      wide_prefill_tokens: prompts of at least this many tokens are prefilled at the widest TP of the cell, between the
         decode steps of the instances on the same devices; None: never.
-      residency: which weights stay on the devices: "resident", "lean" or "auto" (see `residency`).
-      weight_budget_gib: weights that may stay on a device, GiB, for "auto".
+      residency: which weights stay on the devices: "resident", "lean" or "auto" (see docs/switching.md).
+      weight_budget_gib: weights that may stay on a device, GiB, for residency "auto"; None: as much as fits.
       precopy: copy KV blocks ahead of a switch while the sequences still decode.
-      prefix_cache: whether prompts that begin alike share KV blocks; None: unless deterministic.  In deterministic mode
-        they are shared in whole prefill chunks.
+      prefix_cache: whether prompts that begin alike share KV blocks; None: yes, unless deterministic.  In deterministic
+        mode they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
-        behind them; None: on a CPU, where a launch waits anyway.
+        behind them; None: it waits on a CPU, where a launch waits anyway.
       attention: what attends to the KV pool: "xla" (plain operations), "pallas" (a kernel; GPUs and TPUs only) or
         "auto" (a kernel on accelerators that have one for the model's shapes).
       reduction: how partial results of devices are added up: "fixed" (in one order: the same bits at every TP) or
         "fast" (fewer and smaller messages in bfloat16, no promise about bits).
-      tps: degrees of TP that layouts may have, of those that fit; None: all.
+      tps: the TPs that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
-      pace: deliver results at the pace of other hardware (see `pacing`); None: as they come.
+      pace: delivers results at the pace of other hardware (see `engine.batching.pacing`); None: without delay.
     """
 
     devices: int | None = None
@@ -86,7 +87,7 @@ class EngineConfig:
                 "reduction=fast does not do in deterministic mode, where no switch may change a token: leave one out"
             )
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
-            raise InvalidInputError(f"page_size={self.page_size} does not do: give a power of two from 1 to 128")
+            raise InvalidInputError(f"page_size={self.page_size} must be a power of two from 1 to 128")
         for name in (
             "devices",
             "vshards",
@@ -98,16 +99,16 @@ class EngineConfig:
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InvalidInputError(f"{name}={value} does not do: give at least 1")
+                raise InvalidInputError(f"{name}={value} must be at least 1")
         if self.prefill_chunk < 2:
-            raise InvalidInputError("prefill_chunk=1 does not do: give at least 2")
+            raise InvalidInputError("prefill_chunk=1 must be at least 2")
         if self.prefix_cache and self.deterministic and self.prefill_chunk % self.page_size:
             raise InvalidInputError(
-                f"prefill_chunk={self.prefill_chunk} is no multiple of page_size={self.page_size}, which prefix_cache "
+                f"prefill_chunk={self.prefill_chunk} is not a multiple of page_size={self.page_size}, as prefix_cache "
                 "needs in deterministic mode: change one of them"
             )
         if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
-            raise InvalidInputError(f"kv_cache_gib={self.kv_cache_gib} does not do: give more than 0")
+            raise InvalidInputError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
 
     def decode_shapes(self) -> tuple[StepShape, ...]:
         """Buckets of decode steps, smallest first."""

@@ -28,13 +28,15 @@ from nitsum_jax.models.loading import OpenModel
 
 T = TypeVar("T")
 
+_PROGRESS_S = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
     """A snapshot of counters and gauges.
 
     Attributes:
-      waiting: requests that no instance has taken.
+      waiting: requests that no instance has taken yet.
       running: requests that an instance works on.
       queue_capacity: most requests that may wait.
       blocks_free: free KV blocks of all devices.
@@ -42,21 +44,21 @@ class EngineStats:
       tokens_generated: output tokens so far.
       steps: steps finished so far.
       switches: layout switches so far.
-      sent_back: sequences that lost their blocks and were computed anew.
+      sent_back: sequences that lost their blocks and had to be computed again.
       compiles: XLA compilations of this process.
-      weight_bytes_wrapped: put into parameter trees without a copy.
-      weight_bytes_moved: copied between devices.
-      weight_bytes_freed: given up by devices that need them no more.
-      wide_prefills: prompts prefilled at the widest TP in between the steps of others.
+      weight_bytes_wrapped: bytes of weights put into parameter trees without a copy.
+      weight_bytes_moved: bytes of weights copied between devices.
+      weight_bytes_freed: bytes of weights freed by devices that no longer need them.
+      wide_prefills: prompts prefilled at the widest TP between the steps of others.
       hand_overs: sequences that went from a prefill instance to one that decodes.
       paced: whether results are delivered at the pace of other hardware; times are not of this machine then.
       pace_late_share: share of the steps that came later than their pace.
-      pace_late_steps: how many.
-      pace_worst_late_ms: most that one was late by.
-      pace_valid: whether the share is within the limit; if not, nothing that was measured says anything.
-      blocks_cached: of the free KV blocks, those that still hold pages for requests to come.
-      prefix_queried_tokens: tokens of prompts for which the prefix cache was asked.
-      prefix_hit_tokens: of these, tokens that it had.
+      pace_late_steps: number of these steps.
+      pace_worst_late_ms: largest lateness of a step, milliseconds.
+      pace_valid: whether the share is within the limit; if not, measurements are invalid.
+      blocks_cached: free KV blocks that still hold pages which later requests can use.
+      prefix_queried_tokens: prompt tokens looked up in the prefix cache.
+      prefix_hit_tokens: prompt tokens found in the prefix cache.
       broken_logits: requests that failed because the model produced NaN or infinite logits.
     """
 
@@ -95,6 +97,7 @@ class Engine:
         config: EngineConfig,
         sink: Callable[[Sequence[TokenDelta]], None],
         policy: Policy,
+        on_progress: Callable[[CompileProgress], None] | None = None,
     ):
         self._counter = compile_counter()
         self.config = config
@@ -109,13 +112,22 @@ class Engine:
         self.memory_report = self._cell.memory.text
         self.device_names = tuple(str(device) for device in self._cell.devices)
         first = self._cell.groups(self._cell.first)
-        self._cell.executables.wait(first)
+        self._wait(WantedLayout(self._cell.first, tuple(first), time.monotonic()), on_progress)
         self._cell.executables.serve()
         self._loop = Loop(self._cell, policy, sink, deterministic=config.deterministic, pace=config.pace)
         for layout in self._cell.known_layouts():
             self._cell.executables.want(self._cell.groups(layout), LIKELY)
-        # Who forgets to close an engine, in a notebook for instance, gets a quiet end all the same.
+        # An engine that was not closed, in a notebook for instance, ends quietly all the same.
         atexit.register(_close, weakref.ref(self))
+
+    def _wait(self, first: WantedLayout, on_progress: Callable[[CompileProgress], None] | None) -> None:
+        """Until the first layout can serve."""
+        executables = self._cell.executables
+        if on_progress is None:
+            executables.wait(first.groups)
+            return
+        while not executables.wait(first.groups, timeout_s=_PROGRESS_S):
+            on_progress(executables.progress([first]))
 
     @property
     def cell(self) -> Cell:
@@ -220,7 +232,7 @@ class Engine:
             except NitsumError as error:
                 future.set_exception(error)
             except RuntimeError as error:
-                future.set_exception(PreconditionError(f"layout {target} is not to be had: {error}"))
+                future.set_exception(PreconditionError(f"layout {target} is not possible: {error}"))
             else:
                 future.set_result(SwitchReport(str(self.layout()), str(target), 0, 0, 0, 0.0, 0))
 
@@ -241,7 +253,7 @@ class Engine:
         return tuple(str(layout) for layout in self._cell.known_layouts() if all(map(ready, self._cell.groups(layout))))
 
     def compiling(self) -> CompileProgress:
-        """What is compiled now, and how far the layouts are that somebody waits for."""
+        """What is being compiled, and the progress of the layouts that are waited for."""
         preparing = list(self._preparing.values())
         return self._cell.executables.progress([*self._running.wanted_layouts(), *preparing])
 
@@ -345,11 +357,11 @@ class Engine:
         if not request.prompt_ids:
             raise InvalidInputError("the prompt is empty: give at least one token")
         if request.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens={request.max_tokens} does not do: give at least 1")
+            raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
         vocab = self.model_config.vocab_size
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidInputError(
-                f"min_tokens={request.min_tokens} does not do: give 0 to max_tokens, {request.max_tokens}"
+                f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}"
             )
         if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
             raise InvalidInputError(
@@ -393,6 +405,7 @@ def start_engine(
     config: EngineConfig,
     sink: Callable[[Sequence[TokenDelta]], None],
     policy: Policy | None = None,
+    on_progress: Callable[[CompileProgress], None] | None = None,
 ) -> Engine:
     """Loads a model and starts serving it.
 
@@ -400,10 +413,11 @@ def start_engine(
       model: from `open_model`.
       config: settings.
       sink: called on the engine's thread once per step with all deltas of the step.
-      policy: who goes where and when; first come, first served if None.
+      policy: decides which request goes where and when; first come, first served if None.
+      on_progress: told about twice a second how far compiling is, until the first layout can serve.
 
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    # Not `policy or ...`: a policy of nobody waiting is false.
-    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy)
+    # Not `policy or ...`: a policy without waiting requests is false.
+    return Engine(model, config, sink, FifoPolicy(config.max_queue) if policy is None else policy, on_progress)

@@ -135,7 +135,7 @@ class Instance:
         return max(0, sequence.cached - sum(step.shape.tokens for step in flying if sequence in step.sequences))
 
     def touched(self, device: int) -> list[np.ndarray]:
-        """Block ids on one of its devices that steps in flight may read or write, whoever they belong to by now."""
+        """Block ids on one of its devices that steps in flight may read or write, freed ones included."""
         here = np.array(self.device_of) == device
         shape = self._program.cut.num_vshards, self._program.pages
         return [step.page_table(*shape)[:, here].reshape(-1) for step in self.outstanding]
@@ -198,7 +198,7 @@ class Instance:
     def leave(self, sequence: LiveRequest) -> None:
         """Takes a sequence out and frees its blocks.
 
-        Safe while its steps are in flight: whoever gets the blocks writes to them in a later step of the same devices.
+        Safe while its steps are in flight: the next owner writes to the blocks in a later step of the same devices.
         """
         for vshard, device in enumerate(self.device_of):
             self._pool.allocators[device].give(sequence.page_table[vshard, : sequence.pages])

@@ -74,7 +74,7 @@ class Loop:
 
         Args:
           cell: devices, weights, pool, executables.
-          policy: decides who and where; its `push` is called under `lock`.
+          policy: decides which and where; its `push` is called under `lock`.
           sink: takes the deltas of a step.
           deterministic: reserve all blocks of a sequence at admission, and recompute outputs token by token.
           pace: at whose pace results are delivered; None: as they come.
@@ -206,7 +206,7 @@ class Loop:
         self._wide.close(_LAST_STEPS_S)
 
     def _turn(self) -> None:
-        """One round: takes in what has happened, decides who goes where, launches, and tells of it."""
+        """One round: processes events, decides which sequence goes where, launches steps, and passes deltas on."""
         if not self._take_events():
             return
         now = time.monotonic()
@@ -237,7 +237,7 @@ class Loop:
         self._expire()
 
     def _schedule(self, now_s: float) -> None:
-        """Changes the layout if that is due, and seats who waits."""
+        """Changes the layout if that is due, and seats waiting requests."""
         self._advance_switch()
         self._admission.admit(self.instances, now_s, switching=bool(self._switches))
         self.handover.advance(self.instances, now_s)
@@ -309,7 +309,7 @@ class Loop:
             self._deltas.clear()
             try:
                 self._sink(deltas)
-            except Exception:  # whoever listens has a fault; that must not stop the streams of others
+            except Exception:  # a fault in a listener must not stop the streams of others
                 _LOG.exception("the sink failed; %d deltas are lost", len(deltas))
         with self.lock:
             if not self.alive:
@@ -363,7 +363,7 @@ class Loop:
             if not pending.prepare(self.cell, self.wake) or any(instance.broken for instance in self.instances):
                 return
             if self._wide.sequence is not None and not pending.future.done():
-                return  # it takes a few steps more, and meanwhile nobody waits
+                return  # it takes a few steps more, for which no stream waits
             ended = pending.future.done()
             if (
                 not ended

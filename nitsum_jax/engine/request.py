@@ -21,10 +21,10 @@ class SamplingParams:
       top_p: keep the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all.
       min_p: keep tokens at least this many times as likely as the most likely one; 0 keeps all.
       repetition_penalty: > 1 makes tokens of prompt and output less likely (CTRL, arXiv 1909.05858); 1 is off.
-      presence_penalty: taken once from the logit of every token already in the output; 0 is off.
-      frequency_penalty: taken per occurrence in the output; 0 is off.
-      seed: with the position it is the whole random key; None lets the engine draw one per request.
-      logit_bias: (token id, what is added to its logit, -100 to 100) pairs, each id once; -100 forbids a token.
+      presence_penalty: subtracted once from the logit of every token already in the output; 0 is off.
+      frequency_penalty: subtracted from the logit of a token for each of its occurrences in the output; 0 is off.
+      seed: together with the position it is the whole random key; None: the engine draws one for each request.
+      logit_bias: pairs of a token id and the bias, -100 to 100, added to its logit; each id once; -100 forbids it.
     """
 
     temperature: float = 0.0
@@ -73,8 +73,8 @@ class Request:
       tier: name of the latency tier.
       deadline_s: give up at this time on the engine's monotonic clock (time.monotonic); None never gives up.
       min_tokens: before so many new tokens no stop token can be chosen; 0 is off.
-      logprobs: whether every delta says how likely its tokens were: None says nothing, otherwise the log probability
-        of each token and that many of the most likely ones at its place, 0 to 20.
+      logprobs: None, or how many of the most likely tokens, 0 to 20, a delta lists beside the log probability of each
+        of its tokens.
     """
 
     id: str
@@ -102,12 +102,12 @@ class FinishReason(enum.StrEnum):
 class TokenLogprob:
     """How likely a token was, by the model's own distribution: natural logarithms of the softmax of the bare logits.
 
-    Temperature, penalties, bias and the filters of sampling do not enter, so a token may have been chosen that was not
-    the most likely one.
+    Temperature, penalties, bias and the filters of sampling are not included, so a token may have been chosen that was
+    not the most likely one.
 
     Attributes:
-      logprob: of the token that was chosen.
-      top: (token id, log probability) of the most likely tokens, as many as were asked for, the most likely first.
+      logprob: log probability of the token that was chosen.
+      top: token id and log probability of as many of the most likely tokens as were asked for, most likely first.
     """
 
     logprob: float

@@ -54,7 +54,7 @@ def discover(n: int | None = None) -> tuple[jax.Device, ...]:
         advice = f"use at most {len(devices)}"
         if platform == "cpu":
             advice += f", or emulate {n} before JAX starts (emulate_cpu_devices, or JAX_NUM_CPU_DEVICES={n})"
-        raise PreconditionError(f"{n} devices are wanted, but there are {len(devices)} ({platform}): {advice}")
+        raise PreconditionError(f"{n} devices are needed, but there are {len(devices)} ({platform}): {advice}")
     return tuple(devices[:n])
 
 

@@ -14,7 +14,7 @@ The text form names instances from left to right, joined by `+`:
 parser would choose others.  Reading it back gives an equal layout.  `shapes_text` and `parse_shapes` are the same
 language for instances that have no place yet.
 
-Everybody who reads or writes layouts does it here: flags, gRPC, logs, the planner and the simulator.
+All reading and writing of layouts is done here: for flags, gRPC, logs, the planner and the simulator.
 
 Pure: no JAX in here.
 """
@@ -129,7 +129,7 @@ class Layout:
         return tuple(dict.fromkeys(tier for instance in self.instances for tier in instance.tiers))
 
     def without_tiers(self) -> "Layout":
-        """The same instances, kept for nobody."""
+        """The same instances, kept for no tier."""
         return Layout(tuple(dataclasses.replace(instance, tiers=()) for instance in self.instances))
 
     def idle(self, num_devices: int) -> tuple[int, ...]:
@@ -275,7 +275,7 @@ def _enumerate(kinds: Sequence[tuple[int, Role]], num_devices: int) -> Iterator[
     for counts in _counts([tp for tp, _ in kinds], num_devices):
         present = {role for (_, role), count in zip(kinds, counts, strict=True) if count}
         if Role.MIXED not in present and len(present) < 2:
-            continue  # prefill alone or decode alone serves nobody
+            continue  # prefill alone or decode alone serves no request
         instances = []
         start = 0
         for (tp, role), count in zip(kinds, counts, strict=True):
@@ -330,7 +330,7 @@ def _tokens(text: str, num_devices: int) -> Iterator[_Token]:
 def _token(part: str) -> _Token:
     match = _TOKEN.fullmatch(part.strip())
     if match is None:
-        raise InvalidInputError(f"{_shorten(part)} is no part of a layout: {GRAMMAR}")
+        raise InvalidInputError(f"{_shorten(part)} is not part of a layout: {GRAMMAR}")
     tp, count, role = int(match["tp"]), int(match["count"] or 1), (match["role"] or Role.MIXED).lower()
     _check_tp(tp)
     if count < 1:

@@ -232,7 +232,7 @@ class WeightBank:
     def drop(self, device: int, vshards: Collection[int]) -> int:
         """Gives up vshards of all cut parameters on a device, and every wrap that contains them.
 
-        The memory is free once nobody else holds a wrap of them or runs a step on it.
+        The memory is free once no wrap of them is held and no step runs on it.
 
         Returns:
           The bytes that were given up.

@@ -107,7 +107,7 @@ def generation_defaults(said: Mapping[str, Any], vocab_size: int) -> GenerationD
       vocab_size: V; keeping more tokens than there are is the same as keeping all.
 
     Raises:
-      InvalidInputError: a value is no number.  Whether it is in range is not looked at.
+      InvalidInputError: a value is not a number.  Its range is not checked.
     """
     values: dict[str, Any] = {name: _number(said, name) for name in _NUMBERS}
     top_k = _count(said, "top_k")
@@ -127,7 +127,7 @@ def _number(said: Mapping[str, Any], name: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidInputError(f"{name} is {value!r}, which is no number")
+        raise InvalidInputError(f"{name} is {value!r}, which is not a number")
     try:
         return float(value)
     except OverflowError:

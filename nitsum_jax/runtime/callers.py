@@ -1,4 +1,4 @@
-"""Who makes the call that is being answered: set by the security layer of a front end, read behind it."""
+"""The caller of the call that is being answered: set by the security layer of a front end, read behind it."""
 
 import contextlib
 import contextvars
@@ -13,7 +13,7 @@ def _any_number(outputs: int) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Caller:
-    """What the front end knows about who calls.
+    """What the front end knows about the caller.
 
     Attributes:
       client: name of its API key; empty without one.

@@ -60,18 +60,18 @@ Prompt = TextPrompt | ChatPrompt | TokenPrompt
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a client wants, beside its prompt.
+    """The parameters of a call, without its prompt.
 
     Attributes:
       sampling: how tokens are chosen; without a seed one is drawn.
-      max_tokens: at most this many new tokens; front ends put the model's own limit there if it has one.
+      max_tokens: at most this many new tokens; if a call gives no limit, front ends take the model's own if it has one.
       stops: strings before which the output ends.
-      stop_token_ids: ids before which the output ends, beside those of the model.
-      ignore_eos: the end-of-sequence ids of the model do not end the output.
-      min_tokens: neither stop ids nor stop strings end the output before so many tokens.
-      logprobs: None, or how many of the most likely tokens are told beside each.
+      stop_token_ids: token ids before which the output ends, in addition to those of the model.
+      ignore_eos: if true, the end-of-sequence ids of the model do not end the output.
+      min_tokens: neither stop ids nor stop strings end the output before this many tokens.
+      logprobs: None, or how many of the most likely tokens are listed beside each token.
       tier: name of the latency tier, "" for the default.
-      deadline_s: on the engine's monotonic clock.
+      deadline_s: time at which the request is given up, on the engine's monotonic clock.
     """
 
     sampling: SamplingParams = SamplingParams()

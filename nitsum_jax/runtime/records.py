@@ -1,4 +1,4 @@
-"""What is noted of one request while it lives, and who wants to know when it ends."""
+"""What is recorded of one request while it lives, and the callbacks for its end."""
 
 import dataclasses
 from typing import Protocol

@@ -58,4 +58,4 @@ def check_bindable(host: str, port: int, flag: str = "port") -> None:
         return
     if last.errno == errno.EACCES:
         raise PreconditionError(f"port {port} may not be bound by this user: give a --{flag} of 1024 or more")
-    raise InvalidInputError(f"--host={host} is no address of this machine ({last.strerror}): give one that is")
+    raise InvalidInputError(f"--host={host} is not an address of this machine ({last.strerror}): give one that is")

@@ -47,22 +47,25 @@ def test_no_weight_is_copied_transposed_or_joined_to_others(step: CompiledStep) 
 
 
 def test_every_weight_is_read_once(step: CompiledStep) -> None:
-    read = work_of(step, 0).read
-    config = step.case.config
-    table = config.vocab_size // step.case.tp * config.d_model * (2 if step.case.dtype == "bfloat16" else 4)
-    weights = sum(step.case.weight_sizes) - table  # of the embedding only some rows are
-    assert weights <= read <= 1.15 * weights + 40e6 / step.case.tp
+    config, read = step.case.config, reading(step, 0).read_of(step.case.weight_numbers)
+    itemsize = 2 if step.case.dtype == "bfloat16" else 4
+    table = config.vocab_size // step.case.tp * config.d_model * itemsize
+    weights = sum(step.case.weight_sizes) - table  # of the embedding only some rows are read
+    assert weights <= read <= weights + 8 // step.case.tp * step.case.shape.batch * step.case.shape.tokens * 4096
 
 
 def test_devices_exchange_partial_results_and_little_else(step: CompiledStep) -> None:
     received = work_of(step, CONTEXT).received
     expected = exchanged_bytes(step.case, fast=step.case.fast_sums)
-    assert expected <= received <= 1.05 * expected + 10_000
+    # A compiler may choose to add up in float32 what is rounded to bfloat16 afterwards.
+    most = 2.0 if step.case.fast_sums else 1.05
+    assert expected <= received <= most * expected + 10_000
 
 
 def test_temporary_memory_is_within_the_plan(step: CompiledStep) -> None:
     case = step.case
-    assert step.temp_bytes <= workspace_bytes(case.config, case.program.cut, case.shape.batch, case.shape.tokens)
+    platform, shape = case.target.chip.platform, case.shape
+    assert step.temp_bytes <= workspace_bytes(case.config, case.program.cut, shape.batch, shape.tokens, platform)
 
 
 def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None:

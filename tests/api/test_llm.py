@@ -1,9 +1,11 @@
 """The Python API: the same answers whichever way they are asked for."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 import nitsum_jax
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
+from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
 from nitsum_jax.models.generation import GenerationDefaults
@@ -51,6 +54,23 @@ def test_many_prompts_come_back_in_order(llm: LLM, answers: list[Completion]) ->
     assert len({answer.token_ids for answer in answers}) > 1
     many = llm.generate(TEXTS * 3, max_tokens=20, ignore_eos=True)  # more than the queue takes at once
     assert [answer.token_ids for answer in many] == [answer.token_ids for answer in answers] * 3
+
+
+def test_a_layout_that_compiles_is_not_waited_for_in_silence(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def slow(layout: str) -> "concurrent.futures.Future[SwitchReport]":
+        future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
+        threading.Timer(1.7, future.set_result, [SwitchReport("tp2x2", layout, 0, 0, 0, 0.0, 0)]).start()
+        return future
+
+    monkeypatch.setattr(llm._engine, "set_layout", slow, raising=False)
+    for switch in (llm.set_layout, lambda layout: asyncio.run(llm.aset_layout(layout))):
+        assert switch("tp4").to_layout == "tp4"
+        assert capsys.readouterr().err.startswith("nitsum-jax: switching to tp4 for 1 s")
+    monkeypatch.setattr(llm, "_progress", False)
+    llm.set_layout("tp4")
+    assert capsys.readouterr().err == ""
 
 
 def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion]) -> None:

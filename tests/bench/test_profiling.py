@@ -65,7 +65,7 @@ def test_too_little_room_is_told() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--out=/nowhere/at/all.json"], "--out=/nowhere/at/all.json does not do: name a file in a folder"),
+        (["--out=/nowhere/at/all.json"], "--out=/nowhere/at/all.json must name a file in a folder"),
         (["--out=x.json", "--layout=tp3"], "tp3"),
         (["--out=x.json"], "there is no model"),
     ],

@@ -70,7 +70,7 @@ def test_discover_returns_the_first_devices() -> None:
 def test_too_many_devices_are_refused() -> None:
     there = len(jax.devices())
     with pytest.raises(
-        PreconditionError, match=rf"{there + 1} devices are wanted, but there are {there} \(cpu\): use at"
+        PreconditionError, match=rf"{there + 1} devices are needed, but there are {there} \(cpu\): use at"
     ):
         discover(there + 1)
 

@@ -47,8 +47,8 @@ def test_what_is_used(said: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"temperature": "hot"}, "temperature is 'hot', which is no number"),
-        ({"top_p": True}, "top_p is True, which is no number"),
+        ({"temperature": "hot"}, "temperature is 'hot', which is not a number"),
+        ({"top_p": True}, "top_p is True, which is not a number"),
         ({"top_k": 2.5}, "top_k is 2.5, which is no whole number"),
         ({"max_new_tokens": float("inf")}, "max_new_tokens is inf, which is no whole number"),
         ({"max_new_tokens": 10**400}, "max_new_tokens is larger than any number"),

@@ -138,7 +138,7 @@ def test_none_leaves_out_what_the_model_says(tmp_path: Path) -> None:
         ({"temperature": -1}, "temperature=-1.0 is out of range"),
         ({"temperature": float("nan")}, "temperature=nan is out of range"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 is out of range"),
-        ({"min_p": "x"}, "min_p is 'x', which is no number"),
+        ({"min_p": "x"}, "min_p is 'x', which is not a number"),
     ],
 )
 def test_what_cannot_be_used_is_refused_at_the_start(tmp_path: Path, said: dict[str, Any], message: str) -> None:

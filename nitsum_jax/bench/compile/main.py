@@ -61,7 +61,7 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
     values = flags.FlagValues()
     flags.DEFINE_string("target", "v5e:2x4", "devices: such as v5e:2x4, v6e:2x4 or h100x8", flag_values=values)
     flags.DEFINE_enum("model", "llama-3.1-8b", list(MODELS), "whose shapes", flag_values=values)
-    flags.DEFINE_list("tp", ["1", "2", "4", "8"], "degrees of tensor parallelism", flag_values=values)
+    flags.DEFINE_list("tps", ["1", "2", "4", "8"], "degrees of tensor parallelism", flag_values=values)
     flags.DEFINE_list("batch", ["32"], "sequences of a decode step", flag_values=values)
     flags.DEFINE_list("context", ["1024", "2048"], "tokens of each sequence in the KV cache", flag_values=values)
     flags.DEFINE_integer(
@@ -83,7 +83,7 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
     return CompileOptionsRead(
         Target.parse(values.target),
         MODELS[values.model],
-        _numbers("tp", values.tp),
+        _numbers("tps", values.tps),
         _numbers("batch", values.batch),
         _numbers("context", values.context),
         values.prefill,

@@ -20,8 +20,12 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 
 PAGE_SIZE = 16
-# Without a GPU nothing can be tried out: the compiler takes its first choice of each matrix product.
-_UNTRIED: dict[str, CompileOptions] = {"gpu": (("xla_gpu_autotune_level", "0"),), "tpu": ()}
+# Without a GPU the compiler can try nothing out, and its first choice for few rows is to cut a product in 16 and add up
+# the parts, which is more traffic than the weights.  So the library's products stand for whatever would be chosen.
+_UNTRIED: dict[str, CompileOptions] = {
+    "gpu": (("xla_gpu_autotune_level", "0"), ("xla_gpu_enable_triton_gemm", False)),
+    "tpu": (),
+}
 
 
 @dataclasses.dataclass(frozen=True)

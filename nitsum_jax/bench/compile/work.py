@@ -32,6 +32,9 @@ _NOTHING = {
     "partition-id",
     "replica-id",
     "opt-barrier",
+    "while",
+    "conditional",
+    "call",
     "copy-done",
     "slice-done",
     "async-done",
@@ -181,31 +184,50 @@ class Reading:
         return Work(read, written, one.cycles, 0, launches, collectives)
 
     def _traffic(self, one: Instruction, within: Computation) -> tuple[float, float]:
-        taken = [within.by_name[name] for name in one.operands if name in within.by_name]
+        return sum(size for _, size in self._reads(one, within)), self._writes(one, within)
+
+    def _reads(self, one: Instruction, within: Computation) -> list[tuple[str, float]]:
+        """Bytes of main memory that an instruction reads of each operand."""
+        taken = [within.by_name[name] for name in one.operands]
+        if _is_marker(one) or not taken:
+            return []
+        first = taken[0]
         if one.opcode in _ASYNC:
-            target, source = one.buffers[:2] if one.opcode == "copy-start" else one.buffers[1::-1]
+            source, target = _ends(one)
             size = target.bytes if one.opcode == "slice-start" else min(source.bytes, target.bytes)
-            return self._main(source) and size, self._main(target) and size
+            return [(first.name, size if self._main(source) else 0)]
         if one.opcode == "fusion":
             (name,) = one.called("calls")
             body = self.module.computations[name]
-            read = sum(
-                min(self._hbm(operand), self._read_of(body, index)) if self._hbm(operand) else 0
+            return [
+                (operand.name, min(self._hbm(operand), self._read_of(body, index)) if self._hbm(operand) else 0)
                 for index, operand in enumerate(taken)
-            )
-            return read, self._written_by(body, body.result, one.buffers)
+            ]
         if one.opcode in _SLICES:
-            return self._hbm(taken[0]) and sum(b.bytes for b in one.buffers), self._hbm(one)
+            return [(first.name, sum(b.bytes for b in one.buffers) if self._hbm(first) else 0)]
         if one.opcode in _UPDATES:
-            new = sum(b.bytes for b in taken[_UPDATES[one.opcode]].buffers)
-            return new, new if self._hbm(one) else 0
+            new = taken[_UPDATES[one.opcode]]
+            return [(new.name, sum(b.bytes for b in new.buffers))]
+        size_of = self._kernel_read if one.opcode == "custom-call" else self._hbm
+        return [(operand.name, size_of(operand)) for operand in taken]
+
+    def _writes(self, one: Instruction, within: Computation) -> float:
+        """Bytes of main memory that an instruction writes."""
+        if _is_marker(one):
+            return 0
+        if one.opcode in _ASYNC:
+            source, target = _ends(one)
+            return min(source.bytes, target.bytes) if self._main(target) else 0
+        if one.opcode == "fusion":
+            (name,) = one.called("calls")
+            body = self.module.computations[name]
+            return self._written_by(body, body.result, one.buffers)
+        if one.opcode in _UPDATES:
+            new = within.by_name[one.operands[_UPDATES[one.opcode]]]
+            return sum(b.bytes for b in new.buffers) if self._hbm(one) else 0
         if one.opcode == "custom-call":
-            if _is_marker(one):
-                return 0, 0
-            read = sum(self._kernel_read(operand) for operand in taken)
-            results = one.buffers[:1] if one.target.startswith(_LIBRARY) else one.buffers
-            return read, sum(b.bytes for b in results if self._main(b) and b.bytes != self.pool_bytes)
-        return sum(map(self._hbm, taken)), self._hbm(one)
+            return sum(b.bytes for b in _results(one) if self._main(b) and b.bytes != self.pool_bytes)
+        return self._hbm(one)
 
     def _main(self, buffer: Buffer) -> bool:
         return buffer.space == 0 or self.chip.platform == "gpu"
@@ -271,6 +293,18 @@ class Reading:
         """The same where scratch memory counts as main memory."""
         return dataclasses.replace(self, chip=dataclasses.replace(self.chip, platform="gpu"))
 
+    def read_of(self, arguments: Sequence[int]) -> float:
+        """Bytes that straight code reads of these arguments, each time that it does."""
+        entry = self.module.computations[self.module.entry]
+        names = {one.name for number, one in entry.parameters.items() if number in arguments}
+        total = 0.0
+        for one in entry.instructions:
+            if one.opcode in _SEEN_THROUGH and one.operands and one.operands[0] in names:
+                names.add(one.name)
+            elif one.opcode not in _NOTHING:
+                total += sum(size for name, size in self._reads(one, entry) if name in names)
+        return total
+
     def copies_of(self, arguments: Sequence[int]) -> Iterator[Written]:
         """Arrays as large as one of these arguments (by number) that are made of it, in straight code.
 
@@ -295,7 +329,7 @@ class Reading:
     def _made(self, one: Instruction) -> int:
         """Bytes that an instruction writes, in whatever memory."""
         if one.opcode != "fusion":
-            return sum(b.bytes for b in one.buffers)
+            return sum(b.bytes for b in _results(one))
         (name,) = one.called("calls")
         body = self.module.computations[name]
         return int(self._everywhere._written_by(body, body.result, one.buffers))
@@ -307,7 +341,7 @@ class Reading:
         """
         for computation in self._reached(self.module.entry):
             for one in computation.instructions:
-                if one.opcode in _NOTHING | _ASYNC or one.opcode in ("while", "conditional", "call") or _is_marker(one):
+                if one.opcode in _NOTHING | _ASYNC or _is_marker(one):
                     continue
                 if one.opcode in _UPDATES or "output_to_operand_aliasing" in one.attributes:
                     continue
@@ -323,6 +357,17 @@ class Reading:
                 inner = (*one.called("body"), *one.called("branch_computations"), *one.called("to_apply"))
                 for other in inner or one.called("true_computation") + one.called("false_computation"):
                     yield from self._reached(other)
+
+
+def _ends(one: Instruction) -> tuple[Buffer, Buffer]:
+    """Where a copy that runs beside others is from, and where it goes."""
+    first, second = one.buffers[:2]
+    return (second, first) if one.opcode == "copy-start" else (first, second)
+
+
+def _results(one: Instruction) -> tuple[Buffer, ...]:
+    """What an instruction gives, without scratch memory."""
+    return one.buffers[:1] if one.target.startswith(_LIBRARY) else one.buffers
 
 
 def _origin(body: Computation, one: Instruction) -> Instruction:

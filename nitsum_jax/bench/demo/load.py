@@ -1,4 +1,4 @@
-"""The load of the demonstration: who comes, and how long prompts and outputs are, shifts from phase to phase."""
+"""The load of the demonstration: kinds of requests and lengths of prompts and outputs shift from phase to phase."""
 
 import dataclasses
 

@@ -163,7 +163,7 @@ class _Demo:
             pathlib.Path(options.json).write_text(json.dumps(to_json(entries, pace), indent=1) + "\n", encoding="utf-8")
 
     def _best(self) -> tuple[str, ...]:
-        """Tells what the simulator expects of everybody; returns the static layouts that are worth a live run."""
+        """Prints what the simulator expects of each policy; returns the static layouts that are worth a live run."""
         setting, workload = self._setting, self._workload
         even = tuple(_even(tp) for tp in setting.tps)
         uneven = best_uneven(setting, workload, _MAX_BATCH)
@@ -191,7 +191,7 @@ class _Demo:
             f"--decision_log={options.folder / 'decisions.jsonl'}",
             f"--max_batch={_MAX_BATCH}",
             "--max_queue=100000",
-            # Small pieces, for which nobody on this machine waits long; the pace takes them for one chunk.
+            # Small pieces, for which no other step on this machine waits long; the pace counts them as one chunk.
             "--prefill_chunk=256",
             # Small block tables: they travel with every step.
             "--page_size=128",

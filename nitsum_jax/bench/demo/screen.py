@@ -1,4 +1,4 @@
-"""What the demonstration shows while it runs: who is where, and how each tier fares."""
+"""What the demonstration shows while it runs: instances and their load, and how each tier fares."""
 
 import sys
 from collections.abc import Callable, Sequence

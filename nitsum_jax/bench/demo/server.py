@@ -18,7 +18,7 @@ _QUIET_S, _LOOK_S = 8.0, 0.5
 
 
 def free_port() -> int:
-    """A port that nobody has just now."""
+    """A port that is free just now."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

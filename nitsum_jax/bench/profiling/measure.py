@@ -43,13 +43,13 @@ def measure(options: ProfilingOptions) -> None:
     """Measures, and writes the profile.
 
     Raises:
-      NitsumError: model, layout, devices, memory or file do not do.
+      NitsumError: model, layout, devices, memory or file cannot be used.
     """
     assert options.model is not None
     assert options.out is not None
     out = pathlib.Path(options.out)
     if out.is_dir() or not out.parent.is_dir():  # rather now than after minutes
-        raise InvalidInputError(f"--out={out} does not do: name a file in a folder that is there")
+        raise InvalidInputError(f"--out={out} must name a file in a folder that exists")
     enable(options.cache_dir)
     if options.devices is not None:
         emulate_cpu_devices(options.devices)

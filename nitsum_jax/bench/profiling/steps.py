@@ -18,7 +18,7 @@ _MOST_STEPS = 50
 
 
 class StepTimer:
-    """Steps of one instance, on the first devices of a cell, whose pools nobody has on loan."""
+    """Steps of one instance, on the first devices of a cell, whose pools are not on loan."""
 
     def __init__(self, cell: Cell, tp: int, rounds: int):
         """Takes the executables that the engine has compiled.

@@ -74,7 +74,7 @@ async def drive(
     scale = session.time_scale or (before.pace.time_scale if paced else 1.0)
     if paced and scale != before.pace.time_scale:
         raise InvalidInputError(
-            f"--time_scale={scale:g} does not do: the server is paced at {before.pace.time_scale:g} (leave it out)"
+            f"--time_scale={scale:g} must be that of the server, {before.pace.time_scale:g}: leave it out"
         )
     player = Player(channel, before.vocab_size, time_scale=scale, seed=session.seed, progress=progress)
     if begun is not None:

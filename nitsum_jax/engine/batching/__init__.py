@@ -1,1 +1,1 @@
-"""Who joins a batch, in which order, at whose pace, and what happens when steps end or fail."""
+"""Which requests join a batch, in which order and at which pace, and what happens when steps end or fail."""

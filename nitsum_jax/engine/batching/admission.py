@@ -1,6 +1,6 @@
 """Seating sequences at instances, and taking the blocks of some for others when they run out.
 
-Who and where is the policy's choice; what is possible is known here.
+Which request goes where is the policy's choice; what is possible is known here.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Admission:
         *,
         deterministic: bool,
     ):
-        """Begins with nobody sent back.
+        """Begins with no sequence sent back.
 
         Args:
           cell: whose pool it is.
@@ -90,7 +90,7 @@ class Admission:
             self._seat(sequence, guest or instance, prefix, instances, now_s)
 
     def refuse_hopeless(self, instances: Sequence[Instance]) -> None:
-        """Ends whoever waits and has no room in any of these instances, even when empty; after a change of layout."""
+        """Ends waiting requests for which no instance has room even when empty; after a change of layout."""
         with self._lock:
             waiting = list(self._policy.waiting())
         for sequence in waiting:
@@ -184,7 +184,7 @@ class Admission:
 
     def _pages(self, sequence: LiveRequest, instance: Instance) -> int:
         """Pages that a sequence takes at its admission."""
-        # In deterministic mode nobody may be sent back for want of blocks; who decodes elsewhere waits for room there.
+        # In deterministic mode none may be sent back for lack of blocks; one to decode elsewhere waits for room there.
         whole = self._deterministic and instance.spec.role != Role.PREFILL
         tokens = sequence.limit if whole else len(sequence.tokens) + 1
         return -(-tokens // self._cell.program.pool.page_size)

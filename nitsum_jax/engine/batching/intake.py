@@ -123,7 +123,7 @@ class Intake:
                 )
 
     def _refuse_logits(self, sequence: LiveRequest) -> None:
-        """A row's logits are no numbers: its request ends, and nobody shares its pages."""
+        """A row's logits are not numbers: its request ends, and its pages are not shared."""
         self._counters.broken_logits += 1
         if self._cell.prefixes is not None:
             self._cell.prefixes.disown(sequence)
@@ -132,7 +132,9 @@ class Intake:
     def _fail(self, instance: Instance, step: Step) -> None:
         """A step failed, and the pool with it: its instance's sequences end with an error, and it goes on afresh."""
         _LOG.error("a step on devices %s failed: %s", instance.spec.devices, step.error)
-        if not (instance.broken or instance.lost):  # the step behind it fails too; who came in between lost nothing
+        if not (
+            instance.broken or instance.lost
+        ):  # the step behind it fails too; sequences that came in between lost nothing
             instance.broken = True
             for sequence in list(instance.rows.values()):
                 self._finish(sequence, FinishReason.ERROR, _STEP_FAILED)

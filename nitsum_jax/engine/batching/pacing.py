@@ -62,7 +62,7 @@ class Pace:
     def __post_init__(self) -> None:
         """Raises InvalidInputError for a scale that is not above 0."""
         if not self.time_scale > 0:
-            raise InvalidInputError(f"time_scale={self.time_scale} does not do: give more than 0")
+            raise InvalidInputError(f"time_scale={self.time_scale} must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Pacer:
         """A step was dispatched: settles when it begins and ends."""
         seconds = self._decode_s(instance, step) if step.chunk is None else self._chunk_s(instance, step, step.chunk)
         free_s = max(self._free_s.get(device, 0.0) for device in instance.order)
-        # It became free since somebody last looked: a host without delay would have launched it then.
+        # It became free since the last look: a host without delay would have launched it then.
         step.start_s = free_s if free_s > self._before_s else max(now_s, free_s)
         step.paced_s = step.start_s + self.pace.time_scale * seconds
         self._occupy(instance.order, step.paced_s)

@@ -1,4 +1,4 @@
-"""How long steps took, told in batches to whoever wants to know."""
+"""How long steps took, reported in batches to a listener."""
 
 import dataclasses
 import logging
@@ -78,5 +78,5 @@ class StepLog:
         for listener in self.listeners:
             try:
                 listener(timings)
-            except Exception:  # whoever listens has a fault; that must not stop the streams
+            except Exception:  # a fault in the listener must not stop the streams
                 _LOG.exception("a listener of step times failed")

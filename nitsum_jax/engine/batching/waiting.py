@@ -13,7 +13,7 @@ from nitsum_jax.errors import OverloadedError
 
 
 class FifoPolicy:
-    """First come, first served; whoever lost its blocks goes first.  See `policy.Policy` for the calls."""
+    """First come, first served; a request that lost its blocks goes first.  See `policy.Policy` for the calls."""
 
     # ruff: noqa: D102
     def __init__(self, capacity: int):

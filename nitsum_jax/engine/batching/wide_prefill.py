@@ -124,7 +124,7 @@ class WidePrefill:
         """Starts the next chunk, or hands the sequence over if the last one was started.
 
         Returns:
-          The step, or who was handed over; None if there is nothing to do now.
+          The step, or the sequence that was handed over; None if there is nothing to do now.
         """
         guest = self._guest
         sequence = self.sequence

@@ -214,13 +214,22 @@ class Executables:
                 tuple(layout_progress(one, self._essential, self._sheet, ready, now) for one in distinct(wanted)),
             )
 
-    def wait(self, groups: Sequence[Group], *, everything: bool = False) -> None:
+    def wait(self, groups: Sequence[Group], *, everything: bool = False, timeout_s: float | None = None) -> bool:
         """Blocks until these groups can serve, that is, their essential buckets (or all of them) are ready.
+
+        Args:
+          groups: of devices.
+          everything: all buckets.
+          timeout_s: the longest wait; None: as long as it takes.
+
+        Returns:
+          False if that time has passed before.
 
         Raises:
           RuntimeError: one of them does not compile.
           UnavailableError: compiling was stopped.
         """
+        end = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while True:
                 for group in groups:
@@ -228,10 +237,13 @@ class Executables:
                         raise RuntimeError(f"the steps of devices {group} do not compile: {self._failed[group]}")
                 needed = frozenset(self._shapes) if everything else self._essential
                 if all(self._has(group, needed) for group in groups):
-                    return
+                    return True
                 if self._closed:
                     raise UnavailableError("the engine is closed, and compiles no more")
-                self._changed.wait()
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._changed.wait(left)
 
     def provide(self, trial_run: TrialRun) -> None:
         """Says how to try executables until `serve` is called: possible when the weights are there."""

@@ -1,1 +1,1 @@
-"""The KV cache: blocks and who has them, prefixes that are shared, copies between devices, memory."""
+"""The KV cache: blocks and their owners, shared prefixes, copies between devices, memory."""

@@ -1,4 +1,4 @@
-"""The KV pool of a cell: one array per device, and who owns which block of it."""
+"""The KV pool of a cell: one array per device, and the owner of each of its blocks."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from nitsum_jax.meshes.mesh import TP_AXIS
 
 
 class BlockAllocator:
-    """Who uses which block of one device.
+    """The users of each block of one device.
 
     A block has as many users as there are block tables with it.  Without a user it is free: on the stack, or *idle* if
     the prefix index knows what it holds.  Idle blocks keep their contents for as long as the stack has others to give;
@@ -25,7 +25,7 @@ class BlockAllocator:
 
         Args:
           blocks: how many there are.
-          index: knows what blocks hold; None: nobody does.
+          index: knows the contents of blocks; None: no prefixes are shared.
           device: whose blocks they are, in the index.
         """
         self.total = blocks
@@ -95,7 +95,7 @@ class BlockAllocator:
             np.add.at(self._users, blocks, 1)
             raise ValueError("more blocks given back than there are: one was given twice")
         done = blocks[left == 0]
-        if self._index is not None:  # else nobody shares a block, and each is in one part
+        if self._index is not None:  # else no block is shared, and each is in one part
             page = np.concatenate([np.arange(len(part)) for part in parts])[left == 0]
             done, first = np.unique(done, return_index=True)
             page = page[first]

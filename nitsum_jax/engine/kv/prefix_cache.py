@@ -24,7 +24,7 @@ from nitsum_jax.engine.live_request import LiveRequest
 
 
 class PoolHolder(Protocol):
-    """Who holds the pools of some devices; `Instance` is one."""
+    """The holder of the pools of some devices, such as an `Instance`."""
 
     # ruff: noqa: D102
     @property
@@ -66,7 +66,7 @@ class PrefixCache:
           prompts_only: whether what decode steps made is not shared.
         """
         if pool.index is None or granule % pool.shape.page_size:
-            raise ValueError("the pool has no index, or the granule is no multiple of its pages")
+            raise ValueError("the pool has no index, or the granule is not a multiple of its pages")
         self._pool = pool
         self._index: PrefixIndex = pool.index
         self._mover = mover
@@ -163,7 +163,7 @@ class PrefixCache:
         sequence.entered = full
 
     def disown(self, sequence: LiveRequest) -> None:
-        """What the pages of a sequence hold is wrong: nobody is to find it, wherever it lies."""
+        """The contents of a sequence's pages are wrong: they must not be found on any device."""
         pages = self._index.find(sequence.keys)
         for device, allocator in enumerate(self._pool.allocators):
             blocks = self._index.blocks(pages, np.full(len(self._index.vshards), device))

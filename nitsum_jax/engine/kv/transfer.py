@@ -116,7 +116,7 @@ class HostMover:
         return Copy(len(old) * self._pool.shape.block_bytes, None)
 
     def settle(self, devices: Iterable[int]) -> None:
-        """Waits for the copies of a `BlockMover`, which nobody reads: the steps before a switch have been."""
+        """Waits for the copies of a `BlockMover`, which are not read: the steps before a switch have been."""
         jax.block_until_ready([self._pool.array(device) for device in devices])
 
     def place(self, device: int) -> int:
@@ -147,7 +147,7 @@ def _gather(pool: jax.Array, ids: jax.Array) -> jax.Array:
 
 
 def _scatter(pool: jax.Array, ids: jax.Array, piece: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # The second result can still be waited for when the first was donated to whoever uses the pool next.
+    # The second result can still be waited for when the first was donated to the next user of the pool.
     return pool.at[ids].set(piece, mode="promise_in_bounds", unique_indices=True), ids[0]
 
 

@@ -155,7 +155,7 @@ def choose_destinations(
 def fewest_bytes(
     sequences: Sequence[Leaving], destinations: Sequence[Destination], room: Callable[[], SeatsLeft]
 ) -> list[int | None]:
-    """The rule of who knows no more of sequences than their bytes.
+    """The rule of a policy that knows only the bytes of sequences.
 
     Longest first, each sequence goes where the fewest bytes must move among the instances that have room and are not
     fuller than balance allows: an instance takes its share by TP of all sequences, rounded up.  If some find no room
@@ -210,7 +210,7 @@ def plan_moves(
 def _seat_beside_twins(
     sequences: Sequence[Leaving], destinations: Sequence[Destination], pool: KvPool, moves: Moves, seats: Seats
 ) -> None:
-    """Who found no room for all its pages may find it for those that others have not brought: the oldest first."""
+    """A sequence without room for all its pages may have room for those that others did not bring: oldest first."""
     homeless = [i for i, destination in enumerate(moves.assigned) if destination is None]
     counts = collections.Counter(destination for destination in moves.assigned if destination is not None)
     for index in sorted(homeless, key=lambda i: sequences[i].sequence.admitted):
@@ -260,7 +260,7 @@ class _FreeBlocks:
         self._hosts = destinations
         self._rows = [destination.rows for destination in destinations]
         self._left = [allocator.free for allocator in pool.allocators]
-        # Blocks by device for a page of who comes from some devices: many sequences come from few instances.
+        # Blocks by device for a page of a sequence from some devices: many sequences come from few instances.
         self._each: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._bound: dict[int, int | None] = {}
         for number, (sequence, _) in enumerate(sequences):

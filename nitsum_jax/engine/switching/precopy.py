@@ -38,7 +38,7 @@ class _CopyPlan:
 class _Taken:
     """Takes blocks for copies, none that a step in flight may still write.
 
-    Blocks are free as soon as their sequence has ended, with steps of it in flight: whoever gets them writes to them in
+    Blocks are free as soon as their sequence has ended, with steps of it in flight: the next owner writes to them in
     a later step.  Copies that go past the steps must not.
     """
 
@@ -88,7 +88,7 @@ class PreCopy:
           cell: whose pool it is.
           leaving: instances that the switch takes away.
           destinations: instances that it brings.
-          seats: says who goes where.
+          seats: decides which sequence goes where.
         """
         self._cell = cell
         self._since = time.monotonic()
@@ -146,7 +146,7 @@ class PreCopy:
         return False
 
     def take(self) -> dict[int, Ahead]:
-        """What was copied, by id of the sequence; the blocks belong to whoever calls this.
+        """What was copied, by id of the sequence; the blocks then belong to the caller.
 
         The pools must be given back.
         """

@@ -53,19 +53,19 @@ class SwitchReport:
     """What a switch did.
 
     Attributes:
-      from_layout: text form.
-      to_layout: text form.
+      from_layout: text form of the layout before.
+      to_layout: text form of the layout after.
       sequences: live sequences whose instance changed.
-      kv_bytes_moved: between devices.
-      weight_bytes_moved: between devices.
+      kv_bytes_moved: bytes of KV cache copied between devices.
+      weight_bytes_moved: bytes of weights copied between devices.
       stall_ms: from the end of the last step of the stopped instances to the end of the copies.
-      requeued: sequences without room in the new layout, to be computed anew.
-      kv_bytes_minimum: what must move at least: for every sequence the blocks that change their device on that new
-        instance where these are fewest.
-      kv_bytes_ahead: those of kv_bytes_moved that were copied before, while the sequences still decoded.
-      host_ms: planning, remapping, wrapping and seating; while the last steps run it stalls nobody.
-      transfer_ms: launching the copies, and from the end of those steps, or of the host's part, to the end of the
-        copies.
+      requeued: sequences without room in the new layout, which are computed again.
+      kv_bytes_minimum: least number of bytes that must move: for every sequence the blocks that change their device, on
+        the new instance where these are fewest.
+      kv_bytes_ahead: part of kv_bytes_moved that was copied before, while the sequences still decoded.
+      host_ms: time for planning, remapping, wrapping and seating; while the last steps run it stalls no stream.
+      transfer_ms: time for launching the copies, and from the end of those steps, or of the host's part, to the end of
+        the copies.
     """
 
     from_layout: str
@@ -118,7 +118,7 @@ class PendingSwitch:
         for group in groups:
             failure = cell.executables.failure(group)
             if failure is not None:
-                self.future.set_exception(PreconditionError(f"layout {self.layout} does not compile: {failure}"))
+                self.future.set_exception(PreconditionError(f"layout {self.layout} cannot be compiled: {failure}"))
                 return True
         if not all(cell.executables.ready(group) for group in groups):
             return False
@@ -236,7 +236,7 @@ class _Stopped:
 
 @dataclasses.dataclass(frozen=True)
 class _MovePlan:
-    """Who goes where.
+    """Which sequence goes where.
 
     Attributes:
       moves: the blocks that move, and the host of every place of the snapshot.
@@ -388,7 +388,7 @@ def _report(
     except Exception as error:  # the steps behind it fail too, and their instances deal with that
         pending.future.set_exception(PreconditionError(f"copying KV blocks failed: {error}"))
         return
-    # While the last steps of the old layout run, nobody waits for the switch.
+    # While the last steps of the old layout run, no stream waits for the switch.
     stall_s = 0.0 if start is None else end - (begin if running else start)
     if pending.paced_stall_s is not None and start is not None:
         stall_s = pending.paced_stall_s

@@ -93,7 +93,9 @@ class Tokenizer:
         rows = model.get("vocab_size")
         size = max(_size(inner), rows if isinstance(rows, int) else 0)
         special = ids_of_json(generation, size, GENERATION_CONFIG_FILE)
-        of_model = ids_of_json(model, size, "config.json", warn=False)  # who reads the model's config tells of it
+        of_model = ids_of_json(
+            model, size, "config.json", warn=False
+        )  # the reader of the model's config warns about it
         eos_ids = list(special.ends or of_model.ends)
         eos_id = _spelled_id(inner, config, "eos_token")
         if eos_id is not None:

@@ -1,1 +1,1 @@
-"""Who changes the layout of a live cell: the control loop, the planner's process, and what was decided."""
+"""What changes the layout of a live cell: the control loop, the planner's process, and the log of decisions."""

@@ -85,7 +85,7 @@ class LayoutLog:
         self._switches: deque[SwitchNote] = deque(maxlen=KEPT)
 
     def decide(self, choice: str, reason: str, plan_s: float | None = None) -> None:
-        """Notes that a layout was chosen; whoever changes layouts calls this, also for the choice to stay."""
+        """Records that a layout was chosen; called for every change of the layout, and for the choice to stay."""
         decision = LayoutChoice(self._clock(), choice, one_line(reason), plan_s)
         with self._lock:
             self._decisions.append(decision)

@@ -12,6 +12,7 @@ from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.batching.pacing import Pace
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
+from nitsum_jax.engine.executables.progress import CompileProgress
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.meshes.devices import discover
 from nitsum_jax.meshes.layout import Layout, parse_layout
@@ -62,6 +63,7 @@ def start_scheduled(
     time_scale: float = 1.0,
     find_reach: bool = False,
     stretch: bool = False,
+    on_progress: Callable[[CompileProgress], None] | None = None,
 ) -> Scheduled:
     """Starts an engine; takes as long as loading and compiling take.
 
@@ -76,6 +78,7 @@ def start_scheduled(
       time_scale: of a paced cell, seconds here for a second of its target.
       find_reach: find out what a request alone gets: a paced cell's profile knows, any other serves one or two.
       stretch: make targets longer that the cell cannot keep.
+      on_progress: told how far compiling is, until the first layout can serve.
 
     Raises:
       NitsumError: model, devices, layout, profile or memory do not fit.
@@ -92,7 +95,7 @@ def start_scheduled(
     )
     config, first = _without_tiers(config, tiers.names)
     scheduling.keep_for(first)
-    engine = start_engine(model, config, tap, scheduling)
+    engine = start_engine(model, config, tap, scheduling, on_progress)
     reach = None
     if find_reach or stretch:
         if pace is not None:

@@ -29,7 +29,7 @@ class ToldToken:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class End:
-    """How an output ended: STOP or LENGTH, and the stop string that ended it, if one did."""
+    """How an output ended: by STOP or LENGTH, and by which stop string, if by one."""
 
     reason: FinishReason
     stop: str | None
@@ -40,10 +40,11 @@ class Piece:
     """What is new in an output.
 
     Attributes:
-      text: certain to be output; lags behind the ids while a character is incomplete or a stop string may have begun.
+      text: new text that is certain; it lags behind the ids while a character is incomplete or a stop string may have
+        begun.
       ids: new token ids.
-      told: tokens with their log probabilities, where these are wanted; they come when their text does.
-      end: None while more is to come.
+      told: tokens with their log probabilities, if these were asked for; they come together with their text.
+      end: how the output ended; None while more is to come.
     """
 
     text: str

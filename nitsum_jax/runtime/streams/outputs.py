@@ -13,7 +13,7 @@ from nitsum_jax.runtime.streams.router import DeltaStream
 
 
 class ClientLeftError(Exception):
-    """The client has closed its connection: nobody wants an answer any more."""
+    """The client has closed its connection: no answer is wanted any more."""
 
 
 class Outputs:

@@ -83,7 +83,7 @@ class StreamRouter:
 
     def sink(self, deltas: Sequence[TokenDelta]) -> None:
         """Takes the deltas of one step, on the thread of the engine; never blocks, never raises."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has ended, and no stream is left
             self._loop.call_soon_threadsafe(self._dispatch, tuple(deltas))
 
     def admitted(self, request_id: str, now_s: float) -> None:
@@ -181,7 +181,7 @@ class StreamRouter:
     def _note_end(self, record: ServedRequest) -> None:
         if record.ended_s is None:
             record.ended_s = self._clock()
-        if record.finish is None:  # the handler was cancelled, or failed on its own: nobody was there for the rest
+        if record.finish is None:  # the handler was cancelled, or failed on its own: the rest was not read
             record.finish = FinishReason.CANCELLED
         if self.observer is not None:
             self.observer.ended(record)

@@ -12,11 +12,12 @@ from absl import flags
 from google.protobuf import json_format
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, one_line
+from nitsum_jax.runtime.progress import ProgressLine
 from nitsum_jax.server import cli
 from nitsum_jax.server.client import identity_flags
 from nitsum_jax.server.client.channel import open_channel
 from nitsum_jax.server.client.explanation import explanation_text
-from nitsum_jax.server.client.progress import ProgressLine, compiling, watched
+from nitsum_jax.server.client.progress import compiling, watched
 from nitsum_jax.server.proto import admin_pb2, admin_pb2_grpc, nitsum_pb2_grpc
 
 _NAME = "nitsum-admin"
@@ -79,7 +80,7 @@ async def main_async(argv: Sequence[str]) -> int:
 
 def _command(words: Sequence[str]) -> tuple[str, str]:
     if not words or words[0] not in _COMMANDS:
-        raise InvalidInputError(f"give one of {', '.join(_COMMANDS)} (--help tells what they do)")
+        raise InvalidInputError(f"give one of {', '.join(_COMMANDS)} (--help describes them)")
     wanted = 2 if words[0] in _WITH_VALUE else 1
     if len(words) != wanted:
         raise InvalidInputError(f"{words[0]} takes {'one value' if wanted == 2 else 'no value'} (--help)")

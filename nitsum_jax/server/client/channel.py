@@ -24,7 +24,7 @@ _OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Who the client is, and whom it trusts; files in PEM form.
+    """The identity of the client, and the certificates that it trusts; files in PEM form.
 
     Attributes:
       api_key: secret; None: none is sent.

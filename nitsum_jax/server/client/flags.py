@@ -28,7 +28,7 @@ server, or one that is not ready; 130 interrupted."""
 _SAMPLING_FLOATS = {
     "temperature": "0 is greedy; higher is more random",
     "top_p": "keep the smallest set of most likely tokens with this probability; 1 keeps all",
-    "min_p": "keep tokens at least this many times as likely as the likeliest; 0 keeps all",
+    "min_p": "keep tokens at least this many times as likely as the most likely one; 0 keeps all",
     "repetition_penalty": "over prompt and output; 1 is off",
     "presence_penalty": "once per token that is in the output; 0 is off",
     "frequency_penalty": "per occurrence in the output; 0 is off",

@@ -14,12 +14,13 @@ from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.runtime.progress import ProgressLine, duration
 from nitsum_jax.server import cli
 from nitsum_jax.server.client.calls import CallOutcome, Failure, generate
 from nitsum_jax.server.client.channel import open_channel
 from nitsum_jax.server.client.flags import ClientOptions, read_options
 from nitsum_jax.server.client.layout_plan import PlanRunner
-from nitsum_jax.server.client.progress import ProgressLine, compiling, seconds, watched
+from nitsum_jax.server.client.progress import compiling, watched
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 
 _NAME = "nitsum-generate"
@@ -137,7 +138,7 @@ class _Client:
         with contextlib.suppress(grpc.aio.AioRpcError):  # what is wrong with the layout, the switch itself will say
             await self._watched(call, f"compiling {layout}", layout)
             if time.monotonic() - begin >= _WORTH_TELLING_S:
-                cli.err(f"{_NAME}: {layout} is compiled, after {seconds(time.monotonic() - begin)}")
+                cli.err(f"{_NAME}: {layout} is compiled, after {duration(time.monotonic() - begin)}")
 
     async def _switch(self, layout: str) -> None:
         call = self._stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=layout))

@@ -23,7 +23,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def read(values: flags.FlagValues) -> Identity:
-    """Who calls, by parsed flags.
+    """The identity of the client, from parsed flags.
 
     Raises:
       InvalidInputError: a file cannot be read, or flags do not go together.

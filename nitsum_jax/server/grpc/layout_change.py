@@ -1,4 +1,4 @@
-"""Waiting for a change of the layout: who leaves does not undo it."""
+"""Waiting for a change of the layout: a caller that leaves does not undo it."""
 
 import asyncio
 import concurrent.futures

@@ -66,7 +66,7 @@ class GrpcServer:
         Args:
           host: address of this machine.
           port: 0 takes a free one.
-          guard: who may call what; None: everybody everything.
+          guard: which caller may call what; None: all may call everything.
           tls: None: no encryption.
           state: shared with other ports of the same server; one of its own if None.
           profiler: for AdminService; None: there are no traces.
@@ -80,7 +80,7 @@ class GrpcServer:
         self.host = host
         self.state = state or ServerState()
         self._health = health.aio.HealthServicer()
-        # First who calls, then what: strangers learn nothing about their messages.
+        # The caller is checked before the message: strangers learn nothing about their messages.
         interceptors = [GrpcGuard(guard or Guard(AccessPolicy(admin=True))), UndecodableRequests()]
         self._server = grpc.aio.server(options=_OPTIONS, interceptors=interceptors)
         nitsum_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(self.state), self._server)
@@ -167,7 +167,7 @@ async def in_thread(work: Callable[[], _T]) -> _T:
             report = lambda: done.set_exception(failure)  # noqa: E731
         else:
             report = lambda: done.set_result(result)  # noqa: E731
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no caller waits any more
             loop.call_soon_threadsafe(settle, report)
 
     threading.Thread(target=run, name="nitsum-blocking", daemon=True).start()

@@ -37,7 +37,7 @@ class Endpoint(Generic[_Request]):
 
         Raises:
           ApiError, NitsumError: refused before anything was sent.
-          ClientLeftError: nobody waits for the answer any more.
+          ClientLeftError: the client no longer waits for the answer.
         """
         arrival_s = time.monotonic()
         self._state.admitting()
@@ -118,7 +118,7 @@ async def _stream(
         await send({"type": "http.response.body", "body": opening.encode(), "more_body": True})
     try:
         while outputs.alive:
-            # One write for all that a step has said; who reads slowly gets fewer, larger events.
+            # One write for all tokens of a step; a client that reads slowly gets fewer, larger events.
             events = "".join([shape.events(index, piece) for index, piece in await outputs.next()])
             if events:
                 await send({"type": "http.response.body", "body": events.encode(), "more_body": True})

@@ -106,7 +106,7 @@ def of_exception(error: Exception, what: str, retry_after_s: float) -> ApiError:
 
 
 def _retry(after_s: float) -> tuple[tuple[str, str], ...]:
-    # OpenAI's client looks at the first, everybody else at the second.
+    # OpenAI's client reads the first, other clients the second.
     return (("retry-after-ms", str(round(after_s * 1e3))), ("retry-after", str(max(1, math.ceil(after_s)))))
 
 

@@ -31,7 +31,7 @@ _OPTIONS: Final = (
     ("TCP_KEEPINTVL", socket.IPPROTO_TCP, 10),
     ("TCP_KEEPCNT", socket.IPPROTO_TCP, 3),
     ("TCP_NODELAY", socket.IPPROTO_TCP, 1),
-    ("SO_SNDBUF", socket.SOL_SOCKET, 2**18),  # else the kernel keeps megabytes for who does not read
+    ("SO_SNDBUF", socket.SOL_SOCKET, 2**18),  # else the kernel keeps megabytes for clients that do not read
 )
 
 
@@ -64,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is gone, whoever ended it."""
+        """The connection is gone, whichever side ended it."""
         for timer in (self._deadline, self._stalled):
             if timer is not None:
                 timer.cancel()
@@ -146,7 +146,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._deadline = None
-        if not self._head_bytes:  # it has not begun: nobody waits for an answer
+        if not self._head_bytes:  # it has not begun: no client waits for an answer
             self.transport.close()
             return
         self._refusal = ApiError(408, f"the headers did not come within {HEAD_S:g} s", "timeout_error")

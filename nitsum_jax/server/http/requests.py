@@ -93,7 +93,7 @@ class Generation(Strict):
         return self
 
     def sampling(self, vocab_size: int, defaults: GenerationDefaults) -> SamplingParams:
-        """How tokens are chosen; a temperature that nobody gives is 1, as OpenAI has it.
+        """How tokens are chosen; a temperature that is not given is 1, as with OpenAI.
 
         Args:
           vocab_size: V; keeping more tokens than there are is the same as keeping all.

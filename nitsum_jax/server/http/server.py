@@ -15,7 +15,7 @@ from nitsum_jax.errors import PreconditionError
 from nitsum_jax.server.address import check_bindable
 from nitsum_jax.server.http.protocol import BoundedProtocol
 
-_KEEP_ALIVE_S = 65  # longer than most proxies keep an idle connection, so that it is they who close it
+_KEEP_ALIVE_S = 65  # longer than most proxies keep an idle connection, so that they close it first
 _BACKLOG = 2048
 _LAST_WORDS_S = 0.8
 
@@ -79,7 +79,7 @@ class HttpServer:
             await self._task
 
     async def stop(self) -> None:
-        """Frees the port and hangs up; who is still being answered has a moment to take it. A second call does nothing.
+        """Frees the port and hangs up; answers under way get a moment to be read. A second call does nothing.
 
         The outputs that are alive are the caller's to end (see `StreamRouter.cut_off`).
         """

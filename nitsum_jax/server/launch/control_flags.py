@@ -12,7 +12,7 @@ _DEFAULTS = ControllerConfig()
 
 @dataclasses.dataclass(frozen=True)
 class ControlOptions:
-    """What the flags say.
+    """The values of the flags.
 
     Attributes:
       mode: what the controller may do.
@@ -39,7 +39,7 @@ def define(values: flags.FlagValues) -> None:
         "planner",
         "off",
         list(Mode),
-        "who changes the layout: off, only administrators; advise, the planner says what it would do; on, the planner",
+        "whether the planner changes the layout: off, only administrators do; advise, it only logs; on, it does",
         flag_values=values,
     )
     flags.DEFINE_float(
@@ -62,7 +62,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "decision_log",
         None,
-        "file that gets every decision with its inputs as a line of JSON, for nitsum-simulate --replay",
+        "file to which every decision is appended with its inputs, as a line of JSON, for nitsum-simulate --replay",
         flag_values=values,
     )
 

@@ -17,12 +17,12 @@ USAGE = """nitsum-serve serves a language model over gRPC and HTTP, and changes 
   nitsum-serve --model=smollm2-135m --devices=4 --layout=tp2+tp1x2
 
 It prints the command that talks to it. SIGTERM or Ctrl-C lets the requests that are alive finish; a second one stops at
-once. Exit status: 0 stopped as asked; 1 a bug; 2 wrong flags, or something that they name is not to be had."""
+once. Exit status: 0 stopped as asked; 1 a bug; 2 wrong flags, or something that they name cannot be used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LaunchOptions:
-    """What the flags say; `engine` has the fields of EngineConfig that were given."""
+    """The values of the flags; `engine` has the fields of EngineConfig that were given."""
 
     model: str
     host: str
@@ -130,13 +130,13 @@ def _define() -> flags.FlagValues:
         upper_bound=65535,
         flag_values=values,
     )
-    text("served_model_name", None, "what clients call the model; the name that --model gives it if not given")
+    text("served_model_name", None, "name of the model for clients; the value of --model if not given")
     flags.DEFINE_enum(
         "generation_config",
         "auto",
         ["auto", "none"],
-        "what a request does not set of temperature, top_p, top_k, min_p, repetition_penalty and length; auto: as the "
-        "model's generation_config.json (or GGUF metadata) says; none: that is ignored",
+        "temperature, top_p, top_k, min_p, repetition_penalty and length of requests that do not set them; auto: from "
+        "the model's generation_config.json (or GGUF metadata); none: that file is ignored",
         flag_values=values,
     )
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")
@@ -170,7 +170,7 @@ def _define() -> flags.FlagValues:
     count(
         "wide_prefill_tokens",
         None,
-        "prompts of so many tokens or more are prefilled at the widest TP of the cell, in between the decode steps of "
+        "prompts of at least this many tokens are prefilled at the widest TP of the cell, between the decode steps of "
         "the instances on the same devices; never if not given",
     )
     flags.DEFINE_enum(
@@ -191,7 +191,7 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_bool(
         "precopy",
         False,
-        "copy KV blocks ahead of a switch, while the streams still go on: the switch takes longer, the stall is short",
+        "copy KV blocks ahead of a switch, while the streams go on: the switch takes longer, but the stall is shorter",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -220,7 +220,7 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_float(
         "kv_cache_gib",
         None,
-        "memory of the KV cache per device, in GiB; what is free if not given",
+        "size of the KV pool of each device, in GiB; if not given, what --max_batch requests can use and memory allows",
         lower_bound=0.0,
         flag_values=values,
     )
@@ -234,7 +234,7 @@ def _define() -> flags.FlagValues:
         "tiers",
         None,
         "TOML file of latency tiers, a table [tiers.NAME] with ttft_ms and tpot_ms each; interactive, standard and "
-        "batch if not given; auto: these three, with longer targets where this machine cannot keep them",
+        "batch if not given; auto: these three, with longer targets where this machine cannot meet them",
     )
     text(
         "profile",
@@ -251,11 +251,11 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_float(
         "time_scale",
         1.0,
-        "with --pace, seconds here for a second of the profile; more than 1 for machines that cannot keep up",
+        "with --pace, real seconds per second of the profile; more than 1 for machines that cannot keep up",
         lower_bound=0.001,
         flag_values=values,
     )
-    count("max_queue", 256, "most requests that wait; one more is refused with RESOURCE_EXHAUSTED")
+    count("max_queue", 256, "most requests that may wait; further ones are refused with RESOURCE_EXHAUSTED")
     flags.DEFINE_float(
         "drain_seconds",
         30.0,

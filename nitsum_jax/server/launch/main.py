@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from nitsum_jax.server.security.key_file import KeyFile
 
 _NAME = "nitsum-serve"
+_LOG_EVERY_S = 10.0  # lines about compiling where stderr is a log
 AUTO = "auto"  # what --tiers says instead of a file, for targets that the machine can keep
 _LOG = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     from nitsum_jax.meshes.devices import emulate_cpu_devices
     from nitsum_jax.meshes.memory import spare_the_collector
     from nitsum_jax.models.loading import open_model
+    from nitsum_jax.runtime.progress import ProgressLine, StartProgress
     from nitsum_jax.runtime.startup.compile_cache import enable
     from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 
@@ -124,6 +126,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     if config.devices is not None:
         emulate_cpu_devices(config.devices)
     model = open_model(options.model)
+    line = ProgressLine(_NAME)
     started = start_scheduled(
         model,
         config,
@@ -135,7 +138,9 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
         time_scale=options.time_scale,
         find_reach=True,
         stretch=options.tiers == AUTO,
+        on_progress=StartProgress(line, plain_every_s=_LOG_EVERY_S),
     )
+    line.clear()
     spare_the_collector()
     return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
 
@@ -215,7 +220,7 @@ def _http(options: LaunchOptions, ports: ServerPorts) -> "HttpServer | None":
     """The HTTP server beside the gRPC server, if there is to be one."""
     if options.http_port is None:
         return None
-    # Here rather than at the top: who serves no HTTP need not wait for its libraries.
+    # Here rather than at the top: a server without HTTP need not wait for its libraries.
     from nitsum_jax.server.http.app import build_app
     from nitsum_jax.server.http.server import HttpServer
 
@@ -273,7 +278,7 @@ class _Signals:
 
 def _reload(keys: "KeyFile") -> None:
     """At SIGHUP."""
-    with contextlib.suppress(NitsumError):  # it has been logged, and nobody waits for an answer
+    with contextlib.suppress(NitsumError):  # it has been logged, and no caller waits for an answer
         keys.reload()
 
 

@@ -92,7 +92,7 @@ def read(values: flags.FlagValues) -> OpsOptions:
     """
     endpoint = values.otlp_endpoint
     if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-        raise InvalidInputError(f"--otlp_endpoint={endpoint} is no address: give one such as http://127.0.0.1:4318")
+        raise InvalidInputError(f"--otlp_endpoint={endpoint} is not an address: give one such as http://127.0.0.1:4318")
     return OpsOptions(
         metrics_port=values.metrics_port,
         admin_port=values.admin_port,

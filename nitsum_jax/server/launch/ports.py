@@ -156,7 +156,7 @@ class ServerPorts:
                 await server.stop()
         self._http = self._admin = None
         if operations is not None:
-            with contextlib.suppress(TimeoutError):  # a collector that does not answer keeps nobody from leaving
+            with contextlib.suppress(TimeoutError):  # a collector that does not answer must not hold up the end
                 async with asyncio.timeout(_LAST_TRACES_S):
                     await in_thread(operations.close)
 

@@ -63,7 +63,7 @@ class Operations:
         self.registry.register(self._cell)
         self._denials = Counter(
             "nitsum_calls_refused",
-            "Calls refused for who made them.",
+            "Calls refused because of their caller.",
             ("model_name", "reason"),
             registry=self.registry,
         )
@@ -88,7 +88,7 @@ class Operations:
         self._requests.refused(tier, error)
 
     def denied(self, reason: str, calls: int = 1) -> None:
-        """Calls were refused for who made them; `reason` is one of the guard's."""
+        """Calls were refused because of their caller; `reason` is one of the guard's."""
         self._denials.labels(self._model, reason).inc(calls)
 
     def snapshot(self) -> DashboardSnapshot:

@@ -23,7 +23,7 @@ from nitsum_jax.server.state import ServerPhase, ServerState
 
 _PAGE = pathlib.Path(__file__).parent / "dashboard" / "page.html"
 _RETRY_S = 2
-# The page brings all it needs; nothing else may run in it, and it may talk to nobody but this server.
+# The page brings all it needs; nothing else may run in it, and it may connect only to this server.
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{}'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -53,14 +53,14 @@ class OperatorViews:
     def present(self) -> Operations:
         """Raises UnavailableError until the model is loaded."""
         if self.operations is None:
-            raise UnavailableError("the server is starting: try again when /readyz says so")
+            raise UnavailableError("the server is starting: try again when /readyz answers 200")
         return self.operations
 
 
 def ops_routes(views: OperatorViews) -> list[BaseRoute]:
     """Routes /livez, /readyz, /health, /metrics, /dashboard, /dashboard/events, /admin/profile.
 
-    They trust whoever reaches them: the guard (security.http_guard.HttpGuard) stands before the application.
+    They trust every caller that reaches them: the guard (security.http_guard.HttpGuard) stands before the application.
     """
 
     async def live(request: Request) -> Response:

@@ -1,6 +1,6 @@
 """OpenTelemetry: one span per request, made when it ends, so that a trace costs a stream nothing while it runs.
 
-The packages are imported only where tracing is asked for (`pip install 'nitsum-jax[otel]'`).
+The packages are imported only where tracing is asked for (the extra `otel`).
 """
 
 import time
@@ -10,7 +10,10 @@ from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.runtime.records import ServedRequest
 
-_MISSING = "tracing needs OpenTelemetry: pip install 'nitsum-jax[otel]', or start without --otlp_endpoint"
+_MISSING = (
+    "tracing needs OpenTelemetry: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http, or start "
+    "without --otlp_endpoint"
+)
 _NS = 1e9
 
 

@@ -65,7 +65,7 @@ class GenerationServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetLayout(self, request, context):
-        """Who is where: the layout in force, what it could be, and the counters of the engine.
+        """The layout in force, the layouts that are possible, and the counters of the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,1 +1,1 @@
-"""Who may call what: API keys, limits, TLS."""
+"""Which caller may do what: API keys, limits, TLS."""

@@ -1,4 +1,4 @@
-"""The engine as the front ends see it: it knows who calls, and notes what they change."""
+"""The engine as the front ends see it: it knows the caller, and records what the caller changes."""
 
 import concurrent.futures
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class _AccessCheckedEngine:
         self._engine.submit(request)
 
     def cancel(self, request_id: str) -> None:
-        """As the engine's. Who cancels a request that it still reads has all it wants, which is no abort."""
+        """As the engine's. A front end that cancels a request which it still reads has all it wants: no abort."""
         self._stopped(request_id)
         self._engine.cancel(request_id)
 

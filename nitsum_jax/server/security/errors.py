@@ -1,4 +1,4 @@
-"""Refusals that have to do with who calls."""
+"""Refusals because of the caller."""
 
 from nitsum_jax.errors import NitsumError, OverloadedError
 

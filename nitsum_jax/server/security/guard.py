@@ -1,4 +1,4 @@
-"""Decides about every call, whichever protocol it comes by: who calls, and whether it may."""
+"""Decides about every call, whichever protocol it comes by: who the caller is, and whether it may call."""
 
 import base64
 import binascii
@@ -49,7 +49,7 @@ class AccessPolicy:
 
     Attributes:
       keys: None: callers are not asked who they are.
-      admin: whether administration is to be had on this port at all.
+      admin: whether this port offers administration at all.
       streams_per_client: most outputs at a time for one address, where there are no keys, or of one key that
         has no limit of its own; None: no limit.
     """
@@ -144,7 +144,7 @@ class Guard:
     def _authorize(self, need: Need, key: ApiKey | None) -> None:
         if need is Need.ADMIN and not self.policy.admin:
             raise DeniedError(
-                "administration is not to be had on this port: use the admin port (--admin_port), or start the server "
+                "administration is not available on this port: use the admin port (--admin_port), or start the server "
                 "with --api_keys and use an admin key"
             )
         if key is not None and need not in _MAY[key.role]:

@@ -67,7 +67,7 @@ class KeyFile:
             for word, names in (("added", change.added), ("removed", change.removed), ("changed", change.changed))
             if names
         ]
-        # As a warning, so that whoever keeps the default level sees who may come in now.
+        # As a warning, so that the change of keys is visible at the default log level.
         _LOG.warning("API keys read again, %d in force: %s", change.keys, "; ".join(told) or "nothing changed")
         return change
 

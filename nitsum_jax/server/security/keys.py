@@ -139,7 +139,7 @@ def parse_keys(text: str, source: str, tiers: Iterable[str] | None = None) -> Ke
         raise InvalidInputError(f"{source}: not valid TOML: {' '.join(str(error).split())}") from None
     unknown = next((key for key in document if key != "keys"), None)
     if unknown is not None:
-        raise InvalidInputError(f"{source}: unknown entry {unknown!r}: only [keys.NAME] tables may stand here")
+        raise InvalidInputError(f"{source}: unknown entry {unknown!r}: only [keys.NAME] tables are allowed here")
     tables = document.get("keys")
     if not isinstance(tables, dict) or not tables:
         raise InvalidInputError(f"{source}: no keys: nitsum-keys new --file={source} adds one")

@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         command = argv[1] if len(argv) > 1 else "--help"
         if command.startswith("-"):
             cli.parse(values, [_NAME, command], USAGE)
-            raise InvalidInputError("say what to do first: nitsum-keys new, or nitsum-keys list")
+            raise InvalidInputError("the command is missing: use nitsum-keys new, or nitsum-keys list")
         cli.parse(values, [_NAME, *argv[2:]], USAGE)
         if command == "new":
             _new(values)
@@ -64,7 +64,7 @@ def _define() -> flags.FlagValues:
 
 def _new(values: flags.FlagValues) -> None:
     if not values.name:
-        raise InvalidInputError("--name is missing: say whose key it is")
+        raise InvalidInputError("--name is missing: name the owner of the key")
     secret = new_secret()
     tiers = tuple(values.tiers) if values.tiers else None
     key = ApiKey(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.security.errors import RateLimitedError
 
-_CONCURRENT_RETRY_S = 1.0  # nobody knows when one of its calls will end
+_CONCURRENT_RETRY_S = 1.0  # when one of its calls will end is unknown
 _MOST_CLIENTS = 10_000
 
 

@@ -77,7 +77,7 @@ def tournament(
 ) -> list[RunPolicy]:
     """The most promising policies, best first.
 
-    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if nobody comes
+    All run at one level; as long as many reach the target, the rest is dropped and the level rises; if none comes
     near it falls.
 
     Args:

@@ -68,9 +68,7 @@ def drawing() -> Iterator[None]:
     try:
         import matplotlib as mpl
     except ImportError:
-        raise PreconditionError(
-            "a report needs matplotlib, which is not installed: pip install 'nitsum-jax[plot]'"
-        ) from None
+        raise PreconditionError("a report needs matplotlib, which is not installed: pip install matplotlib") from None
     settings: Any = _RC  # typed as names of all settings there are
     with mpl.rc_context(settings):
         yield

@@ -54,7 +54,7 @@ class RunPolicy:
 
 
 class Log(Protocol):
-    """Who writes down what happens in a run."""
+    """Records what happens in a run."""
 
     # ruff: noqa: D102
     def step(
@@ -134,7 +134,7 @@ def simulate(
       workload: what comes.
       tiers: targets of its tiers.
       cost: what steps, transfers and switches take.
-      policy: who decides.
+      policy: decides.
       num_devices: devices of the cell.
       log: is told everything; None is faster.
       log_steps: whether it is told of steps, of which there are many.

@@ -88,7 +88,7 @@ class Load:
                 f"load {self.name}: unknown trace {part.trace!r}: use one of {', '.join(self.traces)}"
             )
         piece = _cut(trace, start, seconds)
-        for _ in range(math.ceil(trace.seconds / seconds)):  # traces have minutes in which hardly anybody comes
+        for _ in range(math.ceil(trace.seconds / seconds)):  # traces have minutes with hardly any request
             if piece.rate >= _LEAST_SHARE * trace.rate:
                 break
             start += seconds

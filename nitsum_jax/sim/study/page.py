@@ -66,22 +66,25 @@ def page(results: Sequence[Result], missing: int = 0) -> str:
     lines = [
         "# What adaptive tensor parallelism is worth",
         "",
-        "Written by `make study`; every figure comes from simulated runs of a cell of 8 devices, with step times from",
-        "the profiles named.  Policies, searches and the bound: [simulator.md](../simulator/simulator.md).",
-        "Settings of adaptive control are the same everywhere; every baseline is searched for its best settings on the",
-        "very workload it is measured on, which adaptive control does not know beforehand.",
+        "How much more load a cell serves when it changes its layout by itself, compared with static layouts and other",
+        "policies, and with the best that choosing layouts could do. The page is written by `make study`; every figure",
+        "comes from simulated runs of a cell of 8 devices, with step times from the profiles named. The policies, the",
+        "searches and the bound are described in [simulator.md](../simulator/simulator.md).",
+        "",
+        "Settings of adaptive control are the same everywhere. The settings of every baseline are searched on the very",
+        "workload that it is measured on, which adaptive control does not know beforehand.",
         "",
         f"Workloads: {'; '.join(sources)}.",
     ]
     if missing:
         lines += ["", f"**{missing} cells of the study's config have not been run yet** and are not on this page."]
     lines += ["", "## In short", "", *_short(results), "", "![capacities](goodput/capacity.svg)", ""]
-    lines += ["## Capacity", "", "Requests a second at which 90 % meet both targets (bisection on the rate).", ""]
+    lines += ["## Capacity", "", "Requests per second at which 90 % meet both targets (bisection on the rate).", ""]
     lines += _capacities(results)
     lines += ["", "## Goodput", ""]
     for result in results:
         lines += _cell(result)
-    lines += ["## What is taken away", "", *_ablations(results), "", "## What limits it", "", *_limits(results), ""]
+    lines += ["## Ablations", "", *_ablations(results), "", "## What limits it", "", *_limits(results), ""]
     return "\n".join(lines)
 
 
@@ -146,8 +149,9 @@ def _short(results: Sequence[Result]) -> list[str]:
     if never:
         lines += [
             "",
-            f"In {never} of the comparisons with a static TP, that reaches 90 % at no rate: a tier's targets are"
-            " out of its reach.  It was tried down to a tenth of the guessed rate, and is taken to serve that here.",
+            f"In {never} of the comparisons with a static TP, that TP reaches 90 % at no rate, because a tier's targets"
+            " are out of its reach. It was tried down to a tenth of the guessed rate, and is counted with that rate"
+            " here.",
         ]
     mixes = {result["name"]: result["mix"] for result in results}
     means = []
@@ -168,7 +172,7 @@ def _capacities(results: Sequence[Result]) -> list[str]:
         static = families["static"]["capacity"]
         ratio = f"{families['adaptive']['capacity'] / static:.2f}" if static else "-"
         lines.append(f"| {result['name']} | " + " | ".join(cells) + f" | {ratio} |")
-    lines += ["", "0.00: below a tenth of the guessed rate, or never."]
+    lines += ["", "0.00: even at a tenth of the guessed rate, fewer than 90 % meet both targets."]
     return lines
 
 
@@ -216,7 +220,9 @@ def _cell(result: Result) -> list[str]:
 def _ablations(results: Sequence[Result]) -> list[str]:
     names = list(dict.fromkeys(name for result in results for name in result["ablations"]))
     lines = [
-        "Goodput with something taken away, as a share of adaptive control's, at the highest rate that that serves.",
+        "Goodput of adaptive control without one of its abilities, as a share of its goodput with all of them, at the"
+        " highest rate that it serves with all of them.",
+        "[simulator.md](../simulator/simulator.md#baselines) describes the ablations.",
         "",
         "| cell | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),

@@ -193,7 +193,7 @@ def scale_rate(
 ) -> Workload:
     """A workload of `factor` times the rate over the same time, as bursty as before.
 
-    The picture is `factor` times as many users who behave like those of the trace.  Each is a copy of the workload,
+    It models `factor` times as many users who behave like those of the trace.  Each is a copy of the workload,
     moved in time by up to shift_s (copy 0 stays where it is; what leaves at one end comes back at the other), and the
     last copy is thinned to the fraction that is left.  Hence
 

@@ -219,8 +219,9 @@ def test_a_group_is_ready_when_all_its_buckets_are(program: Program, workshop: W
     executables = workshop.start(program)
     executables.want([(0, 1)], 0)
     assert not executables.ready((0, 1))
+    assert not executables.wait([(0, 1)], timeout_s=0.01)
     workshop.gate.set()
-    executables.wait([(0, 1)])
+    assert executables.wait([(0, 1)], timeout_s=30)
     assert executables.ready((0, 1))
     assert executables.failure((0, 1)) is None
     assert workshop.told.acquire(timeout=30)
@@ -346,7 +347,7 @@ def test_what_is_asked_for_with_haste_overtakes(program: Program, workshop: Work
     executables.want([(0, 1, 2, 3)], 1)
     executables.want([(0, 1, 2, 3)], 5)  # asking again never slows down
     workshop.gate.set()
-    executables.wait([(0,), (0, 1), (0, 1, 2, 3)])
+    assert executables.wait([(0,), (0, 1), (0, 1, 2, 3)])
     assert [tp for tp, _ in workshop.compiled] == [1, 1, 4, 4, 2, 2]
 
 

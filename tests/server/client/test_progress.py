@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from nitsum_jax.runtime.progress import ProgressLine, told
 from nitsum_jax.server.client.admin import main_async as admin
 from nitsum_jax.server.client.generate import main_async as generate
-from nitsum_jax.server.client.progress import ProgressLine, told, watched
+from nitsum_jax.server.client.progress import watched
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.harness import running, says, until
 
@@ -146,10 +147,11 @@ def test_a_layout_is_found_in_whatever_form_the_user_wrote_it() -> None:
         ),
     )
     work = "compiling decode of 32 at TP 2 for 2 min 5 s"
-    assert told(state, "tp2+tp2") == f"1 of 4 executables ready, {work}"
-    assert told(state, "tp4") == f"all 2 executables ready, switching, {work}"
-    assert told(state, "tp1x4") == work
-    assert told(state, "nonsense") == ""
+    assert told(state.compiling, "tp2+tp2", 4) == f"1 of 4 executables ready, {work}"
+    assert told(state.compiling, "tp2/chat+tp2", 4) == f"1 of 4 executables ready, {work}"
+    assert told(state.compiling, "tp4", 4) == f"all 2 executables ready, switching, {work}"
+    assert told(state.compiling, "tp1x4", 4) == work
+    assert told(state.compiling, "nonsense", 4) == ""
 
 
 def test_the_first_layout_plan_is_not_waited_for_in_silence(capsys: Capture) -> None:

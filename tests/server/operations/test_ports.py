@@ -139,7 +139,7 @@ def test_jax_writes_a_trace_over_http_and_grpc(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         (["--tls_cert=x"], "belong together"),
-        (["--otlp_endpoint=localhost:4318"], "is no address"),
+        (["--otlp_endpoint=localhost:4318"], "is not an address"),
         (["--metrics_port=70000"], "metrics_port"),
         (["--max_streams_per_client=0"], "max_streams_per_client"),
     ],

@@ -72,7 +72,7 @@ class DashboardSnapshot:
       switches: the last ones, oldest first.
       decisions: likewise.
       totals: of the cell.
-      compiling: what is compiled now, and the layouts that somebody waits for.
+      compiling: what is being compiled, and the layouts that are waited for.
     """
 
     time_s: float

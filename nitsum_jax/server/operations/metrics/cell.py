@@ -1,4 +1,4 @@
-"""Metrics of the cell: what is read off the engine when somebody asks, and what switches and decisions did."""
+"""Metrics of the cell: what is read from the engine at each scrape, and what switches and decisions did."""
 
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
@@ -143,7 +143,7 @@ class CellCollector(Collector):
         for name, what, count in (
             ("executables_compiling", "Executables that are being compiled or loaded.", len(compiling.making)),
             ("executables_queued", "Executables that are yet to be compiled.", compiling.queued),
-            ("layouts_pending", "Layouts that somebody waits for.", len(compiling.layouts)),
+            ("layouts_pending", "Layouts for which a switch or a caller waits.", len(compiling.layouts)),
         ):
             gauge = GaugeMetricFamily(f"nitsum_{name}", what, labels=("model_name",))
             gauge.add_metric((self._model,), count)
