@@ -56,6 +56,13 @@ def seen_keys(
     return Softmax(top, total, state.out * shrink + _dot(weights.astype(v.dtype), v, contract=0))
 
 
+def joined(first: Softmax, second: Softmax) -> Softmax:
+    """Rows that have seen what `first` and then `second` have."""
+    top = jnp.maximum(first.top, second.top)
+    one, other = jnp.exp(first.top - top), jnp.exp(second.top - top)
+    return Softmax(top, first.total * one + second.total * other, first.out * one + second.out * other)
+
+
 def result(state: Softmax) -> jax.Array:
     """f32[rows, A]."""
     return state.out / state.total

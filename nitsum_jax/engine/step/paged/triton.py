@@ -1,11 +1,14 @@
-"""The attention kernel for GPUs (Triton).
+"""The attention kernels for GPUs (Triton).
 
-A program is one KV head of one sequence, with one tile of new tokens.  It reads keys and values where they lie in the
-pool, each row of a page by its own address, and nothing behind the context.
+A program is one KV head of one sequence and virtual shard.  Of a prefill step it has one tile of new tokens, which
+attend to each other and to all old ones.
+
+A decode step has few programs of that kind, fewer than a GPU has multiprocessors.  So each has a part of the old tokens
+only, and a second kernel adds the parts up in order, beginning with the new token.  How long a part is depends on the
+size of the block table alone: neither other rows nor the layout change what is added in which order.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +19,20 @@ from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
 from nitsum_jax.engine.step.paged.plan import Limits, Plan
 from nitsum_jax.engine.step.paged.softmax import Softmax
+from nitsum_jax.engine.step.paged.triton_pool import Ref, fitting, lanes, old_tokens, tile_tokens, tiles_of
 
-Ref = Any  # of pallas, which has no public type for it
-
-# What a program takes of queries, keys or values at a time, bytes: as much as its registers and shared memory hold.
-_QUERY_BYTES = 16 * 1024
-_KEY_BYTES = 32 * 1024
+_QUERY_BYTES = 16 * 1024  # of a program: as much as its registers hold beside the result
 _MOST_WIDTH = 256
 _MOST_HEADS = 64
+# Old tokens of a part of a decode step, and how many parts there may be.
+_LEAST_PART = 512
+_MOST_PARTS = 16
+_COMPILER = plgpu.CompilerParams(num_warps=4, num_stages=3)
 
 
 def limits(shape: PoolShape) -> Limits:
     """What a program takes at a time."""
-    return Limits(least_rows=16, most_rows=_fitting(_QUERY_BYTES, shape), power_of_two=True)
+    return Limits(least_rows=16, most_rows=fitting(_QUERY_BYTES, shape), power_of_two=True)
 
 
 def unsupported(plan: Plan) -> str | None:
@@ -39,11 +43,6 @@ def unsupported(plan: Plan) -> str | None:
     if plan.heads > _MOST_HEADS:
         return f"on a GPU a KV head has at most {_MOST_HEADS} query heads, not {plan.per_group}"
     return None
-
-
-def _fitting(size: int, shape: PoolShape) -> int:
-    lanes = 1 << (shape.head_dim - 1).bit_length()
-    return max(16, min(64, size // (lanes * jnp.dtype(shape.dtype).itemsize)))
 
 
 def attend(
@@ -60,74 +59,152 @@ def attend(
 ) -> jax.Array:
     """As `mosaic.attend`."""
     shape = plan.shape
+    width, padded = shape.head_dim, lanes(shape)
+    if padded != width:
+        q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, padded - width)]) for x in (q, k, v))
+    view = pool.reshape(shape.blocks * shape.layers * 2 * shape.page_size * shape.kv_heads, width)
+
+    attend_to = _decode if plan.length == 1 else _prefill
+    return attend_to(q, k, v, (layer, context, page_table, view), plan, interpret)[..., :width]
+
+
+def _prefill(
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple[jax.Array, ...], plan: Plan, interpret: bool
+) -> jax.Array:
     programs, groups, tiles, rows, width = q.shape
-    lanes = 1 << (width - 1).bit_length()
-    if lanes != width:  # a tile's sides are powers of two
-        q, k, v = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, lanes - width)]) for x in (q, k, v))
-    view = pool.reshape(shape.blocks * shape.layers * 2 * shape.page_size * groups, width)
-
-    def all_of(x: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec(x.shape, lambda n, group, tile: (0,) * x.ndim)
-
-    def new(x: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *x.shape[2:]), lambda n, group, tile: (n, group, 0, 0))
-
-    tile_spec = pl.BlockSpec((None, None, None, rows, lanes), lambda n, group, tile: (n, group, tile, 0, 0))
-    out = pl.pallas_call(
-        functools.partial(_program, plan=plan),
+    tile_spec = pl.BlockSpec((None, None, None, rows, width), lambda n, group, tile: (n, group, tile, 0, 0))
+    new_spec = pl.BlockSpec((None, None, *k.shape[2:]), lambda n, group, tile: (n, group, 0, 0))
+    out: jax.Array = pl.pallas_call(
+        functools.partial(_chunk, plan=plan),
         grid=(programs, groups, tiles),
-        in_specs=[all_of(layer), all_of(context), all_of(page_table), tile_spec, new(k), new(v), all_of(view)],
+        in_specs=[*map(_whole, old), tile_spec, new_spec, new_spec],
         out_specs=tile_spec,
         out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=None if interpret else _COMPILER,
         interpret=interpret,
         name="paged_attention",
-    )(layer, context, page_table, q, k, v, view)
-    return out[..., :width]
+    )(*old, q, k, v)
+    return out
 
 
-def _program(
+def _decode(
+    q: jax.Array, k: jax.Array, v: jax.Array, old: tuple[jax.Array, ...], plan: Plan, interpret: bool
+) -> jax.Array:
+    programs, groups, _, rows, width = q.shape
+    tiles = -(-old[2].shape[1] * plan.shape.page_size // tile_tokens(plan.shape))
+    per_part = max(_LEAST_PART // tile_tokens(plan.shape), -(-tiles // _MOST_PARTS))
+    parts = -(-tiles // per_part)
+
+    def of_part(last: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, None, rows, last), lambda n, group, part: (n, group, part, 0, 0))
+
+    def of_head(x: jax.Array) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *x.shape[2:]), lambda n, group, *_: (n, group, *[0] * (x.ndim - 2)))
+
+    def array(last: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((programs, groups, parts, rows, last), jnp.float32)
+
+    found = pl.pallas_call(
+        functools.partial(_part, plan=plan, per_part=per_part),
+        grid=(programs, groups, parts),
+        in_specs=[*map(_whole, old), of_head(q)],
+        out_specs=[of_part(1), of_part(1), of_part(width)],
+        out_shape=[array(1), array(1), array(width)],
+        compiler_params=None if interpret else _COMPILER,
+        interpret=interpret,
+        name="paged_attention",
+    )(*old, q)
+    out: jax.Array = pl.pallas_call(
+        functools.partial(_sum_of_parts, plan=plan, per_part=per_part),
+        grid=(programs, groups),
+        in_specs=[_whole(old[1]), of_head(q), of_head(k), of_head(v), *map(of_head, found)],
+        out_specs=of_head(q),
+        out_shape=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        compiler_params=None if interpret else _COMPILER,
+        interpret=interpret,
+        name="paged_attention_sum",
+    )(old[1], q, k, v, *found)
+    return out
+
+
+def _whole(x: jax.Array) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda *_: (0,) * x.ndim)
+
+
+def _parts_of(context: jax.Array, plan: Plan, per_part: int) -> tuple[jax.Array, jax.Array]:
+    """The first part of the old tokens that has some that are seen, and the one behind the last."""
+    first, end = tiles_of(context, 0, plan)
+    return first // per_part, jnp.where(first < end, (end + jnp.int32(per_part - 1)) // per_part, first // per_part)
+
+
+def _part(
     layer_ref: Ref,
     context_ref: Ref,
     table_ref: Ref,
+    pool_ref: Ref,
+    q_ref: Ref,
+    top_ref: Ref,
+    total_ref: Ref,
+    out_ref: Ref,
+    *,
+    plan: Plan,
+    per_part: int,
+) -> None:
+    n, group, part = (pl.program_id(axis) for axis in range(3))
+    first, end = tiles_of(context_ref[n], 0, plan)
+    first, end = jnp.maximum(first, part * per_part), jnp.minimum(end, (part + 1) * per_part)
+
+    @pl.when(first < end)  # else nobody reads the results
+    def _() -> None:
+        q = q_ref[0]
+        state = softmax.empty(*q.shape)
+        state = old_tokens(plan, layer_ref, context_ref, table_ref, pool_ref, q, (n, group, 0), (first, end), state)
+        top_ref[...], total_ref[...], out_ref[...] = state
+
+
+def _sum_of_parts(
+    context_ref: Ref,
     q_ref: Ref,
     k_ref: Ref,
     v_ref: Ref,
+    top_ref: Ref,
+    total_ref: Ref,
+    out_ref: Ref,
+    result_ref: Ref,
+    *,
+    plan: Plan,
+    per_part: int,
+) -> None:
+    def add(part: jax.Array, state: Softmax) -> Softmax:
+        return softmax.joined(state, Softmax(top_ref[part], total_ref[part], out_ref[part]))
+
+    state = softmax.one_key(q_ref[0], k_ref[...], v_ref[...], plan.soft_cap)
+    state = jax.lax.fori_loop(*_parts_of(context_ref[pl.program_id(0)], plan, per_part), add, state)
+    result_ref[0] = softmax.result(state)
+
+
+def _chunk(
+    layer_ref: Ref,
+    context_ref: Ref,
+    table_ref: Ref,
     pool_ref: Ref,
+    q_ref: Ref,
+    k_ref: Ref,
+    v_ref: Ref,
     out_ref: Ref,
     *,
     plan: Plan,
 ) -> None:
-    shape = plan.shape
     n, group, tile = (pl.program_id(axis) for axis in range(3))
-    context, layer = context_ref[n], layer_ref[0]
     q = q_ref[...]
-    lane = jnp.arange(q.shape[1], dtype=jnp.int32)
-    tokens = _fitting(_KEY_BYTES, shape)
-
-    def old_tokens(index: jax.Array, state: Softmax) -> Softmax:
-        token = index * tokens + jnp.arange(tokens, dtype=jnp.int32)
-        inside = token < context
-        page = token // shape.page_size
-        block = plgpu.load(table_ref.at[n, page], mask=inside, other=0)
-        row = (block * (2 * shape.layers) + 2 * layer) * shape.page_size + token % shape.page_size
-        row = row * shape.kv_heads + group
-        k = _load(pool_ref, row, lane, inside, plan)
-        v = _load(pool_ref, row + shape.page_size * shape.kv_heads, lane, inside, plan)
-        key = index * tokens + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, tokens), 1)
-        seen = (key < context) & plan.sees(context + plan.offsets(tile, tokens), key)
-        return softmax.seen_keys(state, q, k, v, seen, plan.soft_cap)
-
     state = _new_tokens(plan, tile, q, k_ref, v_ref)
-    first = plan.first_seen(context, tile) // tokens
-    state = jax.lax.fori_loop(first, (context + tokens - 1) // tokens, old_tokens, state)
+    extent = tiles_of(context_ref[n], tile, plan)
+    state = old_tokens(plan, layer_ref, context_ref, table_ref, pool_ref, q, (n, group, tile), extent, state)
     out_ref[...] = softmax.result(state)
 
 
 def _new_tokens(plan: Plan, tile: jax.Array, q: jax.Array, k_ref: Ref, v_ref: Ref) -> Softmax:
     """The new tokens among themselves."""
-    if plan.length == 1:
-        return softmax.one_key(q, k_ref[...], v_ref[...], plan.soft_cap)
 
     def some(index: jax.Array, state: Softmax) -> Softmax:
         at = pl.ds(index * plan.keys, plan.keys)
@@ -136,15 +213,3 @@ def _new_tokens(plan: Plan, tile: jax.Array, q: jax.Array, k_ref: Ref, v_ref: Re
         return softmax.seen_keys(state, q, k_ref[at, :], v_ref[at, :], seen, plan.soft_cap)
 
     return jax.lax.fori_loop(0, (tile * plan.tile) // plan.keys + 1, some, softmax.empty(plan.rows, q.shape[1]))
-
-
-def _load(pool_ref: Ref, row: jax.Array, lane: jax.Array, inside: jax.Array, plan: Plan) -> jax.Array:
-    """Rows of the pool, `[tokens, A padded]` in the type of the products; 0 outside."""
-    width = plan.shape.head_dim
-    mask = jnp.broadcast_to(inside[:, None], (row.shape[0], lane.shape[0]))
-    if lane.shape[0] != width:
-        mask = mask & (lane < width)[None, :]
-    stored = plgpu.load(pool_ref.at[row[:, None], lane[None, :]], mask=mask, other=0)
-    if stored.dtype != plan.operand_dtype:
-        stored = jax.lax.bitcast_convert_type(stored, plan.operand_dtype)
-    return stored
