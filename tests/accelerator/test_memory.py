@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import pytest
 
-from nitsum_jax.bench.compile.steps import PAGE_SIZE, StepCase, compile_case
+from nitsum_jax.bench.compile.steps import StepCase, compile_case
 from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory
 from nitsum_jax.errors import PreconditionError
 from tests.accelerator.cases import DECODE, Asked, skip_without_compiler
@@ -27,7 +27,7 @@ def plan(case: StepCase, kv_cache_gib: float | None) -> MemoryPlan:
         free=case.target.chip.memory_bytes,
         max_batch=case.shape.batch,
         max_model_len=case.max_model_len,
-        page_size=PAGE_SIZE,
+        page_size=case.page_size,
         chunk=case.shape.tokens,
         kv_cache_gib=kv_cache_gib,
     )
@@ -36,7 +36,7 @@ def plan(case: StepCase, kv_cache_gib: float | None) -> MemoryPlan:
 def with_pool(case: StepCase, size: int) -> StepCase:
     """The step with a pool of so many bytes on each device."""
     blocks = size // case.program.pool.block_bytes
-    return dataclasses.replace(case, pool_tokens=blocks * PAGE_SIZE * case.tp // case.vshards)
+    return dataclasses.replace(case, pool_tokens=blocks * case.page_size * case.tp // case.vshards)
 
 
 @pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4"])
