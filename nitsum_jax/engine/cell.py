@@ -319,6 +319,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_model_len=site.max_model_len,
         matmul=forms.matmul,
         fast_sums=config.reduction == "fast",
+        gather_limit_bytes=forms.gather_limit_bytes,
         compile_options=forms.compile_options,
         attention=fitting(
             forms.attention,

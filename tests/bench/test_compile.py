@@ -184,9 +184,11 @@ def test_bytes_from_other_devices(line: str, kind: str, received: float) -> None
 
 
 def test_expected_exchange_follows_the_limit_of_the_step() -> None:
+    # Above 128 KiB parts are added up, where the rows can be shared.
     case = StepCase(Target.parse("h100x8"), shapes.LLAMA_8B, 8, StepShape(32, 1), 1024, 1 << 15)
     sums = 2 * 32 + 1
-    assert exchanged_bytes(case, fast=False) == sums * 32 * 4096 * 4 * 7
+    assert exchanged_bytes(case, fast=False) == sums * 2 * 32 * 4096 * 4 * 7 / 8
+    assert exchanged_bytes(dataclasses.replace(case, shape=StepShape(1, 1)), fast=False) == sums * 4096 * 4 * 7
     assert exchanged_bytes(case, fast=True) == sums * 2 * 32 * 4096 * 2 * 7 / 8
     large = dataclasses.replace(case, shape=StepShape(1, 512))
     assert exchanged_bytes(large, fast=False) == sums * 2 * 512 * 4096 * 4 * 7 / 8

@@ -94,6 +94,7 @@ class StepRig:
             max_model_len,
             forms.matmul,
             forms.attention,
+            gather_limit_bytes=forms.gather_limit_bytes,
             compile_options=forms.compile_options,
         )
         self.vmap = VshardMap(vshards)

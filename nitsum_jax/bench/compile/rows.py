@@ -8,7 +8,6 @@ from nitsum_jax.bench.compile.work import Reading, Work
 from nitsum_jax.bench.gpu_check.ceilings import Ceilings, roofline_ms
 from nitsum_jax.bench.gpu_check.shapes import slice_of, with_layers
 from nitsum_jax.engine.step.forms import AttentionForm
-from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
 DEPTHS = (1, 2)
 # Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by page size and KV heads of a
@@ -146,7 +145,9 @@ def exchanged_bytes(case: StepCase, *, fast: bool) -> float:
     if fast:
         return sums * 2 * (2 * values) * (ranks - 1) / ranks
     per_sum = 4 * values * (ranks - 1)
-    if 4 * values > GATHER_LIMIT_BYTES and rows % ranks == 0:  # each adds up a part, and the parts are exchanged
+    if (
+        4 * values > case.program.gather_limit_bytes and rows % ranks == 0
+    ):  # each adds up a part, and the parts are exchanged
         per_sum = 2 * per_sum // ranks
     return float(sums * per_sum)
 

@@ -87,6 +87,7 @@ class StepCase:
             forms.matmul,
             fitting(forms.attention, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens),
             self.fast_sums,
+            forms.gather_limit_bytes,
             compile_options=options,
         )
 

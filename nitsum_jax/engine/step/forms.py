@@ -12,6 +12,7 @@ import dataclasses
 import enum
 
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
+from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
 CompileOptions = tuple[tuple[str, str | bool], ...]
 
@@ -56,17 +57,21 @@ class StepForms:
       pool: of the KV pool.
       matmul: of the matrix products.
       attention: what attends.
+      gather_limit_bytes: partial results up to this size are fetched whole by every device, see `Ranks`.
       compile_options: for XLA, of each step.
     """
 
     pool: PoolForm = PoolForm()
     matmul: MatmulChoice = MatmulChoice()
     attention: AttentionForm = AttentionForm.XLA
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES
     compile_options: CompileOptions = ()
 
 
 ATTENTIONS = ("auto", "xla", "pallas")
 _KERNELS = {"tpu": AttentionForm.MOSAIC, "gpu": AttentionForm.TRITON}
+# What a link carries in the time of about one more round of messages.
+_LINK_LIMIT_BYTES = 1 << 17
 _MXU_ROWS = 8  # fewer rows than a register of a TPU holds are multiplied on its vector unit
 
 
@@ -91,10 +96,11 @@ def _forms(platform: str, dtype: str) -> StepForms:
     match platform:
         case "tpu":
             padded = MatmulChoice(MatmulForm.PADDED, MatmulForm.PADDED, least_rows=_MXU_ROWS)
-            return StepForms(PoolForm(as_integers=False, by_rows=True), padded)
+            return StepForms(PoolForm(as_integers=False, by_rows=True), padded, gather_limit_bytes=_LINK_LIMIT_BYTES)
         case "gpu":
             # XLA would write the weights of all vshards in one array, in every step, to multiply them in one go.
-            return StepForms(PoolForm(by_rows=True), compile_options=(("xla_gpu_dot_merger_threshold_mb", "0"),))
+            options: CompileOptions = (("xla_gpu_dot_merger_threshold_mb", "0"),)
+            return StepForms(PoolForm(by_rows=True), gather_limit_bytes=_LINK_LIMIT_BYTES, compile_options=options)
         case _ if dtype == "bfloat16":
             return StepForms(matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT))
     return StepForms()

@@ -20,7 +20,7 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.matmul import MatmulChoice
-from nitsum_jax.models.layers.reduction import Ranks
+from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES, Ranks
 
 
 @jax.tree_util.register_dataclass
@@ -78,6 +78,7 @@ class Program:
       matmul: form of the matrix products.
       attention: what attends to the pool.
       fast_sums: sums over devices in whatever order and in bfloat16, see `Ranks`.
+      gather_limit_bytes: likewise.
       compile_options: for XLA.
     """
 
@@ -90,6 +91,7 @@ class Program:
     matmul: MatmulChoice = MatmulChoice()
     attention: AttentionForm = AttentionForm.XLA
     fast_sums: bool = False
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES
     compile_options: CompileOptions = ()
 
     @property
@@ -107,7 +109,7 @@ class Program:
 
     def ranks(self, tp: int) -> Ranks:
         """The devices that run a step together."""
-        return Ranks(tp, TP_AXIS, self.fast_sums)
+        return Ranks(tp, TP_AXIS, self.fast_sums, self.gather_limit_bytes)
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from nitsum_jax.meshes.mesh import TP_AXIS
 
 # Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each
-# device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
+# device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.  So
+# for devices that share a memory.
 GATHER_LIMIT_BYTES = 1 << 20
 
 
@@ -36,11 +37,13 @@ class Ranks:
       axis: the mesh axis they lie on; unused when size is 1.
       fast: add up in bfloat16 and in whatever order the devices like: a fraction of the bytes, and other bits at every
         degree of tensor parallelism.
+      gather_limit_bytes: partial results of at most this size are fetched whole by every rank; the bits are the same.
     """
 
     size: int = 1
     axis: str = TP_AXIS
     fast: bool = False
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES
 
     def index(self) -> jax.Array:
         """This device's rank, i32[]."""
@@ -59,7 +62,7 @@ class Ranks:
         if self.fast:
             return jax.lax.psum(local.astype(jnp.bfloat16), self.axis).astype(local.dtype)
         rows = local.size // local.shape[-1]
-        if local.size * local.dtype.itemsize > GATHER_LIMIT_BYTES and rows % self.size == 0:
+        if local.size * local.dtype.itemsize > self.gather_limit_bytes and rows % self.size == 0:
             split = local.reshape(self.size, rows // self.size, local.shape[-1])
             mine = jax.lax.all_to_all(split, self.axis, split_axis=0, concat_axis=0)
             part = tree_sum([mine[rank] for rank in range(self.size)])

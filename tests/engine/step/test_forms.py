@@ -71,6 +71,7 @@ def test_each_form_is_kept_on_disk_for_itself(tmp_path: pathlib.Path) -> None:
                 pool=dataclasses.replace(rig.program.pool, form=forms.pool),
                 matmul=forms.matmul,
                 attention=forms.attention,
+                gather_limit_bytes=forms.gather_limit_bytes,
                 compile_options=forms.compile_options,
             )
         )
