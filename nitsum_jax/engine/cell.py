@@ -251,7 +251,7 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     max_model_len = _max_model_len(model, config.max_model_len)
     free = free_bytes(devices[0])
     shard_bytes, _ = cut_bytes(model, cut, dtype)
-    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len))
+    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len), platform)
     min_tp = 1
     if platform != "cpu" and free is not None:
         while min_tp < vshards and vshards // min_tp * shard_bytes + workspace > _WEIGHT_SHARE * free:

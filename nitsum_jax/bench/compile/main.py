@@ -44,6 +44,7 @@ class CompileOptionsRead:
     contexts: tuple[int, ...]
     prefill: int | None
     vshards: int
+    page_size: int
     dtype: str
     attention: str
     forms: str
@@ -68,6 +69,7 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
         "prefill", None, "new tokens of a prefill step of one sequence; none if not given", 2, flag_values=values
     )
     flags.DEFINE_integer("vshards", 8, "K, virtual shards of the model", 1, flag_values=values)
+    flags.DEFINE_integer("page_size", 16, "W, tokens per KV block", 1, 128, flag_values=values)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and KV cache", flag_values=values)
     flags.DEFINE_enum("attention", "auto", ["auto", "xla", "pallas"], "as nitsum-serve --attention", flag_values=values)
     flags.DEFINE_enum(
@@ -88,6 +90,7 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
         _numbers("context", values.context),
         values.prefill,
         values.vshards,
+        values.page_size,
         values.dtype,
         values.attention,
         values.forms,
@@ -141,6 +144,7 @@ def _case(options: CompileOptionsRead, tp: int, shape: StepShape) -> StepCase:
         max_model_len=longest,
         pool_tokens=shape.batch * longest,
         vshards=options.vshards,
+        page_size=options.page_size,
         dtype=options.dtype,
         forms=step_forms(platform, options.dtype, options.attention),
         fast_sums=options.reduction == "fast",

@@ -11,6 +11,10 @@ from nitsum_jax.engine.step.forms import AttentionForm
 from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
 DEPTHS = (1, 2)
+# Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by page size and KV heads of a
+# virtual shard, from the compiler's schedule for a v5e (docs/inside/attention.md); one takes a cycle.
+_BUNDLES = {(16, 1): 220, (64, 1): 134, (128, 1): 114, (16, 2): 381, (16, 4): 608}
+_TILE_TOKENS = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +104,16 @@ def reading(step: CompiledStep, context: int) -> Reading:
         trips=-(-context // chunk),
         pool_bytes=case.pool_bytes,
         kernel_bytes=layer_kv_bytes(case, context) * _times_read(case),
+        kernel_cycles=_kernel_cycles(case, context),
     )
+
+
+def _kernel_cycles(case: StepCase, context: int) -> float:
+    """Cycles of a TPU's kernel in a decode step; 0 where they are not known."""
+    if case.target.chip.platform != "tpu" or not case.shape.is_decode:
+        return 0.0
+    tiles = case.shape.batch * (case.vshards // case.tp) * -(-context // _TILE_TOKENS)
+    return float(tiles * _BUNDLES.get((case.page_size, case.program.pool.kv_heads), 0))
 
 
 def layer_kv_bytes(case: StepCase, context: int) -> int:

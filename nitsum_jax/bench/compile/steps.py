@@ -19,7 +19,6 @@ from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 
-PAGE_SIZE = 16
 # Without a GPU the compiler can try nothing out, and its first choice for few rows is to cut a product in 16 and add up
 # the parts, which is more traffic than the weights.  So the library's products stand for whatever would be chosen.
 _UNTRIED: dict[str, CompileOptions] = {
@@ -40,6 +39,7 @@ class StepCase:
       max_model_len: what a block table can hold, tokens.
       pool_tokens: of context that the pools of the step's devices hold together, per virtual shard.
       vshards: K.
+      page_size: W.
       dtype: of weights and KV.
       attention: "auto", "xla" or "pallas", see `step_forms`.
       forms: other forms than the target's; `attention` then does not count.
@@ -53,6 +53,7 @@ class StepCase:
     max_model_len: int
     pool_tokens: int
     vshards: int = 8
+    page_size: int = 16
     dtype: str = "bfloat16"
     attention: str = "auto"
     forms: StepForms | None = None
@@ -71,9 +72,9 @@ class StepCase:
         """What is compiled."""
         cut = ModelCut.of(self.config, self.vshards)
         forms = self.forms or step_forms(self.target.chip.platform, self.dtype, self.attention)
-        blocks = -(-self.pool_tokens // PAGE_SIZE) * self.vshards // self.tp
+        blocks = -(-self.pool_tokens // self.page_size) * self.vshards // self.tp
         pool = PoolShape(
-            blocks, self.config.num_layers, PAGE_SIZE, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
+            blocks, self.config.num_layers, self.page_size, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
         )
         options = (*forms.compile_options, *_UNTRIED[self.target.chip.platform])
         return Program(

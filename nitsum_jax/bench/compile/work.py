@@ -131,7 +131,8 @@ class Reading:
       chip: the device.
       trips: how often a loop runs of which the compiler does not know.
       pool_bytes: size of the KV pool: a kernel that takes an array of this size reads part of it,
-      kernel_bytes: namely so much.
+      kernel_bytes: namely so much,
+      kernel_cycles: and takes so long.
     """
 
     module: HloModule
@@ -139,6 +140,7 @@ class Reading:
     trips: float
     pool_bytes: int = 0
     kernel_bytes: float = 0
+    kernel_cycles: float = 0
 
     def work(self) -> Work:
         """Of the whole program."""
@@ -181,7 +183,8 @@ class Reading:
         collectives: tuple[tuple[str, float, float], ...] = ()
         if kind is not None:
             collectives = ((kind, 1.0, received_bytes(kind, one, within, self.module)),)
-        return Work(read, written, one.cycles, 0, launches, collectives)
+        cycles = self.kernel_cycles if one.opcode == "custom-call" and self._reads_pool(one, within) else one.cycles
+        return Work(read, written, cycles, 0, launches, collectives)
 
     def _traffic(self, one: Instruction, within: Computation) -> tuple[float, float]:
         return sum(size for _, size in self._reads(one, within)), self._writes(one, within)

@@ -40,7 +40,7 @@ class MemoryPlan:
 def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu") -> int:
     """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling.
 
-    What accelerators need is an upper bound of what their compilers say (tests/accelerator): they sample all rows at once,
+    For accelerators it is an upper bound of what their compilers say (tests/accelerator): they sample all rows at once,
     and their libraries want memory of their own.
     """
     vocab = cut.vocab * cut.num_vshards
