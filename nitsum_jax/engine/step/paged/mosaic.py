@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import RowLimits, Plan
+from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 
 Ref = Any  # of pallas, which has no public type for it

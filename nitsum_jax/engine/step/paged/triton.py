@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import RowLimits, Plan
+from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 from nitsum_jax.engine.step.paged.triton_pool import Ref, fitting, lanes, old_tokens, tile_tokens, tiles_of
 
