@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import Limits, Plan
+from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 
 Ref = Any  # of pallas, which has no public type for it
@@ -32,9 +32,9 @@ _LANES = 128
 _LEAST_PAGE = 8
 
 
-def limits(shape: PoolShape) -> Limits:
+def limits(shape: PoolShape) -> RowLimits:
     """What a program takes at a time."""
-    return Limits(
+    return RowLimits(
         least_rows=8, most_rows=min(512, _QUERY_ELEMENTS // (shape.kv_heads * shape.head_dim)), power_of_two=False
     )
 

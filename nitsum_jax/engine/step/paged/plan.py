@@ -12,7 +12,7 @@ _LEAST_KEYS = 16  # of a product on a GPU's tensor cores
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
+class RowLimits:
     """What one kind of kernel takes at a time.
 
     Attributes:
@@ -91,7 +91,7 @@ class Plan:
 
 
 def make_plan(
-    shape: PoolShape, length: int, per_group: int, limits: Limits, window: int | None, soft_cap: float | None
+    shape: PoolShape, length: int, per_group: int, limits: RowLimits, window: int | None, soft_cap: float | None
 ) -> Plan:
     """Sizes the tiles."""
     heads = 1 << (per_group - 1).bit_length() if limits.power_of_two else per_group

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import Limits, Plan
+from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 from nitsum_jax.engine.step.paged.triton_pool import Ref, fitting, lanes, old_tokens, tile_tokens, tiles_of
 
@@ -30,9 +30,9 @@ _MOST_PARTS = 16
 _COMPILER = plgpu.CompilerParams(num_warps=4, num_stages=3)
 
 
-def limits(shape: PoolShape) -> Limits:
+def limits(shape: PoolShape) -> RowLimits:
     """What a program takes at a time."""
-    return Limits(least_rows=16, most_rows=fitting(_QUERY_BYTES, shape), power_of_two=True)
+    return RowLimits(least_rows=16, most_rows=fitting(_QUERY_BYTES, shape), power_of_two=True)
 
 
 def unsupported(plan: Plan) -> str | None:

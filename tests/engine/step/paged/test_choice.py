@@ -1,6 +1,7 @@
 """Where a model's shapes have a kernel, and what is taken where they have none."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -8,6 +9,7 @@ from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import AttentionForm
 from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.errors import InvalidInputError
+from tests.engine.harness import Harness, tiny_model
 
 LLAMA_8B = PoolShape(64, 32, 16, 1, 128, "bfloat16")  # of one of 8 virtual shards
 
@@ -43,3 +45,8 @@ def test_elsewhere_xla_attends_unless_a_kernel_was_asked_for(
 
 def test_xla_stays_xla() -> None:
     assert fitting(AttentionForm.XLA, "xla", LLAMA_8B, q_heads=4, most_new_tokens=1) is AttentionForm.XLA
+
+
+def test_an_engine_on_a_cpu_refuses_to_interpret_a_kernel(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(InvalidInputError, match="a CPU has none"):
+        Harness(tiny_model("llama_gqa_tied", tmp_path), attention="pallas")
