@@ -1,5 +1,6 @@
 # make serve            the demo model, gRPC on localhost:50051 and HTTP on :8000; flags: ARGS="--port=8600 --layout=tp2x2"
 # make test             the whole suite by two processes (WORKERS=0: in one); a part with ARGS="tests/meshes -k layout"
+# make test-accelerator steps compiled for TPUs and GPUs that are not there (docs/accelerators.md); long downloads
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
@@ -27,10 +28,10 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format bench study gpu-check proto demo build-files install clean
+.PHONY: help serve test test-accelerator lint format bench study gpu-check proto demo build-files install clean
 
 help:
-	@sed -n '1,8s/^# //p' Makefile
+	@sed -n '1,9s/^# //p' Makefile
 
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
@@ -39,6 +40,23 @@ serve: $(RUNTIME)
 # fewest tests would come last, and those are the longest.
 test: $(DEV)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist=loadfile --no-loadscope-reorder $(ARGS)
+
+# An environment for each compiler: JAX loads one kind of accelerator at a time, and what this needs is large.  Where it
+# cannot be installed nothing is wrong with the project.
+test-accelerator: .venv/.made
+	@status=0; for extra in tpu cuda12; do \
+		if $(MAKE) --no-print-directory .venv-$$extra/.made; then \
+			.venv-$$extra/bin/python -m pytest -n $(WORKERS) --dist=loadgroup tests/accelerator $(ARGS) || status=1; \
+		else \
+			echo "steps are not compiled for $$extra: jax[$$extra] cannot be installed here (see above)"; \
+		fi; \
+	done; exit $$status
+
+.venv-%/.made: .venv/.made pyproject.toml constraints.txt
+	@rm -rf .venv-$* && .venv/bin/python -m venv .venv-$*
+	@PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-$*/bin/python -m pip install --quiet -c constraints.txt \
+		-e '.[$*]' hypothesis pytest pytest-xdist || { rm -rf .venv-$*; exit 1; }
+	@touch $@
 
 study: $(DEV)
 	$(BIN)/python -m nitsum_jax.sim.study.main $(ARGS)
@@ -76,7 +94,7 @@ build-files: $(DEV)
 install: $(DEV)
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find nitsum_jax tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The first interpreter that is new enough, unless PYTHON names one.

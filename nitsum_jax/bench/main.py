@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from nitsum_jax.bench import switch
+from nitsum_jax.bench.compile import main as compile_steps
 from nitsum_jax.bench.demo import main as demo
 from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.bench.serve import main as serve
@@ -15,6 +16,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "switch": ("how long streams stand still when the layout changes, and what other ways cost", switch.run),
     "serve": ("TTFT, TPOT and goodput of a server under a trace or a synthetic load", serve.run),
     "demo": ("adaptive control against static layouts, live in a paced cell of 8 devices", demo.run),
+    "compile": ("what the compilers of accelerators make of a step, without the accelerators", compile_steps.run),
     "gpu-check": ("whether an accelerator computes what it should, and how near the limit", gpu_check.run),
 }
 

@@ -18,7 +18,9 @@ from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
 from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -30,7 +32,6 @@ from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.models.pack import cut_bytes
 
@@ -250,7 +251,7 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     max_model_len = _max_model_len(model, config.max_model_len)
     free = free_bytes(devices[0])
     shard_bytes, _ = cut_bytes(model, cut, dtype)
-    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len))
+    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len), platform)
     min_tp = 1
     if platform != "cpu" and free is not None:
         while min_tp < vshards and vshards // min_tp * shard_bytes + workspace > _WEIGHT_SHARE * free:
@@ -291,6 +292,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         replicated_bytes=replicated,
     )
     weights = residency.bytes_per_device
+    forms = step_forms(site.platform, site.dtype, config.attention)
     shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
         model,
@@ -306,6 +308,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         page_size=config.page_size,
         chunk=min(config.prefill_chunk, site.max_model_len),
         kv_cache_gib=config.kv_cache_gib,
+        form=forms.pool,
     )
     program = Program(
         config=model,
@@ -314,7 +317,17 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         pool=memory.pool,
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
-        matmul=matmul_choice(site.platform, site.dtype),
+        matmul=forms.matmul,
+        fast_sums=config.reduction == "fast",
+        gather_limit_bytes=forms.gather_limit_bytes,
+        compile_options=forms.compile_options,
+        attention=fitting(
+            forms.attention,
+            config.attention,
+            memory.pool,
+            q_heads=site.cut.q_heads,
+            most_new_tokens=config.prefill_shapes()[-1].tokens,
+        ),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 
@@ -383,17 +396,6 @@ def _assemble(config: EngineConfig, site: _Site, plan: _Placement, executables: 
     )
     executables.provide(cell.trial_run)
     return cell
-
-
-def matmul_choice(platform: str, dtype: str) -> MatmulChoice:
-    """The forms of matrix products that benchmarks/engine/matmul_forms.py finds fastest.
-
-    A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend
-    on what else ran on the machine at start-up.
-    """
-    if platform == "cpu" and dtype == "bfloat16":
-        return MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT)
-    return MatmulChoice()
 
 
 def _max_model_len(model: ModelConfig, wanted: int | None) -> int:

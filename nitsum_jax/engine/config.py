@@ -4,9 +4,11 @@ import dataclasses
 import pathlib
 
 from nitsum_jax.engine.batching.pacing import Pace
+from nitsum_jax.engine.step.forms import ATTENTIONS
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 
+REDUCTIONS = ("fixed", "fast")
 _DTYPES = ("auto", "float32", "bfloat16")
 _DECODE_BUCKETS = (1, 8, 32, 128)
 _PREFILL_BUCKET = 32
@@ -39,6 +41,10 @@ class EngineConfig:
         mode they are shared in whole prefill chunks.
       drain_before_switch: whether a switch waits until the steps in flight have been read, or launches its copies
         behind them; None: it waits on a CPU, where a launch waits anyway.
+      attention: what attends to the KV pool: "xla" (plain operations), "pallas" (a kernel; GPUs and TPUs only) or
+        "auto" (a kernel on accelerators that have one for the model's shapes).
+      reduction: how partial results of devices are added up: "fixed" (in one order: the same bits at every TP) or
+        "fast" (fewer and smaller messages in bfloat16, no promise about bits).
       tps: the TPs that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
       pace: delivers results at the pace of other hardware (see `engine.batching.pacing`); None: without delay.
@@ -62,6 +68,8 @@ class EngineConfig:
     precopy: bool = False
     prefix_cache: bool | None = None
     drain_before_switch: bool | None = None
+    attention: str = "auto"
+    reduction: str = "fixed"
     tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
     pace: Pace | None = None
@@ -70,6 +78,14 @@ class EngineConfig:
         """Raises InvalidInputError for a value outside its range."""
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
+        if self.attention not in ATTENTIONS:
+            raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
+        if self.reduction not in REDUCTIONS:
+            raise InvalidInputError(f"reduction={self.reduction} is not known: give one of {', '.join(REDUCTIONS)}")
+        if self.deterministic and self.reduction == "fast":
+            raise InvalidInputError(
+                "reduction=fast does not do in deterministic mode, where no switch may change a token: leave one out"
+            )
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} must be a power of two from 1 to 128")
         for name in (

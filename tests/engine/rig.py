@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.cell import matmul_choice
 from nitsum_jax.engine.kv.history import STEERED_BY
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import StepForms, step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
@@ -68,22 +68,41 @@ class StepRig:
     """A tiny model cut in K vshards, with blocks of its own for every sequence, vshard and page."""
 
     def __init__(
-        self, variant: str, dtype: str, *, vshards: int = 8, batch: int = 16, max_model_len: int = 320, seed: int = 0
+        self,
+        variant: str,
+        dtype: str,
+        *,
+        vshards: int = 8,
+        batch: int = 16,
+        max_model_len: int = 320,
+        seed: int = 0,
+        forms: StepForms | None = None,
     ):
         self.cut, self.params = tiny_params(variant, vshards, dtype)
         config = self.cut.config
-        one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype)
+        forms = forms or step_forms("cpu", dtype)
+        one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype, forms.pool)
         pages = one.pages(max_model_len)
         pool = dataclasses.replace(one, blocks=batch * vshards * pages + 1)
-        choice = matmul_choice("cpu", dtype)
-        self.program = Program(config, self.cut, dtype, pool, batch, max_model_len, choice)
+        self.program = Program(
+            config,
+            self.cut,
+            dtype,
+            pool,
+            batch,
+            max_model_len,
+            forms.matmul,
+            forms.attention,
+            gather_limit_bytes=forms.gather_limit_bytes,
+            compile_options=forms.compile_options,
+        )
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)
         rng = np.random.default_rng(seed)
         self.page_table = rng.permutation(pool.blocks)[: batch * vshards * pages].reshape(batch, vshards, pages)
         values = rng.standard_normal((pool.blocks, *pool.block_shape)).astype(np.float32)
         # Any keys and values will do as a past, so that one step tells about long contexts without the steps before it.
-        self.past = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(np.uint16)
+        self.past = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(pool.storage_dtype)
         self.compiled = functools.cache(self._compile)
 
     def run(self, rows: Sequence[Row], shape: StepShape, tp: int, past: np.ndarray | None = None) -> Outcome:

@@ -10,6 +10,9 @@ LLAMA_8B = ModelConfig(
 QWEN_32B = ModelConfig(
     "Qwen2.5-32B", "qwen2", 64, 5120, 27648, 40, 8, 128, 152064, 32768, rope_theta=1e6, qkv_bias=True, dtype="bfloat16"
 )
+LLAMA_70B = ModelConfig(
+    "Llama-3.1-70B", "llama", 80, 8192, 28672, 64, 8, 128, 128256, 131072, rope_theta=500000.0, dtype="bfloat16"
+)
 TINY = ModelConfig("tiny", "llama", 4, 64, 128, 8, 8, 16, 256, 1024)
 
 

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.cell import matmul_choice
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
+from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
@@ -43,11 +44,21 @@ class TimedModel:
           max_len: tokens of each.
         """
         cut = ModelCut.of(config, vshards)
-        one = PoolShape(1, config.num_layers, PAGE_SIZE, cut.kv_heads, config.head_dim, dtype)
+        forms = step_forms(device.platform, dtype)
+        one = PoolShape(1, config.num_layers, PAGE_SIZE, cut.kv_heads, config.head_dim, dtype, forms.pool)
         self._pages = one.pages(max_len)
         pool = dataclasses.replace(one, blocks=max_batch * vshards * self._pages)
-        choice = matmul_choice(device.platform, dtype)
-        self.program = Program(config, cut, dtype, pool, max_batch, max_len, choice)
+        self.program = Program(
+            config,
+            cut,
+            dtype,
+            pool,
+            max_batch,
+            max_len,
+            forms.matmul,
+            fitting(forms.attention, "auto", pool, q_heads=cut.q_heads, most_new_tokens=max_len),
+            compile_options=forms.compile_options,
+        )
         self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))
         _, state = self.program.decoder(1)
         parameters = self.program.parameters(1)

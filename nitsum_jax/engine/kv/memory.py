@@ -3,6 +3,7 @@
 import dataclasses
 
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import PoolForm
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -12,6 +13,7 @@ _GIB = 1 << 30
 _SHARE = {"cpu": 0.4}
 _DEFAULT_SHARE = 0.9
 _CPU_LIMIT = 1 * _GIB
+_LIBRARIES = {"gpu": _GIB // 16, "tpu": _GIB // 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,13 +37,20 @@ class MemoryPlan:
     text: str
 
 
-def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int) -> int:
-    """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling."""
+def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu") -> int:
+    """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling.
+
+    For accelerators it is an upper bound of what their compilers say (tests/accelerator): they sample all rows at once,
+    and their libraries want memory of their own.
+    """
     vocab = cut.vocab * cut.num_vshards
     rows = max(batch, chunk)
     widest = cut.d_mlp * 2 + (cut.q_heads + 2 * cut.kv_heads) * config.head_dim
     attention = cut.q_heads * cut.num_vshards * chunk * (chunk + 128)
-    return 4 * (4 * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention)
+    sampled = 4 if platform == "cpu" else 8
+    return _LIBRARIES.get(platform, 0) + 4 * (
+        sampled * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention
+    )
 
 
 def plan_memory(
@@ -59,6 +68,7 @@ def plan_memory(
     page_size: int,
     chunk: int,
     kv_cache_gib: float | None,
+    form: PoolForm = PoolForm(),
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
@@ -76,12 +86,13 @@ def plan_memory(
       page_size: tokens per block.
       chunk: tokens of the largest prefill step.
       kv_cache_gib: what the user asked for, or None.
+      form: of the pool.
 
     Raises:
       PreconditionError: weights, workspace and pool do not fit.
     """
-    workspace = workspace_bytes(config, cut, max_batch, chunk)
-    one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype)
+    workspace = workspace_bytes(config, cut, max_batch, chunk, platform)
+    one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype, form)
     page = one.block_bytes * cut.num_vshards  # all vshards of a page: what TP 1 keeps on one device
     useful = max_batch * one.pages(max_model_len) * page
     left = None

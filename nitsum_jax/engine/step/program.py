@@ -13,13 +13,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
+from nitsum_jax.engine.step.forms import AttentionForm, CompileOptions
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.matmul import MatmulChoice
-from nitsum_jax.models.layers.reduction import Ranks
+from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES, Ranks
 
 
 @jax.tree_util.register_dataclass
@@ -75,6 +76,10 @@ class Program:
       max_batch: rows of the token history, without the dummy row.
       max_model_len: longest prompt and output together, in tokens.
       matmul: form of the matrix products.
+      attention: what attends to the pool.
+      fast_sums: sums over devices in whatever order and in bfloat16, see `Ranks`.
+      gather_limit_bytes: likewise.
+      compile_options: for XLA.
     """
 
     config: ModelConfig
@@ -84,6 +89,10 @@ class Program:
     max_batch: int
     max_model_len: int
     matmul: MatmulChoice = MatmulChoice()
+    attention: AttentionForm = AttentionForm.XLA
+    fast_sums: bool = False
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES
+    compile_options: CompileOptions = ()
 
     @property
     def pages(self) -> int:
@@ -97,6 +106,10 @@ class Program:
         The last row is the dummy of padding rows.
         """
         return self.max_batch + 1, self.max_model_len + 1 + STEERING
+
+    def ranks(self, tp: int) -> Ranks:
+        """The devices that run a step together."""
+        return Ranks(tp, TP_AXIS, self.fast_sums, self.gather_limit_bytes)
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
@@ -116,7 +129,7 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
             program.cut,
             slots=program.cut.num_vshards // tp,
             dtype=jnp.dtype(program.dtype),
-            ranks=Ranks(tp, TP_AXIS),
+            ranks=program.ranks(tp),
             matmul=program.matmul,
         )
 
@@ -145,7 +158,8 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
-    ranks = Ranks(tp, TP_AXIS)
+    ranks = program.ranks(tp)
+    attention = _attention(program)
 
     def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepResults]:
         pool, history = state.pool, state.history
@@ -158,7 +172,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
-            return paged_attention(q, k, v, pool, layer, page_table, inputs.context, program.pool)
+            return attention(q, k, v, pool, layer, page_table, inputs.context)
 
         positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
         x = model(tokens, positions, attend)
@@ -225,7 +239,19 @@ def compile_step(
         check_vma=False,
     )
     mapped.__name__ = name
-    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile()
+    # None where there are none: that is what tests and JAX's persistent cache know as a plain compilation.
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(dict(program.compile_options) or None)
+
+
+def _attention(program: Program) -> Callable[..., jax.Array]:
+    if program.attention is AttentionForm.XLA:
+        return functools.partial(paged_attention, shape=program.pool)
+    # Only where it is used: it loads the compilers of kernels.
+    from nitsum_jax.engine.step.paged import kernels
+
+    interpret = program.attention is AttentionForm.INTERPRETED
+    kernel = str(AttentionForm.MOSAIC if interpret else program.attention)
+    return functools.partial(kernels.paged_attention, shape=program.pool, kernel=kernel, interpret=interpret)
 
 
 def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from nitsum_jax.meshes.mesh import TP_AXIS
 
 # Up to this many bytes a device fetches everyone's partial and adds them itself: one round of messages.  Above, each
-# device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.
-_GATHER_LIMIT_BYTES = 1 << 20
+# device adds up one part of the rows and the parts are exchanged, which moves 2 instead of `size` times the bytes.  So
+# for devices that share a memory.
+GATHER_LIMIT_BYTES = 1 << 20
 
 
 def tree_sum(parts: Sequence[jax.Array]) -> jax.Array:
@@ -34,10 +35,15 @@ class Ranks:
     Attributes:
       size: how many devices, a power of two.
       axis: the mesh axis they lie on; unused when size is 1.
+      fast: add up in bfloat16 and in whatever order the devices like: a fraction of the bytes, and other bits at every
+        degree of tensor parallelism.
+      gather_limit_bytes: partial results of at most this size are fetched whole by every rank; the bits are the same.
     """
 
     size: int = 1
     axis: str = TP_AXIS
+    fast: bool = False
+    gather_limit_bytes: int = GATHER_LIMIT_BYTES
 
     def index(self) -> jax.Array:
         """This device's rank, i32[]."""
@@ -46,12 +52,17 @@ class Ranks:
         return jax.lax.axis_index(self.axis).astype(jnp.int32)
 
     def sum(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """Sum over this device's `parts` and then over all ranks, as one tree; every rank gets the same bits."""
+        """Sum over this device's `parts` and then over all ranks, as one tree; every rank gets the same bits.
+
+        With `fast` that tree is the device's own only.
+        """
         local = tree_sum(parts)
         if self.size == 1:
             return local
+        if self.fast:
+            return jax.lax.psum(local.astype(jnp.bfloat16), self.axis).astype(local.dtype)
         rows = local.size // local.shape[-1]
-        if local.size * local.dtype.itemsize > _GATHER_LIMIT_BYTES and rows % self.size == 0:
+        if local.size * local.dtype.itemsize > self.gather_limit_bytes and rows % self.size == 0:
             split = local.reshape(self.size, rows // self.size, local.shape[-1])
             mine = jax.lax.all_to_all(split, self.axis, split_axis=0, concat_axis=0)
             part = tree_sum([mine[rank] for rank in range(self.size)])

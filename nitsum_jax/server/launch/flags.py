@@ -89,6 +89,8 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "weight_budget_gib": values.weight_budget_gib,
             "precopy": values.precopy,
             "prefix_cache": values.prefix_cache,
+            "attention": values.attention,
+            "reduction": values.reduction,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -197,6 +199,22 @@ def _define() -> flags.FlagValues:
         None,
         "share KV blocks among prompts that begin alike; on if not given, unless --deterministic, where whole prefill "
         "chunks are shared",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "attention",
+        "auto",
+        ["auto", "xla", "pallas"],
+        "what attends to the KV cache: xla, plain operations; pallas, a kernel, on GPUs and TPUs only; "
+        "auto: a kernel on accelerators that have one for the model's shapes",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "reduction",
+        "fixed",
+        ["fixed", "fast"],
+        "how partial results of devices are added up: fixed, in one order, the same bits at every TP; fast: by fewer "
+        "bytes in bfloat16, and no promise about bits (not with --deterministic)",
         flag_values=values,
     )
     flags.DEFINE_float(

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.engine.step.attention import (
-    CHUNK_TOKENS,
     PoolShape,
     contained,
     decode,
@@ -21,6 +20,7 @@ from nitsum_jax.engine.step.attention import (
     paged_attention,
     write_tokens,
 )
+from nitsum_jax.engine.step.forms import PoolForm, step_forms
 
 LAYERS, WIDTH = 2, 8
 
@@ -62,6 +62,10 @@ class Case:
         return out
 
 
+BY_ROWS = PoolForm(by_rows=True)
+ON_TPU = step_forms("tpu", "bfloat16").pool
+
+
 def make_case(
     contexts: list[int],
     *,
@@ -71,11 +75,12 @@ def make_case(
     groups: int = 2,
     page_size: int = 16,
     dtype: str = "float32",
+    form: PoolForm = PoolForm(),
     seed: int = 0,
 ) -> Case:
     rng = np.random.default_rng(seed)
     batch = len(contexts)
-    one = PoolShape(1, LAYERS, page_size, groups, WIDTH, dtype)
+    one = PoolShape(1, LAYERS, page_size, groups, WIDTH, dtype, form)
     pages = one.pages(max(*contexts, 1))
     blocks = batch * slots * pages + 3
     shape = dataclasses.replace(one, blocks=blocks)
@@ -85,7 +90,7 @@ def make_case(
 
     pool = normal(blocks, *shape.block_shape)
     if dtype == "bfloat16":
-        pool = pool.astype(ml_dtypes.bfloat16).view(np.uint16)
+        pool = pool.astype(ml_dtypes.bfloat16).view(shape.storage_dtype)
     page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
     # Queries are scaled up so that softmax is far from uniform.
     q = 2 * normal(batch, length, slots, heads, WIDTH)
@@ -107,6 +112,9 @@ def make_case(
         pytest.param(make_case([70, 3], page_size=1), id="pages of one token"),
         pytest.param(make_case([130, 3], page_size=128), id="pages of a whole chunk"),
         pytest.param(make_case([140, 9], dtype="bfloat16"), id="bfloat16 pool"),
+        pytest.param(make_case([140, 9], form=BY_ROWS), id="pages of rows"),
+        pytest.param(make_case([140, 9], dtype="bfloat16", form=ON_TPU), id="as on a TPU"),
+        pytest.param(make_case([600, 9], form=PoolForm(chunk_tokens=512)), id="large chunks"),
     ],
 )
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
@@ -216,11 +224,22 @@ def test_bfloat16_is_stored_as_its_bits() -> None:
     np.testing.assert_array_equal(decode(stored, shape), expected.astype(np.float32))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        ("float32", PoolForm()),
+        ("bfloat16", PoolForm()),
+        ("float32", BY_ROWS),
+        ("bfloat16", BY_ROWS),
+        ("bfloat16", ON_TPU),
+    ],
+)
 @given(data=st.data())
-def test_tokens_are_written_where_the_table_says_and_nowhere_else(dtype: str, data: st.DataObject) -> None:
+def test_tokens_are_written_where_the_table_says_and_nowhere_else(
+    dtype: str, form: PoolForm, data: st.DataObject
+) -> None:
     batch, length, slots, page_size, pages = 3, 5, 2, 4, 6
-    shape = PoolShape(batch * slots * pages + 2, LAYERS, page_size, 1, WIDTH, dtype)
+    shape = PoolShape(batch * slots * pages + 2, LAYERS, page_size, 1, WIDTH, dtype, form)
     counts = np.array(data.draw(st.lists(st.integers(0, length), min_size=batch, max_size=batch)), np.int32)
     limit = pages * page_size
     context = np.array([data.draw(st.integers(0, limit - int(count))) for count in counts], np.int32)
@@ -246,7 +265,7 @@ def write(shape: PoolShape) -> "jax.stages.Wrapped":
 
 def test_the_table_has_whole_chunks() -> None:
     shape = PoolShape(1, 1, 16, 1, 4, "float32")
-    assert shape.chunk_pages * shape.page_size == CHUNK_TOKENS
+    assert shape.chunk_pages * shape.page_size == PoolForm().chunk_tokens
     assert [shape.pages(tokens) for tokens in (1, 128, 129, 256)] == [8, 8, 16, 16]
     assert PoolShape(1, 1, 128, 1, 4, "float32").pages(129) == 2
     assert shape.block_bytes == 1 * 2 * 16 * 1 * 4 * 4

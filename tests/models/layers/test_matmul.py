@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm, column_parallel, row_parallel
 
 ROWS = (1, 2, 5)
@@ -56,6 +57,16 @@ def test_one_row_and_many_rows_may_take_different_forms() -> None:
     row = jnp.asarray(normal(1, 1, 16))  # one row, whatever the leading axes
     expected = column_parallel(row, weight, MatmulChoice(MatmulForm.MULTIPLY_SUM, MatmulForm.MULTIPLY_SUM))
     np.testing.assert_array_equal(column_parallel(row, weight, choice), expected)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_few_rows_are_padded_to_as_many_as_the_platform_multiplies_at_once(rows: int) -> None:
+    choice = step_forms("tpu", "bfloat16").matmul
+    weight, x = jnp.asarray(normal(24, 40).astype(ml_dtypes.bfloat16)), jnp.asarray(normal(rows, 40))
+    text = jax.jit(lambda x, w: column_parallel(x, w, choice)).lower(x, weight).as_text()
+    assert "tensor<8x40xbf16>, tensor<24x40xbf16>" in text
+    expected = column_parallel(x, weight, MatmulChoice())
+    np.testing.assert_allclose(column_parallel(x, weight, choice), expected, rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

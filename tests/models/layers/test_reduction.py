@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nitsum_jax.meshes.mesh import TP_AXIS
-from nitsum_jax.models.layers import reduction
-from nitsum_jax.models.layers.reduction import Ranks, tree_sum
+from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES, Ranks, tree_sum
 
 K = 8
 TPS = (1, 2, 4, 8)
@@ -31,9 +30,11 @@ def numpy_tree(parts: np.ndarray) -> np.ndarray:
     return parts[0]
 
 
-def summed(parts: np.ndarray, tp: int) -> tuple[np.ndarray, str]:
+def summed(
+    parts: np.ndarray, tp: int, *, fast: bool = False, limit: int = GATHER_LIMIT_BYTES
+) -> tuple[np.ndarray, str]:
     """What every rank gets, `[tp, B, T, D]`, and the program's text."""
-    ranks = Ranks(tp)
+    ranks = Ranks(tp, fast=fast, gather_limit_bytes=limit)
 
     def step(mine: jax.Array) -> jax.Array:
         return ranks.sum([mine[slot] for slot in range(K // tp)])[None]
@@ -56,9 +57,33 @@ def test_every_degree_and_rank_gets_the_bits_of_the_tree(name: str) -> None:
         assert ("all_to_all" in text) == (tp > 1 and name == "large")
 
 
+def test_the_limit_for_fetching_whole_partials_changes_no_bit() -> None:
+    parts = partials((8, 1, 48))
+    expected = numpy_tree(parts)
+    for tp in TPS[1:]:
+        result, text = summed(parts, tp, limit=1024)
+        assert "all_to_all" in text
+        for rank in range(tp):
+            np.testing.assert_array_equal(result[rank], expected)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_fast_sum_is_a_sum_in_bfloat16_by_one_message(name: str) -> None:
+    parts = np.random.default_rng(0).standard_normal((K, *SHAPES[name])).astype(np.float32)
+    exact = parts.astype(np.float64).sum(axis=0)
+    for tp in TPS[1:]:
+        result, text = summed(parts, tp, fast=True)
+        for rank in range(1, tp):
+            np.testing.assert_array_equal(result[rank], result[0])
+        np.testing.assert_allclose(result[0], exact, atol=tp * 2.0**-8 * np.abs(parts).sum(axis=0).max())
+        assert (text.count("all_reduce"), text.count("all_gather"), text.count("all_to_all")) == (1, 0, 0)
+        assert not np.array_equal(result[0], numpy_tree(parts))
+    np.testing.assert_array_equal(summed(parts, 1, fast=True)[0][0], numpy_tree(parts))  # nothing to exchange
+
+
 def test_a_large_part_is_one_above_the_limit() -> None:
     sizes = {name: 4 * np.prod(shape) for name, shape in SHAPES.items()}
-    assert sizes["small"] <= reduction._GATHER_LIMIT_BYTES < min(sizes["large"], sizes["large_indivisible"])
+    assert sizes["small"] <= GATHER_LIMIT_BYTES < min(sizes["large"], sizes["large_indivisible"])
 
 
 def test_tree_sum_adds_neighbours_first() -> None:

@@ -1,0 +1,189 @@
+"""Estimates for a whole model from steps of it with few layers."""
+
+import dataclasses
+
+from nitsum_jax.bench.compile.hlo import parse
+from nitsum_jax.bench.compile.steps import CompiledStep, StepCase, compile_case
+from nitsum_jax.bench.compile.work import Reading, Work
+from nitsum_jax.bench.gpu_check.ceilings import Ceilings, roofline_ms
+from nitsum_jax.bench.gpu_check.shapes import slice_of, with_layers
+from nitsum_jax.engine.step.forms import AttentionForm
+
+DEPTHS = (1, 2)
+# Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by page size and KV heads of a
+# virtual shard, from the compiler's schedule for a v5e (docs/inside/attention.md); one takes a cycle.
+_BUNDLES = {(16, 1): 220, (64, 1): 134, (128, 1): 114, (16, 2): 381, (16, 4): 608}
+_TILE_TOKENS = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class StepEstimate:
+    """What the compiler says of a step; of one device, all layers of the model.
+
+    Attributes:
+      target: text form.
+      model: name.
+      what: "decode" or "prefill".
+      tp: devices that run it.
+      batch: sequences.
+      tokens: new tokens of each.
+      context: tokens of each in the KV cache.
+      reduction: "fixed" or "fast".
+      attention: its form.
+      hbm_bytes: read and written in main memory.
+      cycles: that XLA:TPU expects; 0 for a GPU.
+      launches: kernels; 0 for a TPU.
+      exchanges: collectives.
+      received_bytes: from other devices.
+      received_fixed: likewise of a step with fixed reduction, by arithmetic.
+      received_fast: of one with fast reduction.
+      temp_bytes: memory beside arguments and results, of the deeper of the steps that were compiled.
+      resident_bytes: weights and KV cache of so many sequences of this length.
+      fits: whether these fit the device together.
+      link_ms: what receiving takes at the rate of the links.
+      roofline_ms: that reading weights and KV once and all products need.
+      estimate_ms: that memory and, on a TPU, cycles need; see `work`.
+      compile_s: for the steps that were compiled.
+    """
+
+    target: str
+    model: str
+    what: str
+    tp: int
+    batch: int
+    tokens: int
+    context: int
+    reduction: str
+    attention: str
+    hbm_bytes: float
+    cycles: float
+    launches: float
+    exchanges: float
+    received_bytes: float
+    received_fixed: float
+    received_fast: float
+    temp_bytes: int
+    resident_bytes: float
+    fits: bool
+    link_ms: float
+    roofline_ms: float
+    estimate_ms: float
+    compile_s: float
+
+    @property
+    def ratio(self) -> float:
+        """How often the roofline the estimate is."""
+        return self.estimate_ms / self.roofline_ms
+
+
+def estimates(case: StepCase, contexts: tuple[int, ...], depths: tuple[int, int] = DEPTHS) -> list[StepEstimate]:
+    """Compiles a step at two depths, and extrapolates to all layers of its model, for several lengths of context.
+
+    Raises:
+      PreconditionError: there is no compiler for the target.
+    """
+    steps = [
+        compile_case(dataclasses.replace(case, config=with_layers(case.config, depth))) for depth in sorted(depths)
+    ]
+    return [_estimate(case, steps, context) for context in contexts]
+
+
+def work_of(step: CompiledStep, context: int) -> Work:
+    """What a compiled step does with `context` tokens of each sequence in the KV cache."""
+    return reading(step, context).work()
+
+
+def reading(step: CompiledStep, context: int) -> Reading:
+    """A compiled step, ready to be read."""
+    case = step.case
+    chunk = case.program.pool.chunk_pages * case.program.pool.page_size
+    return Reading(
+        parse(step.text),
+        case.target.chip,
+        trips=-(-context // chunk),
+        pool_bytes=case.pool_bytes,
+        kernel_bytes=layer_kv_bytes(case, context) * _times_read(case),
+        kernel_cycles=_kernel_cycles(case, context),
+    )
+
+
+def _kernel_cycles(case: StepCase, context: int) -> float:
+    """Cycles of a TPU's kernel in a decode step; 0 where they are not known."""
+    if case.target.chip.platform != "tpu" or not case.shape.is_decode:
+        return 0.0
+    tiles = case.shape.batch * (case.vshards // case.tp) * -(-context // _TILE_TOKENS)
+    return float(tiles * _BUNDLES.get((case.page_size, case.program.pool.kv_heads), 0))
+
+
+def layer_kv_bytes(case: StepCase, context: int) -> int:
+    """Bytes of old keys and values of one layer that a device has to read."""
+    pool = case.program.pool
+    slots = case.vshards // case.tp
+    return case.shape.batch * context * slots * pool.block_bytes // (pool.layers * pool.page_size)
+
+
+def _times_read(case: StepCase) -> int:
+    """How often a kernel reads old tokens: once per tile of new ones."""
+    program = case.program
+    if case.shape.is_decode or program.attention is AttentionForm.XLA:
+        return 1
+    from nitsum_jax.engine.step.paged.kernels import KERNELS
+    from nitsum_jax.engine.step.paged.plan import make_plan
+
+    heads = program.cut.q_heads // program.cut.kv_heads
+    limits = KERNELS[str(program.attention)].limits(program.pool)
+    return make_plan(program.pool, case.shape.tokens, heads, limits, None, None).tiles
+
+
+def exchanged_bytes(case: StepCase, *, fast: bool) -> float:
+    """Bytes that a device receives to add up partial results: after the embedding, and twice in a layer."""
+    if case.tp == 1:
+        return 0.0
+    rows, ranks = case.shape.batch * case.shape.tokens, case.tp
+    sums = 2 * case.config.num_layers + 1
+    values = rows * case.config.d_model
+    if fast:
+        return sums * 2 * (2 * values) * (ranks - 1) / ranks
+    per_sum = 4 * values * (ranks - 1)
+    if (
+        4 * values > case.program.gather_limit_bytes and rows % ranks == 0
+    ):  # each adds up a part, and the parts are exchanged
+        per_sum = 2 * per_sum // ranks
+    return float(sums * per_sum)
+
+
+def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEstimate:
+    shallow, deep = (work_of(step, context) for step in steps)
+    layers = [step.case.config.num_layers for step in steps]
+    layer = deep.plus(shallow, -1)
+    work = deep.plus(layer, (case.config.num_layers - layers[1]) / (layers[1] - layers[0]))
+    chip = case.target.chip
+    limits = Ceilings(chip.bytes_per_s, chip.flops_per_s)
+    batch, tokens = case.shape.batch, case.shape.tokens
+    kv = case.config.num_layers * layer_kv_bytes(case, context + tokens)
+    resident = sum(case.weight_sizes) + kv
+    return StepEstimate(
+        target=case.target.name,
+        model=case.config.name,
+        what="decode" if case.shape.is_decode else "prefill",
+        tp=case.tp,
+        batch=batch,
+        tokens=tokens,
+        context=context,
+        reduction="fast" if case.fast_sums else "fixed",
+        attention=str(case.program.attention),
+        hbm_bytes=work.bytes,
+        cycles=work.cycles,
+        launches=work.launches,
+        exchanges=work.exchanges,
+        received_bytes=work.received,
+        received_fixed=exchanged_bytes(case, fast=False),
+        received_fast=exchanged_bytes(case, fast=True),
+        temp_bytes=steps[1].temp_bytes,
+        resident_bytes=resident,
+        fits=resident + steps[1].temp_bytes <= chip.memory_bytes,
+        link_ms=1000 * work.received / chip.link_bytes_per_s,
+        roofline_ms=roofline_ms(slice_of(case.config, case.tp), limits, batch=batch, tokens=tokens, context=context),
+        estimate_ms=1000 * work.seconds,
+        compile_s=sum(step.seconds for step in steps),
+    )

@@ -1,0 +1,1 @@
+"""Attention over the paged pool as kernels of Pallas; see docs/inside/attention.md."""

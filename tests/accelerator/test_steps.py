@@ -1,0 +1,83 @@
+"""What the compilers of TPUs and GPUs make of a step: nothing large is copied, and nothing is read twice."""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from nitsum_jax.bench.compile.rows import exchanged_bytes, layer_kv_bytes, reading, work_of
+from nitsum_jax.bench.compile.steps import CompiledStep
+from nitsum_jax.engine.kv.memory import workspace_bytes
+from nitsum_jax.engine.step.forms import AttentionForm
+from tests.accelerator.cases import DECODE, PREFILL, Asked, compiled, skip_without_compiler
+
+CONTEXT = 512
+ASKED = [
+    *(Asked(*one) for one in itertools.product(("v5e:2x4", "v6e:2x4", "h100x8"), (1, 2, 4, 8), (DECODE, PREFILL))),
+    Asked("v5e:2x4", 2, DECODE, dtype="float32"),
+    Asked("h100x8", 2, DECODE, dtype="float32"),
+    Asked("v5e:2x4", 1, DECODE, attention="xla"),
+    Asked("v5e:2x4", 8, DECODE, fast_sums=True),
+    Asked("h100x8", 8, DECODE, fast_sums=True),
+]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(asked, id=str(asked), marks=pytest.mark.xdist_group(str(asked))) for asked in ASKED],
+)
+def step(request: pytest.FixtureRequest) -> Iterator[CompiledStep]:
+    skip_without_compiler(request.param.target)
+    yield compiled(request.param)
+    compiled.cache_clear()
+
+
+def test_the_pool_is_updated_in_place(step: CompiledStep) -> None:
+    assert step.alias_bytes >= step.case.pool_bytes
+
+
+def test_nothing_as_large_as_the_pool_is_written(step: CompiledStep) -> None:
+    assert list(reading(step, CONTEXT).large_writes(step.case.pool_bytes)) == []
+
+
+def test_no_weight_is_copied_transposed_or_joined_to_others(step: CompiledStep) -> None:
+    weights = step.case.weight_numbers
+    assert len(weights) == len(step.case.weight_sizes)
+    assert list(reading(step, CONTEXT).copies_of(weights)) == []
+
+
+def test_every_weight_is_read_once(step: CompiledStep) -> None:
+    config, read = step.case.config, reading(step, 0).read_of(step.case.weight_numbers)
+    itemsize = 2 if step.case.dtype == "bfloat16" else 4
+    table = config.vocab_size // step.case.tp * config.d_model * itemsize
+    weights = sum(step.case.weight_sizes) - table
+    assert weights <= read <= weights + table  # of the embedding, which is small here, at least some rows are read
+
+
+def test_devices_exchange_partial_results_and_little_else(step: CompiledStep) -> None:
+    received = work_of(step, CONTEXT).received
+    expected = exchanged_bytes(step.case, fast=step.case.fast_sums)
+    # A compiler may choose to add up in float32 what is rounded to bfloat16 afterwards.
+    most = 2.0 if step.case.fast_sums else 1.05
+    assert expected <= received <= most * expected + 10_000
+
+
+def test_temporary_memory_is_within_the_plan(step: CompiledStep) -> None:
+    case = step.case
+    platform, shape = case.target.chip.platform, case.shape
+    assert step.temp_bytes <= workspace_bytes(case.config, case.program.cut, shape.batch, shape.tokens, platform)
+
+
+def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None:
+    before, after = work_of(step, 0), work_of(step, CONTEXT)
+    layers, once = step.case.config.num_layers, layer_kv_bytes(step.case, CONTEXT)
+    read, written = after.read - before.read, after.written - before.written
+    if step.case.program.attention is AttentionForm.XLA:
+        assert layers * once <= read <= 1.05 * layers * once
+        assert written <= 0.05 * layers * once
+        return
+    # What a kernel reads is by arithmetic, since the compiler does not know; no loop beside it may read or write.
+    kernel = reading(step, CONTEXT)
+    assert len(list(kernel.kernels())) == layers
+    assert kernel.kernel_bytes == once or not step.case.shape.is_decode
+    assert (read, written) == (layers * kernel.kernel_bytes, 0)
