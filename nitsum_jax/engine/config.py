@@ -84,7 +84,7 @@ class EngineConfig:
             raise InvalidInputError(f"reduction={self.reduction} is not known: give one of {', '.join(REDUCTIONS)}")
         if self.deterministic and self.reduction == "fast":
             raise InvalidInputError(
-                "reduction=fast does not do in deterministic mode, where no switch may change a token: leave one out"
+                "reduction=fast cannot go with deterministic mode, where no switch may change a token: leave one out"
             )
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} must be a power of two from 1 to 128")

@@ -207,7 +207,7 @@ def test_targets_are_read_and_others_refused() -> None:
 def test_flags_are_read() -> None:
     options = compile_steps.read_options(["c", "--target=h100x8", "--tps=1,8", "--batch=1", "--prefill=512"])
     assert (options.tps, options.batches, options.contexts, options.prefill) == ((1, 8), (1,), (1024, 2048), 512)
-    with pytest.raises(InvalidInputError, match="--tps=two does not do"):
+    with pytest.raises(InvalidInputError, match="--tps=two must be whole numbers"):
         compile_steps.read_options(["c", "--tps=two"])
 
 

@@ -167,5 +167,5 @@ def _numbers(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 1:
-        raise InvalidInputError(f"--{name}={','.join(texts)} does not do: give whole numbers such as 1,8")
+        raise InvalidInputError(f"--{name}={','.join(texts)} must be whole numbers such as 1,8")
     return found

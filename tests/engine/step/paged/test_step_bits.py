@@ -23,7 +23,7 @@ def test_every_degree_of_parallelism_gives_the_same_bits(dtype: str, shape: Step
     by_xla = rig.run(rows, shape, 1)
     rig.program = dataclasses.replace(rig.program, attention=AttentionForm.INTERPRETED)
     rig.compiled.cache_clear()
-    rig.compile_all([shape], (1, *others))
+    rig.compile_all((shape, tp) for tp in (1, *others))
     first = rig.run(rows, shape, 1)
     used = slice(len(rows))
     assert not np.array_equal(first.logits[used], by_xla.logits[used])  # it is the kernel
