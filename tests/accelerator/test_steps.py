@@ -51,7 +51,7 @@ def test_every_weight_is_read_once(step: CompiledStep) -> None:
     itemsize = 2 if step.case.dtype == "bfloat16" else 4
     table = config.vocab_size // step.case.tp * config.d_model * itemsize
     weights = sum(step.case.weight_sizes) - table
-    assert weights <= read <= weights + table  # of the embedding, which is small here, at least some rows are read
+    assert weights <= read <= weights + 2 * table  # of the embedding, which is small here, some rows or all are read
 
 
 def test_devices_exchange_partial_results_and_little_else(step: CompiledStep) -> None:

@@ -6,8 +6,8 @@ a GPU it says nothing.  So it is counted here, from the optimised HLO, instructi
 - An instruction reads its operands and writes its results, where these lie in main memory.  A gather or a slice reads
   what it gives; an update in place writes what is new.  A fusion is taken apart for that.
 - A loop counts as often as it runs: as the compiler knows, or else as often as attention goes over old tokens.
-- Of the branches of a conditional the one with the least traffic counts: all rows are greedy, none asks for
-  log probabilities.
+- Of the branches of a conditional the one with the least traffic counts, messages among it: all rows are greedy, none
+  asks for log probabilities.
 - Launches of a GPU are its fusions, custom calls, copies and collectives.
 - A kernel of Pallas reads of the pool what it is said to read; XLA cannot know.
 - Time: straight code, the body of a loop and a kernel each take as long as their bytes, or on a TPU as long as the
@@ -172,7 +172,7 @@ class Reading:
                 names = one.called("branch_computations")
                 names = names or one.called("true_computation") + one.called("false_computation")
                 branches = [self._of(self.module.computations[name]) for name in names]
-                total = total.plus(min(branches, key=lambda work: (work.bytes, work.cycles)))
+                total = total.plus(min(branches, key=lambda work: (work.bytes + work.received, work.cycles)))
             elif one.opcode == "call":
                 (body,) = one.called("to_apply")
                 total = total.plus(self._of(self.module.computations[body]))
