@@ -51,7 +51,7 @@ def test_every_weight_is_read_once(step: CompiledStep) -> None:
     itemsize = 2 if step.case.dtype == "bfloat16" else 4
     table = config.vocab_size // step.case.tp * config.d_model * itemsize
     weights = sum(step.case.weight_sizes) - table
-    assert weights <= read <= weights + table  # of the embedding, which is small here, at least some rows are read
+    assert weights <= read <= weights + 2 * table  # of the embedding, which is small here, some rows or all are read
 
 
 def test_devices_exchange_partial_results_and_little_else(step: CompiledStep) -> None:
@@ -75,6 +75,10 @@ def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None
     if step.case.program.attention is AttentionForm.XLA:
         assert layers * once <= read <= 1.05 * layers * once
         assert written <= 0.05 * layers * once
+        chip = step.case.target.chip
+        if chip.clock_hz is not None:  # taking the numbers apart is no more work than reading them
+            cycles = after.cycles - before.cycles
+            assert cycles / chip.clock_hz <= 1.5 * read / chip.bytes_per_s
         return
     # What a kernel reads is by arithmetic, since the compiler does not know; no loop beside it may read or write.
     kernel = reading(step, CONTEXT)

@@ -14,7 +14,7 @@ from nitsum_jax.bench.compile.report import table
 from nitsum_jax.bench.compile.rows import StepEstimate, exchanged_bytes
 from nitsum_jax.bench.compile.steps import StepCase
 from nitsum_jax.bench.compile.targets import CHIPS, Chip, Target
-from nitsum_jax.bench.compile.work import Reading, Written
+from nitsum_jax.bench.compile.work import Reading, Work, Written
 from nitsum_jax.bench.gpu_check import shapes
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
@@ -138,13 +138,20 @@ LOOP = """\
 def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_cheapest() -> None:
     work = read(LOOP.replace("{TRIPS}", ""), trips=5).work()
     assert (work.read, work.written, work.cycles) == (5 * 4096, 5 * 4096, 15_000_000)
-    assert work.seconds == pytest.approx(0.01)  # by cycles, at 1.5 GHz
+    assert work.seconds(TPU) == pytest.approx(0.01)  # by cycles, at 1.5 GHz
     known = LOOP.replace("{TRIPS}", ', backend_config={"known_trip_count":{"n":"3"}}')
     assert read(known, trips=5).work().read == 3 * 4096
     # A GPU has no cycles, but launches.
     work = read(LOOP.replace("{TRIPS}", ""), chip=GPU, trips=5).work()
     assert work.launches == 5
-    assert work.seconds == pytest.approx(5 * 8192 / GPU.bytes_per_s)
+    assert work.seconds(GPU) == pytest.approx(5 * 8192 / GPU.bytes_per_s)
+
+
+def test_time_is_linear_in_the_layers_where_bytes_and_cycles_change_places() -> None:
+    head, layer = Work(straight_bytes=8.19e9, straight_cycles=1e6), Work(straight_bytes=819, straight_cycles=3e6)
+    whole = head.plus(layer, 32)
+    assert whole.seconds(TPU) == pytest.approx(0.0647, rel=0.001)  # 97 million cycles
+    assert head.plus(layer).seconds(TPU) == pytest.approx(0.01)  # few layers: bytes
 
 
 def test_large_writes_are_found_in_loops_and_rare_branches() -> None:

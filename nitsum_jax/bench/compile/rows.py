@@ -184,6 +184,6 @@ def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEs
         fits=resident + steps[1].temp_bytes <= chip.memory_bytes,
         link_ms=1000 * work.received / chip.link_bytes_per_s,
         roofline_ms=roofline_ms(slice_of(case.config, case.tp), limits, batch=batch, tokens=tokens, context=context),
-        estimate_ms=1000 * work.seconds,
+        estimate_ms=1000 * work.seconds(chip),
         compile_s=sum(step.seconds for step in steps),
     )

@@ -6,8 +6,8 @@ a GPU it says nothing.  So it is counted here, from the optimised HLO, instructi
 - An instruction reads its operands and writes its results, where these lie in main memory.  A gather or a slice reads
   what it gives; an update in place writes what is new.  A fusion is taken apart for that.
 - A loop counts as often as it runs: as the compiler knows, or else as often as attention goes over old tokens.
-- Of the branches of a conditional the one with the least traffic counts: all rows are greedy, none asks for
-  log probabilities.
+- Of the branches of a conditional the one with the least traffic counts, messages among it: all rows are greedy, none
+  asks for log probabilities.
 - Launches of a GPU are its fusions, custom calls, copies and collectives.
 - A kernel of Pallas reads of the pool what it is said to read; XLA cannot know.
 - Time: straight code, the body of a loop and a kernel each take as long as their bytes, or on a TPU as long as the
@@ -80,14 +80,18 @@ class Work:
       written: likewise.
       cycles: that XLA:TPU expects; 0 for a GPU.
       launches: kernels, for a GPU.
-      seconds: that it takes at least.
+      straight_bytes: of these bytes, those of straight code.
+      straight_cycles: of these cycles, likewise.
+      inner_s: what loops and kernels take at least, seconds.
       collectives: by kind, how many and bytes that the device receives.
     """
 
     read: float = 0
     written: float = 0
     cycles: float = 0
-    seconds: float = 0
+    straight_bytes: float = 0
+    straight_cycles: float = 0
+    inner_s: float = 0
     launches: float = 0
     collectives: tuple[tuple[str, float, float], ...] = ()
 
@@ -106,6 +110,15 @@ class Work:
         """How many collectives."""
         return sum(count for _, count, _ in self.collectives)
 
+    def seconds(self, chip: Chip) -> float:
+        """What it takes at least."""
+        cycles_s = self.straight_cycles / chip.clock_hz if chip.clock_hz else 0.0
+        return self.inner_s + max(self.straight_bytes / chip.bytes_per_s, cycles_s)
+
+    def inner(self, chip: Chip) -> "Work":
+        """The same as a loop's body or a kernel: no bytes of it go on beside the cycles of others."""
+        return dataclasses.replace(self, straight_bytes=0, straight_cycles=0, inner_s=self.seconds(chip))
+
     def plus(self, other: "Work", times: float = 1) -> "Work":
         """Both, the other so many times."""
         counts: dict[str, tuple[float, float]] = collections.defaultdict(lambda: (0, 0))
@@ -116,7 +129,9 @@ class Work:
             self.read + times * other.read,
             self.written + times * other.written,
             self.cycles + times * other.cycles,
-            self.seconds + times * other.seconds,
+            self.straight_bytes + times * other.straight_bytes,
+            self.straight_cycles + times * other.straight_cycles,
+            self.inner_s + times * other.inner_s,
             self.launches + times * other.launches,
             tuple((kind, *both) for kind, both in sorted(counts.items()) if both[0]),
         )
@@ -147,31 +162,25 @@ class Reading:
         return self._of(self.module.computations[self.module.entry])
 
     def _of(self, computation: Computation) -> Work:
-        total, straight = Work(), Work()
+        total = Work()
         for one in computation.instructions:
             if one.opcode == "while":
                 (body,) = one.called("body")
                 trips = self.trips if one.trips is None else one.trips
-                total = total.plus(self._of(self.module.computations[body]), trips)
+                total = total.plus(self._of(self.module.computations[body]).inner(self.chip), trips)
             elif one.opcode == "conditional":
                 names = one.called("branch_computations")
                 names = names or one.called("true_computation") + one.called("false_computation")
                 branches = [self._of(self.module.computations[name]) for name in names]
-                total = total.plus(min(branches, key=lambda work: (work.bytes, work.cycles)))
+                total = total.plus(min(branches, key=lambda work: (work.bytes + work.received, work.cycles)))
             elif one.opcode == "call":
                 (body,) = one.called("to_apply")
                 total = total.plus(self._of(self.module.computations[body]))
             elif one.opcode not in _NOTHING:
                 work = self._one(one, computation)
-                if one.opcode == "custom-call" and self._reads_pool(one, computation):
-                    total = total.plus(self._timed(work))
-                else:
-                    straight = straight.plus(work)
-        return total.plus(self._timed(straight))
-
-    def _timed(self, work: Work) -> Work:
-        cycles_s = work.cycles / self.chip.clock_hz if self.chip.clock_hz else 0.0
-        return dataclasses.replace(work, seconds=max(work.bytes / self.chip.bytes_per_s, cycles_s))
+                kernel = one.opcode == "custom-call" and self._reads_pool(one, computation)
+                total = total.plus(work.inner(self.chip) if kernel else work)
+        return total
 
     def _reads_pool(self, one: Instruction, within: Computation) -> bool:
         return any(self._hbm(within.by_name[name]) == self.pool_bytes for name in one.operands)
@@ -184,7 +193,7 @@ class Reading:
         if kind is not None:
             collectives = ((kind, 1.0, received_bytes(kind, one, within, self.module)),)
         cycles = self.kernel_cycles if one.opcode == "custom-call" and self._reads_pool(one, within) else one.cycles
-        return Work(read, written, cycles, 0, launches, collectives)
+        return Work(read, written, cycles, read + written, cycles, 0, launches, collectives)
 
     def _traffic(self, one: Instruction, within: Computation) -> tuple[float, float]:
         return sum(size for _, size in self._reads(one, within)), self._writes(one, within)
