@@ -4,7 +4,7 @@
 
 All matrix products of a model's step, one after the other as a step has them, every layer with weights of its own, so
 that no cache holds what a real step would have to read.  What lies between the products is left out.  The tables of
-`matmul_choice` in nitsum_jax/engine/cell.py come from this.
+`step_forms` in nitsum_jax/engine/step/forms.py come from this.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from benchmarks.engine.decode_table import align
-from nitsum_jax.engine.cell import matmul_choice
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -190,7 +190,7 @@ def table(timings: Sequence[Timing], platform: str) -> str:
     for dtype, rows in dict.fromkeys((t.dtype, t.rows) for t in timings):
         by_form = {t.form: t.ms for t in timings if (t.dtype, t.rows) == (dtype, rows)}
         cells = ["-" if (ms := by_form.get(form)) is None else f"{ms:.1f}" for form in forms]
-        taken = str(matmul_choice(platform, dtype).form(rows))
+        taken = str(step_forms(platform, dtype).matmul.form(rows))
         lines.append((str(rows), dtype, *cells, fastest(timings, dtype, rows), taken))
     return align(lines)
 

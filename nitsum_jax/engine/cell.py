@@ -18,6 +18,7 @@ from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
 from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
@@ -30,7 +31,6 @@ from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.models.pack import cut_bytes
 
@@ -291,6 +291,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         replicated_bytes=replicated,
     )
     weights = residency.bytes_per_device
+    forms = step_forms(site.platform, site.dtype)
     shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
         model,
@@ -306,6 +307,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         page_size=config.page_size,
         chunk=min(config.prefill_chunk, site.max_model_len),
         kv_cache_gib=config.kv_cache_gib,
+        form=forms.pool,
     )
     program = Program(
         config=model,
@@ -314,7 +316,8 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         pool=memory.pool,
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
-        matmul=matmul_choice(site.platform, site.dtype),
+        matmul=forms.matmul,
+        compile_options=forms.compile_options,
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 
@@ -383,17 +386,6 @@ def _assemble(config: EngineConfig, site: _Site, plan: _Placement, executables: 
     )
     executables.provide(cell.trial_run)
     return cell
-
-
-def matmul_choice(platform: str, dtype: str) -> MatmulChoice:
-    """The forms of matrix products that benchmarks/engine/matmul_forms.py finds fastest.
-
-    A fixed table, not a measurement at each start: the form decides how results round, and an answer must not depend
-    on what else ran on the machine at start-up.
-    """
-    if platform == "cpu" and dtype == "bfloat16":
-        return MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT)
-    return MatmulChoice()
 
 
 def _max_model_len(model: ModelConfig, wanted: int | None) -> int:

@@ -12,10 +12,10 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.cell import matmul_choice
 from nitsum_jax.engine.kv.history import STEERED_BY
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
@@ -76,7 +76,7 @@ class StepRig:
         one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype)
         pages = one.pages(max_model_len)
         pool = dataclasses.replace(one, blocks=batch * vshards * pages + 1)
-        choice = matmul_choice("cpu", dtype)
+        choice = step_forms("cpu", dtype).matmul
         self.program = Program(config, self.cut, dtype, pool, batch, max_model_len, choice)
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)

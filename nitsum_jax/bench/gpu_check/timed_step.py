@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nitsum_jax.engine.cell import matmul_choice
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
@@ -43,11 +43,13 @@ class TimedModel:
           max_len: tokens of each.
         """
         cut = ModelCut.of(config, vshards)
-        one = PoolShape(1, config.num_layers, PAGE_SIZE, cut.kv_heads, config.head_dim, dtype)
+        forms = step_forms(device.platform, dtype)
+        one = PoolShape(1, config.num_layers, PAGE_SIZE, cut.kv_heads, config.head_dim, dtype, forms.pool)
         self._pages = one.pages(max_len)
         pool = dataclasses.replace(one, blocks=max_batch * vshards * self._pages)
-        choice = matmul_choice(device.platform, dtype)
-        self.program = Program(config, cut, dtype, pool, max_batch, max_len, choice)
+        self.program = Program(
+            config, cut, dtype, pool, max_batch, max_len, forms.matmul, compile_options=forms.compile_options
+        )
         self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))
         _, state = self.program.decoder(1)
         parameters = self.program.parameters(1)

@@ -3,6 +3,7 @@
 import dataclasses
 
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import PoolForm
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -59,6 +60,7 @@ def plan_memory(
     page_size: int,
     chunk: int,
     kv_cache_gib: float | None,
+    form: PoolForm = PoolForm(),
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
@@ -76,12 +78,13 @@ def plan_memory(
       page_size: tokens per block.
       chunk: tokens of the largest prefill step.
       kv_cache_gib: what the user asked for, or None.
+      form: of the pool.
 
     Raises:
       PreconditionError: weights, workspace and pool do not fit.
     """
     workspace = workspace_bytes(config, cut, max_batch, chunk)
-    one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype)
+    one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype, form)
     page = one.block_bytes * cut.num_vshards  # all vshards of a page: what TP 1 keeps on one device
     useful = max_batch * one.pages(max_model_len) * page
     left = None

@@ -20,9 +20,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from nitsum_jax.engine.step.forms import PoolForm
 from nitsum_jax.models.layers.fixed_sums import computed_once, sum_of_weights
-
-CHUNK_TOKENS = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +34,8 @@ class PoolShape:
       page_size: W, tokens per block.
       kv_heads: G/K, KV heads of one virtual shard.
       head_dim: A.
-      dtype: float32 or bfloat16.  bfloat16 lies in the pool as uint16: XLA:CPU widens whole bfloat16 operands of a
-        scatter to float32, which would copy the pool; integers it leaves alone.
+      dtype: float32 or bfloat16.
+      form: how it is stored, read and written.
     """
 
     blocks: int
@@ -45,11 +44,12 @@ class PoolShape:
     kv_heads: int
     head_dim: int
     dtype: str
+    form: PoolForm = PoolForm()
 
     @property
     def storage_dtype(self) -> jnp.dtype:
         """The type in which the pool is stored."""
-        return jnp.dtype(jnp.uint16 if self.dtype == "bfloat16" else jnp.float32)
+        return jnp.dtype(jnp.uint16 if self.dtype == "bfloat16" and self.form.as_integers else self.dtype)
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -67,7 +67,7 @@ class PoolShape:
     @property
     def chunk_pages(self) -> int:
         """Pages that attention takes at a time."""
-        return max(1, CHUNK_TOKENS // self.page_size)
+        return max(1, self.form.chunk_tokens // self.page_size)
 
     def pages(self, tokens: int) -> int:
         """Pages of a block table that holds `tokens` tokens, rounded up to whole chunks."""
@@ -77,17 +77,17 @@ class PoolShape:
 
 def encode(values: jax.Array, shape: PoolShape) -> jax.Array:
     """float32 -> the pool's storage type."""
-    if shape.dtype == "bfloat16":
+    if shape.storage_dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
-    return values
+    return values.astype(shape.storage_dtype)
 
 
 def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
     """The pool's storage type -> float32."""
-    if shape.dtype == "bfloat16":
+    if shape.storage_dtype == jnp.uint16:
         # A shift, not a bfloat16 conversion: XLA:CPU vectorises it.
         return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
-    return stored
+    return stored.astype(jnp.float32)
 
 
 def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,10 +169,11 @@ def paged_attention(
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
-    # A row is a page of keys or values of one layer.  No axis is split further: an axis of length 1 (one KV head in a
-    # virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it in its
+    # A row is a page of keys or values of one layer.  On a CPU no axis is split further: an axis of length 1 (one KV head
+    # in a virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it in its
     # place.
-    flat = pool.reshape(shape.blocks * shape.layers * 2, shape.page_size * groups * width)
+    page = (shape.page_size, groups * width) if shape.form.by_rows else (shape.page_size * groups * width,)
+    flat = pool.reshape(shape.blocks * shape.layers * 2, *page)
     reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
     reach = jnp.concatenate([reach] * copies)[:, None, None]
 
@@ -237,6 +238,8 @@ def write_tokens(
     # Out of bounds is dropped.
     block = jnp.where((step < counts[:, None])[:, :, None], block, jnp.int32(shape.blocks))
     offset = jnp.broadcast_to((position % shape.page_size)[:, :, None], block.shape)
+    if shape.form.by_rows:
+        return _write_rows(pool, new, block, offset, shape)
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3, 4), inserted_window_dims=(0, 3), scatter_dims_to_operand_dims=(0, 3)
     )
@@ -248,3 +251,15 @@ def write_tokens(
         unique_indices=True,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
     )
+
+
+def _write_rows(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array, shape: PoolShape) -> jax.Array:
+    """`write_tokens` by rows `[G/K A]`, each of one token, one layer, and keys or values; block and offset: i32[B, T, S]."""
+    parts = shape.layers * 2
+    width = shape.kv_heads * shape.head_dim
+    part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, :]
+    # A block behind the last makes rows behind the last.
+    row = (block[..., None] * jnp.int32(parts) + part) * jnp.int32(shape.page_size) + offset[..., None]
+    flat = pool.reshape(shape.blocks * parts * shape.page_size, width)
+    values = encode(new, shape).reshape(-1, width)
+    return flat.at[row.reshape(-1)].set(values, mode="drop", unique_indices=True).reshape(pool.shape)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
+from nitsum_jax.engine.step.forms import CompileOptions
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
@@ -75,6 +76,7 @@ class Program:
       max_batch: rows of the token history, without the dummy row.
       max_model_len: longest prompt and output together, in tokens.
       matmul: form of the matrix products.
+      compile_options: for XLA.
     """
 
     config: ModelConfig
@@ -84,6 +86,7 @@ class Program:
     max_batch: int
     max_model_len: int
     matmul: MatmulChoice = MatmulChoice()
+    compile_options: CompileOptions = ()
 
     @property
     def pages(self) -> int:
@@ -225,7 +228,8 @@ def compile_step(
         check_vma=False,
     )
     mapped.__name__ = name
-    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile()
+    # None where there are none: that is what tests and JAX's persistent cache know as a plain compilation.
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(dict(program.compile_options) or None)
 
 
 def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:

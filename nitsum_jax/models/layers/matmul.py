@@ -22,7 +22,8 @@ class MatmulForm(enum.StrEnum):
     """How a product with a `[N, D]` weight is written.
 
     DOT: one dot in the weight's own type with a float32 result.  Best for many rows, and on accelerators always.
-    PADDED: as DOT, with at least two rows; XLA:CPU has no fast bfloat16 product of a matrix and a single vector.
+    PADDED: as DOT, with at least `least_rows` rows; XLA:CPU has no fast bfloat16 product of a matrix and a single
+      vector, and a TPU multiplies few rows on its vector unit.
     MULTIPLY_SUM: widen, multiply and add up; one fused loop over the weight, no call into a matmul library.
     """
 
@@ -33,10 +34,11 @@ class MatmulForm(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class MatmulChoice:
-    """Which form serves how many rows: `single` for one row, `many` for more."""
+    """Which form serves how many rows: `single` for one row, `many` for more; `least_rows` is of the form PADDED."""
 
     single: MatmulForm = MatmulForm.DOT
     many: MatmulForm = MatmulForm.DOT
+    least_rows: int = 2
 
     def form(self, rows: int) -> MatmulForm:
         """The form for a product of `rows` rows."""
@@ -59,7 +61,7 @@ def _product(x: jax.Array, weight: jax.Array, contract: int, choice: MatmulChoic
         case MatmulForm.DOT:
             y = _dot(rows, weight, contract)
         case MatmulForm.PADDED:
-            missing = max(0, 2 - rows.shape[0])
+            missing = max(0, choice.least_rows - rows.shape[0])
             y = _dot(jnp.pad(rows, ((0, missing), (0, 0))), weight, contract)[: rows.shape[0]]
         case MatmulForm.MULTIPLY_SUM:
             wide = weight.astype(jnp.float32)

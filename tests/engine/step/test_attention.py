@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.engine.step.attention import (
-    CHUNK_TOKENS,
     PoolShape,
     contained,
     decode,
@@ -21,6 +20,7 @@ from nitsum_jax.engine.step.attention import (
     paged_attention,
     write_tokens,
 )
+from nitsum_jax.engine.step.forms import PoolForm
 
 LAYERS, WIDTH = 2, 8
 
@@ -246,7 +246,7 @@ def write(shape: PoolShape) -> "jax.stages.Wrapped":
 
 def test_the_table_has_whole_chunks() -> None:
     shape = PoolShape(1, 1, 16, 1, 4, "float32")
-    assert shape.chunk_pages * shape.page_size == CHUNK_TOKENS
+    assert shape.chunk_pages * shape.page_size == PoolForm().chunk_tokens
     assert [shape.pages(tokens) for tokens in (1, 128, 129, 256)] == [8, 8, 16, 16]
     assert PoolShape(1, 1, 128, 1, 4, "float32").pages(129) == 2
     assert shape.block_bytes == 1 * 2 * 16 * 1 * 4 * 4
