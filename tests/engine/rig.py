@@ -76,8 +76,10 @@ class StepRig:
         one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype)
         pages = one.pages(max_model_len)
         pool = dataclasses.replace(one, blocks=batch * vshards * pages + 1)
-        choice = step_forms("cpu", dtype).matmul
-        self.program = Program(config, self.cut, dtype, pool, batch, max_model_len, choice)
+        forms = step_forms("cpu", dtype)
+        self.program = Program(
+            config, self.cut, dtype, pool, batch, max_model_len, forms.matmul, compile_options=forms.compile_options
+        )
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)
         rng = np.random.default_rng(seed)

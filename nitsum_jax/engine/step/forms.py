@@ -10,10 +10,17 @@ What the compilers of TPUs and GPUs make of a form is shown by `nitsum-bench com
 
 import dataclasses
 
+import jax
+
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 
-CompileOptions = tuple[tuple[str, str | int | bool], ...]
+CompileOptions = tuple[tuple[str, str | bool], ...]
 
+# From JAX 0.12 on XLA:CPU compiles a loop as one function if no library does a part of its work, and then it rounds
+# differently.  Libraries do what is large, so for the loop over the pool it would depend on how much lies on a device.
+_CPU_OPTIONS: CompileOptions = (
+    (("xla_disable_hlo_passes", "small-while-loop-hoisting"),) if jax.__version_info__ >= (0, 12) else ()
+)
 _MXU_ROWS = 8  # fewer rows than a register of a TPU holds are multiplied on its vector unit
 
 
@@ -61,7 +68,9 @@ def step_forms(platform: str, dtype: str) -> StepForms:
             return StepForms(PoolForm(as_integers=False, by_rows=True), padded)
         case "gpu" | "cuda":
             # XLA would write the weights of all vshards in one array, in every step, to multiply them in one go.
-            return StepForms(PoolForm(by_rows=True), compile_options=(("xla_gpu_dot_merger_threshold_mb", 0),))
+            return StepForms(PoolForm(by_rows=True), compile_options=(("xla_gpu_dot_merger_threshold_mb", "0"),))
         case _ if dtype == "bfloat16":
-            return StepForms(matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT))
-    return StepForms()
+            return StepForms(
+                matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT), compile_options=_CPU_OPTIONS
+            )
+    return StepForms(compile_options=_CPU_OPTIONS)
