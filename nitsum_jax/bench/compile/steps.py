@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import StepForms, step_forms
+from nitsum_jax.engine.step.forms import CompileOptions, StepForms, step_forms
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.errors import InvalidInputError
@@ -20,7 +20,7 @@ from nitsum_jax.models.cuts import ModelCut
 
 PAGE_SIZE = 16
 # Without a GPU nothing can be tried out: the compiler takes its first choice of each matrix product.
-_UNTRIED = {"gpu": (("xla_gpu_autotune_level", 0),), "tpu": ()}
+_UNTRIED: dict[str, CompileOptions] = {"gpu": (("xla_gpu_autotune_level", "0"),), "tpu": ()}
 
 
 @dataclasses.dataclass(frozen=True)

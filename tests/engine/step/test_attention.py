@@ -64,9 +64,9 @@ class Case:
 def compiled(shape: PoolShape, layer: int, *arrays: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
     """As steps are compiled on a CPU."""
 
-    def attend(*arrays: jax.Array) -> jax.Array:
-        *kv, page_table, context = arrays
-        return paged_attention(*kv, layer, page_table, context, shape)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *where: jax.Array) -> jax.Array:
+        page_table, context = where
+        return paged_attention(q, k, v, pool, layer, page_table, context, shape)
 
     return jax.jit(attend).lower(*arrays).compile(dict(step_forms("cpu", shape.dtype).compile_options) or None)
 
