@@ -7,7 +7,8 @@
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
 # make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
-# PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with.
+# PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with, and with it the JAX
+# (constraints.txt); an environment of another interpreter is made anew.
 
 PYTHON ?=
 EXTRA ?=
@@ -96,6 +97,14 @@ install: $(DEV)
 clean:
 	rm -rf .venv .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find nitsum_jax tests tools benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Not up to date where PYTHON names another interpreter than it was made with.
+ASK := -c 'import sys; print(sys.version, sys.base_prefix)'
+ifneq ($(PYTHON),)
+ifneq ($(shell "$(PYTHON)" $(ASK)),$(shell test -x .venv/bin/python && .venv/bin/python $(ASK)))
+.PHONY: .venv/.made
+endif
+endif
 
 # The first interpreter that is new enough, unless PYTHON names one.
 .venv/.made:

@@ -49,6 +49,7 @@ DISTRIBUTIONS = {
     "opentelemetry.trace": "opentelemetry-api",
     "optax": "optax",
     "orbax.checkpoint": "orbax-checkpoint",
+    "packaging": "packaging",
     "pandas": "pandas",
     "prometheus_client": "prometheus-client",
     "psutil": "psutil",

@@ -5,7 +5,9 @@ import pathlib
 import re
 import tomllib
 
+import pytest
 import setuptools
+from packaging.requirements import Requirement
 
 import nitsum_jax
 from tools import source_tree
@@ -86,12 +88,19 @@ def test_console_scripts_exist() -> None:
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, entry
 
 
-def test_constraints_pin_all_that_pyproject_names() -> None:
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_constraints_pin_all_that_pyproject_names_once_for_every_python(python: str) -> None:
+    assert f"Programming Language :: Python :: {python}" in PYPROJECT["project"]["classifiers"]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert [p for p in pins if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", p)] == []
-    pinned = {_normal(p.partition("==")[0]) for p in pins}
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = [pin for pin in pins if pin.marker is None or pin.marker.evaluate({"python_version": python})]
+    assert [str(pin) for pin in pins if [one.operator for one in pin.specifier] != ["=="]] == []
+    versions = {_normal(pin.name): next(iter(pin.specifier)).version for pin in pins}
+    assert len(versions) == len(pins)
+    pinned = set(versions)
     project = PYPROJECT["project"]
+    for needed in map(Requirement, project["dependencies"]):
+        assert needed.specifier.contains(versions[_normal(needed.name)]), needed
     named = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
     names = [re.split(r"[^\w.-]", text)[0].lower() for text in project["dependencies"]]
     assert len(set(names)) == len(names)

@@ -154,7 +154,10 @@ def paged_attention(
     new_values = merged(v.transpose(0, 2, 3, 1, 4))
 
     # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
-    scores = jnp.einsum("nra,nua->nru", queries, new_keys)
+    # A product of single rows would be a sum to XLA, in an order that depends on how many there are: it gets a second
+    # row.
+    least = queries if rows > 1 else jnp.pad(queries, ((0, 0), (0, 1), (0, 0)))
+    scores = jnp.einsum("nra,nua->nru", least, new_keys)[:, :rows]
     if length > 1:
         seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
         scores = jnp.where(seen, scores, -jnp.inf)

@@ -11,10 +11,18 @@ What the compilers of TPUs and GPUs make of a form is shown by `nitsum-bench com
 import dataclasses
 import enum
 
+import jax
+
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
 CompileOptions = tuple[tuple[str, str | bool], ...]
+
+# From JAX 0.12 on XLA:CPU compiles a loop as one function if no library does a part of its work, and then it rounds
+# differently.  Libraries do what is large, so for the loop over the pool it would depend on how much lies on a device.
+_CPU_OPTIONS: CompileOptions = (
+    (("xla_disable_hlo_passes", "small-while-loop-hoisting"),) if jax.__version_info__ >= (0, 12) else ()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,5 +110,7 @@ def _forms(platform: str, dtype: str) -> StepForms:
             options: CompileOptions = (("xla_gpu_dot_merger_threshold_mb", "0"),)
             return StepForms(PoolForm(by_rows=True), gather_limit_bytes=_LINK_LIMIT_BYTES, compile_options=options)
         case _ if dtype == "bfloat16":
-            return StepForms(matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT))
-    return StepForms()
+            return StepForms(
+                matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT), compile_options=_CPU_OPTIONS
+            )
+    return StepForms(compile_options=_CPU_OPTIONS)
