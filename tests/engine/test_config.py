@@ -105,7 +105,7 @@ def test_the_pool_holds_what_can_be_used_and_no_more() -> None:
     assert memory.tokens == 8 * 256
     assert memory.pool.blocks == memory.tokens // 16 * CUT.num_vshards
     assert memory.pool.kv_heads == CUT.kv_heads
-    assert memory.workspace == workspace_bytes(CUT.config, CUT, 8, 32) > 0
+    assert memory.workspace == workspace_bytes(CUT.config, CUT, 8, 32, "gpu") > 0
 
 
 def test_the_pool_fits_beside_weights_and_workspace() -> None:
