@@ -13,10 +13,11 @@ from nitsum_jax.models.config import ModelConfig
 
 # What JAX compiles with, and the extra of this package that installs it.
 _COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda12")}
-# A weight is larger than any activation that is made of it, and the pool than everything else together.
+# A weight is larger than any activation that is made of it; the pool is larger than everything else together, and than
+# the scratch memory of a TPU, to which a small one is copied.
 TWO_LAYERS = ModelConfig("two layers", "llama", 2, 1024, 4096, 16, 8, 128, 2048, 8192, dtype="bfloat16")
-DECODE, PREFILL = StepShape(32, 1), StepShape(1, 32)
-POOL_TOKENS = 1 << 16
+DECODE, SINGLE, PREFILL = StepShape(32, 1), StepShape(1, 1), StepShape(1, 32)
+POOL_TOKENS = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Asked:
 
     def __str__(self) -> str:
         words = [self.target, f"tp{self.tp}", "decode" if self.shape.is_decode else "prefill"]
+        words += ["single"] * (self.shape == SINGLE)
         words += [self.dtype] * (self.dtype != "bfloat16") + ["fast"] * self.fast_sums
         words += [self.attention] * (self.attention != "auto")
         return "-".join(words)

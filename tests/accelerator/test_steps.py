@@ -9,11 +9,12 @@ from nitsum_jax.bench.compile.rows import exchanged_bytes, layer_kv_bytes, readi
 from nitsum_jax.bench.compile.steps import CompiledStep
 from nitsum_jax.engine.kv.memory import workspace_bytes
 from nitsum_jax.engine.step.forms import AttentionForm
-from tests.accelerator.cases import DECODE, PREFILL, Asked, compiled, skip_without_compiler
+from tests.accelerator.cases import DECODE, PREFILL, SINGLE, Asked, compiled, skip_without_compiler
 
 CONTEXT = 512
 ASKED = [
     *(Asked(*one) for one in itertools.product(("v5e:2x4", "v6e:2x4", "h100x8"), (1, 2, 4, 8), (DECODE, PREFILL))),
+    *(Asked(target, 1, SINGLE) for target in ("v5e:2x4", "h100x8")),
     Asked("v5e:2x4", 2, DECODE, dtype="float32"),
     Asked("h100x8", 2, DECODE, dtype="float32"),
     Asked("v5e:2x4", 1, DECODE, attention="xla"),

@@ -81,6 +81,8 @@ _KERNELS = {"tpu": AttentionForm.MOSAIC, "gpu": AttentionForm.TRITON}
 # What a link carries in the time of about one more round of messages.
 _LINK_LIMIT_BYTES = 1 << 17
 _MXU_ROWS = 8  # fewer rows than a register of a TPU holds are multiplied on its vector unit
+# XLA:GPU multiplies a single row with every weight, number by number, and writes the products out.
+_TENSOR_CORE_ROWS = 16
 
 
 def step_forms(platform: str, dtype: str, attention: str = "auto") -> StepForms:
@@ -108,7 +110,10 @@ def _forms(platform: str, dtype: str) -> StepForms:
         case "gpu":
             # XLA would write the weights of all vshards in one array, in every step, to multiply them in one go.
             options: CompileOptions = (("xla_gpu_dot_merger_threshold_mb", "0"),)
-            return StepForms(PoolForm(by_rows=True), gather_limit_bytes=_LINK_LIMIT_BYTES, compile_options=options)
+            padded = MatmulChoice(MatmulForm.PADDED, MatmulForm.DOT, least_rows=_TENSOR_CORE_ROWS)
+            return StepForms(
+                PoolForm(by_rows=True), padded, gather_limit_bytes=_LINK_LIMIT_BYTES, compile_options=options
+            )
         case _ if dtype == "bfloat16":
             return StepForms(
                 matmul=MatmulChoice(single=MatmulForm.PADDED, many=MatmulForm.DOT), compile_options=_CPU_OPTIONS
