@@ -3,9 +3,11 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.llm import LLM, Completion, _devices_of
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.runtime.progress import ProgressLine
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.golden import tiny_models
 
@@ -56,21 +59,38 @@ def test_many_prompts_come_back_in_order(llm: LLM, answers: list[Completion]) ->
     assert [answer.token_ids for answer in many] == [answer.token_ids for answer in answers] * 3
 
 
-def test_a_layout_that_compiles_is_not_waited_for_in_silence(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layout_that_compiles_is_not_waited_for_in_silence(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: queue.Queue[str] = queue.Queue()
+    lines: list[str] = []
+
+    class Line(ProgressLine):
+        def tell(self, text: str) -> None:
+            lines.append(text)
+            told.put(text)
+
     def slow(layout: str) -> "concurrent.futures.Future[SwitchReport]":
         future: concurrent.futures.Future[SwitchReport] = concurrent.futures.Future()
-        threading.Timer(1.7, future.set_result, [SwitchReport("tp2x2", layout, 0, 0, 0, 0.0, 0)]).start()
+
+        def end() -> None:
+            if llm._progress:
+                told.get(timeout=60)
+            else:
+                time.sleep(1.2)  # a line would be due
+            future.set_result(SwitchReport("tp2x2", layout, 0, 0, 0, 0.0, 0))
+
+        threading.Thread(target=end, daemon=True).start()
         return future
 
+    monkeypatch.setattr("nitsum_jax.llm.ProgressLine", Line)
     monkeypatch.setattr(llm._engine, "set_layout", slow, raising=False)
     for switch in (llm.set_layout, lambda layout: asyncio.run(llm.aset_layout(layout))):
+        lines.clear()
         assert switch("tp4").to_layout == "tp4"
-        assert capsys.readouterr().err.startswith("nitsum-jax: switching to tp4 for 1 s")
+        assert lines[0].startswith("switching to tp4 for ")
+    lines.clear()
     monkeypatch.setattr(llm, "_progress", False)
     llm.set_layout("tp4")
-    assert capsys.readouterr().err == ""
+    assert lines == []
 
 
 def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion]) -> None:

@@ -165,7 +165,8 @@ def planned_memory(program: Program, shape: StepShape, mesh: Mesh) -> Any:
     """What XLA says of the buffers of a step; it has planned them before it makes machine code, which is left plain."""
     lower = jax.stages.Lowered.compile
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax.stages.Lowered, "compile", lambda self: lower(self, {"xla_backend_optimization_level": "0"}))
+        options = {"xla_backend_optimization_level": "0"}
+        patch.setattr(jax.stages.Lowered, "compile", lambda self, given=None: lower(self, {**(given or {}), **options}))
         memory = compile_step(program, shape, mesh).memory_analysis()
     assert memory is not None
     return memory
