@@ -20,6 +20,7 @@ from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
+from nitsum_jax.engine.step.paged.check import checked
 from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, StepState
 from nitsum_jax.engine.switching.residency import Residency, choose_residency
@@ -321,12 +322,18 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         fast_sums=config.reduction == "fast",
         gather_limit_bytes=forms.gather_limit_bytes,
         compile_options=forms.compile_options,
-        attention=fitting(
-            forms.attention,
+        attention=checked(
+            fitting(
+                forms.attention,
+                config.attention,
+                memory.pool,
+                q_heads=site.cut.q_heads,
+                most_new_tokens=config.prefill_shapes()[-1].tokens,
+            ),
             config.attention,
             memory.pool,
             q_heads=site.cut.q_heads,
-            most_new_tokens=config.prefill_shapes()[-1].tokens,
+            device=site.devices[0],
         ),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
