@@ -110,6 +110,14 @@ def test_the_pool_holds_what_can_be_used_and_no_more() -> None:
     assert 0 < plan(platform="cpu", allocated=0).workspace < memory.workspace
 
 
+def test_the_workspace_of_a_gpu_has_room_for_the_parts_of_a_decode_step() -> None:
+    # 16 parts of at least 16 rows of float32 for each KV head of each sequence.
+    parts = 4 * 4096 * CUT.num_vshards * CUT.kv_heads * 16 * 16 * CUT.config.head_dim
+    logits = 8 * 4 * 4096 * CUT.vocab * CUT.num_vshards
+    assert workspace_bytes(CUT.config, CUT, 4096, 32, "gpu") >= parts + logits
+    assert workspace_bytes(CUT.config, CUT, 4096, 32, "cpu") < parts
+
+
 def test_the_pool_fits_beside_weights_and_workspace() -> None:
     memory = plan(max_batch=64, max_model_len=1 << 20)
     size = memory.pool.blocks * memory.pool.block_bytes

@@ -4,6 +4,7 @@ import dataclasses
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import PoolForm
+from nitsum_jax.engine.step.paged.plan import LEAST_GPU_ROWS, MOST_PARTS
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -48,6 +49,17 @@ def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int, 
     widest = cut.d_mlp * 2 + (cut.q_heads + 2 * cut.kv_heads) * config.head_dim
     attention = cut.q_heads * cut.num_vshards * chunk * (chunk + 128)
     sampled = 4 if platform == "cpu" else 8
+    if platform == "gpu":  # what the parts of a decode step come to, see paged/triton.py
+        per_group = 1 << (cut.q_heads // cut.kv_heads - 1).bit_length()
+        attention = max(
+            attention,
+            batch
+            * cut.num_vshards
+            * cut.kv_heads
+            * MOST_PARTS
+            * max(LEAST_GPU_ROWS, per_group)
+            * (config.head_dim + 2),
+        )
     return _LIBRARIES.get(platform, 0) + 4 * (
         sampled * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention
     )

@@ -17,22 +17,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
+from nitsum_jax.engine.step.paged.plan import LEAST_GPU_ROWS, MOST_PARTS, Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 from nitsum_jax.engine.step.paged.triton_pool import Ref, fitting, lanes, old_tokens, tile_tokens, tiles_of
 
 _QUERY_BYTES = 16 * 1024  # of a program: as much as its registers hold beside the result
 _MOST_WIDTH = 256
 _MOST_HEADS = 64
-# Old tokens of a part of a decode step, and how many parts there may be.
-_LEAST_PART = 512
-_MOST_PARTS = 16
+_LEAST_PART = 512  # old tokens of a part of a decode step
 _COMPILER = plgpu.CompilerParams(num_warps=4, num_stages=3)
 
 
 def limits(shape: PoolShape) -> RowLimits:
     """What a program takes at a time."""
-    return RowLimits(least_rows=16, most_rows=fitting(_QUERY_BYTES, shape), power_of_two=True)
+    return RowLimits(least_rows=LEAST_GPU_ROWS, most_rows=fitting(_QUERY_BYTES, shape), power_of_two=True)
 
 
 def unsupported(plan: Plan) -> str | None:
@@ -92,7 +90,7 @@ def _decode(
 ) -> jax.Array:
     programs, groups, _, rows, width = q.shape
     tiles = -(-old[2].shape[1] * plan.shape.page_size // tile_tokens(plan.shape))
-    per_part = max(_LEAST_PART // tile_tokens(plan.shape), -(-tiles // _MOST_PARTS))
+    per_part = max(_LEAST_PART // tile_tokens(plan.shape), -(-tiles // MOST_PARTS))
     parts = -(-tiles // per_part)
 
     def of_part(last: int) -> pl.BlockSpec:
