@@ -311,6 +311,9 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         kv_cache_gib=config.kv_cache_gib,
         form=forms.pool,
     )
+    q_heads = site.cut.q_heads
+    most_new = config.prefill_shapes()[-1].tokens
+    forms = fitting(forms, config.attention, memory.pool, q_heads=q_heads, most_new_tokens=most_new)
     program = Program(
         config=model,
         cut=site.cut,
@@ -318,23 +321,8 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         pool=memory.pool,
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
-        matmul=forms.matmul,
+        forms=checked(forms, config.attention, memory.pool, q_heads=q_heads, device=site.devices[0]),
         fast_sums=config.reduction == "fast",
-        gather_limit_bytes=forms.gather_limit_bytes,
-        compile_options=forms.compile_options,
-        attention=checked(
-            fitting(
-                forms.attention,
-                config.attention,
-                memory.pool,
-                q_heads=site.cut.q_heads,
-                most_new_tokens=config.prefill_shapes()[-1].tokens,
-            ),
-            config.attention,
-            memory.pool,
-            q_heads=site.cut.q_heads,
-            device=site.devices[0],
-        ),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 

@@ -73,7 +73,7 @@ def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None
     before, after = work_of(step, 0), work_of(step, CONTEXT)
     layers, once = step.case.config.num_layers, layer_kv_bytes(step.case, CONTEXT)
     read, written = after.read - before.read, after.written - before.written
-    if step.case.program.attention is AttentionForm.XLA:
+    if step.case.program.forms.attention is AttentionForm.XLA:
         assert layers * once <= read <= 1.05 * layers * once
         assert written <= 0.05 * layers * once
         chip = step.case.target.chip

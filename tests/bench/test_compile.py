@@ -209,6 +209,10 @@ def test_targets_are_read_and_others_refused() -> None:
             Target.parse(name)
     with pytest.raises(InvalidInputError, match="TP 8 is more than the 4 devices of h100x4"):
         StepCase(Target.parse("h100x4"), shapes.LLAMA_8B, 8, StepShape(1, 1), 16, 16)
+    for wrong in ({"tp": 3}, {"vshards": 6}, {"page_size": 24}):
+        case = StepCase(Target.parse("h100x4"), shapes.LLAMA_8B, 4, StepShape(1, 1), 16, 16)
+        with pytest.raises(InvalidInputError, match="must be a power of two"):
+            dataclasses.replace(case, **wrong)  # type: ignore[arg-type]
 
 
 def test_flags_are_read() -> None:

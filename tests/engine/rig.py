@@ -91,10 +91,7 @@ class StepRig:
             pool,
             batch,
             max_model_len,
-            forms.matmul,
-            forms.attention,
-            gather_limit_bytes=forms.gather_limit_bytes,
-            compile_options=forms.compile_options,
+            forms,
         )
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)

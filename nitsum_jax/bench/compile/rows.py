@@ -125,13 +125,13 @@ def layer_kv_bytes(case: StepCase, context: int) -> int:
 def _times_read(case: StepCase) -> int:
     """How often a kernel reads old tokens: once per tile of new ones."""
     program = case.program
-    if case.shape.is_decode or program.attention is AttentionForm.XLA:
+    if case.shape.is_decode or program.forms.attention is AttentionForm.XLA:
         return 1
     from nitsum_jax.engine.step.paged.kernels import KERNELS
     from nitsum_jax.engine.step.paged.plan import make_plan
 
     heads = program.cut.q_heads // program.cut.kv_heads
-    limits = KERNELS[str(program.attention)].limits(program.pool)
+    limits = KERNELS[str(program.forms.attention)].limits(program.pool)
     return make_plan(program.pool, case.shape.tokens, heads, limits, None, None).tiles
 
 
@@ -146,7 +146,7 @@ def exchanged_bytes(case: StepCase, *, fast: bool) -> float:
         return sums * 2 * (2 * values) * (ranks - 1) / ranks
     per_sum = 4 * values * (ranks - 1)
     if (
-        4 * values > case.program.gather_limit_bytes and rows % ranks == 0
+        4 * values > case.program.forms.gather_limit_bytes and rows % ranks == 0
     ):  # each adds up a part, and the parts are exchanged
         per_sum = 2 * per_sum // ranks
     return float(sums * per_sum)
@@ -171,7 +171,7 @@ def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEs
         tokens=tokens,
         context=context,
         reduction="fast" if case.fast_sums else "fixed",
-        attention=str(case.program.attention),
+        attention=str(case.program.forms.attention),
         hbm_bytes=work.bytes,
         cycles=work.cycles,
         launches=work.launches,

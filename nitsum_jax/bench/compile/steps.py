@@ -16,6 +16,7 @@ from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.mesh import TP_AXIS
+from nitsum_jax.meshes.vshards import is_power_of_two
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 
@@ -60,7 +61,10 @@ class StepCase:
     fast_sums: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InvalidInputError if there are fewer devices."""
+        """Raises InvalidInputError if there are fewer devices, or a number that must be a power of two is none."""
+        for name, value in (("TP", self.tp), ("K", self.vshards), ("the page size", self.page_size)):
+            if not is_power_of_two(value):
+                raise InvalidInputError(f"{name} is {value} and must be a power of two: give 1, 2, 4, 8, ...")
         if self.tp > min(self.target.count, self.vshards):
             raise InvalidInputError(
                 f"TP {self.tp} is more than the {self.target.count} devices of {self.target.name} or the "
@@ -76,6 +80,7 @@ class StepCase:
         pool = PoolShape(
             blocks, self.config.num_layers, self.page_size, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
         )
+        forms = fitting(forms, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens)
         options = (*forms.compile_options, *_UNTRIED[self.target.chip.platform])
         return Program(
             self.config,
@@ -84,11 +89,8 @@ class StepCase:
             pool,
             max(self.shape.batch, 32),
             self.max_model_len,
-            forms.matmul,
-            fitting(forms.attention, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens),
+            dataclasses.replace(forms, compile_options=options),
             self.fast_sums,
-            forms.gather_limit_bytes,
-            compile_options=options,
         )
 
     @property

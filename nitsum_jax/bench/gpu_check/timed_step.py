@@ -55,9 +55,7 @@ class TimedModel:
             pool,
             max_batch,
             max_len,
-            forms.matmul,
-            fitting(forms.attention, "auto", pool, q_heads=cut.q_heads, most_new_tokens=max_len),
-            compile_options=forms.compile_options,
+            fitting(forms, "auto", pool, q_heads=cut.q_heads, most_new_tokens=max_len),
         )
         self._mesh = instance_mesh([device], InstanceSpec((0,)), VshardMap(vshards))
         _, state = self.program.decoder(1)

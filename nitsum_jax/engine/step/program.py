@@ -13,14 +13,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
-from nitsum_jax.engine.step.forms import AttentionForm, CompileOptions
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
-from nitsum_jax.models.layers.matmul import MatmulChoice
-from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES, Ranks
+from nitsum_jax.models.layers.reduction import Ranks
 
 
 @jax.tree_util.register_dataclass
@@ -75,11 +74,8 @@ class Program:
       pool: shape of one device's KV pool.
       max_batch: rows of the token history, without the dummy row.
       max_model_len: longest prompt and output together, in tokens.
-      matmul: form of the matrix products.
-      attention: what attends to the pool.
+      forms: in which it is written.
       fast_sums: sums over devices in whatever order and in bfloat16, see `Ranks`.
-      gather_limit_bytes: likewise.
-      compile_options: for XLA.
     """
 
     config: ModelConfig
@@ -88,11 +84,8 @@ class Program:
     pool: PoolShape
     max_batch: int
     max_model_len: int
-    matmul: MatmulChoice = MatmulChoice()
-    attention: AttentionForm = AttentionForm.XLA
+    forms: StepForms = StepForms()
     fast_sums: bool = False
-    gather_limit_bytes: int = GATHER_LIMIT_BYTES
-    compile_options: CompileOptions = ()
 
     @property
     def pages(self) -> int:
@@ -109,7 +102,7 @@ class Program:
 
     def ranks(self, tp: int) -> Ranks:
         """The devices that run a step together."""
-        return Ranks(tp, TP_AXIS, self.fast_sums, self.gather_limit_bytes)
+        return Ranks(tp, TP_AXIS, self.fast_sums, self.forms.gather_limit_bytes)
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
@@ -130,7 +123,7 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
             slots=program.cut.num_vshards // tp,
             dtype=jnp.dtype(program.dtype),
             ranks=program.ranks(tp),
-            matmul=program.matmul,
+            matmul=program.forms.matmul,
         )
 
     return nnx.split(nnx.eval_shape(make))
@@ -240,18 +233,16 @@ def compile_step(
     )
     mapped.__name__ = name
     # None where there are none: that is what tests and JAX's persistent cache know as a plain compilation.
-    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(dict(program.compile_options) or None)
+    return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(dict(program.forms.compile_options) or None)
 
 
 def _attention(program: Program) -> Callable[..., jax.Array]:
-    if program.attention is AttentionForm.XLA:
+    if program.forms.attention is AttentionForm.XLA:
         return functools.partial(paged_attention, shape=program.pool)
     # Only where it is used: it loads the compilers of kernels.
-    from nitsum_jax.engine.step.paged import kernels
+    from nitsum_jax.engine.step.paged.kernels import by_form
 
-    interpret = program.attention is AttentionForm.INTERPRETED
-    kernel = str(AttentionForm.MOSAIC if interpret else program.attention)
-    return functools.partial(kernels.paged_attention, shape=program.pool, kernel=kernel, interpret=interpret)
+    return functools.partial(by_form(program.forms.attention), shape=program.pool)
 
 
 def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.State:

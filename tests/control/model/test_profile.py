@@ -48,7 +48,7 @@ def test_files_that_cannot_be_read_or_written(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ('{\n "a": 1,\n}', "p.json:3: not valid JSON: "),
+        ('{\n "a": 1,\n b}', "p.json:3: not valid JSON: "),
         ("[]", 'p.json: not a profile: "schema" must be "nitsum-profile/1", not None'),
         ('{"schema": "nitsum-profile/2"}', "not 'nitsum-profile/2'"),
         ('{"a": 1, "a": 2}', "p.json: entry 'a' stands twice"),

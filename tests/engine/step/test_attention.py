@@ -21,43 +21,16 @@ from nitsum_jax.engine.step.attention import (
     write_tokens,
 )
 from nitsum_jax.engine.step.forms import PoolForm, step_forms
+from tests.engine.step.attention_cases import LAYERS, AttentionCase
 
-LAYERS, WIDTH = 2, 8
+WIDTH = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A batch with random keys and values, old ones in random blocks of a pool."""
-
-    shape: PoolShape
-    q: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-    pool: np.ndarray
-    page_table: np.ndarray
-    context: np.ndarray
+class Case(AttentionCase):
+    """Attention as steps have it on a CPU without a kernel."""
 
     def run(self, layer: int) -> np.ndarray:
-        arrays = tuple(map(jnp.asarray, (self.q, self.k, self.v, self.pool, self.page_table, self.context)))
-        return np.asarray(compiled(self.shape, layer, *map(jax.typeof, arrays))(*arrays))
-
-    def expected(self, layer: int) -> np.ndarray:
-        """Plain softmax attention of every query over its own past, in float64."""
-        stored = self.pool if self.shape.dtype == "float32" else self.pool.view(ml_dtypes.bfloat16)
-        out = np.zeros(self.q.shape)
-        batch, length, slots, heads, width = self.q.shape
-        for b, s, h in np.ndindex(batch, slots, heads):
-            g = h // (heads // self.k.shape[3])
-            pages = stored[self.page_table[b, s], layer][..., g, :].astype(np.float64)  # [P, 2, W, A]
-            keys, values = pages.transpose(1, 0, 2, 3).reshape(2, -1, width)[:, : self.context[b]]
-            keys = np.concatenate([keys, self.k[b, :, s, g]])
-            values = np.concatenate([values, self.v[b, :, s, g]])
-            for t in range(length):
-                seen = self.context[b] + t + 1
-                scores = keys[:seen] @ self.q[b, t, s, h].astype(np.float64) / np.sqrt(width)
-                weights = np.exp(scores - scores.max())
-                out[b, t, s, h] = weights @ values[:seen] / weights.sum()
-        return out
+        return np.asarray(compiled(self.shape, layer, *map(jax.typeof, self.arrays))(*self.arrays))
 
 
 BY_ROWS = PoolForm(by_rows=True)
@@ -75,37 +48,7 @@ def compiled(shape: PoolShape, layer: int, *arrays: jax.ShapeDtypeStruct) -> jax
     return jax.jit(attend).lower(*arrays).compile(dict(step_forms("cpu", shape.dtype).compile_options) or None)
 
 
-def make_case(
-    contexts: list[int],
-    *,
-    length: int = 1,
-    slots: int = 2,
-    heads: int = 4,
-    groups: int = 2,
-    page_size: int = 16,
-    width: int = WIDTH,
-    dtype: str = "float32",
-    form: PoolForm = PoolForm(),
-    seed: int = 0,
-) -> Case:
-    rng = np.random.default_rng(seed)
-    batch = len(contexts)
-    one = PoolShape(1, LAYERS, page_size, groups, width, dtype, form)
-    pages = one.pages(max(*contexts, 1))
-    blocks = batch * slots * pages + 3
-    shape = dataclasses.replace(one, blocks=blocks)
-
-    def normal(*size: int) -> np.ndarray:
-        return rng.standard_normal(size).astype(np.float32)
-
-    pool = normal(blocks, *shape.block_shape)
-    if dtype == "bfloat16":
-        pool = pool.astype(ml_dtypes.bfloat16).view(shape.storage_dtype)
-    page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
-    # Queries are scaled up so that softmax is far from uniform.
-    q = 2 * normal(batch, length, slots, heads, width)
-    k, v = normal(batch, length, slots, groups, width), normal(batch, length, slots, groups, width)
-    return Case(shape, q, k, v, pool, page_table, np.array(contexts, np.int32))
+make_case = functools.partial(Case.draw, slots=2, width=WIDTH)
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,7 @@ def test_each_form_is_kept_on_disk_for_itself(tmp_path: pathlib.Path) -> None:
             dataclasses.replace(
                 rig.program,
                 pool=dataclasses.replace(rig.program.pool, form=forms.pool),
-                matmul=forms.matmul,
-                attention=forms.attention,
-                gather_limit_bytes=forms.gather_limit_bytes,
-                compile_options=forms.compile_options,
+                forms=forms,
             )
         )
     paths = {store._path(program, StepShape(4, 1), jax.devices()[0], 1) for program in programs}

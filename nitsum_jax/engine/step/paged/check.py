@@ -5,14 +5,13 @@ a device makes of them only the device can show, and wrong numbers would be flue
 """
 
 import dataclasses
-import functools
 import logging
 
 import jax
 import numpy as np
 
 from nitsum_jax.engine.step.attention import PoolShape, encode, paged_attention
-from nitsum_jax.engine.step.forms import AttentionForm
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.errors import PreconditionError, one_line
 
 _LOG = logging.getLogger(__name__)
@@ -23,11 +22,11 @@ _CONTEXTS = (0, 1, 37, 300)
 _NEW_TOKENS = (1, 16)
 
 
-def checked(form: AttentionForm, asked: str, shape: PoolShape, *, q_heads: int, device: jax.Device) -> AttentionForm:
-    """The form that serves: `form`, or XLA's where its kernel fails on this device.
+def checked(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, device: jax.Device) -> StepForms:
+    """The forms that serve: these, or with XLA's attention if their kernel fails on this device.
 
     Args:
-      form: as `choice.fitting` has chosen.
+      forms: as `choice.fitting` has chosen.
       asked: "auto", "xla" or "pallas", see `forms.step_forms`.
       shape: of the pool; a small one of its kind is made.
       q_heads: H/K, query heads of a virtual shard.
@@ -36,26 +35,23 @@ def checked(form: AttentionForm, asked: str, shape: PoolShape, *, q_heads: int, 
     Raises:
       PreconditionError: "pallas" was asked for, and the kernel fails.
     """
-    if form is AttentionForm.XLA:
-        return form
-    fault = find_fault(form, shape, q_heads=q_heads, device=device)
+    if forms.attention is AttentionForm.XLA:
+        return forms
+    fault = find_fault(forms.attention, shape, q_heads=q_heads, device=device)
     if fault is None:
-        return form
+        return forms
     if asked == "pallas":
         raise PreconditionError(f"attention=pallas cannot be used on {device}: {fault}; give xla or auto")
-    _LOG.warning("attention by XLA instead of the %s kernel, which fails on %s: %s", form, device, fault)
-    return AttentionForm.XLA
+    _LOG.warning("attention by XLA instead of the %s kernel, which fails on %s: %s", forms.attention, device, fault)
+    return dataclasses.replace(forms, attention=AttentionForm.XLA)
 
 
 def find_fault(form: AttentionForm, shape: PoolShape, *, q_heads: int, device: jax.Device) -> str | None:
     """What is wrong with a kernel on a device, in words; None: it agrees with XLA's attention on random numbers."""
     # Only where it is wanted: Pallas takes half a second to import.
-    from nitsum_jax.engine.step.paged import kernels
+    from nitsum_jax.engine.step.paged.kernels import by_form
 
-    interpret = form is AttentionForm.INTERPRETED
-    kernel = functools.partial(
-        kernels.paged_attention, kernel=str(AttentionForm.MOSAIC if interpret else form), interpret=interpret
-    )
+    kernel = by_form(form)
     pages = shape.pages(max(_CONTEXTS))
     small = dataclasses.replace(shape, layers=2, blocks=len(_CONTEXTS) * pages + 1)
     for tokens in _NEW_TOKENS:

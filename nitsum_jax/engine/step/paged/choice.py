@@ -1,18 +1,20 @@
 """Whether there is a kernel for the shapes of a model."""
 
+import dataclasses
+
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import AttentionForm
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.paged.plan import make_plan
 from nitsum_jax.errors import InvalidInputError
 
 
-def fitting(form: AttentionForm, asked: str, shape: PoolShape, *, q_heads: int, most_new_tokens: int) -> AttentionForm:
-    """The form of attention of all steps of a cell: `form`, or XLA's where `form` has no kernel for these shapes.
+def fitting(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, most_new_tokens: int) -> StepForms:
+    """The forms of all steps of a cell: these, or with XLA's attention where they have no kernel for these shapes.
 
     It is one for all buckets and every TP, since they must give the same bits.
 
     Args:
-      form: what the platform has.
+      forms: what the platform has.
       asked: "auto", "xla" or "pallas", see `forms.step_forms`.
       shape: of the pool.
       q_heads: H/K, query heads of a virtual shard.
@@ -21,14 +23,14 @@ def fitting(form: AttentionForm, asked: str, shape: PoolShape, *, q_heads: int, 
     Raises:
       InvalidInputError: "pallas" was asked for, and there is no kernel.
     """
-    if form is AttentionForm.XLA:
-        return form
-    reason = _lacking(form, shape, q_heads, most_new_tokens)
+    if forms.attention is AttentionForm.XLA:
+        return forms
+    reason = _lacking(forms.attention, shape, q_heads, most_new_tokens)
     if reason is None:
-        return form
+        return forms
     if asked == "pallas":
         raise InvalidInputError(f"attention=pallas has no kernel here: {reason}; give xla or auto")
-    return AttentionForm.XLA
+    return dataclasses.replace(forms, attention=AttentionForm.XLA)
 
 
 def _lacking(form: AttentionForm, shape: PoolShape, q_heads: int, most_new_tokens: int) -> str | None:

@@ -1,15 +1,24 @@
 """Attention over the paged pool as one kernel of Pallas: what `attention.paged_attention` computes, in another form."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.engine.step.forms import AttentionForm
 from nitsum_jax.engine.step.paged import mosaic, triton
 from nitsum_jax.engine.step.paged.plan import arrange_new, arrange_queries, make_plan, restore
 
 KERNELS = {"mosaic": mosaic, "triton": triton}
+
+
+def by_form(form: AttentionForm) -> Callable[..., jax.Array]:
+    """`paged_attention` by the kernel of a form other than XLA's."""
+    interpret = form is AttentionForm.INTERPRETED
+    kernel = str(AttentionForm.MOSAIC if interpret else form)
+    return functools.partial(paged_attention, kernel=kernel, interpret=interpret)
 
 
 # Compiled apart, and the layer is an input: one kernel serves all layers of a step.

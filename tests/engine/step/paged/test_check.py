@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import AttentionForm
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.paged import kernels
 from nitsum_jax.engine.step.paged.check import checked, find_fault
 from nitsum_jax.errors import PreconditionError
 
 POOL = PoolShape(1, 3, 16, 1, 64, "float32")
 INTERPRETED = AttentionForm.INTERPRETED
+FORMS = StepForms(attention=INTERPRETED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -30,12 +31,12 @@ def test_a_kernel_with_wrong_numbers_is_left_out(
 
     monkeypatch.setattr(kernels, "paged_attention", forgetful)
     device = jax.devices()[0]
-    assert checked(INTERPRETED, "auto", POOL, q_heads=2, device=device) is AttentionForm.XLA
+    assert checked(FORMS, "auto", POOL, q_heads=2, device=device) == StepForms()
     assert "attention by XLA instead of the interpreted kernel" in caplog.text
     with pytest.raises(
         PreconditionError, match=r"attention=pallas cannot be used on .*: it is off by .* give xla or auto"
     ):
-        checked(INTERPRETED, "pallas", POOL, q_heads=2, device=device)
+        checked(FORMS, "pallas", POOL, q_heads=2, device=device)
 
 
 def test_a_kernel_that_does_not_compile_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,4 +50,4 @@ def test_a_kernel_that_does_not_compile_is_left_out(monkeypatch: pytest.MonkeyPa
 
 def test_the_attention_of_xla_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(kernels, "paged_attention")
-    assert checked(AttentionForm.XLA, "xla", POOL, q_heads=2, device=jax.devices()[0]) is AttentionForm.XLA
+    assert checked(StepForms(), "xla", POOL, q_heads=2, device=jax.devices()[0]) == StepForms()

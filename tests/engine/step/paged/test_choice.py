@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from nitsum_jax.engine.step.attention import PoolShape
-from nitsum_jax.engine.step.forms import AttentionForm
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.harness import Harness, tiny_model
@@ -19,8 +19,9 @@ LLAMA_8B = PoolShape(64, 32, 16, 1, 128, "bfloat16")  # of one of 8 virtual shar
 @pytest.mark.parametrize("groups", [1, 2, 3, 8])
 def test_models_with_heads_of_128_have_a_kernel(form: AttentionForm, new_tokens: int, groups: int) -> None:
     shape = dataclasses.replace(LLAMA_8B, kv_heads=groups)
+    forms = StepForms(attention=form)
     for asked in ("auto", "pallas"):
-        assert fitting(form, asked, shape, q_heads=4 * groups, most_new_tokens=new_tokens) is form
+        assert fitting(forms, asked, shape, q_heads=4 * groups, most_new_tokens=new_tokens) is forms
 
 
 @pytest.mark.parametrize(
@@ -38,13 +39,14 @@ def test_elsewhere_xla_attends_unless_a_kernel_was_asked_for(
     form: AttentionForm, changed: dict[str, int], q_heads: int, new_tokens: int, why: str
 ) -> None:
     shape = dataclasses.replace(LLAMA_8B, **changed)  # type: ignore[arg-type]
-    assert fitting(form, "auto", shape, q_heads=q_heads, most_new_tokens=new_tokens) is AttentionForm.XLA
+    forms = StepForms(attention=form)
+    assert fitting(forms, "auto", shape, q_heads=q_heads, most_new_tokens=new_tokens) == StepForms()
     with pytest.raises(InvalidInputError, match=why):
-        fitting(form, "pallas", shape, q_heads=q_heads, most_new_tokens=new_tokens)
+        fitting(forms, "pallas", shape, q_heads=q_heads, most_new_tokens=new_tokens)
 
 
 def test_xla_stays_xla() -> None:
-    assert fitting(AttentionForm.XLA, "xla", LLAMA_8B, q_heads=4, most_new_tokens=1) is AttentionForm.XLA
+    assert fitting(StepForms(), "xla", LLAMA_8B, q_heads=4, most_new_tokens=1) == StepForms()
 
 
 def test_an_engine_on_a_cpu_refuses_to_interpret_a_kernel(tmp_path: pathlib.Path) -> None:

@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases())
 def test_it_is_attention(kernel: str, case: Case) -> None:
     got = case.run(kernel)
-    np.testing.assert_allclose(got, case.expected(), rtol=0, atol=TOLERANCE[case.shape.dtype])
+    np.testing.assert_allclose(got, case.expected(LAYER), rtol=0, atol=TOLERANCE[case.shape.dtype])
     if case.window is None and case.soft_cap is None:
         q, k, v, pool, page_table, context = case.arrays
         reference = attention.paged_attention(q, k, v, pool, LAYER, page_table, context, case.shape)
@@ -92,7 +92,7 @@ def test_a_vshard_gets_the_same_bits_at_every_tp(kernel: str, length: int, dtype
         got = np.asarray(jax.jit(mapped)(*case.arrays))
         if expected is None:
             expected = got
-            np.testing.assert_allclose(got, case.expected(), rtol=0, atol=TOLERANCE[dtype])
+            np.testing.assert_allclose(got, case.expected(LAYER), rtol=0, atol=TOLERANCE[dtype])
         np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32), f"TP {tp}")
 
 
