@@ -12,7 +12,7 @@ import pytest
 from nitsum_jax.bench.gpu_check import checks, shapes
 from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.bench.gpu_check.ceilings import Ceilings, roofline_ms
-from nitsum_jax.bench.gpu_check.findings import SCHEMA, CheckRow, Findings, Surroundings, Verdict, load
+from nitsum_jax.bench.gpu_check.findings import SCHEMA, CheckFindings, CheckRow, CheckVerdict, Surroundings, load
 from nitsum_jax.bench.gpu_check.plan import FULL
 from nitsum_jax.bench.gpu_check.report import decide, report
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -86,7 +86,7 @@ def interrupted(*_: object, **__: object) -> None:
         ("{", "holds no results of this tool"),
         ("[]", "holds no results of this tool"),
         ('{"schema": "nitsum-gpu-check/1"}', "it is of nitsum-gpu-check/1"),
-        (json.dumps(Findings(HERE).as_json()), "holds results of device a device, here another"),
+        (json.dumps(CheckFindings(HERE).as_json()), "holds results of device a device, here another"),
     ],
 )
 def test_a_file_that_it_cannot_go_on_from_is_refused(tmp_path: pathlib.Path, content: str, why: str) -> None:
@@ -97,7 +97,7 @@ def test_a_file_that_it_cannot_go_on_from_is_refused(tmp_path: pathlib.Path, con
 
 
 def test_what_failed_is_done_again(tmp_path: pathlib.Path) -> None:
-    found = Findings(HERE, Ceilings(1.0, 2.0), {"a": Verdict(True, "good"), "b": Verdict(False, "bad")})
+    found = CheckFindings(HERE, Ceilings(1.0, 2.0), {"a": CheckVerdict(True, "good"), "b": CheckVerdict(False, "bad")})
     found.steps["c"] = timing(1, 1, 10.0)
     found.left_out["d"] = "no time left"
     (tmp_path / "check.json").write_text(json.dumps(found.as_json()))
@@ -106,24 +106,27 @@ def test_what_failed_is_done_again(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_part_that_breaks_costs_no_other(tmp_path: pathlib.Path) -> None:
-    def broken(_: Findings) -> None:
+    def broken(_: CheckFindings) -> None:
         raise RuntimeError("the driver is gone")
 
-    def good(found: Findings) -> None:
-        found.checks["good"] = Verdict(True, "well")
+    def good(found: CheckFindings) -> None:
+        found.checks["good"] = CheckVerdict(True, "well")
 
     parts = [
-        gpu_check.Part("check", broken, is_check=True),
-        gpu_check.Part("step", broken),
-        gpu_check.Part("good", good),
+        gpu_check.CheckPart("check", broken, is_check=True),
+        gpu_check.CheckPart("step", broken),
+        gpu_check.CheckPart("good", good),
     ]
     options = gpu_check.read_options(["gpu-check", f"--markdown={tmp_path / 'table.md'}"])
-    found = Findings(HERE)
+    found = CheckFindings(HERE)
     gpu_check.run_parts(parts, found, time.monotonic() + 60, options)
-    assert found.checks == {"check": Verdict(False, "RuntimeError: the driver is gone"), "good": Verdict(True, "well")}
+    assert found.checks == {
+        "check": CheckVerdict(False, "RuntimeError: the driver is gone"),
+        "good": CheckVerdict(True, "well"),
+    }
     assert found.left_out == {"step": "RuntimeError: the driver is gone"}
     assert "| check | NO | RuntimeError: the driver is gone |" in (tmp_path / "table.md").read_text()
-    late = Findings(HERE)
+    late = CheckFindings(HERE)
     gpu_check.run_parts(parts, late, time.monotonic() - 1, options)
     assert (late.checks, late.left_out) == ({}, dict.fromkeys(("check", "step", "good"), "no time left"))
 
@@ -162,7 +165,7 @@ def test_measurement_decides_how_many_buffers(
     assert decision.vshards == vshards
     assert text in decision.text
     by_name = {str(number): row for number, row in enumerate(rows)}
-    assert decision.text in report(Findings(HERE, Ceilings(1e12, 1e15), steps=by_name))
+    assert decision.text in report(CheckFindings(HERE, Ceilings(1e12, 1e15), steps=by_name))
 
 
 def test_without_the_device_it_says_what_to_do() -> None:

@@ -45,7 +45,7 @@ class CheckRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class CheckVerdict:
     """Whether something is as it must be, and what was found."""
 
     passed: bool
@@ -69,7 +69,7 @@ class Surroundings:
 
 
 @dataclasses.dataclass
-class Findings:
+class CheckFindings:
     """All results; parts that have one are not run again.
 
     Attributes:
@@ -82,7 +82,7 @@ class Findings:
 
     surroundings: Surroundings
     ceilings: Ceilings | None = None
-    checks: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    checks: dict[str, CheckVerdict] = dataclasses.field(default_factory=dict)
     steps: dict[str, CheckRow] = dataclasses.field(default_factory=dict)
     left_out: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -95,23 +95,23 @@ class Findings:
         return len(self.checks) + len(self.steps) + (self.ceilings is not None)
 
 
-def load(path: pathlib.Path, surroundings: Surroundings) -> Findings:
+def load(path: pathlib.Path, surroundings: Surroundings) -> CheckFindings:
     """What an earlier run found: of checks what passed, all timings; nothing if there is no file.
 
     Raises:
       InvalidInputError: the file is something else, or of other surroundings.
     """
     if not path.exists():
-        return Findings(surroundings)
+        return CheckFindings(surroundings)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             raise ValueError(f"it is of {content['schema']}")
         then = Surroundings(**content["surroundings"])
-        found = Findings(
+        found = CheckFindings(
             then,
             content["ceilings"] and Ceilings(**content["ceilings"]),
-            {name: Verdict(**one) for name, one in content["checks"].items() if one["passed"]},
+            {name: CheckVerdict(**one) for name, one in content["checks"].items() if one["passed"]},
             {name: CheckRow(**one) for name, one in content["steps"].items()},
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -16,8 +16,8 @@ import jax
 from absl import flags
 
 from nitsum_jax.bench.gpu_check import ceilings, checks, shapes
-from nitsum_jax.bench.gpu_check.findings import CheckRow, Findings, Surroundings, Verdict, load
-from nitsum_jax.bench.gpu_check.plan import FULL, QUICK, CheckPlan, Timing
+from nitsum_jax.bench.gpu_check.findings import CheckFindings, CheckRow, CheckVerdict, Surroundings, load
+from nitsum_jax.bench.gpu_check.plan import FULL, QUICK, CheckPlan, TimedShape
 from nitsum_jax.bench.gpu_check.report import decide, report
 from nitsum_jax.bench.gpu_check.timed_step import TimedModel, program_of
 from nitsum_jax.engine.step.forms import AttentionForm
@@ -42,7 +42,7 @@ class GpuCheckOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class CheckPart:
     """A piece of a check that gives one result.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part:
     """
 
     name: str
-    do: Callable[[Findings], None]
+    do: Callable[[CheckFindings], None]
     is_check: bool = False
 
 
@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> None:
         ) from None
     end = time.monotonic() + 60 * options.minutes
     surroundings = Surroundings.of(devices, quick=options.quick)
-    found = Findings(surroundings)
+    found = CheckFindings(surroundings)
     if options.json is not None and not options.fresh:
         found = load(options.json, surroundings)
         if found.parts():
@@ -109,15 +109,15 @@ def run(argv: Sequence[str]) -> None:
         raise PreconditionError(f"not as it must be on {devices[0].device_kind}: {', '.join(failed)}")
 
 
-def all_parts(devices: Sequence[jax.Device], plan: CheckPlan, *, quick: bool) -> Iterator[Part]:
+def all_parts(devices: Sequence[jax.Device], plan: CheckPlan, *, quick: bool) -> Iterator[CheckPart]:
     """Everything there is to find out, in the order in which it is done."""
     device = devices[0]
 
-    def check(name: str, what: Callable[[], checks.Found]) -> Part:
-        def do(found: Findings) -> None:
-            found.checks[name] = Verdict(*what())
+    def check(name: str, what: Callable[[], checks.Found]) -> CheckPart:
+        def do(found: CheckFindings) -> None:
+            found.checks[name] = CheckVerdict(*what())
 
-        return Part(name, do, is_check=True)
+        return CheckPart(name, do, is_check=True)
 
     yield check("zero-copy wrapping", lambda: checks.pointers(devices))
     for dtype in ("float32", "bfloat16"):
@@ -132,17 +132,17 @@ def all_parts(devices: Sequence[jax.Device], plan: CheckPlan, *, quick: bool) ->
     name = "switches in a stream"
     yield check(name, lambda: checks.switches_change_nothing(devices)) if several else _left_out(name, _ONE_DEVICE)
 
-    def measure(found: Findings) -> None:
+    def measure(found: CheckFindings) -> None:
         found.ceilings = ceilings.measure(device, quick=quick)
 
-    yield Part("ceilings", measure)
+    yield CheckPart("ceilings", measure)
     first = plan.models[0]
     program = program_of(first, 1, "bfloat16", device.platform, max_batch=1, max_len=plan.context, attention="auto")
     for timing in plan.timings(kernel=program.forms.attention is not AttentionForm.XLA):
-        yield Part(timing.name, functools.partial(_add_row, plan, device, timing))
+        yield CheckPart(timing.name, functools.partial(_add_row, plan, device, timing))
 
 
-def run_parts(parts: Sequence[Part], found: Findings, end: float, options: GpuCheckOptions) -> None:
+def run_parts(parts: Sequence[CheckPart], found: CheckFindings, end: float, options: GpuCheckOptions) -> None:
     """Does what has no result yet, one after the other, and writes the files after each.
 
     Args:
@@ -163,7 +163,7 @@ def run_parts(parts: Sequence[Part], found: Findings, end: float, options: GpuCh
         except Exception as error:  # a compiler's or a driver's, of whatever type: no reason to lose the other parts
             why = one_line(f"{type(error).__name__}: {error}", 160)
             if part.is_check:
-                found.checks[part.name] = Verdict(False, why)
+                found.checks[part.name] = CheckVerdict(False, why)
             else:
                 found.left_out[part.name] = why
         cli.err(f"part {number} of {len(parts)}, {part.name}: {time.monotonic() - start:.1f} s")
@@ -171,14 +171,14 @@ def run_parts(parts: Sequence[Part], found: Findings, end: float, options: GpuCh
     _write(found, options)
 
 
-def _left_out(name: str, why: str) -> Part:
-    def do(found: Findings) -> None:
+def _left_out(name: str, why: str) -> CheckPart:
+    def do(found: CheckFindings) -> None:
         found.left_out[name] = why
 
-    return Part(name, do)
+    return CheckPart(name, do)
 
 
-def _add_row(plan: CheckPlan, device: jax.Device, timing: Timing, found: Findings) -> None:
+def _add_row(plan: CheckPlan, device: jax.Device, timing: TimedShape, found: CheckFindings) -> None:
     if found.ceilings is None:
         raise PreconditionError("the ceilings of the device were not measured")
     part = shapes.slice_of(timing.config, timing.tp)
@@ -213,7 +213,7 @@ def _add_row(plan: CheckPlan, device: jax.Device, timing: Timing, found: Finding
     )
 
 
-def _write(found: Findings, options: GpuCheckOptions) -> None:
+def _write(found: CheckFindings, options: GpuCheckOptions) -> None:
     if options.markdown is not None:
         options.markdown.write_text(report(found) + "\n", encoding="utf-8")
     if options.json is not None:

@@ -8,7 +8,7 @@ from nitsum_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Timing:
+class TimedShape:
     """One step to be timed.
 
     Attributes:
@@ -66,19 +66,19 @@ class CheckPlan:
     vshards: tuple[int, ...]
     slices: tuple[int, ...]
 
-    def timings(self, *, kernel: bool) -> Iterator[Timing]:
+    def timings(self, *, kernel: bool) -> Iterator[TimedShape]:
         """All steps; where a kernel attends, some of them with XLA's attention as well."""
         first = self.models[0]
-        yield from (Timing(first, 1, 1, batch, 1, self.context) for batch in self.batches)
-        yield from (Timing(first, 1, 1, 1, chunk, 0) for chunk in self.chunks)
+        yield from (TimedShape(first, 1, 1, batch, 1, self.context) for batch in self.batches)
+        yield from (TimedShape(first, 1, 1, 1, chunk, 0) for chunk in self.chunks)
         if kernel:
-            yield from (Timing(first, 1, 1, batch, 1, self.context, "xla") for batch in self.telling)
-            yield Timing(first, 1, 1, 1, self.chunks[-1], 0, "xla")
-        yield from (Timing(first, 1, k, batch, 1, self.context) for k in self.vshards for batch in self.telling)
-        yield from (Timing(first, tp, 1, batch, 1, self.context) for tp in self.slices for batch in self.telling)
+            yield from (TimedShape(first, 1, 1, batch, 1, self.context, "xla") for batch in self.telling)
+            yield TimedShape(first, 1, 1, 1, self.chunks[-1], 0, "xla")
+        yield from (TimedShape(first, 1, k, batch, 1, self.context) for k in self.vshards for batch in self.telling)
+        yield from (TimedShape(first, tp, 1, batch, 1, self.context) for tp in self.slices for batch in self.telling)
         for config in self.models[1:]:
-            yield from (Timing(config, 1, 1, batch, 1, self.context) for batch in self.batches)
-            yield from (Timing(config, 1, 1, 1, chunk, 0) for chunk in self.chunks)
+            yield from (TimedShape(config, 1, 1, batch, 1, self.context) for batch in self.batches)
+            yield from (TimedShape(config, 1, 1, 1, chunk, 0) for chunk in self.chunks)
 
 
 FULL = CheckPlan(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from nitsum_jax.bench.gpu_check.findings import CheckRow, Findings
+from nitsum_jax.bench.gpu_check.findings import CheckFindings, CheckRow
 
 # What separate vshard buffers may cost a decode step, as a part of it.
 _BUFFERS_MAY_COST = 0.05
@@ -49,7 +49,7 @@ def decide(rows: Iterable[CheckRow]) -> FormDecision:
     return FormDecision(cost, best, text)
 
 
-def report(found: Findings) -> str:
+def report(found: CheckFindings) -> str:
     """All results as Markdown."""
     where, limits = found.surroundings, found.ceilings
     head = f"{where.devices} x {where.device}, JAX {where.jax_version}, nitsum-jax {where.version}"
