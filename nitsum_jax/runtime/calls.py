@@ -14,6 +14,7 @@ from typing import Any
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.callers import current_caller
 
@@ -46,6 +47,7 @@ class ChatPrompt:
     """Messages, each with "role" and "content" (a text, or text parts), for the chat template of the model."""
 
     messages: Sequence[Mapping[str, Any]]
+    options: ChatOptions = ChatOptions()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class Wanted:
       logprobs: None, or how many of the most likely tokens are listed beside each token.
       tier: name of the latency tier, "" for the default.
       deadline_s: time at which the request is given up, on the engine's monotonic clock.
+      include_stop: whether the output ends with the stop string that ended it, rather than before it.
+      skip_special: whether special tokens of an output say nothing, or are spelled.
     """
 
     sampling: SamplingParams = SamplingParams()
@@ -83,14 +87,18 @@ class Wanted:
     logprobs: int | None = None
     tier: str = ""
     deadline_s: float | None = None
+    include_stop: bool = False
+    skip_special: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """One output to be made, as the engine and the detokenizer see it."""
+    """One output to be made, as the engine and the detokenizer see it; see `Wanted`."""
 
     request: Request
     stops: tuple[str, ...]
+    include_stop: bool = False
+    skip_special: bool = True
 
 
 def check(wanted: Wanted, vocab_size: int) -> None:
@@ -134,9 +142,7 @@ def check_outputs(count: int, backend: Backend, field: str) -> None:
     if count < 2:
         return
     if count > (most := backend.engine.stats().queue_capacity):
-        raise InvalidInputError(
-            f"{field} is too large: at most {most} requests may wait here (--max_queue); ask for fewer at once"
-        )
+        raise InvalidInputError(f"{field} is too large: at most {most} requests may wait here: ask for fewer at once")
     current_caller().more(count - 1)
 
 
@@ -145,7 +151,7 @@ def prompt_size(prompt: Prompt) -> int:
     match prompt:
         case TextPrompt(text):
             return len(text)
-        case ChatPrompt(messages):
+        case ChatPrompt(messages=messages):
             return sum(map(_content_size, messages))
         case TokenPrompt():
             return 0
@@ -161,9 +167,9 @@ def prompt_ids(prompt: Prompt, model: ServedModel) -> tuple[int, ...]:
     match prompt:
         case TextPrompt(text, add_special):
             ids: Sequence[int] = model.tokenizer.encode(text, add_special) if text else ()
-        case ChatPrompt(messages):
+        case ChatPrompt():
             # The template writes the special tokens itself.
-            ids = model.tokenizer.encode(_chat_text(messages, model), add_special=False)
+            ids = model.tokenizer.encode(_chat_text(prompt, model), add_special=False)
         case TokenPrompt(given):
             ids = given
     if not ids:
@@ -210,7 +216,7 @@ def make_call(
         min_tokens=wanted.min_tokens,
         logprobs=wanted.logprobs,
     )
-    return Call(request, tuple(dict.fromkeys(wanted.stops)))
+    return Call(request, tuple(dict.fromkeys(wanted.stops)), wanted.include_stop, wanted.skip_special)
 
 
 def default_max_tokens(defaults: GenerationDefaults) -> int:
@@ -235,11 +241,11 @@ def _content_size(message: Mapping[str, Any]) -> int:
     return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
 
 
-def _chat_text(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
-    if not any(map(_content_size, messages)):
-        raise InvalidInputError("the prompt is empty: chat needs at least one message with content")
-    if not all(turn["role"] for turn in messages):
+def _chat_text(prompt: ChatPrompt, model: ServedModel) -> str:
+    if not prompt.messages:
+        raise InvalidInputError("the prompt is empty: chat needs at least one message")
+    if not all(turn["role"] for turn in prompt.messages):
         raise InvalidInputError('every chat message needs a role, such as "user"')
     if model.render_chat is None:
         raise PreconditionError(f"model {model.name} has no chat template: send the prompt as text instead")
-    return model.render_chat(messages)
+    return model.render_chat(prompt.messages, prompt.options)

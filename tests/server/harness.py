@@ -16,6 +16,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from nitsum_jax.engine.request import Request
 from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.models.text.chat import render_chat
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.tokenizer import Tokenizer
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.streams.router import StreamRouter
@@ -41,8 +42,8 @@ TOKENIZER = byte_tokenizer()
 
 
 def served_model(chat: bool = True, defaults: GenerationDefaults = GenerationDefaults()) -> ServedModel:
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        return render_chat(TEMPLATE, messages)
+    def render(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        return render_chat(TEMPLATE, messages, options)
 
     return ServedModel("fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None, defaults)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import ServedModel
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
 
     tokenizer = model.tokenizer
 
-    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
+    def chat(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         return render_chat(
-            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+            tokenizer.chat_template, messages, options, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
 
     return ServedModel(

@@ -66,7 +66,7 @@ class Output:
           arrival_s: of the request, on the engine's monotonic clock.
         """
         self._call = call
-        self._text = OutputText(text_stream, call.stops, call.request.min_tokens)
+        self._text = OutputText(text_stream, call.stops, call.request.min_tokens, call.include_stop)
         self._cancel = cancel
         self._waiting: deque[TokenWithLogprob] | None = None if call.request.logprobs is None else deque()
         self.times = OutputTimes(arrival_s)
@@ -129,18 +129,22 @@ class OutputText:
       shown: characters of them that were handed out.
     """
 
-    def __init__(self, text_stream: TextStream, stops: Sequence[str], min_tokens: int = 0) -> None:
+    def __init__(
+        self, text_stream: TextStream, stops: Sequence[str], min_tokens: int = 0, include_stop: bool = False
+    ) -> None:
         """Begins a text.
 
         Args:
           text_stream: decoder of its tokens.
           stops: before the first of them that it would contain, the text ends.
           min_tokens: text of so many first tokens is not searched for them.
+          include_stop: the text ends with the string that ended it.
         """
         self._text_stream = text_stream
         self._matcher = StopMatcher(stops)
         self._one_by_one = bool(stops)
         self._unsearched = min_tokens
+        self._include_stop = include_stop
         self.decoded = 0
         self.shown = 0
 
@@ -164,7 +168,7 @@ class OutputText:
                 self._unsearched -= 1
                 text += piece
                 continue
-            text += self._matcher.push(piece)
+            text += self._searched(piece)
             if self.stopped_by is not None:
                 return ids[: index + 1], self._show(text)
         return ids, self._show(text)
@@ -173,7 +177,12 @@ class OutputText:
         """The rest of the text, when no more ids will come."""
         rest = self._text_stream.flush()
         self.decoded += len(rest)
-        return self._show(rest if self._unsearched > 0 else self._matcher.push(rest) + self._matcher.flush())
+        return self._show(rest if self._unsearched > 0 else self._searched(rest) + self._matcher.flush())
+
+    def _searched(self, text: str) -> str:
+        ready = self._matcher.push(text)
+        stop = self._matcher.matched
+        return ready if stop is None or not self._include_stop else ready + stop
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._text_stream.push(ids)

@@ -5,7 +5,7 @@ import pytest
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.streams.output import Output, Piece
-from nitsum_jax.server.http.logprobs import chat_logprobs, completion_logprobs
+from nitsum_jax.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from tests.models.text.tokenizer_kinds import KINDS, SENTENCEPIECE, wrapped
 
 SAID = ("▁wor", "ld", "</s>", "▁a", "<0xC3>", "<0xA9>")

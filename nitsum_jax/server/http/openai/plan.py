@@ -10,7 +10,6 @@ from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     Call,
-    ChatPrompt,
     Prompt,
     Wanted,
     check,
@@ -20,8 +19,9 @@ from nitsum_jax.runtime.calls import (
     make_call,
 )
 from nitsum_jax.server.http.errors import ApiError
-from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
-from nitsum_jax.server.http.tiers import choose_tier
+from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
+from nitsum_jax.server.http.openai.tiers import choose_tier
+from nitsum_jax.server.http.tokens import check_model
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""
@@ -72,7 +72,7 @@ async def plan_completion(request: CompletionRequest, backend: Backend) -> Reque
       NitsumError: the request is wrong, or does not fit the model.
     """
     limit = request.max_tokens or DEFAULT_COMPLETION_TOKENS
-    return await _plan(f"cmpl-{uuid.uuid4().hex}", request, request.prompt, limit, request.logprobs, backend)
+    return await _plan(f"cmpl-{uuid.uuid4().hex}", request, request.prompts(), limit, request.logprobs, backend)
 
 
 async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
@@ -81,10 +81,9 @@ async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
     Raises:
       ApiError, NitsumError: as plan_completion.
     """
-    prompt = ChatPrompt([message.rendered() for message in request.messages])
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = request.max_completion_tokens or request.max_tokens
-    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [prompt], limit, logprobs, backend)
+    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], limit, logprobs, backend)
 
 
 async def _plan(
@@ -96,9 +95,7 @@ async def _plan(
     backend: Backend,
 ) -> RequestPlan:
     model, tiers = backend.model, backend.engine.tier_names
-    if request.model != model.name:
-        message = f"The model `{request.model[:80]}` does not exist: this server has `{model.name}`"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    check_model(request.model, model)
     outputs = request.n or 1
     if len(prompts) * outputs > MAX_OUTPUTS:
         message = f"{len(prompts)} prompts with n={outputs} are too many outputs: ask for at most {MAX_OUTPUTS}"
@@ -118,6 +115,8 @@ async def _plan(
         min_tokens=request.min_tokens or 0,
         logprobs=logprobs,
         tier=tier,
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special=request.skip_special_tokens is not False,
     )
     check(wanted, model.vocab_size)
     encoded = await encode(prompts, model)

@@ -5,6 +5,7 @@ than the escaping of its text.
 """
 
 import dataclasses
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
@@ -12,11 +13,19 @@ from typing import Any
 
 from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
-from nitsum_jax.server.http.logprobs import TokenBytes, chat_logprobs, completion_logprobs
-from nitsum_jax.server.http.plan import RequestPlan
+from nitsum_jax.server.http.openai.logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from nitsum_jax.server.http.openai.plan import RequestPlan
 
 DONE = b"data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"
+
+
+class StreamedUsage(enum.Enum):
+    """Where a stream tells its usage."""
+
+    NOWHERE = enum.auto()
+    AT_THE_END = enum.auto()  # and null before
+    EVERYWHERE = enum.auto()
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,22 +49,31 @@ class AnswerShape:
     chunk_object: str
     whole_object: str
 
-    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: bool, include_usage: bool) -> None:
+    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: bool, usage: StreamedUsage) -> None:
         """Begins a response.
 
         Args:
           plan: of the request.
           token_bytes: what a token says.
           logprobs: whether log probabilities are wanted.
-          include_usage: whether a stream has its usage at the end, and null until then.
+          usage: where a stream has its usage.
         """
         self._plan = plan
         self._token_bytes = token_bytes
         self._logprobs = logprobs
         shared = json.dumps(self._shared(self.chunk_object), separators=(",", ":"))[:-1]
         self._usage_head = f"data: {shared}"
-        usage = ',"usage":null' if include_usage else ""
-        self._head = f'{self._usage_head}{usage},"choices":[{{"index":'
+        self._usage_in_chunks = usage
+        self._head = self._head_with("null")
+
+    def note_usage(self, outputs: Outputs) -> None:
+        """Tells the usage until now, which the next events bring if that is wanted."""
+        if self._usage_in_chunks is StreamedUsage.EVERYWHERE:
+            self._head = self._head_with(json.dumps(self._usage(outputs), separators=(",", ":")))
+
+    def _head_with(self, usage: str) -> str:
+        told = "" if self._usage_in_chunks is StreamedUsage.NOWHERE else f',"usage":{usage}'
+        return f'{self._usage_head}{told},"choices":[{{"index":'
 
     def events(self, index: int, piece: Piece) -> str:
         """The events that bring a piece of an output."""
