@@ -359,6 +359,10 @@ class Engine:
         if request.max_tokens < 1:
             raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
         vocab = self.model_config.vocab_size
+        if len(request.forced_ids) > request.max_tokens:
+            raise InvalidInputError(
+                f"{len(request.forced_ids)} forced ids are more than max_tokens={request.max_tokens} allows"
+            )
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}"
@@ -375,6 +379,7 @@ class Engine:
             ("prompt", request.prompt_ids),
             ("stop_token_ids", request.stop_token_ids),
             ("logit_bias", biased),
+            ("forced_ids", request.forced_ids),
         ):
             wrong = next((token for token in ids if not 0 <= token < vocab), None)
             if wrong is not None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.runtime.control.control_loop import ControlLoop
+    from nitsum_jax.runtime.structured.compiler import FormCompiler
 
 T = TypeVar("T")
 
@@ -127,6 +128,7 @@ class ServedModel:
       render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, as the
         options say; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
       defaults: what stands for the parameters that a request does not set.
+      forms: compiles what outputs are held to; None where that is not possible.
     """
 
     name: str
@@ -135,6 +137,7 @@ class ServedModel:
     eos_ids: tuple[int, ...]
     render_chat: Callable[[Sequence[Mapping[str, Any]], ChatOptions], str] | None
     defaults: GenerationDefaults = GenerationDefaults()
+    forms: "FormCompiler | None" = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -108,5 +108,5 @@ class LogitsOfPrompt:
         whole = (program.pool.blocks * tp, *program.pool.block_shape)
         pool = jax.jit(lambda: jnp.zeros(whole, program.pool.storage_dtype), out_shardings=along)()
         history = jax.device_put(np.zeros(program.history_shape, np.int32), everywhere)
-        _, results = self._step(self._leaves, StepState(pool, history), packer.done())
+        _, results = self._step(self._leaves, StepState(pool, history), packer.done(), program.no_masks(self._shape))
         return np.asarray(results.logits)[0, : program.config.vocab_size]

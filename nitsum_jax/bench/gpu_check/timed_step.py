@@ -77,22 +77,25 @@ class TimedModel:
         """f32[V]: logits behind a prompt, i32[T], in one prefill step."""
         shape = StepShape(1, len(tokens))
         compiled = compile_step(self.program, shape, self._mesh, with_logits=True)
-        _, results = compiled(self.leaves, self._state(), self._packed(shape, 0, tokens.tolist()))
+        _, results = compiled(self.leaves, self._state(), self._packed(shape, 0, tokens.tolist()), self._masks(shape))
         return np.asarray(results.logits)[0]
 
     def step_ms(self, shape: StepShape, context: int) -> float:
         """Milliseconds of a step behind `context` tokens: median of rounds of steps that the host does not wait for."""
         compiled = compile_step(self.program, shape, self._mesh)
         packed = self._packed(shape, context, None if shape.is_decode else [1] * shape.tokens)
-        state = self._state()
+        state, masks = self._state(), self._masks(shape)
         times = []
         for steps in (_WARM_UP, *[_STEPS] * _ROUNDS):
             start = time.perf_counter()
             for _ in range(steps):
-                state, results = compiled(self.leaves, state, packed)
+                state, results = compiled(self.leaves, state, packed, masks)
             jax.block_until_ready(results.tokens)
             times.append((time.perf_counter() - start) / steps)
         return 1000 * statistics.median(times[1:])
+
+    def _masks(self, shape: StepShape) -> jax.Array:
+        return jax.device_put(self.program.no_masks(shape), NamedSharding(self._mesh, PartitionSpec()))
 
     def _state(self) -> StepState:
         shape = self.program.pool

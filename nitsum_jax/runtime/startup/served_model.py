@@ -26,6 +26,7 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
       InvalidInputError: the generation config cannot be used.
     """
     from nitsum_jax.models.text.chat import render_chat
+    from nitsum_jax.runtime.structured.compiler import FormCompiler
 
     tokenizer = model.tokenizer
 
@@ -41,6 +42,7 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
         eos_ids=model.config.eos_ids,
         render_chat=chat if tokenizer.chat_template else None,
         defaults=_defaults(model) if generation_config == "auto" else GenerationDefaults(),
+        forms=FormCompiler(tokenizer, model.config.vocab_size, model.config.eos_ids),
     )
 
 

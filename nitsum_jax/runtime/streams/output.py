@@ -69,7 +69,10 @@ class Output:
         self._text = OutputText(text_stream, call.stops, call.request.min_tokens, call.include_stop)
         self._cancel = cancel
         self._waiting: deque[TokenWithLogprob] | None = None if call.request.logprobs is None else deque()
+        self._given = len(call.request.forced_ids)
         self.times = OutputTimes(arrival_s)
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the tokens of the prompt behind its first, if it is scored, as soon as there is a piece."""
         self.cached_tokens = 0
         """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
 
@@ -83,7 +86,8 @@ class Output:
         """
         ids: list[int] = []
         text = ""
-        for delta in deltas:
+        for whole in deltas:
+            delta = self._behind_prompt(whole) if self._given or self._call.silent else whole
             self.cached_tokens = delta.cached_tokens
             taken, piece = self._push(delta)
             self.times.add(len(taken), delta.time_s)
@@ -99,6 +103,19 @@ class Output:
                 ended = End(reason if stop is None else FinishReason.STOP, stop)
                 return Piece(text, ids, self._told(whole=stop is None), ended)
         return Piece(text, ids, self._told())
+
+    def _behind_prompt(self, delta: TokenDelta) -> TokenDelta:
+        """A delta without the tokens that belong to the prompt, and without any if none is wanted."""
+        count = min(self._given, len(delta.token_ids))
+        self._given -= count
+        self.prompt_logprobs += delta.logprobs[:count]
+        keep = slice(0, 0) if self._call.silent else slice(count, None)
+        ended = delta.finish_reason
+        if self._call.silent and ended is FinishReason.STOP:
+            ended = FinishReason.LENGTH
+        return dataclasses.replace(
+            delta, token_ids=delta.token_ids[keep], logprobs=delta.logprobs[keep], finish_reason=ended
+        )
 
     def _push(self, delta: TokenDelta) -> tuple[Sequence[int], str]:
         if self._waiting is None:

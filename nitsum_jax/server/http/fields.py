@@ -4,6 +4,7 @@ Every check raises on the first thing that is wrong: a body of megabytes must no
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -76,13 +77,19 @@ class Strict(BaseModel):
     # Not extra="forbid": that makes one error per unknown field.
     model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True, json_schema_extra=_describe)
 
+    @classmethod
+    @functools.cache
+    def names(cls) -> frozenset[str]:
+        """Names of the fields that say something."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
+
     @model_validator(mode="before")
     @classmethod
     def _knows_all_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         for key, value in data.items():
-            if key in cls.model_fields or key in cls.harmless:
+            if key in cls.names() or key in cls.harmless:
                 continue
             if key not in cls.unsupported:
                 raise PydanticCustomError(UNKNOWN, "Unrecognized request argument supplied: {field}", {"field": key})

@@ -80,8 +80,7 @@ class Completions(Endpoint[CompletionRequest]):
 
     def shape(self, request: CompletionRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See CompletionShape."""
-        logprobs = request.logprobs is not None
-        return CompletionShape(plan, backend.model.tokenizer.token_bytes, logprobs, _streamed_usage(request))
+        return CompletionShape(plan, backend.model.tokenizer.token_bytes, request.logprobs, _streamed_usage(request))
 
 
 class ChatCompletions(Endpoint[ChatRequest]):
@@ -95,7 +94,8 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     def shape(self, request: ChatRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See ChatShape."""
-        return ChatShape(plan, backend.model.tokenizer.token_bytes, bool(request.logprobs), _streamed_usage(request))
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return ChatShape(plan, backend.model.tokenizer.token_bytes, logprobs, _streamed_usage(request))
 
 
 def _streamed_usage(request: Generation) -> StreamedUsage:
@@ -120,7 +120,7 @@ async def _stream(
     outputs: Outputs, shape: AnswerShape, include_usage: bool, send: Send, what: str, backend: Backend
 ) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
-    shape.note_usage(outputs)
+    shape.note(outputs)
     opening = shape.opening()
     if opening:
         await send({"type": "http.response.body", "body": opening.encode(), "more_body": True})
@@ -128,7 +128,7 @@ async def _stream(
         while outputs.alive:
             # One write for all tokens of a step; a client that reads slowly gets fewer, larger events.
             pieces = await outputs.next()
-            shape.note_usage(outputs)
+            shape.note(outputs)
             events = "".join([shape.events(index, piece) for index, piece in pieces])
             if events:
                 await send({"type": "http.response.body", "body": events.encode(), "more_body": True})

@@ -1,7 +1,7 @@
 """The requests of OpenAI's API that are served, as pydantic models.
 
 The names, types and defaults are OpenAI's; fields beyond its API are named as vLLM names them. What clients send and
-the server does not do is listed in known.py with the reason, which a client gets as an error.
+is not supported is listed in known.py with the reason, which a client gets as an error.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,7 @@ from nitsum_jax.server.http.fields import (
 )
 from nitsum_jax.server.http.openai.known import COMMON, HARMLESS, OF_CHAT, OF_COMPLETIONS
 from nitsum_jax.server.http.openai.messages import Message
+from nitsum_jax.server.http.openai.structured import HeldToForm
 
 MAX_MESSAGES = 4096
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
@@ -49,7 +50,7 @@ class StreamOptions(Strict):
     )
 
 
-class Generation(Strict):
+class Generation(HeldToForm):
     """What completions and chat have in common."""
 
     model: str = Field(max_length=4096, description="The id that /v1/models lists.")
@@ -64,11 +65,17 @@ class Generation(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     logit_bias: BiasField = Field([])
     seed: int | None = Field(None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="Taken modulo 2^32.")
-    max_tokens: _Count | None = Field(None, description="Most new tokens.")
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Most new tokens; 0 scores the prompt.")
     min_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Nothing ends the output before.")
     stop: StopField = Field([])
     stop_token_ids: StopIdsField = Field([])
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="Tell how likely each token of the prompt was, and so many others. Not with stream.",
+    )
     n: int | None = Field(None, ge=1, le=MAX_OUTPUTS, description="Outputs per prompt; 1 if not given.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -83,6 +90,12 @@ class Generation(Strict):
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> "Generation":
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "prompt_logprobs are not told in streams: set stream to false, or use echo with logprobs",
+                {"field": "prompt_logprobs"},
+            )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
@@ -120,11 +133,9 @@ class CompletionRequest(Generation):
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **COMMON,
         **OF_COMPLETIONS,
-        "echo": Unsupported("the prompt is not repeated", (False,)),
-        "prompt_logprobs": Unsupported("log probabilities are of the output only"),
-        "response_format": Unsupported("the output cannot be held to a format", ({"type": "text"},)),
     }
 
+    echo: bool | None = Field(None, description="The output begins with the prompt; with logprobs, so do these.")
     prompt: PromptField
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Tell how likely each token was, and so many others."
@@ -149,9 +160,7 @@ class ChatRequest(Generation):
         **OF_CHAT,
         "tools": Unsupported("the model answers with text, and calls no tools", ([],)),
         "tool_choice": Unsupported("the model answers with text, and calls no tools", ("none", "auto")),
-        "response_format": Unsupported("the output cannot be held to a format", ({"type": "text"},)),
-        "echo": Unsupported("the prompt is not repeated", (False,)),
-        "prompt_logprobs": Unsupported("log probabilities are of the output only"),
+        "echo": Unsupported("use prompt_logprobs to score a conversation", (False,)),
         "reasoning_effort": Unsupported("the effort of reasoning cannot be set"),
         "add_special_tokens": Unsupported("the template writes the special tokens", (False,)),
     }

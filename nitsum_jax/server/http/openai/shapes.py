@@ -13,7 +13,14 @@ from typing import Any
 
 from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
-from nitsum_jax.server.http.openai.logprobs import TokenBytes, chat_logprobs, completion_logprobs
+from nitsum_jax.server.http.openai.logprobs import (
+    Echo,
+    TokenBytes,
+    chat_logprobs,
+    completion_logprobs,
+    echoed_logprobs,
+    prompt_logprobs,
+)
 from nitsum_jax.server.http.openai.plan import RequestPlan
 
 DONE = b"data: [DONE]\n\n"
@@ -49,13 +56,13 @@ class AnswerShape:
     chunk_object: str
     whole_object: str
 
-    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: bool, usage: StreamedUsage) -> None:
+    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: int | None, usage: StreamedUsage) -> None:
         """Begins a response.
 
         Args:
           plan: of the request.
           token_bytes: what a token says.
-          logprobs: whether log probabilities are wanted.
+          logprobs: None, or how many of the likeliest tokens are told beside each token.
           usage: where a stream has its usage.
         """
         self._plan = plan
@@ -64,10 +71,12 @@ class AnswerShape:
         shared = json.dumps(self._shared(self.chunk_object), separators=(",", ":"))[:-1]
         self._usage_head = f"data: {shared}"
         self._usage_in_chunks = usage
+        self._outputs: Outputs | None = None
         self._head = self._head_with("null")
 
-    def note_usage(self, outputs: Outputs) -> None:
-        """Tells the usage until now, which the next events bring if that is wanted."""
+    def note(self, outputs: Outputs) -> None:
+        """Looks at the outputs as they are now, before their next events are asked for."""
+        self._outputs = outputs
         if self._usage_in_chunks is StreamedUsage.EVERYWHERE:
             self._head = self._head_with(json.dumps(self._usage(outputs), separators=(",", ":")))
 
@@ -77,10 +86,14 @@ class AnswerShape:
 
     def events(self, index: int, piece: Piece) -> str:
         """The events that bring a piece of an output."""
-        said = ""
+        said = self._before(index) if piece.text or piece.told or piece.end is not None else ""
         if piece.text or piece.told:
-            logprobs = json.dumps(self._told(piece.told), separators=(",", ":")) if self._logprobs else "null"
-            said = (
+            logprobs = (
+                json.dumps(self._told(index, piece.told), separators=(",", ":"))
+                if self._logprobs is not None
+                else "null"
+            )
+            said += (
                 f"{self._head}{index},{self._said(quoted(piece.text))},"
                 f'"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
             )
@@ -92,8 +105,13 @@ class AnswerShape:
             f'"finish_reason":"{piece.end.reason}","stop_reason":{stop}}}]}}\n\n'
         )
 
+    def _before(self, index: int) -> str:
+        """The events before the first piece of an output."""
+        del index
+        return ""
+
     def opening(self) -> str:
-        """The events before the first piece."""
+        """The events before the first piece of all."""
         return ""
 
     def usage_event(self, outputs: Outputs) -> str:
@@ -106,10 +124,11 @@ class AnswerShape:
         choices = [
             {
                 "index": index,
-                **self._content("".join(output.texts)),
-                "logprobs": self._told(output.told) if self._logprobs else None,
+                **self._content(index, "".join(output.texts)),
+                "logprobs": self._all_told(index, output.told, outputs) if self._logprobs is not None else None,
                 "finish_reason": None if output.end is None else output.end.reason,
                 "stop_reason": None if output.end is None else output.end.stop,
+                **self._of_prompt(index, outputs),
             }
             for index, output in enumerate(wholes)
         ]
@@ -138,11 +157,24 @@ class AnswerShape:
         """The part of an event's choice that brings text (quoted), or none at the end."""
         raise NotImplementedError
 
-    def _content(self, text: str) -> Mapping[str, Any]:
+    def _content(self, index: int, text: str) -> Mapping[str, Any]:
         """The part of a whole choice that is the text."""
         raise NotImplementedError
 
-    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
+    def _all_told(self, index: int, told: Sequence[TokenWithLogprob], outputs: Outputs) -> Mapping[str, Any]:
+        """The log probabilities of a whole choice."""
+        del outputs
+        return self._told(index, told)
+
+    def _of_prompt(self, index: int, outputs: Outputs) -> Mapping[str, Any]:
+        """What is told of the prompt of a choice."""
+        top = self._plan.prompt_logprobs
+        if top is None:
+            return {}
+        ids = self._plan.calls[index].prompt_ids
+        return {"prompt_logprobs": prompt_logprobs(ids, outputs.prompt_logprobs(index), self._token_bytes, top)}
+
+    def _told(self, index: int, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
         raise NotImplementedError
 
 
@@ -151,14 +183,43 @@ class CompletionShape(AnswerShape):
 
     chunk_object = whole_object = "text_completion"
 
+    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: int | None, usage: StreamedUsage) -> None:
+        """See AnswerShape."""
+        super().__init__(plan, token_bytes, logprobs, usage)
+        self._unechoed = set(range(len(plan.calls))) if plan.echoes else set()
+
+    def _before(self, index: int) -> str:
+        if index not in self._unechoed or self._outputs is None:
+            return ""
+        self._unechoed.remove(index)
+        echo = self._echo(index)
+        logprobs = "null"
+        if self._logprobs is not None:
+            told = echoed_logprobs(echo, self._outputs.prompt_logprobs(index), self._token_bytes)
+            logprobs = json.dumps(told, separators=(",", ":"))
+        return (
+            f'{self._head}{index},{self._said(quoted(echo.text))},"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
+        )
+
+    def _echo(self, index: int) -> Echo:
+        return self._plan.echoes[index // self._plan.outputs]
+
     def _said(self, text: str) -> str:
         return f'"text":{text or quoted("")}'
 
-    def _content(self, text: str) -> Mapping[str, Any]:
-        return {"text": text}
+    def _content(self, index: int, text: str) -> Mapping[str, Any]:
+        return {"text": self._echo(index).text + text if self._plan.echoes else text}
 
-    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
-        return completion_logprobs(told, self._token_bytes)
+    def _told(self, index: int, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
+        start = len(self._echo(index).text) if self._plan.echoes else 0
+        return completion_logprobs(told, self._token_bytes, self._logprobs or 0, start)
+
+    def _all_told(self, index: int, told: Sequence[TokenWithLogprob], outputs: Outputs) -> Mapping[str, Any]:
+        then = self._told(index, told)
+        if not self._plan.echoes:
+            return then
+        first = echoed_logprobs(self._echo(index), outputs.prompt_logprobs(index), self._token_bytes)
+        return {key: [*first[key], *then[key]] for key in first}
 
 
 class ChatShape(AnswerShape):
@@ -174,8 +235,8 @@ class ChatShape(AnswerShape):
     def _said(self, text: str) -> str:
         return f'"delta":{{"content":{text}}}' if text else '"delta":{}'
 
-    def _content(self, text: str) -> Mapping[str, Any]:
+    def _content(self, index: int, text: str) -> Mapping[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def _told(self, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
-        return chat_logprobs(told, self._token_bytes)
+    def _told(self, index: int, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
+        return chat_logprobs(told, self._token_bytes, self._logprobs or 0)
