@@ -110,19 +110,19 @@ class TimedModel:
         shape = StepShape(*tokens.shape)
         compiled = compile_step(self.program, shape, self._mesh, with_logits=True)
         state = self._state(filled=True, current=(context, tokens[:, 0]) if shape.is_decode else None)
-        _, results = compiled(self._leaves, state, self._packed(shape, context, tokens))
+        _, results = compiled(self._leaves, state, self._packed(shape, context, tokens), self._masks(shape))
         return np.asarray(results.logits)[: shape.batch, : self.program.config.vocab_size]
 
     def step_ms(self, shape: StepShape, context: int) -> float:
         """Milliseconds of a step behind `context` tokens: median of rounds of steps that the host does not wait for."""
         compiled = compile_step(self.program, shape, self._mesh)
         packed = self._packed(shape, context, np.ones((shape.batch, shape.tokens), np.int32))
-        state = self._state()
+        state, masks = self._state(), self._masks(shape)
         times = []
         for steps in (_WARM_UP, *[_STEPS] * _ROUNDS):
             start = time.perf_counter()
             for _ in range(steps):
-                state, results = compiled(self._leaves, state, packed)
+                state, results = compiled(self._leaves, state, packed, masks)
             jax.block_until_ready(results.tokens)
             times.append((time.perf_counter() - start) / steps)
         return 1000 * statistics.median(times[1:])
@@ -143,6 +143,9 @@ class TimedModel:
             position, tokens = current
             history[: len(tokens), position] = tokens
         return StepState(pool=pool, history=jax.device_put(history, everywhere))
+
+    def _masks(self, shape: StepShape) -> jax.Array:
+        return jax.device_put(self.program.no_masks(shape), NamedSharding(self._mesh, PartitionSpec()))
 
     def _packed(self, shape: StepShape, context: int, tokens: np.ndarray) -> np.ndarray:
         vshards = self.program.cut.num_vshards
