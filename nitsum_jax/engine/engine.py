@@ -60,6 +60,8 @@ class EngineStats:
       prefix_queried_tokens: prompt tokens looked up in the prefix cache.
       prefix_hit_tokens: prompt tokens found in the prefix cache.
       broken_logits: requests that failed because the model produced NaN or infinite logits.
+      page_size: tokens of a KV block.
+      pages_total: pages that the cell has room for; each takes a block for every virtual shard.
     """
 
     waiting: int
@@ -86,6 +88,8 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     broken_logits: int = 0
+    page_size: int = 0
+    pages_total: int = 0
 
 
 class Engine:
@@ -302,6 +306,8 @@ class Engine:
             prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
             prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
             broken_logits=loop.counters.broken_logits,
+            page_size=self.config.page_size,
+            pages_total=self._cell.pool.total // self._cell.vmap.num_vshards,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:

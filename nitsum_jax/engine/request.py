@@ -75,6 +75,8 @@ class Request:
       min_tokens: before so many new tokens no stop token can be chosen; 0 is off.
       logprobs: None, or how many of the most likely tokens, 0 to 20, a delta lists beside the log probability of each
         of its tokens.
+      ttft_ms: target for the time to its first token, milliseconds; None: that of its tier.
+      tpot_ms: target for the time per output token, milliseconds; None: that of its tier.
     """
 
     id: str
@@ -86,6 +88,8 @@ class Request:
     deadline_s: float | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 class FinishReason(enum.StrEnum):

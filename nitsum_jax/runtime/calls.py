@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nitsum_jax.control.tiers import LEAST_TARGET_MS, MOST_TARGET_MS
 from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.generation import GenerationDefaults
@@ -72,6 +73,7 @@ class Wanted:
       logprobs: None, or how many of the most likely tokens are listed beside each token.
       tier: name of the latency tier, "" for the default.
       deadline_s: time at which the request is given up, on the engine's monotonic clock.
+      ttft_ms, tpot_ms: targets of its own, milliseconds; None: those of its tier.
     """
 
     sampling: SamplingParams = SamplingParams()
@@ -83,6 +85,8 @@ class Wanted:
     logprobs: int | None = None
     tier: str = ""
     deadline_s: float | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +120,17 @@ def check(wanted: Wanted, vocab_size: int) -> None:
         raise InvalidInputError(f"max_tokens={wanted.max_tokens} is out of range: give 1 or more")
     if not 0 <= wanted.min_tokens <= wanted.max_tokens:
         raise InvalidInputError(f"min_tokens={wanted.min_tokens} is out of range: give 0 to max_tokens")
+    check_target("ttft_ms", wanted.ttft_ms)
+    check_target("tpot_ms", wanted.tpot_ms)
     wanted.sampling.validate()
+
+
+def check_target(name: str, value: float | None) -> None:
+    """Raises InvalidInputError if a target that a request names, in milliseconds, is out of range (NaN included)."""
+    if value is not None and not LEAST_TARGET_MS <= value <= MOST_TARGET_MS:
+        raise InvalidInputError(
+            f"{name}={value:g} is out of range: give {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:g} milliseconds"
+        )
 
 
 def check_outputs(count: int, backend: Backend, field: str) -> None:
@@ -209,6 +223,8 @@ def make_call(
         deadline_s=wanted.deadline_s,
         min_tokens=wanted.min_tokens,
         logprobs=wanted.logprobs,
+        ttft_ms=wanted.ttft_ms,
+        tpot_ms=wanted.tpot_ms,
     )
     return Call(request, tuple(dict.fromkeys(wanted.stops)))
 

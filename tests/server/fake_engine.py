@@ -50,6 +50,8 @@ class FakeStats:
     compiles: int = 0
     pace_late_steps: int = 0
     blocks_cached: int = 0
+    page_size: int = PAGE
+    pages_total: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -222,6 +224,7 @@ class FakeEngine:
                 queue_capacity=self._max_queue,
                 blocks_free=self._blocks_total - used,
                 blocks_total=self._blocks_total,
+                pages_total=self._blocks_total,
                 **self._counts,
             )
 

@@ -21,6 +21,7 @@ from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import PREFILL
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.scheduling import placement
+from nitsum_jax.control.scheduling.forecast import TierForecast, forecast
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import TierSet
@@ -123,6 +124,12 @@ class TieredScheduling(Policy):
         workers = tuple(self._workers.values())
         return CellView.of(self.plan(), num_devices, workers, self.scheduler.backlog, lost=lost, allowed=allowed)
 
+    def forecasts(self) -> list[TierForecast]:
+        """What a usual request of each tier would get if it came now, in real seconds; on the engine's thread."""
+        workers, now = tuple(self._workers.values()), self.now_s()
+        found = [forecast(self.scheduler, workers, tier, now) for tier in self._tiers]
+        return [one.scaled(self._scale) for one in found]
+
     def count_late(self, ids: Collection[str]) -> int:
         """How many of these requests are alive and late."""
         asked = set(ids)
@@ -143,7 +150,9 @@ class TieredScheduling(Policy):
     def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
             raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
-        sequence.job = LiveJob(sequence, self._tiers.get(sequence.request.tier), sequence.arrival_s / self._scale)
+        request = sequence.request
+        tier = self._tiers.get(request.tier).with_targets(request.ttft_ms, request.tpot_ms)
+        sequence.job = LiveJob(sequence, tier, sequence.arrival_s / self._scale)
         self._unseated.add(sequence)
         self._new[sequence] = None
 

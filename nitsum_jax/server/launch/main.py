@@ -176,7 +176,8 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         loaded = await loading
         scheduled = loaded.scheduled
         tiers = None if scheduled is None else scheduled.tiers
-        backend = ports.open(loaded.engine, loaded.model, router, _controller(options, scheduled), tiers)
+        forecasts = None if scheduled is None else scheduled.scheduling.forecasts
+        backend = ports.open(loaded.engine, loaded.model, router, _controller(options, scheduled), tiers, forecasts)
         if loaded.scheduled is not None:
             backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
