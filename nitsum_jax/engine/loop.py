@@ -139,9 +139,11 @@ class Loop:
         sequence = LiveRequest(
             request,
             seed if seed is not None else secrets.randbelow(MAX_SEED + 1),
-            list(request.prompt_ids),
+            # Deterministic mode makes the output anew: keys and values of a prefill differ in their last bits.
+            [*request.prompt_ids, *(() if self._deterministic else request.generated)],
             np.zeros((self.cell.vmap.num_vshards, self.cell.program.pages), np.int32),
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
+            delivered=len(request.generated),
         )
         with self.lock:
             if self._phase is _Phase.ENDED:

@@ -104,7 +104,7 @@ def _cluster(given: SimulateOptions, setting: Setting) -> int:
         (policy,) = policies_named(setting, given.policies[0])
         plan = policy.plan
     workload = _workload(given, setting.tiers)
-    cluster = ClusterSetting(given.cells, plan, given.report_s, given.continued, given.seed)
+    cluster = ClusterSetting(given.cells, plan, given.report_s, given.doors, given.continued, given.seed)
     made = {name: ROUTERS[name](given.seed) for name in given.routers}
     for line in router_table(workload, setting.tiers, setting.cost, cluster, made):
         _out(line)

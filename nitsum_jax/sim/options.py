@@ -22,7 +22,8 @@ USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
 
 _PLAIN = (
     *("profile", "tiers", "devices", "rate_scale", "seconds", "seed", "out", "compile_s", "switch"),
-    *("max_batch", "capacity", "steps", "progress", "replay", "audit", "cells", "report_s", "continued"),
+    *("max_batch", "capacity", "steps", "progress", "replay", "audit", "cells"),
+    *("report_s", "continued", "doors"),
 )
 DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
@@ -52,6 +53,7 @@ class SimulateOptions:
     routers: tuple[str, ...] = ()
     report_s: float = 0.1
     continued: float = 0.5
+    doors: int = 1
 
 
 class UsageRequested(Exception):  # noqa: N818  not an error
@@ -127,6 +129,13 @@ def _define() -> flags.FlagValues:
         f"With --cells: which routers, of {', '.join(ROUTERS)}; all of them if left out.",
     )
     add(flags.DEFINE_float, "report_s", 0.1, "With --cells: seconds between a cell's reports.", lower_bound=0.001)
+    add(
+        flags.DEFINE_integer,
+        "doors",
+        1,
+        "With --cells: routers that know nothing of each other; requests come to them in turn.",
+        lower_bound=1,
+    )
     add(
         flags.DEFINE_float,
         "continued",

@@ -60,7 +60,7 @@ class FakeStats:
 class _Live:
     request: Request
     answer: Sequence[int]
-    done: int = 0
+    done: int = 0  # of the answer, with what another engine has said of it
 
     @property
     def blocks(self) -> int:
@@ -140,7 +140,7 @@ class FakeEngine:
             raise InvalidInputError(f"a prompt id is outside the vocabulary: give 0 to {self._vocab_size - 1}")
         if len(request.prompt_ids) >= self._context:
             raise InvalidInputError(f"the prompt has {len(request.prompt_ids)} tokens: give under {self._context}")
-        live = _Live(request, self._script(request))
+        live = _Live(request, self._script(request), len(request.generated))
         if live.blocks > self._blocks_total:
             raise PreconditionError("the request does not fit the KV pool: ask for fewer tokens")
         with self._lock:

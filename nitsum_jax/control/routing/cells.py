@@ -50,7 +50,7 @@ class KnownCell:
     Attributes:
       name: of the cell.
       report: the latest; None before the first.
-      open: requests that were sent there and have not ended.
+      open: requests that this router has sent there and that have not ended: known without any report.
     """
 
     def __init__(self, name: str, report: CellReport | None = None):
@@ -58,11 +58,13 @@ class KnownCell:
         self.name = name
         self.report = report
         self.open = 0
+        self._others = 0 if report is None else report.waiting + report.running
         self._since: collections.deque[SentRequest] = collections.deque()
 
     def reported(self, report: CellReport) -> None:
         """A report has come: what was sent before it was made is in it."""
         self.report = report
+        self._others = max(0, report.waiting + report.running - self.open)
         while self._since and self._since[0].time_s < report.time_s:
             self._since.popleft()
 
@@ -84,8 +86,8 @@ class KnownCell:
 
     @property
     def queue(self) -> int:
-        """Requests that it has, as far as is known."""
-        return self.since + (0 if self.report is None else self.report.waiting + self.report.running)
+        """Requests that it has: those of this router, and those of others as of the report."""
+        return self.open + self._others
 
     def age_s(self, now_s: float) -> float:
         """Age of the report."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from nitsum_jax.control.routing.cells import KnownCell, RoutedRequest
 
-STALE_S = 1.0
+STALE_S = 0.5
 """Reports older than this are old."""
 
 

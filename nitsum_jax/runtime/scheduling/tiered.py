@@ -115,6 +115,10 @@ class TieredScheduling(Policy):
         """Seconds of the engine's clock for one of the jobs' and tiers'."""
         return self._scale
 
+    def workers(self) -> tuple[LiveWorker, ...]:
+        """The instances in force; on the engine's thread."""
+        return tuple(self._workers.values())
+
     def plan(self) -> Layout:
         """The instances in force, with the tiers that they are kept for."""
         return Layout(tuple(worker.plan for worker in self._workers.values()))

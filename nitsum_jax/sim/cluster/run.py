@@ -34,6 +34,7 @@ class ClusterSetting:
       cells: how many.
       plan: layout of each.
       report_s: how often a cell reports; reports are between 0 and so many seconds old when they are read.
+      doors: routers that know nothing of each other; requests come to them in turn.
       continued: share of the requests that go on with an earlier one.
       seed: of conversations.
     """
@@ -41,6 +42,7 @@ class ClusterSetting:
     cells: int
     plan: Layout
     report_s: float = 0.1
+    doors: int = 1
     continued: float = 0.5
     seed: int = 0
 
@@ -79,26 +81,29 @@ class ClusterOutcome:
 class _Cell(Recorder):
     """A model of a cell with what it keeps of prompts."""
 
-    def __init__(self, number: int, cost: CostModel, tiers: TierSet, plan: Layout):
+    def __init__(self, number: int, cost: CostModel, tiers: TierSet, plan: Layout, doors: int):
         self.scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(cost, tuple(tiers))
         self.model = SwitchingCell(cost, self.scheduler, plan, recorder=self, max_batch=MAX_BATCH)
-        self.known = KnownCell(f"cell-{number}")
+        self.known = [KnownCell(f"cell-{number}") for _ in range(doors)]
+        self._from: dict[str, KnownCell] = {}
         self.met = self.got = 0
         self._kept: collections.OrderedDict[bytes, int] = collections.OrderedDict()
         self._room = _TAKEN * sum(w.capacity_blocks * w.page_size for w in self.model.workers)
 
     def report(self, now_s: float) -> None:
-        """Tells the router."""
+        """Tells the routers."""
         self.model.run_until(now_s)
         self.model.settle()
         kept = frozenset(self._kept)
-        report = make_report(self.known.name, self.scheduler, self.model.workers, now_s, prefixes=kept)
-        self.known.reported(report)
+        report = make_report(self.known[0].name, self.scheduler, self.model.workers, now_s, prefixes=kept)
+        for known in self.known:
+            known.reported(report)
 
-    def take(self, number: int, request: TraceRequest, tiers: TierSet, prefixes: Prefixes) -> int:
-        """A request comes; returns the tokens of its prompt that are there."""
+    def take(self, number: int, request: TraceRequest, tiers: TierSet, prefixes: Prefixes, door: int) -> int:
+        """A request comes by a door; returns the tokens of its prompt that are there."""
         self.model.run_until(request.arrival_s)
         self.got += 1
+        self._from[str(number)] = self.known[door]
         held = 0
         for tokens, key in prefixes:
             if key in self._kept:
@@ -119,7 +124,7 @@ class _Cell(Recorder):
         """A request has its last token: its text may be the beginning of another."""
         self.met += job.met()
         self.scheduler.ended(job)
-        self.known.ended()
+        self._from.pop(job.id).ended()
         tokens = job.prompt_tokens + job.output_tokens
         self._kept[key_of(int(job.id))] = tokens
         self._room -= tokens
@@ -128,7 +133,7 @@ class _Cell(Recorder):
 
     def failed(self, job: ModelJob, reason: str) -> None:
         """A request cannot be served: it is missed."""
-        self.known.ended()
+        self._from.pop(job.id).ended()
 
 
 def simulate_cluster(
@@ -141,11 +146,11 @@ def simulate_cluster(
       tiers: targets of its tiers.
       cost: what steps take.
       setting: the cells.
-      router: chooses.
+      router: chooses, at every door.
     """
-    cells = [_Cell(number, cost, tiers, setting.plan) for number in range(setting.cells)]
-    by_name = {cell.known.name: cell for cell in cells}
-    known = [cell.known for cell in cells]
+    cells = [_Cell(number, cost, tiers, setting.plan, setting.doors) for number in range(setting.cells)]
+    by_name = {cell.known[0].name: cell for cell in cells}
+    known = [[cell.known[door] for cell in cells] for door in range(setting.doors)]
     # Cells report in turn, not all at once.
     due = collections.deque((setting.report_s * (n + 1) / len(cells), cell) for n, cell in enumerate(cells))
     for cell in cells:
@@ -160,12 +165,15 @@ def simulate_cluster(
             time_s, cell = due.popleft()
             cell.report(time_s)
             due.append((time_s + setting.report_s, cell))
+        for cell in cells:  # a router learns at once which of its own requests have ended
+            cell.model.run_until(now_s)
         tier = tiers.get(request.tier)
         usual = cells[0].scheduler.expected_output(request.tier)
         routed = RoutedRequest(tier, request.prompt_tokens, usual, prefixes)
-        chosen = router.choose(routed, known, now_s)
+        door = number % setting.doors
+        chosen = router.choose(routed, known[door], now_s)
         chosen.sent(routed, now_s)
-        held += by_name[chosen.name].take(number, request, tiers, prefixes)
+        held += by_name[chosen.name].take(number, request, tiers, prefixes, door)
     for cell in cells:
         cell.model.run_until(math.inf)
     most, mean = max(cell.got for cell in cells), len(requests) / len(cells)

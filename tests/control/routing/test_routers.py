@@ -98,14 +98,16 @@ def test_what_was_sent_is_worked_off_and_then_in_the_report() -> None:
     assert (cell.queue, cell.open) == (4, 4)
     cell.reported(report(time_s=2.0, running=4))
     assert (cell.queue, cell.since, cell.open) == (4, 0, 4)
+    cell.reported(report(time_s=3.0, running=6, waiting=1))
+    assert cell.queue == 7  # three are another router's
     cell.ended()
-    assert cell.open == 3
+    assert (cell.open, cell.queue) == (3, 6)
 
 
 def test_with_old_reports_not_every_router_chooses_the_same_cell() -> None:
     reports = [waiting(str(n), 3.4 + 0.25 * n) for n in range(8)]
     patient = dataclasses.replace(ASK, tier=dataclasses.replace(CHAT, ttft_ms=6000))
-    fresh = {PredictedRouter(seed).choose(patient, known(reports), 0.5).name for seed in range(20)}
+    fresh = {PredictedRouter(seed).choose(patient, known(reports), 0.4).name for seed in range(20)}
     old = {PredictedRouter(seed).choose(patient, known(reports), 1.5).name for seed in range(20)}
     assert fresh <= {"0", "1"}
     assert len(old) > 3
