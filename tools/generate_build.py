@@ -59,6 +59,7 @@ DISTRIBUTIONS = {
     "pydantic": "pydantic",
     "pydantic_core": "pydantic-core",
     "pytest": "pytest",
+    "ray": "ray",
     "requests": "requests",
     "safetensors": "safetensors",
     "schemathesis": "schemathesis",

@@ -20,6 +20,8 @@ from nitsum_jax.meshes.layout import TIER_NAME
 _NAME = re.compile(TIER_NAME)  # as layouts can name it
 _REQUIRED = ("ttft_ms", "tpot_ms")
 _KNOWN = (*_REQUIRED, "weight")
+LEAST_TARGET_MS, MOST_TARGET_MS = 1.0, 86_400_000.0
+"""What a request may name as a target of its own."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +53,12 @@ class Tier:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
                 raise InvalidInputError(f"tier {self.name!r}: {field}={value!r} must be a number above 0")
+
+    def with_targets(self, ttft_ms: float | None, tpot_ms: float | None) -> "Tier":
+        """The tier of a request that names targets of its own; None: this tier's."""
+        if ttft_ms is None and tpot_ms is None:
+            return self
+        return dataclasses.replace(self, ttft_ms=ttft_ms or self.ttft_ms, tpot_ms=tpot_ms or self.tpot_ms)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

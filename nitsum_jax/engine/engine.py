@@ -19,9 +19,9 @@ from nitsum_jax.engine.executables.compiling import ASKED_FOR, LIKELY, compile_c
 from nitsum_jax.engine.executables.progress import CompileProgress, WantedLayout
 from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.policy import Policy
-from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
+from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta, check_request
 from nitsum_jax.engine.switching.switch import PendingSwitch, SwitchReport
-from nitsum_jax.errors import ContextLengthError, InvalidInputError, NitsumError, PreconditionError, UnavailableError
+from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.loading import OpenModel
@@ -60,6 +60,8 @@ class EngineStats:
       prefix_queried_tokens: prompt tokens looked up in the prefix cache.
       prefix_hit_tokens: prompt tokens found in the prefix cache.
       broken_logits: requests that failed because the model produced NaN or infinite logits.
+      page_size: tokens of a KV block.
+      pages_total: pages that the cell has room for; each takes a block for every virtual shard.
     """
 
     waiting: int
@@ -86,6 +88,8 @@ class EngineStats:
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
     broken_logits: int = 0
+    page_size: int = 0
+    pages_total: int = 0
 
 
 class Engine:
@@ -145,7 +149,7 @@ class Engine:
         """
         if not self._accepting:
             raise UnavailableError("the server is stopping and takes no new requests: try another one")
-        self._validate(request)
+        check_request(request, self.request_limits())
         self._running.add(request)
 
     def cancel(self, request_id: str) -> None:
@@ -266,6 +270,11 @@ class Engine:
             self._cell.executables.want(groups, ASKED_FOR, everything=True)
             self._cell.executables.wait(groups, everything=True)
 
+    def request_limits(self) -> RequestLimits:
+        """What a request must keep to be taken, at the layout in force."""
+        vocab_size, longest = self.model_config.vocab_size, self._cell.program.max_model_len
+        return RequestLimits(vocab_size, self.tier_names, longest, self._pool_tokens())
+
     def context_limit(self) -> int:
         """Most tokens that prompt and output of one request may have together, at the layout in force."""
         return min(self._cell.program.max_model_len, self._pool_tokens())
@@ -302,6 +311,8 @@ class Engine:
             prefix_queried_tokens=0 if prefixes is None else prefixes.queried_tokens,
             prefix_hit_tokens=0 if prefixes is None else prefixes.hit_tokens,
             broken_logits=loop.counters.broken_logits,
+            page_size=self.config.page_size,
+            pages_total=self._cell.pool.total // self._cell.vmap.num_vshards,
         )
 
     def loads(self) -> tuple[InstanceLoad, ...]:
@@ -349,54 +360,6 @@ class Engine:
     def _on_compiled(self) -> None:
         if self._loop is not None:
             self._loop.wake()
-
-    def _validate(self, request: Request) -> None:
-        request.sampling.validate()
-        if request.tier not in self.tier_names:
-            raise InvalidInputError(f"tier '{request.tier}' is not known: give one of {', '.join(self.tier_names)}")
-        if not request.prompt_ids:
-            raise InvalidInputError("the prompt is empty: give at least one token")
-        if request.max_tokens < 1:
-            raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
-        vocab = self.model_config.vocab_size
-        if len(request.forced_ids) > request.max_tokens:
-            raise InvalidInputError(
-                f"{len(request.forced_ids)} forced ids are more than max_tokens={request.max_tokens} allows"
-            )
-        if not 0 <= request.min_tokens <= request.max_tokens:
-            raise InvalidInputError(
-                f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}"
-            )
-        if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
-            raise InvalidInputError(
-                f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: "
-                f"give at most {MAX_STOP_IDS}"
-            )
-        if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
-            raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
-        biased = [token for token, _ in request.sampling.logit_bias]
-        for name, ids in (
-            ("prompt", request.prompt_ids),
-            ("stop_token_ids", request.stop_token_ids),
-            ("logit_bias", biased),
-            ("forced_ids", request.forced_ids),
-        ):
-            wrong = next((token for token in ids if not 0 <= token < vocab), None)
-            if wrong is not None:
-                raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
-        limit = self._cell.program.max_model_len
-        pool = self._pool_tokens()
-        if len(request.prompt_ids) >= limit:
-            raise ContextLengthError(
-                f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt "
-                f"has {len(request.prompt_ids)} tokens: shorten it"
-            )
-        tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
-        if tokens > pool:
-            raise PreconditionError(
-                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool} in the "
-                "present layout: shorten the prompt, or ask for fewer tokens"
-            )
 
 
 def _close(engine: "weakref.ref[Engine]") -> None:

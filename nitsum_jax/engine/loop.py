@@ -142,12 +142,18 @@ class Loop:
         sequence = LiveRequest(
             request,
             seed if seed is not None else secrets.randbelow(MAX_SEED + 1),
-            list(request.prompt_ids),
+            # Deterministic mode makes the output anew: keys and values of a prefill differ in their last bits.
+            [*request.prompt_ids, *(() if self._deterministic else request.generated)],
             np.zeros((self.cell.vmap.num_vshards, self.cell.program.pages), np.int32),
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
+            delivered=len(request.generated),
         )
         if request.form is not None or request.forced_ids:
             sequence.allowed = AllowedTokens(request, self.cell.program.config.vocab_size, sequence)
+            for token in sequence.tokens[len(request.prompt_ids) :]:
+                follows = sequence.allowed.said(token)
+                if follows is not None:
+                    self._masks.follow(sequence.allowed, follows)
         with self.lock:
             if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.errors import ContextLengthError, InvalidInputError, PreconditionError
 
 MAX_SEED = 2**32 - 1
 MAX_LOGIT_BIAS = 300  # entries of one request
@@ -100,6 +100,10 @@ class Request:
       form: what the output is held to; it ends where the form does.
       forced_ids: what the output begins with, whatever the model says; stop tokens among them end nothing, and
         `min_tokens` counts from behind them.
+      ttft_ms: target for the time to its first token, milliseconds; None: that of its tier.
+      tpot_ms: target for the time per output token, milliseconds; None: that of its tier.
+      generated: output that another engine has made of it already; it goes on from there. It counts as output (of
+        max_tokens, min_tokens and the penalties) and is not sent again.
     """
 
     id: str
@@ -113,6 +117,83 @@ class Request:
     logprobs: int | None = None
     form: OutputForm | None = None
     forced_ids: tuple[int, ...] = ()
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    generated: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What requests must keep to be taken by an engine.
+
+    Attributes:
+      vocab_size: token ids are below it.
+      tier_names: tiers that there are.
+      max_model_len: most tokens of prompt and output together.
+      pool_tokens: tokens of KV cache that an instance holds.
+    """
+
+    vocab_size: int
+    tier_names: tuple[str, ...]
+    max_model_len: int
+    pool_tokens: int
+
+
+def check_request(request: Request, limits: RequestLimits) -> None:
+    """Refuses a request that an engine cannot serve, whatever else it does.
+
+    Raises:
+      InvalidInputError: the request is wrong in itself.
+      PreconditionError: it cannot be served by this engine: longer than its pool.
+    """
+    request.sampling.validate()
+    if request.tier not in limits.tier_names:
+        raise InvalidInputError(f"tier '{request.tier}' is not known: give one of {', '.join(limits.tier_names)}")
+    if not request.prompt_ids:
+        raise InvalidInputError("the prompt is empty: give at least one token")
+    if request.max_tokens < 1:
+        raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
+    vocab = limits.vocab_size
+    if len(request.forced_ids) > request.max_tokens:
+        raise InvalidInputError(
+            f"{len(request.forced_ids)} forced ids are more than max_tokens={request.max_tokens} allows"
+        )
+    if not 0 <= request.min_tokens <= request.max_tokens:
+        raise InvalidInputError(f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}")
+    if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
+        raise InvalidInputError(
+            f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: give at most {MAX_STOP_IDS}"
+        )
+    if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
+        raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
+    if len(request.generated) >= request.max_tokens:
+        raise InvalidInputError(
+            f"{len(request.generated)} tokens are generated already: max_tokens={request.max_tokens} leaves none"
+        )
+    biased = [token for token, _ in request.sampling.logit_bias]
+    for name, ids in (
+        ("prompt", request.prompt_ids),
+        ("generated", request.generated),
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", biased),
+        ("forced_ids", request.forced_ids),
+    ):
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise InvalidInputError(f"{name} has the token id {wrong}: ids go from 0 to {vocab - 1}")
+    limit = limits.max_model_len
+    pool = limits.pool_tokens
+    if len(request.prompt_ids) >= limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt "
+            f"has {len(request.prompt_ids)} tokens: shorten it"
+        )
+    tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
+    if tokens > pool:
+        raise PreconditionError(
+            f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool} in the "
+            "present layout: shorten the prompt, or ask for fewer tokens"
+        )
 
 
 class FinishReason(enum.StrEnum):

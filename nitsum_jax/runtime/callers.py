@@ -21,6 +21,7 @@ class Caller:
       admin: whether it may change the cell.
       traceparent: W3C trace context of the client; empty if it sent none.
       call_id: of the call, by which clients and proxies know it (x-request-id); empty without one.
+      fairness_id: whom a gateway says the call is for; empty if none does.
       more: called with the number of outputs that the call asks for beside the first; raises if the caller may not
         have that many.
     """
@@ -30,6 +31,7 @@ class Caller:
     admin: bool = False
     traceparent: str = ""
     call_id: str = ""
+    fairness_id: str = ""
     more: Callable[[int], None] = dataclasses.field(default=_any_number, compare=False)
 
 

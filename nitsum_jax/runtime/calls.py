@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nitsum_jax.control.tiers import LEAST_TARGET_MS, MOST_TARGET_MS
 from nitsum_jax.engine.request import MAX_SEED, OutputForm, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.generation import GenerationDefaults
@@ -79,6 +80,7 @@ class Wanted:
       skip_special: whether special tokens of an output say nothing, or are spelled.
       form: what the output is held to, see `compiled`; it ends with the form, even if `ignore_eos` is set.
       score_prompt: whether the tokens of the prompt are told with how likely each was; needs `logprobs`.
+      ttft_ms, tpot_ms: targets of its own, milliseconds; None: those of its tier.
     """
 
     sampling: SamplingParams = SamplingParams()
@@ -94,6 +96,8 @@ class Wanted:
     skip_special: bool = True
     form: OutputForm | None = None
     score_prompt: bool = False
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,7 +147,17 @@ def check(wanted: Wanted, vocab_size: int, *, least_tokens: int = 1) -> None:
         raise InvalidInputError(f"max_tokens={wanted.max_tokens} is out of range: give {least_tokens} or more")
     if not 0 <= wanted.min_tokens <= wanted.max_tokens:
         raise InvalidInputError(f"min_tokens={wanted.min_tokens} is out of range: give 0 to max_tokens")
+    check_target("ttft_ms", wanted.ttft_ms)
+    check_target("tpot_ms", wanted.tpot_ms)
     wanted.sampling.validate()
+
+
+def check_target(name: str, value: float | None) -> None:
+    """Raises InvalidInputError if a target that a request names, in milliseconds, is out of range (NaN included)."""
+    if value is not None and not LEAST_TARGET_MS <= value <= MOST_TARGET_MS:
+        raise InvalidInputError(
+            f"{name}={value:g} is out of range: give {LEAST_TARGET_MS:g} to {MOST_TARGET_MS:g} milliseconds"
+        )
 
 
 def check_outputs(count: int, backend: Backend, field: str) -> None:
@@ -251,6 +265,8 @@ def make_call(
         logprobs=wanted.logprobs,
         form=wanted.form,
         forced_ids=given,
+        ttft_ms=wanted.ttft_ms,
+        tpot_ms=wanted.tpot_ms,
     )
     stops = tuple(dict.fromkeys(wanted.stops))
     return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0)

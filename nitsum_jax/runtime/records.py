@@ -20,6 +20,8 @@ class ServedRequest:
       client: name of its API key; empty without keys.
       traceparent: W3C trace context that came with it; empty if none came.
       call_id: x-request-id of the call that it belongs to; empty if it has none.
+      fairness_id: whom a gateway says it is for; empty if none does.
+      ttft_target_ms, tpot_target_ms: targets of its own; None: those of its tier.
       admitted_s: when an instance took it; None while it waits.
       first_s: when the engine had its first token.
       last_s: when the engine had its last token so far.
@@ -37,6 +39,9 @@ class ServedRequest:
     client: str = ""
     traceparent: str = ""
     call_id: str = ""
+    fairness_id: str = ""
+    ttft_target_ms: float | None = None
+    tpot_target_ms: float | None = None
     admitted_s: float | None = None
     first_s: float | None = None
     last_s: float | None = None
@@ -79,13 +84,14 @@ class ServedRequest:
         return None if self.admitted_s is None else self.admitted_s - self.arrival_s
 
     def met(self, tier: Tier) -> bool | None:
-        """Whether it met both targets of its tier; None if it does not count.
+        """Whether it met both targets, its own or those of its tier; None if it does not count.
 
         A request whose client left, or that the server cut off, says nothing about the targets. One that failed or ran
         into its deadline missed them. One without a second token has no TPOT to miss.
         """
         if self.finish in (None, FinishReason.CANCELLED):
             return None
+        tier = tier.with_targets(self.ttft_target_ms, self.tpot_target_ms)
         ttft, tpot = self.ttft_s, self.tpot_s
         if self.finish in (FinishReason.ERROR, FinishReason.DEADLINE):
             return False

@@ -9,11 +9,14 @@ import sys
 from collections.abc import Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.plan import homogeneous
+from nitsum_jax.control.routing.routers import ROUTERS
 from nitsum_jax.control.tiers import Tier, TierSet, read_tiers
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
+from nitsum_jax.sim.cluster.run import ClusterSetting, router_table
 from nitsum_jax.sim.options import SimulateOptions, UsageRequested
 from nitsum_jax.sim.policies.baselines import Setting
 from nitsum_jax.sim.policies.bound import candidates, upper_bound
@@ -49,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
         setting = _setting(given)
         if given.replay is not None:
             return _replay(given, setting)
+        if given.cells > 1:
+            return _cluster(given, setting)
         return _Tool(given, setting).run()
     except UsageRequested as e:
         _out(str(e))
@@ -90,6 +95,20 @@ def _replay(given: SimulateOptions, setting: Setting) -> int:
     same = found.decisions - len(found.differences)
     _out(f"{found.decisions} decisions made again: {same} the same, {len(found.differences)} different")
     return 1 if found.differences else 0
+
+
+def _cluster(given: SimulateOptions, setting: Setting) -> int:
+    if given.policies == ("adaptive",):
+        plan = homogeneous(given.devices, setting.tps[0])
+    else:
+        (policy,) = policies_named(setting, given.policies[0])
+        plan = policy.plan
+    workload = _workload(given, setting.tiers)
+    cluster = ClusterSetting(given.cells, plan, given.report_s, given.doors, given.continued, given.seed)
+    made = {name: ROUTERS[name](given.seed) for name in given.routers}
+    for line in router_table(workload, setting.tiers, setting.cost, cluster, made):
+        _out(line)
+    return 0
 
 
 class _Tool:

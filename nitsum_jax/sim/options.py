@@ -8,6 +8,7 @@ from typing import Any
 from absl import flags
 
 from nitsum_jax.control.model.cell import MAX_BATCH
+from nitsum_jax.control.routing.routers import ROUTERS
 from nitsum_jax.errors import InvalidInputError
 
 USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
@@ -16,11 +17,13 @@ USAGE = """nitsum-simulate: what a cell would do with a workload under a policy.
   nitsum-simulate --profile=qwen2.5-32b-h200 --trace=chat:conv.csv:azure --trace=code:code.csv --tiers=tiers.toml \\
       --policies=adaptive,static,sarathi --rate_scale=3 --seconds=600 --out=run
   nitsum-simulate --profile=qwen2.5-32b-h200 --tiers=tiers.toml --replay=run/decisions.jsonl
+  nitsum-simulate --profile=llama-3.1-8b-h100 --cells=8 --devices=2 --policy=tp1x2 --rate_scale=60 --report_s=1
   nitsum-simulate --audit=run"""
 
 _PLAIN = (
     *("profile", "tiers", "devices", "rate_scale", "seconds", "seed", "out", "compile_s", "switch"),
-    *("max_batch", "capacity", "steps", "progress", "replay", "audit"),
+    *("max_batch", "capacity", "steps", "progress", "replay", "audit", "cells"),
+    *("report_s", "continued", "doors"),
 )
 DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
@@ -46,6 +49,11 @@ class SimulateOptions:
     progress: bool
     replay: str | None
     audit: str | None
+    cells: int = 1
+    routers: tuple[str, ...] = ()
+    report_s: float = 0.1
+    continued: float = 0.5
+    doors: int = 1
 
 
 class UsageRequested(Exception):  # noqa: N818  not an error
@@ -106,6 +114,36 @@ def _define() -> flags.FlagValues:
         "Switches find the weights in place, or reshard them by the general path.",
     )
     add(flags.DEFINE_integer, "max_batch", MAX_BATCH, "Most requests of an instance.", lower_bound=1)
+    add(
+        flags.DEFINE_integer,
+        "cells",
+        1,
+        "Cells behind a router, each with --devices devices and the layout that --policy names; a table of --router is"
+        " printed, and no logs are written.",
+        lower_bound=1,
+    )
+    add(
+        flags.DEFINE_list,
+        "router",
+        None,
+        f"With --cells: which routers, of {', '.join(ROUTERS)}; all of them if left out.",
+    )
+    add(flags.DEFINE_float, "report_s", 0.1, "With --cells: seconds between a cell's reports.", lower_bound=0.001)
+    add(
+        flags.DEFINE_integer,
+        "doors",
+        1,
+        "With --cells: routers that know nothing of each other; requests come to them in turn.",
+        lower_bound=1,
+    )
+    add(
+        flags.DEFINE_float,
+        "continued",
+        0.5,
+        "With --cells: share of the requests that go on with an earlier conversation, whose text a cell may hold.",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    )
     add(flags.DEFINE_bool, "capacity", False, "Find the highest rate at which 90 % meet both targets, by bisection.")
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
     add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")
@@ -154,11 +192,26 @@ def _options(values: flags.FlagValues) -> SimulateOptions:
         raise InvalidInputError("--policy and --policies are both given: use one of them")
     if values.replay is not None and (values.policies or values.capacity):
         raise InvalidInputError("--replay runs nothing: leave --policies and --capacity out")
+    routers = _routers(values)
     policies = _several(values.policies) if values.policies else (values.policy or "adaptive",)
     if len(set(policies)) < len(policies):
         raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
     plain: dict[str, Any] = {name: values[name].value for name in _PLAIN}
-    return SimulateOptions(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, **plain)
+    return SimulateOptions(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, routers=routers, **plain)
+
+
+def _routers(values: flags.FlagValues) -> tuple[str, ...]:
+    """The routers to compare; none for one cell."""
+    if values.cells == 1:
+        if values.router:
+            raise InvalidInputError("--router needs --cells: a router chooses between cells")
+        return ()
+    if values.policies or values.capacity or values.out or values.replay:
+        raise InvalidInputError("--cells compares routers: leave --policies, --capacity, --out and --replay out")
+    for name in values.router or ():
+        if name not in ROUTERS:
+            raise InvalidInputError(f"--router={name} is not known: use {', '.join(ROUTERS)}")
+    return tuple(dict.fromkeys(values.router or ROUTERS))
 
 
 def _several(text: str) -> tuple[str, ...]:

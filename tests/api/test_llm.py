@@ -21,7 +21,7 @@ from nitsum_jax.llm import LLM, Completion, _devices_of
 from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.runtime.progress import ProgressLine
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

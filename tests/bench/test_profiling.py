@@ -15,7 +15,7 @@ from nitsum_jax.control.model.profile import read_profile
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -12,7 +12,7 @@ from nitsum_jax.bench.switch import read_options
 from nitsum_jax.bench.switch_rows import Measured, SwitchRow
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

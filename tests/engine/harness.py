@@ -17,7 +17,7 @@ from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, Tok
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.shared_steps import SharedSteps
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 LAYOUTS = ("tp1x4", "tp2x2", "tp4", "tp2+tp1x2")
 TIMEOUT_S = 400.0  # for machines that are slow and shared

@@ -16,7 +16,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.reduction import Ranks
 from nitsum_jax.models.pack import pack
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 Params = dict[tuple[str, int | None], np.ndarray]
 # Sequences of the reference loop are padded to this length, so that one compilation serves them all.

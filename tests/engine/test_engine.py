@@ -19,7 +19,7 @@ from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import generate, random_prompts
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -1,4 +1,4 @@
-"""The demo model answers as transformers does (tests/golden): same greedy tokens and likelihoods, at TP 1 and 4."""
+"""The demo model answers as transformers does: same greedy tokens and likelihoods, at TP 1 and 4."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from tests.engine.harness import Harness
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 GOLDEN = Path(tiny_models.__file__).parent
 STEPS = 48

@@ -10,8 +10,8 @@ import pytest
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.models.loading import open_model
-from tests.golden import tiny_models
 from tests.models.checkpoint.helpers import random_tensors, tiny_config, write_gguf
+from tests.models.golden import tiny_models
 
 V = 1000
 

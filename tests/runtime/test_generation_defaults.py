@@ -17,7 +17,7 @@ from nitsum_jax.runtime.calls import derived_seed
 from nitsum_jax.runtime.startup.served_model import served_model
 from nitsum_jax.server.launch.flags import read_options
 from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc, nitsum_pb2
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 from tests.server.harness import Running, ask, running
 from tests.server.http.harness import COMPLETIONS, HELLO, Serving, serving
 

@@ -56,6 +56,8 @@ class FakeStats:
     compiles: int = 0
     pace_late_steps: int = 0
     blocks_cached: int = 0
+    page_size: int = PAGE
+    pages_total: int = 0
     prefix_queried_tokens: int = 0
     prefix_hit_tokens: int = 0
 
@@ -64,7 +66,7 @@ class FakeStats:
 class _Live:
     request: Request
     answer: Sequence[int]
-    done: int = 0
+    done: int = 0  # of the answer, with what another engine has said of it
 
     @property
     def blocks(self) -> int:
@@ -145,7 +147,7 @@ class FakeEngine:
         if len(request.prompt_ids) >= self._context:
             raise ContextLengthError(f"the prompt has {len(request.prompt_ids)} tokens: give under {self._context}")
         whole = dataclasses.replace(request, prompt_ids=request.prompt_ids + request.forced_ids)
-        live = _Live(request, (*request.forced_ids, *self._script(whole)))
+        live = _Live(request, (*request.forced_ids, *self._script(whole)), len(request.generated))
         if live.blocks > self._blocks_total:
             raise PreconditionError("the request does not fit the KV pool: ask for fewer tokens")
         with self._lock:
@@ -229,6 +231,7 @@ class FakeEngine:
                 queue_capacity=self._max_queue,
                 blocks_free=self._blocks_total - used,
                 blocks_total=self._blocks_total,
+                pages_total=self._blocks_total,
                 **self._counts,
             )
 

@@ -115,6 +115,12 @@ class Backlog(Generic[J]):
         """Requests of this tier that are in time and due before then."""
         return bisect.bisect_left(self._in_time.get(tier, []), (time_s,))
 
+    def before(self, due_s: float, latest_start_s: float) -> Iterator[J]:
+        """Those in time that go before one with these times."""
+        for queue in self._in_time.values():
+            for key in queue[: bisect.bisect_left(queue, (due_s, -latest_start_s))]:
+                yield key[3]
+
     def give_up(self, job: J) -> None:
         """Calls one that waits in time late; nobody is by arrival."""
         if not self._by_arrival and self.remove(job):

@@ -14,6 +14,7 @@ from nitsum_jax.control.plan import DECODE, PREFILL
 from nitsum_jax.meshes.layout import InstanceSpec
 
 _NUMBER = itertools.count()
+_MOST_TARGETS = 32  # kept after their requests have gone
 
 J = TypeVar("J", bound=Job)
 
@@ -54,8 +55,9 @@ class Worker(Generic[J]):
         self._residues = [0] * page_size
         self._offsets = 0
         self._expected = 0.0
-        # Per tier a heap of (due time less clock * tpot, tie, job): the order never changes while all decode in step.
-        self._due: dict[str, tuple[float, list[tuple[float, int, J]]]] = {}
+        # Per tier and target, as requests may name their own, a heap of (due time less clock * tpot, tie, job): the
+        # order never changes while all decode in step.
+        self._due: dict[tuple[str, float], tuple[float, list[tuple[float, int, J]]]] = {}
 
     # ---- who is here
 
@@ -222,7 +224,7 @@ class Worker(Generic[J]):
         """The first token of a decoding job came at another time than was expected of it."""
         if job.id not in self.decoding or job.first_token_s is None:
             return
-        _, heap = self._due.get(job.tier.name, (0.0, []))
+        _, heap = self._due.get((job.tier.name, job.tier.tpot_ms), (0.0, []))
         heap[:] = [entry for entry in heap if entry[2] is not job]
         heapq.heapify(heap)
         if not job.late:
@@ -269,6 +271,9 @@ class Worker(Generic[J]):
             self._note_due(job, job.first_token_s)
 
     def _note_due(self, job: J, first_token_s: float) -> None:
-        tpot_s, heap = self._due.setdefault(job.tier.name, (job.tier.tpot_ms / 1000, []))
+        key = (job.tier.name, job.tier.tpot_ms)
+        if key not in self._due and len(self._due) >= _MOST_TARGETS:
+            self._due = {other: due for other, due in self._due.items() if self._forget_gone(due[1])}
+        tpot_s, heap = self._due.setdefault(key, (job.tier.tpot_ms / 1000, []))
         # The number decides between jobs that are due at the same time: jobs themselves have no order.
         heapq.heappush(heap, (first_token_s - job.offset * tpot_s, next(_NUMBER), job))

@@ -169,6 +169,10 @@ class PrefixCache:
             blocks = self._index.blocks(pages, np.full(len(self._index.vshards), device))
             allocator.forget(np.unique(blocks[blocks >= 0]))
 
+    def latest_keys(self, most: int) -> frozenset[bytes]:
+        """Keys of so many pages that are there somewhere, those that came last."""
+        return frozenset(self._index.latest_keys(most))
+
     def forget(self, devices: Sequence[int]) -> None:
         """What lies on these devices is not to be trusted any more."""
         for device in devices:

@@ -7,6 +7,7 @@ devices whoever put it there.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,6 +55,10 @@ class PrefixIndex:
                 break
             found.append(number)
         return np.array(found, np.int32)
+
+    def latest_keys(self, most: int) -> list[bytes]:
+        """Keys of so many pages, those that came last."""
+        return list(itertools.islice(reversed(self._numbers), most))
 
     def blocks(self, pages: np.ndarray, devices: np.ndarray) -> np.ndarray:
         """i32[K, n]: the blocks of i32[n] pages where device i32[K] of every vshard has them, else -1."""

@@ -21,6 +21,7 @@ from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.plan import PREFILL
 from nitsum_jax.control.planning.cell_view import CellView, JobView
 from nitsum_jax.control.scheduling import placement
+from nitsum_jax.control.scheduling.forecast import TierForecast, forecast
 from nitsum_jax.control.scheduling.scheduler import Scheduler, SchedulerConfig
 from nitsum_jax.control.scheduling.worker import Worker
 from nitsum_jax.control.tiers import TierSet
@@ -114,6 +115,10 @@ class TieredScheduling(Policy):
         """Seconds of the engine's clock for one of the jobs' and tiers'."""
         return self._scale
 
+    def workers(self) -> tuple[LiveWorker, ...]:
+        """The instances in force; on the engine's thread."""
+        return tuple(self._workers.values())
+
     def plan(self) -> Layout:
         """The instances in force, with the tiers that they are kept for."""
         return Layout(tuple(worker.plan for worker in self._workers.values()))
@@ -122,6 +127,12 @@ class TieredScheduling(Policy):
         """What a controller sees, made on the engine's thread for whatever thread."""
         workers = tuple(self._workers.values())
         return CellView.of(self.plan(), num_devices, workers, self.scheduler.backlog, lost=lost, allowed=allowed)
+
+    def forecasts(self) -> list[TierForecast]:
+        """What a usual request of each tier would get if it came now, in real seconds; on the engine's thread."""
+        workers, now = tuple(self._workers.values()), self.now_s()
+        found = [forecast(self.scheduler, workers, tier, now) for tier in self._tiers]
+        return [one.scaled(self._scale) for one in found]
 
     def count_late(self, ids: Collection[str]) -> int:
         """How many of these requests are alive and late."""
@@ -143,7 +154,9 @@ class TieredScheduling(Policy):
     def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
             raise OverloadedError(f"{self.capacity} requests wait already: try again later")
-        sequence.job = LiveJob(sequence, self._tiers.get(sequence.request.tier), sequence.arrival_s / self._scale)
+        request = sequence.request
+        tier = self._tiers.get(request.tier).with_targets(request.ttft_ms, request.tpot_ms)
+        sequence.job = LiveJob(sequence, tier, sequence.arrival_s / self._scale)
         self._unseated.add(sequence)
         self._new[sequence] = None
 

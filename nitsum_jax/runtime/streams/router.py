@@ -126,6 +126,9 @@ class StreamRouter:
             client=caller.client,
             traceparent=caller.traceparent,
             call_id=caller.call_id,
+            fairness_id=caller.fairness_id,
+            ttft_target_ms=request.ttft_ms,
+            tpot_target_ms=request.tpot_ms,
         )
         stream = DeltaStream(record, wake)
         # Registered first: the engine may have tokens before submit returns.

@@ -30,6 +30,7 @@ from nitsum_jax.runtime.calls import (
     make_call,
 )
 from nitsum_jax.runtime.streams.outputs import Outputs
+from nitsum_jax.server.gateway import gateway_headers, header_pairs
 from nitsum_jax.server.grpc.status import reported
 from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc
 from nitsum_jax.server.state import ServerPhase, ServerState
@@ -52,7 +53,9 @@ class JetStreamService(jetstream_pb2_grpc.OrchestratorServicer):
             backend = self._state.admitting()
             remaining_s: float | None = context.time_remaining()
             deadline_s = None if remaining_s is None else arrival_s + remaining_s
-            calls = await _calls(message, backend, deadline_s)
+            asked = gateway_headers(header_pairs(context.invocation_metadata()))
+            tier = asked.tier(backend.engine.tier_names)
+            calls = [asked.applied(call, tier) for call in await _calls(message, backend, deadline_s)]
             backend = self._state.admitting()  # it may have begun to drain meanwhile
             with_text = message.WhichOneof("content") == "text_content"
             with Outputs(calls, backend, arrival_s) as outputs:

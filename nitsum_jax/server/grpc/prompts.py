@@ -28,6 +28,8 @@ def read_wanted(
         min_tokens=message.min_tokens,
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         tier=message.tier,
+        ttft_ms=message.ttft_ms if message.HasField("ttft_ms") else None,
+        tpot_ms=message.tpot_ms if message.HasField("tpot_ms") else None,
         deadline_s=deadline_s,
     )
 

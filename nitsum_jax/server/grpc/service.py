@@ -14,6 +14,7 @@ from nitsum_jax.runtime.backend import ServingLoad, ServingStats
 from nitsum_jax.runtime.calls import Call, check, encode, make_call
 from nitsum_jax.runtime.streams.output import End, Output, TokenWithLogprob
 from nitsum_jax.runtime.streams.router import DeltaStream
+from nitsum_jax.server.gateway import gateway_headers, header_pairs
 from nitsum_jax.server.grpc.layout_change import outcome
 from nitsum_jax.server.grpc.prompts import read_prompt, read_wanted
 from nitsum_jax.server.grpc.status import reported
@@ -51,7 +52,11 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
             check(wanted, backend.model.vocab_size)
             (ids,) = await encode([read_prompt(message)], backend.model)
             backend = self._state.admitting()  # it may have begun to drain meanwhile
-            call = make_call(wanted, ids, backend.model, backend.engine.tier_names)
+            tiers = backend.engine.tier_names
+            asked = gateway_headers(header_pairs(context.invocation_metadata()))
+            call = asked.applied(
+                make_call(wanted, ids, backend.model, tiers), None if message.tier else asked.tier(tiers)
+            )
             queued_before = backend.engine.stats().waiting
             with backend.router.stream(backend.engine, call.request, arrival_s=arrival_s) as stream:
                 await context.write(_started(call, message.return_prompt_ids, queued_before))

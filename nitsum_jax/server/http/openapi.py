@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.server.gateway import HEADER_PARAMETERS
 from nitsum_jax.server.http import tokens
 from nitsum_jax.server.http.fields import TOKEN_ID
 from nitsum_jax.server.http.openai import requests, responses
@@ -130,6 +131,7 @@ def _generation(summary: str, request: type[BaseModel], response: type[BaseModel
     good["200"]["content"]["text/event-stream"] = {"schema": event}
     return {
         "summary": summary,
+        "parameters": list(HEADER_PARAMETERS),
         "requestBody": {"required": True, "content": _json(request)},
         "responses": {**good, **_refusals(tuple(_ERRORS))},
     }

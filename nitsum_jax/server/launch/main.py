@@ -30,6 +30,7 @@ from nitsum_jax.server.operations import logs
 from nitsum_jax.server.operations.routes import ops_routes
 
 if TYPE_CHECKING:
+    from nitsum_jax.control.scheduling.forecast import TierForecast
     from nitsum_jax.runtime.control.control_loop import ControlLoop
     from nitsum_jax.runtime.startup.scheduled_engine import Scheduled
     from nitsum_jax.server.http.server import HttpServer
@@ -47,37 +48,46 @@ Load = Callable[[LaunchOptions, Sink, Admitted], "Loaded"]
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What loading came to: the engine, its model, and its scheduling if it schedules by tiers."""
+    """What loading came to.
+
+    Attributes:
+      engine: as it is.
+      model: that it serves.
+      scheduled: its scheduling, if it schedules by tiers itself.
+      forecasts: asked on its thread what a request of each tier would get; None: nobody knows.
+    """
 
     engine: ServingEngine
     model: ServedModel
     scheduled: "Scheduled | None" = None
+    forecasts: "Callable[[], Sequence[TierForecast]] | None" = None
 
 
 def run() -> None:
     """Entry point of the console script."""
     # Not sys.exit: a thread inside the compiler does not survive the end of the interpreter, and takes it down aloud.
-    _leave(main(sys.argv))
+    leave(main(sys.argv))
 
 
-def main(argv: Sequence[str], load: Load | None = None) -> int:
+def main(argv: Sequence[str], load: Load | None = None, name: str = _NAME) -> int:
     """Runs the server until a signal ends it, and returns its exit status.
 
     Args:
       argv: the command line.
       load: what makes engine and model of the options; the real ones if None.
+      name: of the tool, for its messages.
     """
     debug = False
     try:
         options = read_options(argv)
         debug = options.log_level == "debug"
         logs.configure(options.log_level, options.ops.log_format)
-        return asyncio.run(_serve(options, load or load_engine))
+        return asyncio.run(_serve(options, load or load_engine, name))
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
     except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
+        cli.err(f"{name}: {one_line(str(error))}")
         return cli.EXIT_USAGE
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
@@ -85,7 +95,7 @@ def main(argv: Sequence[str], load: Load | None = None) -> int:
         if debug:
             _LOG.exception("failed")
         where = "" if debug else " (--log_level=debug shows where)"
-        cli.err(f"{_NAME}: unexpected {type(error).__name__}: {one_line(str(error))}{where}")
+        cli.err(f"{name}: unexpected {type(error).__name__}: {one_line(str(error))}{where}")
         return cli.EXIT_FAILED
 
 
@@ -142,10 +152,11 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
+    served = served_model(model, options.served_model_name, options.generation_config)
+    return Loaded(started.engine, served, started, started.scheduling.forecasts)
 
 
-async def _serve(options: LaunchOptions, load: Load) -> int:
+async def _serve(options: LaunchOptions, load: Load, name: str) -> int:
     signals = _Signals(asyncio.get_running_loop())
     ports = ServerPorts(options.ops, tiers_of(options), options.host)
     server = GrpcServer(
@@ -170,25 +181,27 @@ async def _serve(options: LaunchOptions, load: Load) -> int:
         loading = asyncio.create_task(in_thread(lambda: load(options, router.sink, router.admitted)))
         await _first(loading, signals.first)
         if not loading.done():
-            cli.err(f"{_NAME}: stopped while starting")
+            cli.err(f"{name}: stopped while starting")
             await _stop(server, http, ports)
-            _leave(cli.EXIT_OK)
+            leave(cli.EXIT_OK)
         loaded = await loading
         scheduled = loaded.scheduled
         tiers = None if scheduled is None else scheduled.tiers
-        backend = ports.open(loaded.engine, loaded.model, router, _controller(options, scheduled), tiers)
+        backend = ports.open(
+            loaded.engine, loaded.model, router, controller_of(options, scheduled), tiers, loaded.forecasts
+        )
         if loaded.scheduled is not None:
             backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
         await server.serve(backend)
         await ports.serve(backend)
         _announce(server, http, loaded, ports, options)
         await signals.first
-        return await _end(server, http, ports, loaded.engine, signals, options.drain_s)
+        return await _end(server, http, ports, loaded.engine, signals, options.drain_s, name)
     finally:
         await _stop(server, http, ports)
 
 
-def _controller(
+def controller_of(
     options: LaunchOptions, scheduled: "Scheduled | None"
 ) -> "Callable[[ServingEngine, LayoutLog], ControlLoop] | None":
     """What makes the controller of a cell; None without scheduling by tiers."""
@@ -241,22 +254,23 @@ async def _end(
     engine: ServingEngine,
     signals: "_Signals",
     drain_s: float,
+    name: str,
 ) -> int:
     """From the first signal to the exit status."""
-    cli.err(f"{_NAME}: finishing running requests (at most {drain_s:g} s; a second signal stops at once)")
+    cli.err(f"{name}: finishing running requests (at most {drain_s:g} s; a second signal stops at once)")
     draining = asyncio.create_task(server.drain(drain_s))
     await _first(draining, signals.second)
     if not draining.done():
         await _stop(server, http, ports)
-        cli.err(f"{_NAME}: stopped at once")
-        _leave(128 + signals.second.result())
+        cli.err(f"{name}: stopped at once")
+        leave(128 + signals.second.result())
     if not await draining:
-        cli.err(f"{_NAME}: --drain_seconds passed: the requests that were still alive are cut off")
+        cli.err(f"{name}: --drain_seconds passed: the requests that were still alive are cut off")
     await _stop(server, http, ports)
     closing = asyncio.create_task(in_thread(engine.close))
     await _first(closing, signals.second)
     if not closing.done():
-        _leave(128 + signals.second.result())
+        leave(128 + signals.second.result())
     await closing
     return cli.EXIT_OK
 
@@ -287,7 +301,7 @@ async def _first(task: asyncio.Future[Any], stop: asyncio.Future[Any]) -> None:
     await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _leave(status: int) -> NoReturn:
+def leave(status: int) -> NoReturn:
     """Ends the process without waiting for a thread that compiles or computes: it cannot be interrupted."""
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -6,6 +6,7 @@ from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.address import DEFAULT_HOST
+from nitsum_jax.server.operations.metrics.vllm_names import NAMES, OURS
 from nitsum_jax.server.security.tls import TlsFiles, tls_of
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -25,6 +26,8 @@ class OpsOptions:
       log_format: "text" or "json".
       otlp_endpoint: of a collector of traces; None: no traces.
       profile_dir: gets the traces of the profiler; None: none can be recorded.
+      behind_gateway: whether all calls come from a gateway that says whom each is for.
+      metrics_names: whose names the metrics have: "nitsum", "vllm" or "both".
     """
 
     metrics_port: int | None = None
@@ -36,6 +39,8 @@ class OpsOptions:
     log_format: str = "text"
     otlp_endpoint: str | None = None
     profile_dir: str | None = None
+    behind_gateway: bool = False
+    metrics_names: str = OURS
 
 
 def define(values: flags.FlagValues) -> None:
@@ -81,6 +86,21 @@ def define(values: flags.FlagValues) -> None:
         None,
         "OTLP/HTTP collector of OpenTelemetry traces, such as http://127.0.0.1:4318 (needs the extra otel)",
     )
+    flags.DEFINE_bool(
+        "behind_gateway",
+        False,
+        "all calls come from a gateway: the header x-gateway-inference-fairness-id tells clients apart for "
+        "--max_streams_per_client where there are no keys",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "metrics_names",
+        OURS,
+        list(NAMES),
+        "whose names the metrics have: vllm calls those by vLLM's names that it has, too, for dashboards and gateways "
+        "that know them",
+        flag_values=values,
+    )
     text("profile_dir", None, "folder for traces of JAX's profiler, recorded on an administrator's request")
 
 
@@ -103,4 +123,6 @@ def read(values: flags.FlagValues) -> OpsOptions:
         log_format=values.log_format,
         otlp_endpoint=endpoint,
         profile_dir=values.profile_dir,
+        behind_gateway=values.behind_gateway,
+        metrics_names=values.metrics_names,
     )

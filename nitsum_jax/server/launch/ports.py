@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
 import nitsum_jax
+from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.runtime.backend import Backend, ServedModel, ServingEngine
 from nitsum_jax.runtime.control.control_loop import ControlLoop
@@ -55,7 +56,7 @@ class ServerPorts:
           PreconditionError: traces are asked for, and OpenTelemetry is not installed.
         """
         self.state = ServerState()
-        self.views = OperatorViews(self.state, Profiler(options.profile_dir))
+        self.views = OperatorViews(self.state, Profiler(options.profile_dir), names=options.metrics_names)
         self.tls = options.tls
         self._options = options
         self._tiers = tiers
@@ -113,6 +114,7 @@ class ServerPorts:
         router: StreamRouter,
         control: Callable[[ServingEngine, LayoutLog], ControlLoop] | None = None,
         tiers: TierSet | None = None,
+        forecasts: Callable[[], Sequence[TierForecast]] | None = None,
     ) -> Backend:
         """The model is loaded: begins to watch, and returns what the front ends serve.
 
@@ -122,12 +124,15 @@ class ServerPorts:
           router: between them.
           control: makes the controller of the engine; None: there is none.
           tiers: with targets that are known by now; None: as they were.
+          forecasts: asked on the engine's thread what a request of each tier would get; None: nobody knows.
         """
         tiers = tiers or self._tiers
         tracer: RequestTracer | None = None
         if self._options.otlp_endpoint is not None:
             tracer = otlp_tracer(self._options.otlp_endpoint, model.name, nitsum_jax.__version__)
-        operations = Operations(engine, model.name, tiers, router, tracer=tracer, phase=lambda: self.state.phase)
+        operations = Operations(
+            engine, model.name, tiers, router, tracer=tracer, phase=lambda: self.state.phase, forecasts=forecasts
+        )
         self.views.operations = operations
         self._feeding = asyncio.create_task(operations.feed.run())
         if control is not None:
@@ -172,7 +177,9 @@ class ServerPorts:
         return lines
 
     def _guard(self, *, admin: bool) -> Guard:
-        policy = AccessPolicy(None if self.keys is None else self.keys.ring, admin, self._options.streams_per_client)
+        options = self._options
+        ring = None if self.keys is None else self.keys.ring
+        policy = AccessPolicy(ring, admin, options.streams_per_client, options.behind_gateway)
         return Guard(policy, limits=self._limits, on_refused=self._refused)
 
     def _refused(self, reason: str) -> None:

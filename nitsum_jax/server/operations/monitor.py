@@ -1,11 +1,14 @@
 """All that watches a running server: metrics, log, traces, layout log, dashboard. Notified once per request."""
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter
 
 import nitsum_jax
+from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.backend import ServingEngine, ServingStats
@@ -23,6 +26,8 @@ from nitsum_jax.server.security.engine_access import access_checked
 from nitsum_jax.server.security.guard import REASONS
 from nitsum_jax.server.state import ServerPhase
 
+_LOOK_S = 0.25
+
 
 class Operations:
     """Watches one engine; a RequestObserver and a StatusSource."""
@@ -37,6 +42,7 @@ class Operations:
         tracer: RequestTracer | None = None,
         phase: Callable[[], ServerPhase] = lambda: ServerPhase.SERVING,
         clock: Callable[[], float] = time.monotonic,
+        forecasts: Callable[[], Sequence[TierForecast]] | None = None,
     ) -> None:
         """Begins to watch the requests of the router; on the event loop.
 
@@ -48,6 +54,7 @@ class Operations:
           tracer: gets every request; None: no traces.
           phase: of the server, for the dashboard.
           clock: of the records.
+          forecasts: asked on the engine's thread what a request of each tier would get; None: nobody knows.
         """
         self.registry = CollectorRegistry()
         self.windows = Windows(tiers)
@@ -58,6 +65,7 @@ class Operations:
         self._tracer = tracer
         self._phase = phase
         self._clock = clock
+        self._forecasts = forecasts
         self._requests = RequestMetrics(self.registry, model, tiers)
         self._cell = CellCollector(engine, model, tiers, self.windows, router.open_records, clock)
         self.registry.register(self._cell)
@@ -70,9 +78,17 @@ class Operations:
         for reason in REASONS.values():
             self.denied(reason, 0)
         self.layout_log = LayoutLog(SwitchMetrics(self.registry, model, nitsum_jax.__version__))
-        self.front = access_checked(engine, self.layout_log, router.stopped)
+        self.front = access_checked(engine, self.layout_log, router.stopped, tiers)
         self.feed = Feed(self)
         router.observer = self
+
+    async def look(self) -> None:
+        """Asks the engine what it predicts, for the metrics that are about to be read; keeps the old if it is busy."""
+        if self._forecasts is None:
+            return
+        with contextlib.suppress(TimeoutError, NitsumError):
+            asked = asyncio.wrap_future(self._engine.ask(self._forecasts))
+            self._cell.forecasts = await asyncio.wait_for(asked, _LOOK_S)
 
     def ended(self, record: ServedRequest) -> None:
         """A request that was accepted has ended."""

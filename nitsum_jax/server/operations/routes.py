@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from nitsum_jax.errors import InvalidInputError, NitsumError, UnavailableError
 from nitsum_jax.server.operations.dashboard.feed import Feed
+from nitsum_jax.server.operations.metrics.vllm_names import OURS, named
 from nitsum_jax.server.operations.monitor import Operations
 from nitsum_jax.server.operations.profiling import Profiler
 from nitsum_jax.server.security.http_errors import refusal
@@ -44,11 +45,13 @@ class OperatorViews:
       state: phase of the server.
       profiler: records traces.
       operations: None until the model is loaded.
+      names: whose names the metrics have.
     """
 
     state: ServerState
     profiler: Profiler
     operations: Operations | None = None
+    names: str = OURS
 
     def present(self) -> Operations:
         """Raises UnavailableError until the model is loaded."""
@@ -74,7 +77,9 @@ def ops_routes(views: OperatorViews) -> list[BaseRoute]:
 
     async def metrics(request: Request) -> Response:
         try:
-            registry = views.present().registry
+            operations = views.present()
+            await operations.look()
+            registry = named(operations.registry, views.names)
         except UnavailableError as error:
             return _refused(error)
         encode, kind = choose_encoder(request.headers.get("accept", ""))

@@ -4,6 +4,7 @@ import concurrent.futures
 from collections.abc import Callable
 from typing import Any, cast
 
+from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.request import Request
 from nitsum_jax.runtime.backend import ServingEngine
 from nitsum_jax.runtime.callers import current_caller
@@ -14,8 +15,11 @@ from nitsum_jax.server.security.errors import DeniedError
 class _AccessCheckedEngine:
     """A ServingEngine; what is not written here is that of the engine behind it."""
 
-    def __init__(self, engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None]) -> None:
+    def __init__(
+        self, engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None], tiers: TierSet
+    ) -> None:
         self._engine = engine
+        self._tiers = tiers
         self._layout_log = layout_log
         self._stopped = stopped
 
@@ -26,7 +30,7 @@ class _AccessCheckedEngine:
         """As the engine's, for the tiers that the caller may use.
 
         Raises:
-          DeniedError: its key does not name the tier.
+          DeniedError: its key does not name the tier, or the request names tighter targets than those of the tier.
           NitsumError: what the engine raises.
         """
         caller = current_caller()
@@ -35,7 +39,19 @@ class _AccessCheckedEngine:
                 f"the API key {caller.client!r} may not use the tier {request.tier!r}: "
                 f"ask for {' or '.join(caller.tiers) or 'another key'}"
             )
+        if caller.tiers is not None and self._tighter(request):
+            raise DeniedError(
+                f"the API key {caller.client!r} is for certain tiers, so its requests may not name tighter targets "
+                f"than those of the tier {request.tier!r}: leave ttft_ms and tpot_ms out, or ask for another key"
+            )
         self._engine.submit(request)
+
+    def _tighter(self, request: Request) -> bool:
+        if request.tier not in self._tiers:  # the engine says so
+            return False
+        tier = self._tiers.get(request.tier)
+        own = tier.with_targets(request.ttft_ms, request.tpot_ms)
+        return own.ttft_ms < tier.ttft_ms or own.tpot_ms < tier.tpot_ms
 
     def cancel(self, request_id: str) -> None:
         """As the engine's. A front end that cancels a request which it still reads has all it wants: no abort."""
@@ -85,15 +101,18 @@ class _AccessCheckedEngine:
         self._engine.restore_device(device)
 
 
-def access_checked(engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None]) -> ServingEngine:
+def access_checked(
+    engine: ServingEngine, layout_log: LayoutLog, stopped: Callable[[str], None], tiers: TierSet
+) -> ServingEngine:
     """The engine for front ends. The controller, which decides for itself, uses the engine as it is.
 
     Args:
       engine: behind it.
       layout_log: gets what administrators change.
       stopped: called with the id of every request that is cancelled (`StreamRouter.stopped`).
+      tiers: of the server.
     """
-    return cast(ServingEngine, _AccessCheckedEngine(engine, layout_log, stopped))
+    return cast(ServingEngine, _AccessCheckedEngine(engine, layout_log, stopped, tiers))
 
 
 def _administrator() -> str:

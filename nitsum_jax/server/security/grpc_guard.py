@@ -10,6 +10,7 @@ import grpc.aio
 
 from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.runtime.callers import sane_id
+from nitsum_jax.server.gateway import fairness_id, header_pairs
 from nitsum_jax.server.grpc.status import status_of
 from nitsum_jax.server.security.errors import RateLimitedError, UnauthenticatedError
 from nitsum_jax.server.security.guard import Guard, Need
@@ -80,6 +81,7 @@ class GrpcGuard(grpc.aio.ServerInterceptor):
             _host(context.peer()),
             _text(metadata.get("traceparent")) or "",
             sane_id(_text(metadata.get("x-request-id"))),
+            fairness_id(header_pairs(context.invocation_metadata())),
         )
         try:
             admission.__enter__()

@@ -52,11 +52,14 @@ class AccessPolicy:
       admin: whether this port offers administration at all.
       streams_per_client: most outputs at a time for one address, where there are no keys, or of one key that
         has no limit of its own; None: no limit.
+      behind_gateway: whether the fairness id that comes along tells clients of one address apart. Only a gateway can be
+        trusted with that: anybody else could name a new one for each call.
     """
 
     keys: KeyRing | None = None
     admin: bool = False
     streams_per_client: int | None = None
+    behind_gateway: bool = False
 
 
 class Guard:
@@ -82,7 +85,13 @@ class Guard:
 
     @contextlib.contextmanager
     def admit(
-        self, need: Need, authorization: str | None, address: str, traceparent: str = "", call_id: str = ""
+        self,
+        need: Need,
+        authorization: str | None,
+        address: str,
+        traceparent: str = "",
+        call_id: str = "",
+        fairness_id: str = "",
     ) -> Iterator[Caller]:
         """Lets a call in for the body, as the current caller's, or refuses it.
 
@@ -92,6 +101,7 @@ class Guard:
           address: of the client, for limits and log.
           traceparent: W3C trace context that came along.
           call_id: what the client, or a proxy, calls the call.
+          fairness_id: whom a gateway says the call is for.
 
         Raises:
           UnauthenticatedError: no valid key.
@@ -101,7 +111,8 @@ class Guard:
         try:
             key = self._authenticate(need, authorization)
             self._authorize(need, key)
-            held = self._hold(need, key, address)
+            named = self.policy.behind_gateway and fairness_id
+            held = self._hold(need, key, f"the fairness id {fairness_id!r}" if named else address)
             place = held.__enter__()
         except NitsumError as error:
             self._refused(address, error)
@@ -120,7 +131,13 @@ class Guard:
         with contextlib.ExitStack() as stack:
             stack.push(held)
             caller = Caller(
-                name, tiers, admin, traceparent if len(traceparent) <= _LONGEST_HEADER else "", call_id, more
+                name,
+                tiers,
+                admin,
+                traceparent if len(traceparent) <= _LONGEST_HEADER else "",
+                call_id,
+                fairness_id,
+                more,
             )
             stack.enter_context(calling(caller))
             yield caller
@@ -151,12 +168,12 @@ class Guard:
             raise DeniedError(f"the API key {key.name!r} has the role {key.role}, which may not do this")
 
     def _hold(
-        self, need: Need, key: ApiKey | None, address: str
+        self, need: Need, key: ApiKey | None, client: str
     ) -> contextlib.AbstractContextManager[OutputSlot | None]:
         if need is not Need.GENERATE:
             return contextlib.nullcontext()
         if key is None:
-            return self._limits.use(address, None, self.policy.streams_per_client)
+            return self._limits.use(client, None, self.policy.streams_per_client)
         concurrent = key.concurrent if key.concurrent is not None else self.policy.streams_per_client
         return self._limits.use(f"the API key {key.name!r}", key.requests_per_minute, concurrent)
 

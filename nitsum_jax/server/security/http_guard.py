@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nitsum_jax.errors import NitsumError
+from nitsum_jax.server.gateway import fairness_id
 from nitsum_jax.server.security.guard import Guard, Need
 from nitsum_jax.server.security.http_errors import refusal
 
@@ -47,6 +48,7 @@ class HttpGuard:
             "an unknown client" if client is None else str(client[0]),
             _header(scope, b"traceparent") or "",
             scope.get("state", {}).get("request_id", ""),
+            fairness_id(scope["headers"]),
         )
         try:
             admission.__enter__()

@@ -9,7 +9,7 @@ from benchmarks.engine.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.runtime.startup import compile_cache
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden.tiny_models import write_hf_folder
+from tests.models.golden.tiny_models import write_hf_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -130,6 +130,18 @@ def test_who_is_sent_back_keeps_its_form(
     assert all(re.fullmatch("(ab|12){60}", text(answer)) for answer in answers), [a.error for a in answers]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["goes on", "says all again"])
+def test_an_output_that_another_engine_began_keeps_its_form(
+    harness: Harness, compiler: FormCompiler, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr(harness.engine._running, "_deterministic", again)
+    form = compiler.compile(forms.regex("(ab|12){30}"))
+    (whole,) = harness.collect([submit(harness, form, 3)])
+    (rest,) = harness.collect([submit(harness, form, 3, generated=whole.tokens[:20])])
+    assert re.fullmatch("(ab|12){30}", text(whole))
+    assert rest.tokens == whole.tokens[20:]
+
+
 def test_given_tokens_are_said_with_how_likely_they_were(harness: Harness) -> None:
     prompt, given = [5, 6, 7], (8, EOS, 9, 10)  # a stop token among them ends nothing
     (whole,) = harness.collect([harness.submit(prompt[:1], 6, forced_ids=(*prompt[1:], *given), logprobs=2)])

@@ -23,7 +23,7 @@ from nitsum_jax.models.loading import open_model
 from tests.engine.quick import compiling_quickly
 from tests.engine.reference import decoder_logits, tiny_params
 from tests.engine.rig import Outcome, Row, StepRig
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 # Lengths on both sides of a page (16) and of a chunk of the attention (128), and two chunks.
 CONTEXTS = (0, 127, 128, 129, 15, 16, 300, 255, 256, 1, 64, 200, 17, 130, 5, 99)

@@ -13,7 +13,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder, rms_norm
 from nitsum_jax.models.layers.reduction import Ranks
 from tests.engine.reference import causal_attend, decoder_logits, split_decoder, tiny_config, tiny_params
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 
 GOLDEN = Path(tiny_models.__file__).with_name("tiny_logits.npz")
 # Logits spread over about -8 to 8; what is allowed is a few roundings of float32.

@@ -1,4 +1,4 @@
-"""Chat templates against transformers: small templates with the habits of the published ones (see tests/golden)."""
+"""Chat templates against transformers: small templates with the habits of the published ones."""
 
 import json
 import pathlib
@@ -12,9 +12,9 @@ from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.chat_content import Form, probe
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.chat_sandbox import TooMuchError
-from tests.golden.chat_templates import PARTS_TALK, TALKS, TEMPLATES
+from tests.models.golden.chat_templates import PARTS_TALK, TALKS, TEMPLATES
 
-_FILE = pathlib.Path(__file__).parents[2] / "golden" / "chat_templates.json"
+_FILE = pathlib.Path(__file__).parents[1] / "golden" / "chat_templates.json"
 FOUND: dict[str, dict[str, dict[str, str]]] = json.loads(_FILE.read_text(encoding="utf-8"))["found"]
 
 

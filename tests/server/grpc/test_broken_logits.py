@@ -24,7 +24,7 @@ from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.launch.ports import ServerPorts
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.engine.quick import quick_compiles  # noqa: F401
-from tests.golden import tiny_models
+from tests.models.golden import tiny_models
 from tests.server.harness import refusal
 from tests.server.operations.test_metrics import of
 

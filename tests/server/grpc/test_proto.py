@@ -29,6 +29,8 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "return_prompt_ids": 10,
         "min_tokens": 11,
         "logprobs": 12,
+        "ttft_ms": 20,
+        "tpot_ms": 21,
     }
     assert numbers["SamplingParams"] == {
         "temperature": 1,

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import grpc.aio
 
+from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.runtime.records import ServedRequest
@@ -58,7 +59,11 @@ class Open:
 
 @contextlib.asynccontextmanager
 async def opened(
-    options: OpsOptions, script: Script = echo, host: str = "127.0.0.1", **engine_options: Any
+    options: OpsOptions,
+    script: Script = echo,
+    host: str = "127.0.0.1",
+    forecasts: Callable[[], Sequence[TierForecast]] | None = None,
+    **engine_options: Any,
 ) -> AsyncIterator[Open]:
     """As nitsum-serve does it, around a fake engine."""
     ports = ServerPorts(options, DEFAULT_TIERS, host)
@@ -72,7 +77,7 @@ async def opened(
     router = StreamRouter(asyncio.get_running_loop())
     engine = FakeEngine(router.sink, script, admitted=router.admitted, **engine_options)
     try:
-        backend = ports.open(engine, served_model(), router)
+        backend = ports.open(engine, served_model(), router, forecasts=forecasts)
         await server.serve(backend)
         await ports.serve(backend)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

@@ -11,7 +11,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from nitsum_jax.runtime.callers import current_caller
+from nitsum_jax.control.tiers import DEFAULT_TIERS
+from nitsum_jax.engine.request import Request
+from nitsum_jax.runtime.callers import Caller, calling, current_caller
 from nitsum_jax.runtime.control.layout_log import LayoutLog
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.proto import (
@@ -340,7 +342,7 @@ def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
     """A front end that forgot its guard cannot change the cell."""
     engine = FakeEngine(lambda deltas: None, echo)
     try:
-        front = access_checked(engine, LayoutLog(), lambda request_id: None)
+        front = access_checked(engine, LayoutLog(), lambda request_id: None, DEFAULT_TIERS)
         with pytest.raises(DeniedError):
             front.set_layout("tp4")
         with pytest.raises(DeniedError):
@@ -350,6 +352,33 @@ def test_the_engine_behind_the_front_ends_trusts_nobody() -> None:
         with pytest.raises(DeniedError):
             front.restore_device(1)
         assert front.tier_names == engine.tier_names
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("tiers", "ttft_ms", "tpot_ms", "allowed"),
+    [
+        (("batch",), None, None, True),
+        (("batch",), 90_000.0, 2_000.0, True),  # slower than the tier
+        (("batch",), 100.0, None, False),
+        (("batch",), None, 10.0, False),
+        (None, 100.0, 10.0, True),
+    ],
+)
+def test_a_key_for_certain_tiers_cannot_name_tighter_targets(
+    tiers: tuple[str, ...] | None, ttft_ms: float | None, tpot_ms: float | None, allowed: bool
+) -> None:
+    engine = FakeEngine(lambda deltas: None, echo)
+    try:
+        front = access_checked(engine, LayoutLog(), lambda request_id: None, DEFAULT_TIERS)
+        request = Request("r", (1, 2), 3, tier="batch", ttft_ms=ttft_ms, tpot_ms=tpot_ms)
+        with calling(Caller("a key", tiers)):
+            if allowed:
+                front.submit(request)
+            else:
+                with pytest.raises(DeniedError, match="tighter"):
+                    front.submit(request)
     finally:
         engine.close()
 

@@ -14,7 +14,7 @@ from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
 from nitsum_jax.server.http.body import read_object
 from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
-from nitsum_jax.server.http.openai.plan import RequestPlan, plan_chat, plan_completion
+from nitsum_jax.server.http.openai.plan import RequestPlan, for_gateway, plan_chat, plan_completion
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
 from nitsum_jax.server.http.openai.shapes import DONE, AnswerShape, ChatShape, CompletionShape, StreamedUsage, Whole
 from nitsum_jax.server.state import ServerState
@@ -43,7 +43,7 @@ class Endpoint(Generic[_Request]):
         self._state.admitting()
         request = await read_object(scope, receive, self._checked)
         backend = self._state.admitting()  # it may have begun to drain meanwhile
-        plan = await self.plan(request, backend)
+        plan = for_gateway(await self.plan(request, backend), scope["headers"], backend.engine.tier_names)
         shape = self.shape(request, plan, backend)
         backend = self._state.admitting()
         with Outputs(plan.calls, backend, arrival_s) as outputs:

@@ -20,6 +20,7 @@ from nitsum_jax.runtime.calls import (
     encode,
     make_call,
 )
+from nitsum_jax.server.gateway import HeaderPairs, gateway_headers
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import Echo
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
@@ -69,6 +70,20 @@ class RequestPlan:
           of_outputs: tokens that the cache had for each call.
         """
         return sum(min(of_outputs[first : first + self.outputs]) for first in range(0, len(of_outputs), self.outputs))
+
+
+def for_gateway(plan: RequestPlan, headers: HeaderPairs, tiers: Sequence[str]) -> RequestPlan:
+    """The plan with what the headers of a gateway ask for (see server.gateway).
+
+    Raises:
+      InvalidInputError: a header is wrong.
+    """
+    asked = gateway_headers(headers)
+    tier = asked.tier(tiers) if plan.told_tier == "default" else None
+    calls = [asked.applied(call, tier) for call in plan.calls]
+    if tier is None:
+        return dataclasses.replace(plan, calls=calls)
+    return dataclasses.replace(plan, calls=calls, tier=tier, told_tier=tier)
 
 
 async def plan_completion(request: CompletionRequest, backend: Backend) -> RequestPlan:

@@ -1,15 +1,16 @@
 """Metrics of the cell: what is read from the engine at each scrape, and what switches and decisions did."""
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.runtime.backend import ServingEngine
+from nitsum_jax.runtime.backend import ServingEngine, ServingStats
 from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.server.operations.metrics import buckets
@@ -61,6 +62,7 @@ class CellCollector(Collector):
         self._open_records = open_records
         self._clock = clock
         self._ended_tokens: Tally[str] = Tally()
+        self.forecasts: Sequence[TierForecast] = ()
 
     def ended(self, record: ServedRequest) -> None:
         """Keeps the tokens of a request that is open no more."""
@@ -74,6 +76,7 @@ class CellCollector(Collector):
         """All families, with the values of now."""
         yield from self._requests()
         yield from self._lately()
+        yield from self._predicted()
         yield from self._cell()
 
     def _requests(self) -> Iterator[Metric]:
@@ -117,8 +120,43 @@ class CellCollector(Collector):
             target.add_metric((self._model, tier.name, "tpot"), tier.tpot_ms / 1e3)
         yield from (attainment, goodput, target)
 
+    def _predicted(self) -> Iterator[Metric]:
+        labels = ("model_name", "tier")
+        ttft = GaugeMetricFamily(
+            "nitsum_predicted_ttft_seconds",
+            "Time to the first token that a usual request of the tier would get if it came now.",
+            labels=labels,
+        )
+        tpot = GaugeMetricFamily(
+            "nitsum_predicted_tpot_seconds", "Time per output token that it would get.", labels=labels
+        )
+        for forecast in self.forecasts:
+            ttft.add_metric((self._model, forecast.tier), forecast.ttft_s)
+            tpot.add_metric((self._model, forecast.tier), forecast.tpot_s)
+        yield from (ttft, tpot)
+
+    def _for_gateways(self, stats: ServingStats) -> Iterator[Metric]:
+        """What an endpoint picker reads: one series each, of all tiers together."""
+        for name, what, value in (
+            ("total_queued_requests", "Requests that no instance has taken, of all tiers.", stats.waiting),
+            ("total_running_requests", "Requests that an instance works on, of all tiers.", stats.running),
+        ):
+            family = GaugeMetricFamily(f"nitsum_{name}", what, labels=("model_name",))
+            family.add_metric((self._model,), value)
+            yield family
+        size = getattr(stats, "page_size", 0)
+        if size:
+            config = GaugeMetricFamily(
+                "nitsum_cache_config_info",
+                "Tokens of a KV block, and how many blocks of a whole page there are; always 1.",
+                labels=("model_name", "block_size", "num_gpu_blocks"),
+            )
+            config.add_metric((self._model, str(size), str(getattr(stats, "pages_total", 0))), 1)
+            yield config
+
     def _cell(self) -> Iterator[Metric]:
         stats = self._engine.stats()
+        yield from self._for_gateways(stats)
         used = GaugeMetricFamily("nitsum_kv_cache_usage_perc", "KV blocks in use, 0 to 1.", labels=("model_name",))
         used.add_metric((self._model,), 1 - stats.blocks_free / stats.blocks_total if stats.blocks_total else 0.0)
         yield used

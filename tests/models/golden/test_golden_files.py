@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.tokenizer import Tokenizer
-from tests.golden import smollm2_prompts, tiny_models
+from tests.models.golden import smollm2_prompts, tiny_models
 
 HERE = Path(__file__).parent
 

@@ -4,7 +4,7 @@ Needs transformers and jinja2, and no torch:
 
     python -m venv chat-env
     chat-env/bin/pip install transformers==5.24.0 jinja2==3.1.6
-    PYTHONPATH=. chat-env/bin/python tests/golden/make_chat_templates.py
+    PYTHONPATH=. chat-env/bin/python tests/models/golden/make_chat_templates.py
 """
 
 import json
@@ -15,7 +15,7 @@ import jinja2
 import transformers
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tests.golden.chat_templates import PARTS_TALK, READ_EITHER, READ_PARTS, TALKS, TEMPLATES
+from tests.models.golden.chat_templates import PARTS_TALK, READ_EITHER, READ_PARTS, TALKS, TEMPLATES
 
 FILE = pathlib.Path(__file__).with_name("chat_templates.json")
 

@@ -17,10 +17,10 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from tests.golden import smollm2_prompts, tiny_models  # noqa: E402  found through the line above
+from tests.models.golden import smollm2_prompts, tiny_models  # noqa: E402  found through the line above
 
 HERE = Path(__file__).resolve().parent
 NUM_STEPS = 48

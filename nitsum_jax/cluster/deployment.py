@@ -1,0 +1,129 @@
+"""Cells as replicas of a Ray Serve deployment."""
+
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+
+from nitsum_jax.cluster.flags import ClusterOptions
+from nitsum_jax.cluster.messages import CellEvents, CellFacts
+from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
+from nitsum_jax.engine.request import Request
+from nitsum_jax.errors import NitsumError, one_line
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.switching.switch import SwitchReport
+
+CELL = "Cell"
+FAILED = "nitsum-cell cannot start: "
+"""Stands before the line that says why, in what Ray passes on of it."""
+
+_UNLIMITED = 100_000  # calls at once; the engine's queue is what is limited
+_LEAVE_S = 30.0
+
+
+class CellReplica:
+    """One cell: `host.CellHost` in a process that Ray keeps.
+
+    Every method but those for Serve itself begins with the name of the cell, by which calls find their replica.
+    """
+
+    # ruff: noqa: D102
+    def __init__(self, argv: Sequence[str], report_s: float) -> None:
+        # Here rather than at the top: Serve's controller imports this module, and has no use for JAX.
+        from nitsum_jax.cluster.host import CellHost
+        from nitsum_jax.server.launch.flags import read_options
+        from nitsum_jax.server.operations import logs
+
+        try:
+            options = read_options(argv)
+            logs.configure(options.log_level, options.ops.log_format)
+            self._host = CellHost(serve.get_replica_context().replica_id.unique_id, options, report_s)
+        except NitsumError as error:
+            raise RuntimeError(f"{FAILED}{one_line(str(error))}") from None
+
+    async def facts(self, _cell: str) -> CellFacts:
+        return await self._host.facts()
+
+    async def events(self, _cell: str, door: str) -> AsyncIterator[CellEvents]:
+        async for events in self._host.events(door):
+            yield events
+
+    async def submit(self, _cell: str, door: str, request: Request, left_s: float | None) -> NitsumError | None:
+        return await self._host.submit(door, request, left_s)
+
+    async def cancel(self, _cell: str, ids: Sequence[str]) -> None:
+        await self._host.cancel(ids)
+
+    async def set_layout(self, _cell: str, layout: str, prepare: bool) -> "SwitchReport":
+        return await self._host.set_layout(layout, prepare)
+
+    async def set_device(self, _cell: str, device: int, lost: bool) -> None:
+        await self._host.set_device(device, lost)
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """For calls that name no cell."""
+        return {"streams": float(self._host.streams)}
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """For `wanted_replicas`."""
+        pressure = self._host.pressure()
+        return {"pressure": pressure.pressure, "attainment": pressure.attainment}
+
+    async def __del__(self) -> None:
+        host = getattr(self, "_host", None)
+        if host is not None:
+            host.close()
+
+
+def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """Serve's autoscaling policy: see `control.routing.scaling`."""
+    measured = context.aggregated_metrics or {}
+    attainment = measured.get("attainment", {})
+    pressures = [CellPressure(value, attainment.get(name, 1.0)) for name, value in measured.get("pressure", {}).items()]
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return cells_wanted(context.target_num_replicas, pressures, least, most), {}
+
+
+def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Application:
+    """The deployment of the cells.
+
+    Args:
+      options: of the cluster.
+      resource: that a cell takes `devices_per_cell` of: "GPU" or "TPU"; None: its devices are emulated.
+    """
+    actor: dict[str, Any] = {"num_cpus": 0}
+    count = options.devices_per_cell or 1
+    if resource == "GPU":
+        actor["num_gpus"] = count
+    elif resource is not None:
+        actor["resources"] = {resource: count}
+    router = RequestRouterConfig(
+        request_router_class="nitsum_jax.cluster.serve_router:CellRequestRouter", request_routing_stats_period_s=1.0
+    )
+    common: dict[str, Any] = {
+        "name": CELL,
+        "max_ongoing_requests": _UNLIMITED,
+        "ray_actor_options": actor,
+        "request_router_config": router,
+        "health_check_period_s": 2.0,
+        "health_check_timeout_s": max(10.0, 2 * options.silent_s),
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "graceful_shutdown_timeout_s": _LEAVE_S,
+    }
+    if options.scales:
+        common["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=options.least,
+            initial_replicas=options.cells,
+            max_replicas=options.most,
+            upscale_delay_s=5.0,
+            downscale_delay_s=60.0,
+            metrics_interval_s=1.0,
+            look_back_period_s=5.0,
+            policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.deployment:wanted_replicas"),
+        )
+    else:
+        common["num_replicas"] = options.cells
+    deployment = serve.deployment(**common)(CellReplica)
+    return deployment.bind(options.cell_argv, options.report_s)

@@ -1,0 +1,220 @@
+"""A cell as its process has it: an engine, and what front doors may ask of it.
+
+It knows no transport.  Deltas of a step travel in one message, and a status goes out a few times a second; it is made
+on the engine's thread, so that an engine that hangs is as silent as a process that does.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import nitsum_jax
+from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellStatus
+from nitsum_jax.control.planning.cell_view import JobView
+from nitsum_jax.control.routing.report import make_report
+from nitsum_jax.control.routing.scaling import CellPressure, pressure_of
+from nitsum_jax.engine.config import prefix_granule
+from nitsum_jax.engine.request import Request, TokenDelta
+from nitsum_jax.errors import NitsumError
+from nitsum_jax.runtime.control.layout_log import LayoutLog
+from nitsum_jax.server.launch.flags import LaunchOptions
+from nitsum_jax.server.launch.main import Loaded, controller_of, load_engine
+
+if TYPE_CHECKING:
+    from nitsum_jax.engine.switching.switch import SwitchReport
+
+_MOST_PREFIXES = 2048
+_ENDED = 256  # requests whose attainment is told to the autoscaler
+
+
+class CellHost:
+    """One engine for any number of front doors; its methods run on one event loop."""
+
+    def __init__(self, name: str, options: LaunchOptions, report_s: float):
+        """Loads the model; takes as long as that takes.
+
+        Args:
+          name: of the cell.
+          options: of nitsum-serve.
+          report_s: seconds between two statuses.
+
+        Raises:
+          NitsumError: model, devices, layout or memory do not fit.
+        """
+        self._name = name
+        self._report_s = report_s
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._doors: dict[str, asyncio.Queue[CellEvents]] = {}
+        self._door_of: dict[str, str] = {}
+        self._met: collections.deque[bool] = collections.deque(maxlen=_ENDED)
+        self._status: CellStatus | None = None
+        loaded: Loaded = load_engine(options, self._sink, self._admitted)
+        assert loaded.scheduled is not None
+        self._engine, self._scheduled = loaded.scheduled.engine, loaded.scheduled
+        self._model = loaded.model.name
+        self._scheduled.scheduling.finished_listeners.append(self._ended)
+        self._control = None
+        make = controller_of(options, self._scheduled)
+        if make is not None:
+            self._control = make(self._engine, LayoutLog())
+            self._control.start()
+
+    async def facts(self) -> CellFacts:
+        """What does not change."""
+        engine = self._engine
+        return CellFacts(
+            nitsum_jax.__version__,
+            self._model,
+            self._scheduled.tiers,
+            engine.device_names,
+            engine.memory_report,
+            engine.allowed_layouts(),
+            prefix_granule(engine.config),
+        )
+
+    async def events(self, door: str) -> AsyncIterator[CellEvents]:
+        """What happens, for one front door, until it stops reading; then its requests end."""
+        self._loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[CellEvents] = asyncio.Queue()
+        self._doors[door] = queue
+        reporting = asyncio.create_task(self._report(queue))
+        try:
+            while True:
+                found = [await queue.get()]
+                while not queue.empty():
+                    found.append(queue.get_nowait())
+                yield _merged(found)
+        finally:
+            reporting.cancel()
+            del self._doors[door]
+            for request_id in [one for one, owner in self._door_of.items() if owner == door]:
+                self._engine.cancel(request_id)
+
+    async def submit(self, door: str, request: Request, left_s: float | None) -> NitsumError | None:
+        """Takes a request of a front door that reads its events; returns why not.
+
+        Args:
+          door: of the front door.
+          request: its deadline is on another clock.
+          left_s: until it is given up; None: never.
+        """
+        if left_s is not None:
+            request = dataclasses.replace(request, deadline_s=time.monotonic() + left_s)
+        self._door_of[request.id] = door
+        try:
+            self._engine.submit(request)
+        except NitsumError as error:
+            del self._door_of[request.id]
+            return error
+        return None
+
+    async def cancel(self, ids: Sequence[str]) -> None:
+        """Ends requests; unknown ids are ignored."""
+        for request_id in ids:
+            self._engine.cancel(request_id)
+
+    async def set_layout(self, layout: str, prepare: bool) -> "SwitchReport":
+        """Changes the layout, or only compiles what it needs."""
+        change = self._engine.prepare_layout if prepare else self._engine.set_layout
+        return await asyncio.wrap_future(change(layout))
+
+    async def set_device(self, device: int, lost: bool) -> None:
+        """Says that a device failed, or is back."""
+        (self._engine.lose_device if lost else self._engine.restore_device)(device)
+
+    def pressure(self) -> CellPressure:
+        """How far it is from missing its targets, for the autoscaler."""
+        met = list(self._met)
+        tiers = () if self._status is None else self._status.report.tiers
+        return pressure_of(self._scheduled.tiers, tiers, met)
+
+    @property
+    def streams(self) -> int:
+        """Requests that are alive."""
+        return len(self._door_of)
+
+    def close(self) -> None:
+        """Ends everything."""
+        if self._control is not None:
+            self._control.close()
+        self._engine.close()
+
+    # ---- on the engine's thread
+
+    def _sink(self, deltas: Sequence[TokenDelta]) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                self._loop.call_soon_threadsafe(self._dispatch, tuple(deltas))
+
+    def _admitted(self, request_id: str, now_s: float) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._tell_admitted, request_id)
+
+    def _ended(self, now_s: float, job: JobView) -> None:
+        self._met.append(job.met)
+
+    def _look(self) -> CellStatus:
+        engine, scheduling = self._engine, self._scheduled.scheduling
+        prefixes = engine.cell.prefixes
+        held = frozenset() if prefixes is None else prefixes.latest_keys(_MOST_PREFIXES)
+        report = make_report(
+            self._name, scheduling.scheduler, scheduling.workers(), scheduling.now_s(), prefixes=held
+        ).scaled(scheduling.time_scale)
+        return CellStatus(
+            report,
+            engine.request_limits(),
+            engine.stats(),
+            str(engine.layout()),
+            engine.ready_layouts(),
+            engine.loads(),
+            engine.compiling(),
+            engine.lost_devices(),
+        )
+
+    # ---- on the event loop
+
+    async def _report(self, queue: asyncio.Queue[CellEvents]) -> None:
+        while True:
+            self._status = await asyncio.wrap_future(self._engine.ask(self._look))
+            queue.put_nowait(CellEvents(status=self._status))
+            await asyncio.sleep(self._report_s)
+
+    def _dispatch(self, deltas: tuple[TokenDelta, ...]) -> None:
+        by_door: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            door = self._door_of.get(delta.request_id)
+            if door is None:
+                continue
+            by_door.setdefault(door, []).append(delta)
+            if delta.finish_reason is not None:
+                del self._door_of[delta.request_id]
+        for door, found in by_door.items():
+            self._put(door, CellEvents(deltas=tuple(found)))
+
+    def _tell_admitted(self, request_id: str) -> None:
+        door = self._door_of.get(request_id)
+        if door is not None:
+            self._put(door, CellEvents(admitted=(request_id,)))
+
+    def _put(self, door: str, events: CellEvents) -> None:
+        queue = self._doors.get(door)
+        if queue is not None:
+            queue.put_nowait(events)
+
+
+def _merged(found: Sequence[CellEvents]) -> CellEvents:
+    if len(found) == 1:
+        return found[0]
+    deltas: list[Any] = []
+    admitted: list[str] = []
+    status = None
+    for one in found:
+        deltas += one.deltas
+        admitted += one.admitted
+        status = one.status or status
+    return CellEvents(tuple(deltas), tuple(admitted), status)

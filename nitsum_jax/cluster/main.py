@@ -1,0 +1,97 @@
+"""nitsum-cluster: cells on Ray behind the front door of nitsum-serve."""
+
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from nitsum_jax.cluster import flags
+from nitsum_jax.cluster.flags import ClusterOptions
+from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.server import cli
+from nitsum_jax.server.launch import main as server
+from nitsum_jax.server.launch.flags import LaunchOptions
+from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, tiers_of
+
+if TYPE_CHECKING:
+    from nitsum_jax.cluster.front import ClusterEngine
+    from nitsum_jax.cluster.ray_cluster import Deployed
+
+_NAME = "nitsum-cluster"
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    server.leave(main(sys.argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the cluster until a signal ends it, and returns the exit status."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every process that Ray starts
+    try:
+        options = flags.read(argv)
+        from nitsum_jax.cluster.ray_cluster import require_ray
+
+        require_ray()
+    except cli.HelpRequested as request:
+        cli.out(str(request))
+        return cli.EXIT_OK
+    except NitsumError as error:
+        cli.err(f"{_NAME}: {one_line(str(error))}")
+        return cli.EXIT_USAGE
+    return server.main(options.cell_argv, functools.partial(load_cluster, options), name=_NAME)
+
+
+def load_cluster(options: ClusterOptions, launch: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
+    """Deploys the cells and waits until they serve.
+
+    Args:
+      options: of the cluster.
+      launch: of the front door.
+      sink: takes the deltas.
+      admitted: called with every request that an instance takes.
+
+    Raises:
+      NitsumError: no Ray, no room, or a cell that cannot start.
+    """
+    from nitsum_jax.cluster import ray_cluster
+    from nitsum_jax.cluster.front import ClusterEngine
+    from nitsum_jax.models.loading import open_model
+    from nitsum_jax.runtime.startup.served_model import served_model
+
+    # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
+    model = served_model(open_model(launch.model), launch.served_model_name, launch.generation_config)
+    ray_cluster.connect(options)
+    deployed = ray_cluster.Deployed(options)
+    engine = ClusterEngine(
+        model.name,
+        tiers_of(launch),
+        sink,
+        admitted,
+        any_targets=launch.tiers == AUTO,
+        silent_s=options.silent_s,
+        on_close=deployed.close,
+    )
+    try:
+        follow(engine, deployed)
+        deployed.wait(lambda seconds: engine.wait_for_cells(options.cells, seconds), options.start_s)
+    except BaseException:
+        engine.close()
+        raise
+    return Loaded(engine, model, forecasts=engine.forecasts)
+
+
+def follow(engine: "ClusterEngine", deployed: "Deployed") -> None:
+    """Has the engine know the replicas of the deployment, now and from now on."""
+    from nitsum_jax.cluster.directory import DIRECTORY
+    from nitsum_jax.cluster.serve_calls import ServeCell
+
+    handle = deployed.handle
+    if not handle.is_initialized:
+        handle._init()
+    DIRECTORY.listen(lambda names: engine.set_cells({name: ServeCell(name, handle) for name in names}))
+
+
+if __name__ == "__main__":
+    run()

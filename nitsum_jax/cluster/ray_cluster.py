@@ -1,0 +1,180 @@
+"""Ray around the cells: started or joined, asked for room, told to deploy, and ended."""
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nitsum_jax.cluster.flags import ClusterOptions
+from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
+
+APP = "nitsum"
+_MISSING = "Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'"
+_JOIN_S = 20.0
+_POLL_S = 0.25
+_LOG = logging.getLogger(__name__)
+
+
+def require_ray() -> None:
+    """Raises PreconditionError if Ray is not installed."""
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError:
+        raise PreconditionError(_MISSING) from None
+
+
+def connect(options: ClusterOptions) -> None:
+    """Joins the Ray cluster, or starts one on the loopback address.
+
+    Raises:
+      PreconditionError: there is no Ray, or no cluster at the address.
+    """
+    require_ray()
+    if not options.ray_usage:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {
+        "namespace": "nitsum",
+        "log_to_driver": options.serve.log_level == "debug",
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
+    }
+    if options.address is None:
+        ray.init(
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=options.ray_dashboard,
+            dashboard_host="127.0.0.1",
+            _node_ip_address="127.0.0.1",
+            **common,
+        )
+        return
+    try:
+        ray.init(address=options.address, **common)
+    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+        raise PreconditionError(
+            f"there is no Ray cluster at --address={options.address} ({one_line(str(error), 160)}): start one with "
+            "ray start --head, or leave the flag out"
+        ) from None
+
+
+def resource_of(options: ClusterOptions, total: Mapping[str, float]) -> str | None:
+    """What a cell takes of the cluster: "GPU", "TPU", or None where its devices are emulated.
+
+    Args:
+      options: of the cluster.
+      total: resources of the cluster.
+
+    Raises:
+      PreconditionError: there are accelerators, but fewer than the cells need.
+    """
+    kind = next((name for name in ("GPU", "TPU") if total.get(name, 0) >= 1), None)
+    if kind is None:
+        return None
+    each, there = options.devices_per_cell or 1, int(total[kind])
+    if options.cells * each > there:
+        raise PreconditionError(
+            f"{options.cells} cells of {each} devices need {options.cells * each} {kind}s, and the cluster has {there}"
+            ": lower --cells or --devices_per_cell, or add nodes"
+        )
+    return kind
+
+
+class Deployed:
+    """The cells of this process's cluster."""
+
+    def __init__(self, options: ClusterOptions) -> None:
+        """Deploys them; see `wait`."""
+        import ray
+        from ray import serve
+
+        from nitsum_jax.cluster.deployment import cell_deployment
+
+        self._options = options
+        self._resource = resource_of(options, ray.cluster_resources())
+        self._make = cell_deployment
+        with _quiet():
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
+        self.deploy(options)
+
+    def deploy(self, options: ClusterOptions) -> None:
+        """Deploys, or changes what is deployed: cells are added, replaced one after the other, or taken away."""
+        from ray import serve
+        from ray.serve.api import RunTarget
+
+        target = RunTarget(self._make(options, self._resource), name=APP, route_prefix=None)
+        with _quiet():
+            (self.handle,) = serve.run_many(
+                [target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
+            )
+
+    def wait(self, ready: Callable[[float], bool], timeout_s: float) -> None:
+        """Waits until the cells serve.
+
+        Args:
+          ready: waits for so many seconds, and says whether they do.
+          timeout_s: most seconds.
+
+        Raises:
+          PreconditionError: a cell cannot start; the line is the cell's.
+          UnavailableError: they did not start in time.
+        """
+        end = time.monotonic() + timeout_s
+        while not ready(_POLL_S):
+            if (why := self.failure()) is not None:
+                raise PreconditionError(f"a cell cannot start: {why}")
+            if time.monotonic() > end:
+                raise UnavailableError(
+                    f"the cells did not start within {timeout_s:g} s: give a longer --start_seconds, or look at the "
+                    "logs of Ray Serve"
+                )
+
+    def failure(self) -> str | None:
+        """Why a cell cannot start, one line; None while none has failed."""
+        from ray import serve
+
+        app = serve.status().applications.get(APP)
+        messages = [] if app is None else [app.message, *(one.message for one in app.deployments.values())]
+        return next((why for text in messages if (why := reason_in(text)) is not None), None)
+
+    def close(self) -> None:
+        """Ends the cells, and Ray if it was started here."""
+        import ray
+        from ray import serve
+
+        with contextlib.suppress(Exception), _quiet():
+            if self._options.address is None:
+                serve.shutdown()
+            else:
+                serve.delete(APP)
+        ray.shutdown()
+
+
+def reason_in(text: str) -> str | None:
+    """The line of a cell that cannot start, in what Serve says of it; None if it says nothing of the kind."""
+    from nitsum_jax.cluster.deployment import FAILED
+
+    found = re.search(rf"{re.escape(FAILED)}([^\n]+)", text or "")
+    if found is not None:
+        return one_line(found[1].replace("\\n", " ").strip())
+    if "failed to start" in (text or ""):
+        last = [line.strip() for line in text.splitlines() if re.match(r"^\s*\w*(Error|Exception)\b", line)]
+        return one_line(last[-1]) if last else None
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Any:
+    """Serve tells its progress at INFO, whatever the log level of this process."""
+    logger = logging.getLogger("ray.serve")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""Which cell of many takes a request, by what the cells report."""

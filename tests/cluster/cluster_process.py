@@ -1,0 +1,85 @@
+"""A nitsum-cluster of two cells of tiny-random in its own process, for tests that have Ray."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+START_S = 240.0
+CELLS = ("--model=tiny-random", "--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--max_batch=16")
+
+
+@dataclasses.dataclass
+class ClusterProcess:
+    """It, once it serves."""
+
+    process: "subprocess.Popen[bytes]"
+    http: str
+    grpc: str
+
+    def cells(self) -> list[int]:
+        """Ids of the processes that hold a cell."""
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        rows = (line.split(None, 1) for line in listed.splitlines())
+        found = [int(pid) for pid, name in rows if name.startswith("ray::ServeReplica:nitsum:Cell")]
+        return sorted(pid for pid in found if self.process.pid in _ancestors(pid))
+
+
+def _ancestors(pid: int) -> set[int]:
+    found = set()
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            break
+        found.add(pid)
+    return found
+
+
+@contextlib.contextmanager
+def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
+    """Starts it, and ends it with all that belongs to it."""
+    command = [sys.executable, "-m", "nitsum_jax.cluster.main", *CELLS, f"--cells={cells}", "--port=0", "--http_port=0"]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    try:
+        text = read_until(process, ("nitsum-generate", "nitsum-cluster:"))
+        ready = re.search(r"is ready on (\S+),", text)
+        assert ready is not None, text
+        web = re.search(r"HTTP: (\S+)/v1", text)
+        assert web is not None, text
+        yield ClusterProcess(process, web[1], ready[1])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait(10)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def environment() -> dict[str, str]:
+    """Of this process, without a proxy."""
+    return {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+
+
+def read_until(process: "subprocess.Popen[bytes]", words: Sequence[str]) -> str:
+    """What it says, up to one of these words."""
+    assert process.stdout is not None
+    said = b""
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        if select.select([process.stdout], [], [], 1.0)[0]:
+            more = os.read(process.stdout.fileno(), 65536)
+            said += more
+            if not more or any(word.encode() in said for word in words):
+                break
+    return said.decode(errors="replace")

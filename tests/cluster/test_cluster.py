@@ -1,0 +1,138 @@
+"""nitsum-cluster on Ray: clients through the front door, and cells that are killed or hang under them."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import grpc.aio
+import openai
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
+from tests.cluster.cluster_process import ClusterProcess, started
+from tests.server.operations.http import fetch
+
+pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")
+
+TOKENS = 160
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[ClusterProcess]:
+    with started("--silent_seconds=3") as process:
+        yield process
+
+
+async def generate(stub: nitsum_pb2_grpc.GenerationServiceStub, number: int) -> tuple[int, ...]:
+    """The tokens of a sampled request, which prompt and seed decide."""
+    message = nitsum_pb2.GenerateRequest(
+        tokens=nitsum_pb2.TokenPrompt(ids=[3 + number, 5, 7, 11]),
+        max_tokens=TOKENS,
+        ignore_eos=True,
+        sampling=nitsum_pb2.SamplingParams(temperature=1.0, seed=number, presence_penalty=0.5),
+        tier="batch",
+    )
+    tokens: list[int] = []
+    finished = False
+    async for answer in stub.Generate(message, timeout=120):
+        tokens += answer.delta.token_ids
+        finished |= answer.WhichOneof("event") == "finished"
+    assert finished
+    return tuple(tokens)
+
+
+async def many(running: ClusterProcess, count: int, disturb: Any = None) -> list[tuple[int, ...]]:
+    """So many requests at once, and what `disturb` does once they stream."""
+    async with grpc.aio.insecure_channel(running.grpc) as channel:
+        stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+        streams = [asyncio.create_task(generate(stub, number)) for number in range(count)]
+        if disturb is not None:
+            before = (await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).stats.tokens_generated
+            async with asyncio.timeout(60):
+                while (await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).stats.tokens_generated < before + 200:
+                    await asyncio.sleep(0.02)
+            assert not any(stream.done() for stream in streams)
+            await asyncio.to_thread(disturb)
+        return await asyncio.gather(*streams)
+
+
+def wait_for_cells(running: ClusterProcess, count: int, timeout_s: float = 120.0) -> None:
+    """Until so many cells are known to the front door."""
+
+    async def instances() -> int:
+        async with grpc.aio.insecure_channel(running.grpc) as channel:
+            stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+            return len((await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).instances)
+
+    end = time.monotonic() + timeout_s
+    while asyncio.run(instances()) != count:
+        assert time.monotonic() < end, f"there are not {count} cells"
+        time.sleep(0.2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(running: ClusterProcess) -> list[tuple[int, ...]]:
+    answers = asyncio.run(many(running, 32))
+    assert all(len(answer) == TOKENS for answer in answers)
+    assert len(set(answers)) == 32
+    return answers
+
+
+def test_the_official_client_is_served(running: ClusterProcess) -> None:
+    client = openai.OpenAI(base_url=f"{running.http}/v1", api_key="none", timeout=60)
+    with client:
+        assert [model.id for model in client.models.list()] == ["tiny-random"]
+        options: dict[str, Any] = {"model": "tiny-random", "prompt": "hello", "max_tokens": 12, "temperature": 0}
+        whole = client.completions.create(**options)
+        streamed = "".join(chunk.choices[0].text for chunk in client.completions.create(**options, stream=True))
+        assert whole.choices[0].text == streamed
+        assert whole.usage is not None
+        assert whole.usage.completion_tokens == 12
+        with pytest.raises(openai.BadRequestError, match="together may have"):
+            client.completions.create(**{**options, "prompt": "a b " * 600})
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(**{**options, "model": "other"})
+
+
+def test_health_metrics_and_layout_are_those_of_all_cells(running: ClusterProcess) -> None:
+    async def scenario() -> None:
+        async with grpc.aio.insecure_channel(running.grpc) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+            layout = await nitsum_pb2_grpc.GenerationServiceStub(channel).GetLayout(nitsum_pb2.GetLayoutRequest())
+        assert layout.layout == "tp1x2"
+        assert len(layout.devices) == 2
+        text = (await fetch(f"{running.http}/metrics")).text
+        assert 'nitsum_predicted_ttft_seconds{model_name="tiny-random",tier="interactive"}' in text
+        assert 'nitsum_total_queued_requests{model_name="tiny-random"} 0.0' in text
+        assert (await fetch(f"{running.http}/readyz")).status == 200
+
+    asyncio.run(scenario())
+
+
+def test_a_cell_that_hangs_is_left_within_its_bound(
+    running: ClusterProcess, undisturbed: list[tuple[int, ...]]
+) -> None:
+    stopped = running.cells()[0]
+
+    def stop() -> None:
+        os.kill(stopped, signal.SIGSTOP)
+
+    begun = time.monotonic()
+    try:
+        assert asyncio.run(many(running, 32, stop)) == undisturbed
+        assert time.monotonic() - begun < 60
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    wait_for_cells(running, 2)
+
+
+def test_a_cell_that_is_killed_loses_nothing(running: ClusterProcess, undisturbed: list[tuple[int, ...]]) -> None:
+    killed = running.cells()[0]
+    assert asyncio.run(many(running, 32, lambda: os.kill(killed, signal.SIGKILL))) == undisturbed
+    wait_for_cells(running, 2)  # Ray starts another
+    assert killed not in running.cells()

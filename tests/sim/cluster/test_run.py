@@ -1,0 +1,90 @@
+"""Cells behind a router, in the simulator."""
+
+import math
+
+import pytest
+
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.plan import homogeneous
+from nitsum_jax.control.routing.routers import ROUTERS
+from nitsum_jax.control.tiers import Tier, TierSet
+from nitsum_jax.sim.cluster.conversations import conversations, key_of
+from nitsum_jax.sim.cluster.run import ClusterSetting, simulate_cluster
+from nitsum_jax.sim.main import main
+from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
+from tests.control.profiles import roofline_profile
+
+TIERS = TierSet((Tier("chat", 500, 25),))
+COST = CostModel(roofline_profile())
+TWO = ("round_robin", "ours")
+
+
+def steady(rate: float, seconds: float = 10.0, prompt: int = 1500) -> Workload:
+    count = int(rate * seconds)
+    lengths = [prompt * (1 + n % 3) for n in range(count)]  # in rounds of three
+    requests = tuple(TraceRequest(n / rate, lengths[n], 40, "chat") for n in range(count))
+    return Workload(requests, "steady", seconds)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_request_is_served_once_whatever_the_router(name: str) -> None:
+    outcome = simulate_cluster(steady(20), TIERS, COST, ClusterSetting(3, homogeneous(1, 1)), ROUTERS[name](0))
+    assert outcome.offered == 200
+    assert outcome.attainment > 0.95
+    assert 1 <= outcome.fullest <= 3
+
+
+def test_two_runs_agree() -> None:
+    setting = ClusterSetting(3, homogeneous(1, 1), report_s=1.0)
+    runs = [simulate_cluster(steady(30), TIERS, COST, setting, ROUTERS["ours"](1)) for _ in range(2)]
+    assert runs[0] == runs[1]
+
+
+def test_ours_finds_room_that_turns_do_not() -> None:
+    # In turn, one cell of three gets all the longest prompts, more than it can compute in time.
+    setting = ClusterSetting(3, homogeneous(1, 1), continued=0.0)
+    workload = steady(20, prompt=2000)
+    turns, ours = (simulate_cluster(workload, TIERS, COST, setting, ROUTERS[name](0)) for name in TWO)
+    assert ours.attainment > turns.attainment + 0.05
+
+
+def test_conversations_go_on_where_their_text_is() -> None:
+    workload = steady(8, seconds=20, prompt=800)
+    setting = ClusterSetting(4, homogeneous(1, 1), continued=0.8)
+    turns, ours = (simulate_cluster(workload, TIERS, COST, setting, ROUTERS[name](0)) for name in TWO)
+    assert ours.held_tokens > 1.5 * turns.held_tokens
+    assert ours.attainment == 1
+
+
+def test_a_conversation_contains_what_was_said_before() -> None:
+    requests = steady(10).requests
+    found = list(conversations(requests, 1.0, 0))
+    assert any(len(prefixes) > 1 for prefixes in found)
+    for number, prefixes in enumerate(found):
+        sizes = [0, *(tokens for tokens, _ in prefixes)]
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] < requests[number].prompt_tokens
+        earlier = {key_of(n): requests[n].prompt_tokens + requests[n].output_tokens for n in range(number)}
+        assert all(earlier[key] == tokens for tokens, key in prefixes)
+    assert not any(conversations(requests, 0.0, 0))
+
+
+def test_the_tool_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--profile=llama-3.1-8b-h100", "--cells=2", "--devices=1", "--policy=tp1", "--seconds=5"]
+    assert main(["nitsum-simulate", *flags, "--router=round_robin,ours"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["router", "---", "round_robin", "ours"]
+    assert all(math.isfinite(float(row.split("|")[3])) for row in rows[2:])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--router=ours"], "--router needs --cells"),
+        (["--cells=2", "--router=best"], "--router=best is not known"),
+        (["--cells=2", "--capacity"], "--cells compares routers"),
+    ],
+)
+def test_wrong_flags_are_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nitsum-simulate", "--profile=llama-3.1-8b-h100", *flags]) == 2
+    assert says in capsys.readouterr().err
