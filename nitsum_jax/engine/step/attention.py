@@ -16,6 +16,7 @@ which make no difference where they are masked.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,7 @@ def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
     return stored.astype(jnp.float32)
 
 
+@jax.jit  # traced once for all layers
 def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values `f32[..., A]` as `paged_attention` and `write_tokens` take them; what is finite stays as it is.
 
@@ -109,12 +111,13 @@ def _size_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)
 
 
+@functools.partial(jax.jit, static_argnames="shape")  # traced once for all layers
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     page_table: jax.Array,
     context: jax.Array,
     shape: PoolShape,
@@ -151,7 +154,7 @@ def paged_attention(
     def fetch(index: jax.Array, which: int) -> jax.Array:
         """Keys (0) or values (1) of chunk `index`: f32[n, tokens, A]."""
         pages = jax.lax.dynamic_slice_in_dim(page_table, index * chunk, chunk, axis=2)
-        rows = pages * jnp.int32(shape.layers * 2) + jnp.int32(layer * 2 + which)
+        rows = pages * jnp.int32(shape.layers * 2) + layer * jnp.int32(2) + jnp.int32(which)
         stored = flat.at[rows].get(mode="promise_in_bounds")
         x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
         if length == 1:
