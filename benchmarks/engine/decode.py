@@ -33,6 +33,7 @@ from benchmarks.engine.bandwidth import read_bandwidth
 from benchmarks.engine.decode_runs import BareRunner, EngineRun, EngineRunner, lead_limit, running
 from benchmarks.engine.decode_table import BARE, ENGINE, LLAMA_CPP, Sample
 from benchmarks.engine.reference import Reference, default_python
+from nitsum_jax.bench.compile.operations import operations
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.models.loading import OpenModel, open_model
@@ -62,6 +63,7 @@ class Options:
     bandwidth_mb: int
     reference_python: str
     cache_dir: str | None
+    explain: bool
     json: str | None
 
 
@@ -92,6 +94,7 @@ def read_options(argv: Sequence[str]) -> Options:
     count("bandwidth_mb", 512, "size of the array whose reading is timed; much more than the caches hold")
     text("reference_python", default_python(), "interpreter with torch and transformers, or llama_cpp; empty: none")
     text("cache_dir", None, "folder for compiled executables, as in nitsum-serve")
+    flags.DEFINE_bool("explain", False, "print the operations of a decode step, and its time per layer", values)
     text("json", None, "file for the results")
     cli.parse(values, argv, __doc__ or "")
     try:
@@ -201,6 +204,8 @@ def run(options: Options) -> dict[str, object]:
         benchmark.run()
         bandwidth = max(before, read_bandwidth(jax.devices()[0], options.bandwidth_mb))
         dtype, weights = engine.engine._cell.program.dtype, benchmark.bare.weight_bytes
+        steps = {batch: operations(benchmark.bare.hlo(batch)) for batch in options.batches} if options.explain else {}
+        layers = benchmark.bare.layers
 
     limit_ms = 1000 * weights / bandwidth
     found = decode_table.rows(benchmark.samples, limit_ms)
@@ -225,6 +230,9 @@ def run(options: Options) -> dict[str, object]:
         low = "  <- below 0.90" if share is not None and share < _WORTH_A_WARNING else ""
         same = f"{benchmark.same_tokens[batch]:.1%} of the bare loop's tokens are the engine's"
         cli.out(f"batch {batch}: {', '.join(parts)} ({same}){low}")
+        if batch in steps:
+            (step_ms,) = (row.step_ms for row in found if (row.batch, row.name) == (batch, BARE))
+            cli.out(f"batch {batch}: {decode_table.explained(steps[batch], layers, step_ms)}")
     return {
         "model": model.name,
         "dtype": dtype,
@@ -235,6 +243,7 @@ def run(options: Options) -> dict[str, object]:
         "bandwidth_bytes_per_s": bandwidth,
         "limit_ms": limit_ms,
         "same_tokens": benchmark.same_tokens,
+        "operations": {batch: dataclasses.asdict(step) for batch, step in steps.items()},
         "rows": [dataclasses.asdict(row) for row in found],
         "samples": [dataclasses.asdict(sample) for sample in benchmark.samples],
     }

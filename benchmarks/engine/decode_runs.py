@@ -170,6 +170,18 @@ class BareRunner:
             if not (untied and name.startswith("embed."))
         )
 
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return self._program.config.num_layers
+
+    def hlo(self, batch: int) -> str:
+        """The optimised HLO of the decode step that serves so many sequences."""
+        return self._executables[self._shape(batch)].as_text() or ""
+
+    def _shape(self, batch: int) -> StepShape:
+        return min(shape for shape in self._executables if shape.is_decode and shape.batch >= batch)
+
     def run(self, prompts: Sequence[Sequence[int]], engine: EngineRun, tokens: int) -> BareRun:
         """Runs the decode phase of an engine's run again."""
         known = [
@@ -181,7 +193,7 @@ class BareRunner:
         state = StepState(self._pool, history)
         for row, sequence in enumerate(known):
             state = self._prefill(row, sequence, tables[row], state)
-        shape = min(s for s in self._executables if s.is_decode and s.batch >= len(prompts))
+        shape = self._shape(len(prompts))
         executable = self._executables[shape]
         inputs = list(self._decode_inputs(shape, list(map(len, known)), tables, tokens))
         masks = jax.device_put(self._program.no_masks(shape), self._everywhere)

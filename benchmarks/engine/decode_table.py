@@ -4,6 +4,8 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
+from nitsum_jax.bench.compile.operations import Operations
+
 ENGINE, BARE, TRANSFORMERS, LLAMA_CPP = "engine", "bare executable", "transformers", "llama.cpp"
 RATIOS = (BARE, TRANSFORMERS, LLAMA_CPP)
 
@@ -112,6 +114,22 @@ def table(found: Sequence[Row]) -> str:
             )
         )
     return align(lines)
+
+
+def explained(found: Operations, layers: int, step_ms: float) -> str:
+    """One line on what a decode step consists of; everything outside the layers is shared out among them.
+
+    Args:
+      found: operations of the step; those in loops over old tokens count once.
+      layers: of the model.
+      step_ms: what a step takes.
+    """
+    looped = sum(found.looped.values())
+    return (
+        f"{found.total} operations a step ({found.fusions} fusions; {looped} in loops over old tokens), "
+        f"{found.total / layers:.1f} operations and {step_ms / layers:.3f} ms a layer, "
+        f"{1000 * step_ms / found.total:.1f} us an operation"
+    )
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:

@@ -16,12 +16,16 @@ which make no difference where they are masked.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from nitsum_jax.engine.step.forms import PoolForm
-from nitsum_jax.models.layers.fixed_sums import computed_once, sum_of_weights
+from nitsum_jax.models.layers.fixed_sums import largest, sum_of_weights
+
+# Of the largest bfloat16 as a float32: more would become an infinity in a bfloat16 pool.
+_LARGEST_BITS = 0x7F7F0000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,23 +94,30 @@ def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
     return stored.astype(jnp.float32)
 
 
+@jax.jit  # traced once for all layers
 def contained(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Keys and values `f32[..., A]` as `paged_attention` and `write_tokens` take them; what is finite stays as it is.
 
     Where a token has an infinity or a NaN in keys or values, its keys become NaN, so that whoever attends to it gets
     NaN, and its values 0.
     """
-    most = jnp.float32(jnp.finfo(jnp.bfloat16).max)  # more would become an infinity in a bfloat16 pool
-    sound = jnp.all((jnp.abs(k) <= most) & (jnp.abs(v) <= most), axis=-1, keepdims=True)
+    # The bits without the sign sort like the size, NaN on top, and integers have one greatest in whatever order.
+    size = jnp.maximum(_size_bits(k), _size_bits(v))
+    sound = (largest(size) <= _LARGEST_BITS)[..., None]
     return jnp.where(sound, k, jnp.float32(jnp.nan)), jnp.where(sound, v, jnp.float32(0))
 
 
+def _size_bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)
+
+
+@functools.partial(jax.jit, static_argnames="shape")  # traced once for all layers
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
     pool: jax.Array,
-    layer: int,
+    layer: int | jax.Array,
     page_table: jax.Array,
     context: jax.Array,
     shape: PoolShape,
@@ -140,35 +151,40 @@ def paged_attention(
         x = x.reshape(whole, *x.shape[3:])
         return jnp.concatenate([x] * copies) if copies > 1 else x
 
-    def fetch(pages: jax.Array, which: int) -> jax.Array:
-        """Keys (0) or values (1) of i32[B, S, pages]: f32[n, tokens, A]."""
-        index = pages * jnp.int32(shape.layers * 2) + jnp.int32(layer * 2 + which)
-        stored = flat.at[index].get(mode="promise_in_bounds")
+    def fetch(index: jax.Array, which: int) -> jax.Array:
+        """Keys (0) or values (1) of chunk `index`: f32[n, tokens, A]."""
+        pages = jax.lax.dynamic_slice_in_dim(page_table, index * chunk, chunk, axis=2)
+        rows = pages * jnp.int32(shape.layers * 2) + layer * jnp.int32(2) + jnp.int32(which)
+        stored = flat.at[rows].get(mode="promise_in_bounds")
         x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
+        if length == 1:
+            new = (k, v)[which].transpose(0, 2, 1, 3, 4)
+            x = jnp.where((positions(index)[None] == context[:, None])[:, None, :, None, None], new, x)
         return merged(x.transpose(0, 1, 3, 2, 4))
+
+    def positions(index: jax.Array) -> jax.Array:
+        return index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
 
     rows = per_group * length
     scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(width**-0.5)
     queries = merged(scaled.transpose(0, 2, 3, 4, 1, 5).reshape(batch, slots, groups, rows, width))
-    new_keys = merged(k.transpose(0, 2, 3, 1, 4))
-    new_values = merged(v.transpose(0, 2, 3, 1, 4))
-
-    # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
-    # A product of single rows would be a sum to XLA, in an order that depends on how many there are: it gets a second
-    # row.
-    least = queries if rows > 1 else jnp.pad(queries, ((0, 0), (0, 1), (0, 0)))
-    scores = jnp.einsum("nra,nua->nru", least, new_keys)[:, :rows]
     if length > 1:
+        # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
+        scores = jnp.einsum("nra,nua->nru", queries, merged(k.transpose(0, 2, 3, 1, 4)))
         seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
         scores = jnp.where(seen, scores, -jnp.inf)
-        top = jnp.max(scores, axis=-1)
+        top = largest(scores)
         weights = exp_nonpositive(scores - top[..., None])
         total = sum_of_weights(weights)
-        out = jnp.einsum("nru,nua->nra", weights, new_values)
-    else:  # a token that sees itself alone has weight 1
-        top = scores[..., 0]
-        total = jnp.where(jnp.isnan(top), top, jnp.float32(1))
-        out = jnp.broadcast_to(new_values, queries.shape)
+        out = jnp.einsum("nru,nua->nra", weights, merged(v.transpose(0, 2, 3, 1, 4)))
+        reach = context
+    else:
+        # A single new token is laid among the old ones, at its place in its chunk: no products of its own.  Every row
+        # sees a token in the first chunk, so that the running maximum is finite from then on.
+        top = jnp.full((whole * copies, rows), -jnp.inf)
+        total = jnp.zeros((whole * copies, rows), jnp.float32)
+        out = jnp.zeros_like(queries)
+        reach = context + jnp.int32(1)
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
@@ -177,23 +193,21 @@ def paged_attention(
     # in its place.
     page = (shape.page_size, groups * width) if shape.form.by_rows else (shape.page_size * groups * width,)
     flat = pool.reshape(shape.blocks * shape.layers * 2, *page)
-    reach = jnp.broadcast_to(context[:, None, None], (batch, slots, groups)).reshape(whole)
+    chunks = (jnp.max(reach) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
+    reach = jnp.broadcast_to(reach[:, None, None], (batch, slots, groups)).reshape(whole)
     reach = jnp.concatenate([reach] * copies)[:, None, None]
 
     def attend_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
-        pages = jax.lax.dynamic_slice_in_dim(page_table, index * chunk, chunk, axis=2)
-        position = index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
-        scores = jnp.einsum("nra,nta->nrt", queries, fetch(pages, 0))
-        scores = jnp.where(position[None, None, :] < reach, scores, -jnp.inf)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        shrink = computed_once(exp_nonpositive(top - new_top))
+        scores = jnp.einsum("nra,nta->nrt", queries, fetch(index, 0))
+        scores = jnp.where(positions(index)[None, None, :] < reach, scores, -jnp.inf)
+        new_top = jnp.maximum(top, largest(scores))
+        shrink = exp_nonpositive(top - new_top)
         weights = exp_nonpositive(scores - new_top[..., None])
         total = total * shrink + sum_of_weights(weights)
-        out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(pages, 1))
+        out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(index, 1))
         return new_top, total, out
 
-    chunks = (jnp.max(context) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
     _, total, out = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, (top, total, out))
     out = (out / total[..., None])[:whole].reshape(batch, slots, groups, per_group, length, width)
     return out.transpose(0, 4, 1, 2, 3, 5).reshape(batch, length, slots, heads, width)

@@ -33,6 +33,8 @@ from nitsum_jax.engine.step.masks import allow
 
 # On a CPU (V=49152) a row with top-p 0.9 takes 0.2 ms from 128 candidates, 0.6 ms searched whole.
 CANDIDATES = 128
+# Smaller vocabularies are searched whole: that takes microseconds, and the narrow path is much code to compile.
+_NARROW_FROM = 16 * CANDIDATES
 
 # What a step says of a row with a logit that is NaN or infinite.
 NO_TOKEN = -1
@@ -90,7 +92,7 @@ def sample(
     steering: jax.Array | None = None,
     masks: jax.Array | None = None,
     *,
-    candidates: int = CANDIDATES,
+    candidates: int | None = None,
 ) -> jax.Array:
     """The next token of every row.
 
@@ -101,32 +103,28 @@ def sample(
         [0, V).  Read only if some row has penalties.
       steering: i32[B, STEERING], see `packing.steering`; None if no row has bias or `stops_from`.
       masks: i32[B, W], see `masks`; None if no row is masked.
-      candidates: size of the narrow path (static); 0 always searches whole rows.
+      candidates: size of the narrow path (static); 0 always searches whole rows; None: as the vocabulary has it.
 
     Returns:
       i32[B], ids in [0, V).
     """
+    narrow = candidates if candidates is not None else CANDIDATES * (logits.shape[1] >= _NARROW_FROM)
     # Under shard_map, branches must agree on what varies over the mesh: give all inputs the type of the logits.  The
     # mask is constant and costs nothing.
     never = jnp.isnan(logits[:, 0]) & False
     params = jax.tree.map(lambda a: jnp.where(never, jnp.zeros_like(a), a), params)
     history = jnp.where(never[:, None], 0, history)
 
-    def anything() -> jax.Array:
-        x = lax.cond(jnp.any(_has_penalty(params)), lambda: penalise(logits, params, history), lambda: logits)
-        if steering is not None:
-            table = jnp.where(never[:, None], 0, steering)
-            x = lax.cond(jnp.any(_is_steered(params)), lambda: steer(x, params, table), lambda: x)
-        if masks is not None:
-            bits = jnp.where(never[:, None], 0, masks)
-            x = lax.cond(jnp.any(params.masked), lambda: allow(x, params.masked, bits), lambda: x)
-        x = _clean(x)
-        greedy = _lowest_argmax(x)
-        return lax.cond(
-            jnp.any(params.temperature > 0), lambda: _draw_where(x, greedy, params, candidates), lambda: greedy
-        )
-
-    return lax.cond(all_greedy(params), lambda: _lowest_argmax(_clean(logits)), anything)
+    x = lax.cond(jnp.any(_has_penalty(params)), lambda: penalise(logits, params, history), lambda: logits)
+    if steering is not None:
+        table = jnp.where(never[:, None], 0, steering)
+        x = lax.cond(jnp.any(_is_steered(params)), lambda: steer(x, params, table), lambda: x)
+    if masks is not None:
+        bits = jnp.where(never[:, None], 0, masks)
+        x = lax.cond(jnp.any(params.masked), lambda: allow(x, params.masked, bits), lambda: x)
+    x = _clean(x)
+    greedy = _lowest_argmax(x)
+    return lax.cond(jnp.any(params.temperature > 0), lambda: _draw_where(x, greedy, params, narrow), lambda: greedy)
 
 
 def all_greedy(params: SamplingArrays) -> jax.Array:

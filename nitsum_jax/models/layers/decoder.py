@@ -192,6 +192,8 @@ class Table(nnx.Module):
         self.table = new.cut(rows, width)
 
 
+# Traced once for all layers; XLA makes one program of it all the same.
+@functools.partial(jax.jit, static_argnames="eps")
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (arXiv 1910.07467), in float32."""
     width = x.shape[-1]

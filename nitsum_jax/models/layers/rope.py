@@ -61,6 +61,7 @@ def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax
     return computed_once(cos), computed_once(sin)
 
 
+@jax.jit  # traced once for all layers
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `x[B, T, ..., A]`, pairing feature i with feature i + A/2."""
     first, second = jnp.split(x, 2, axis=-1)

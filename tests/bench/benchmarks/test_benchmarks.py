@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.engine import compiling, decode, decode_table, matmul_forms, reference_worker, startup
 from benchmarks.engine.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
+from nitsum_jax.bench.compile.operations import Operations
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.runtime.startup import compile_cache
 from tests.engine.quick import quick_compiles  # noqa: F401
@@ -43,6 +44,12 @@ def test_rows_and_table() -> None:
     assert lines[3].split()[-1] == "2.00"
 
 
+def test_a_step_is_explained_by_layer() -> None:
+    line = decode_table.explained(Operations({"fusion": 30, "while": 2}, {"fusion": 8}), layers=2, step_ms=4.0)
+    assert line.startswith("40 operations a step (38 fusions; 8 in loops")
+    assert "20.0 operations and 2.000 ms a layer, 100.0 us an operation" in line
+
+
 def test_engine_and_bare_executable_on_a_tiny_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_hf_folder("llama_gqa_tied", tmp_path / "model")
     result = tmp_path / "result.json"
@@ -59,11 +66,14 @@ def test_engine_and_bare_executable_on_a_tiny_model(tmp_path: pathlib.Path, caps
             "--kv_cache_gib=0.01",
             "--bandwidth_mb=4",
             "--reference_python=",
+            "--explain",
             f"--json={result}",
         ]
     )
-    assert status == 0, capsys.readouterr().err
-    assert "engine / bare executable" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "engine / bare executable" in printed.out
+    assert printed.out.count(" operations a step (") == 2
     found = json.loads(result.read_text())
     assert [(row["batch"], row["name"]) for row in found["rows"]] == [(1, ENGINE), (1, BARE), (3, ENGINE), (3, BARE)]
     assert len(found["samples"]) == 8
