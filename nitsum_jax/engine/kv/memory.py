@@ -38,30 +38,27 @@ class MemoryPlan:
     text: str
 
 
-def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu") -> int:
+def workspace_bytes(
+    config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu", *, fused: bool = False
+) -> int:
     """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling.
 
     For accelerators it is an upper bound of what their compilers say (tests/accelerator): they sample all rows at once,
     and their libraries want memory of their own.
     """
     vocab = cut.vocab * cut.num_vshards
-    rows = max(batch, chunk)
+    rows = batch + chunk if fused else max(batch, chunk)
     widest = cut.d_mlp * 2 + (cut.q_heads + 2 * cut.kv_heads) * config.head_dim
     attention = cut.q_heads * cut.num_vshards * chunk * (chunk + 128)
     sampled = 4 if platform == "cpu" else 8
     if platform == "gpu":  # what the parts of a decode step come to, see paged/triton.py
         per_group = 1 << (cut.q_heads // cut.kv_heads - 1).bit_length()
-        attention = max(
-            attention,
-            batch
-            * cut.num_vshards
-            * cut.kv_heads
-            * MOST_PARTS
-            * max(LEAST_GPU_ROWS, per_group)
-            * (config.head_dim + 2),
+        parts = (
+            batch * cut.num_vshards * cut.kv_heads * MOST_PARTS * max(LEAST_GPU_ROWS, per_group) * (config.head_dim + 2)
         )
+        attention = attention + parts if fused else max(attention, parts)
     return _LIBRARIES.get(platform, 0) + 4 * (
-        sampled * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention
+        sampled * (batch + fused) * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention
     )
 
 
@@ -81,6 +78,7 @@ def plan_memory(
     chunk: int,
     kv_cache_gib: float | None,
     form: PoolForm = PoolForm(),
+    fused: bool = False,
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
@@ -99,11 +97,12 @@ def plan_memory(
       chunk: tokens of the largest prefill step.
       kv_cache_gib: what the user asked for, or None.
       form: of the pool.
+      fused: whether there are steps with both a chunk and a batch.
 
     Raises:
       PreconditionError: weights, workspace and pool do not fit.
     """
-    workspace = workspace_bytes(config, cut, max_batch, chunk, platform)
+    workspace = workspace_bytes(config, cut, max_batch, chunk, platform, fused=fused)
     one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype, form)
     page = one.block_bytes * cut.num_vshards  # all vshards of a page: what TP 1 keeps on one device
     useful = max_batch * one.pages(max_model_len) * page
