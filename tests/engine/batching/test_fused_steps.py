@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nitsum_jax.control.model.cost_model import CostModel
@@ -14,6 +15,7 @@ from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.models.loading import OpenModel
 from tests.control.profiles import roofline_profile
 from tests.engine.harness import Answer, Harness, eventually, tiny_model
+from tests.engine.likelihood import likelihoods
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.runtime.fake_cell import FakeCell
@@ -105,6 +107,14 @@ def test_streams_get_their_tokens_while_a_long_prompt_comes(fused: Harness) -> N
     assert [timing.prefill_tokens for timing in mixed(timings)[-3:]] == [(32,), (32,), (26,)]
     assert all(timing.decode_sequences >= 2 for timing in mixed(timings)[-3:])
     fused.switch("tp1x4")
+
+
+def test_the_likelihood_of_a_text_is_the_same_after_switches_up_to_rounding(fused: Harness) -> None:
+    before = likelihoods(fused)
+    after = likelihoods(fused, ("tp2x2", "tp1x4", "tp2:prefill+tp1x2:decode", "tp1x4"))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-4)
+    broken = likelihoods(fused, ("tp2x2", "tp1x4"), corrupt_at=40)
+    assert np.abs(broken - before).max() > 1e-3
 
 
 def test_a_prompt_may_be_cancelled_and_a_device_lost(fused: Harness) -> None:
