@@ -1,10 +1,14 @@
-"""A server at its own pace beside the simulator, which knows it by a profile measured on the same machine.
+"""A server beside the simulator, which knows it by a profile.
 
     python benchmarks/server/fidelity.py [--model=smollm2-135m] [--devices=2] [--layout=tp2] [--rate=1] [--seconds=60]
+    python benchmarks/server/fidelity.py --pace=llama-3.1-8b-h100 --fused_steps=on [--time_scale=16] [--layout=tp1]
 
 Measures the profile (unless --profile names one), starts a server that holds the layout, plays chats to it, simulates
 the same requests with that profile and layout, and prints both.  Nothing is paced: the figures are of this machine, and
 what else it does meanwhile is in one of them and not in the other.
+
+With --pace the server keeps the pace of a profile instead, with a tiny model and longer chats, and both take prompts
+and decoding as one step or apart: what differs is how engine and simulator schedule.
 """
 
 import argparse
@@ -35,6 +39,8 @@ from nitsum_jax.sim.workloads.workload import Workload
 READY_S = 900.0
 MAX_BATCH = 32
 SHAPE = (f"--max_batch={MAX_BATCH}", "--prefill_chunk=128", "--page_size=16", "--max_model_len=1024")
+PACED_SHAPE = (f"--max_batch={MAX_BATCH}", "--prefill_chunk=256", "--page_size=128", "--max_model_len=4096")
+LONGEST, PACED_LONGEST = (256, 64), (3072, 512)  # prompt and output of a chat, tokens
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +50,11 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--layout", default="tp2", help="one instance: several would share the processor's cores")
     parser.add_argument("--profile", help="file of an earlier run; measured first if not given")
+    parser.add_argument("--pace", help="profile at whose pace the server runs; nothing is measured then")
+    parser.add_argument("--time_scale", type=float, default=16.0, help="with --pace: seconds here for one of its own")
+    parser.add_argument(
+        "--fused_steps", choices=["on", "off"], default="on", help="with --pace: prompts and decoding in one step"
+    )
     parser.add_argument("--rate", type=float, default=1.0, help="chats per second")
     parser.add_argument("--seconds", type=float, default=60.0, help="of the load")
     parser.add_argument("--ttft_ms", type=float, default=1000.0)
@@ -69,8 +80,11 @@ async def live(args: argparse.Namespace, folder: pathlib.Path, workload: Workloa
     file = folder / "tiers.toml"
     file.write_text(tiers_toml(tiers), encoding="utf-8")
     flags = [f"--model={args.model}", f"--devices={args.devices}", f"--layout={args.layout}", f"--tiers={file}"]
+    if args.pace:
+        flags += [f"--pace={args.pace}", f"--time_scale={args.time_scale:g}", f"--fused_steps={args.fused_steps}"]
     # Only this layout: what compiles meanwhile would take the cores.
-    flags += [f"--layouts={args.layout}", "--planner=off", "--max_queue=100000", "--noprefix_cache", *SHAPE]
+    flags += [f"--layouts={args.layout}", "--planner=off", "--max_queue=100000", "--noprefix_cache"]
+    flags += PACED_SHAPE if args.pace else SHAPE
     async with child(flags, folder / "server.log", READY_S) as address, grpc.aio.insecure_channel(address) as channel:
         stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
         await stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout=args.layout, prepare=True))
@@ -100,10 +114,15 @@ def main(argv: list[str] | None = None) -> None:
     args = options(argv)
     folder = pathlib.Path(tempfile.mkdtemp(prefix="nitsum-fidelity-"))
     tiers = TierSet((Tier("chat", args.ttft_ms, args.tpot_ms),))
-    workload = capped(demo_load(args.seconds, 1.0, 1, (DemoPhase("chat", args.rate, 1e-6),)), 256, 64)
+    longest = PACED_LONGEST if args.pace else LONGEST
+    workload = capped(demo_load(args.seconds, 1.0, 1, (DemoPhase("chat", args.rate, 1e-6),)), *longest)
     workload = dataclasses.replace(workload, requests=tuple(r for r in workload.requests if r.tier == "chat"))
-    path = measured(args, folder)
-    setting = Setting(CostModel(load_profile(str(path))), tiers, args.devices)
+    path = args.pace or measured(args, folder)
+    profile = load_profile(str(path))
+    if args.pace:
+        args.model = "tiny-random"
+        profile = dataclasses.replace(profile, mixed_steps=args.fused_steps == "on")
+    setting = Setting(CostModel(profile), tiers, args.devices)
     said = predict(setting, workload, static_policy(setting, args.layout), MAX_BATCH)
     results = asyncio.run(live(args, folder, workload, tiers))
     print(f"{args.model}, {args.layout}, {len(workload.requests)} chats in {args.seconds:g} s; profile: {path}")

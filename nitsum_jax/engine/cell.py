@@ -78,6 +78,7 @@ class Cell:
       tps: degrees of TP that layouts may have; None: all that fit.
       drain: whether a switch begins when the steps in flight are read, not behind them.
       prefixes: shares KV blocks of prompts that begin alike; None: that is off.
+      fused: whether prompts and sequences that decode share steps.
       lost: devices that failed for good; the engine's thread adds to it.
     """
 
@@ -100,6 +101,7 @@ class Cell:
     drain: bool = False
     tps: tuple[int, ...] | None = None
     prefixes: PrefixCache | None = None
+    fused: bool = False
     lost: set[int] = dataclasses.field(default_factory=set)
 
     def group(self, spec: InstanceSpec) -> Group:
@@ -252,7 +254,8 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     max_model_len = _max_model_len(model, config.max_model_len)
     free = free_bytes(devices[0])
     shard_bytes, _ = cut_bytes(model, cut, dtype)
-    workspace = workspace_bytes(model, cut, config.max_batch, min(config.prefill_chunk, max_model_len), platform)
+    chunk = min(config.prefill_chunk, max_model_len)
+    workspace = workspace_bytes(model, cut, config.max_batch, chunk, platform, fused=config.fuses(platform))
     min_tp = 1
     if platform != "cpu" and free is not None:
         while min_tp < vshards and vshards // min_tp * shard_bytes + workspace > _WEIGHT_SHARE * free:
@@ -310,6 +313,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         chunk=min(config.prefill_chunk, site.max_model_len),
         kv_cache_gib=config.kv_cache_gib,
         form=forms.pool,
+        fused=config.fuses(site.platform),
     )
     q_heads = site.cut.q_heads
     most_new = config.prefill_shapes()[-1].tokens
@@ -330,9 +334,10 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
 def _compile(config: EngineConfig, site: _Site, plan: _Placement, on_ready: Callable[[], None]) -> Executables:
     """Begins to compile what the first layout needs."""
     prefill, decode = config.prefill_shapes(), config.decode_shapes()
+    mixed = config.mixed_shapes() if config.fuses(site.platform) else ()
     executables = Executables(
         plan.program,
-        (*prefill, *decode),
+        (*prefill, *decode, *mixed),
         lambda group: site.geometries.of(group).mesh,
         on_ready,
         essential=(prefill[-1], decode[-1]),  # the largest can do the work of all
@@ -388,6 +393,7 @@ def _assemble(config: EngineConfig, site: _Site, plan: _Placement, executables: 
         drain=drain,
         tps=config.tps,
         prefixes=prefixes,
+        fused=config.fuses(site.platform),
     )
     executables.provide(cell.trial_run)
     return cell

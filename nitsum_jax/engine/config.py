@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from nitsum_jax.engine.batching.pacing import Pace
-from nitsum_jax.engine.step.forms import ATTENTIONS
+from nitsum_jax.engine.step.forms import ATTENTIONS, FUSED_STEPS, fuses
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
 
@@ -12,6 +12,9 @@ REDUCTIONS = ("fixed", "fast")
 _DTYPES = ("auto", "float32", "bfloat16")
 _DECODE_BUCKETS = (1, 8, 32, 128)
 _PREFILL_BUCKET = 32
+# Of a mixed step's decoding rows.  Sums over devices want multiples of the largest TP, and more buckets would save
+# little: beside the tokens of a chunk the padding of some rows is not much.
+_BESIDE_BUCKET, _BESIDE_MULTIPLE = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,9 @@ class EngineConfig:
         "auto" (a kernel on accelerators that have one for the model's shapes).
       reduction: how partial results of devices are added up: "fixed" (in one order: the same bits at every TP) or
         "fast" (fewer and smaller messages in bfloat16, no promise about bits).
+      fused_steps: whether a prompt's chunk and the sequences that decode share a step: "on", "off" or "auto" (on
+        accelerators, and in a paced cell if its target does that).  Never in deterministic mode, where all steps of a
+        phase have one shape.
       tps: the TPs that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
       pace: delivers results at the pace of other hardware (see `engine.batching.pacing`); None: without delay.
@@ -70,6 +76,7 @@ class EngineConfig:
     drain_before_switch: bool | None = None
     attention: str = "auto"
     reduction: str = "fixed"
+    fused_steps: str = "auto"
     tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
     pace: Pace | None = None
@@ -85,6 +92,14 @@ class EngineConfig:
         if self.deterministic and self.reduction == "fast":
             raise InvalidInputError(
                 "reduction=fast cannot go with deterministic mode, where no switch may change a token: leave one out"
+            )
+        if self.fused_steps not in FUSED_STEPS:
+            known = ", ".join(FUSED_STEPS)
+            raise InvalidInputError(f"fused_steps={self.fused_steps} is not known: give one of {known}")
+        if self.deterministic and self.fused_steps == "on":
+            raise InvalidInputError(
+                "fused_steps=on cannot go with deterministic mode, where all steps of a phase have one shape: leave "
+                "one out"
             )
         if not 1 <= self.page_size <= 128 or self.page_size & (self.page_size - 1):
             raise InvalidInputError(f"page_size={self.page_size} must be a power of two from 1 to 128")
@@ -120,6 +135,16 @@ class EngineConfig:
         small = not self.deterministic and self.prefill_chunk >= 2 * _PREFILL_BUCKET
         sizes = (_PREFILL_BUCKET, self.prefill_chunk) if small else (self.prefill_chunk,)
         return tuple(StepShape(1, size) for size in sizes)
+
+    def fuses(self, platform: str) -> bool:
+        """Whether there are mixed steps on a platform ("cpu", "gpu", "tpu")."""
+        return not self.deterministic and fuses(platform, self.fused_steps)
+
+    def mixed_shapes(self) -> tuple[StepShape, ...]:
+        """Buckets of mixed steps, where there are any: each of a prefill step with one or two sizes of a batch."""
+        most = -(-self.max_batch // _BESIDE_MULTIPLE) * _BESIDE_MULTIPLE
+        sizes = (_BESIDE_BUCKET, most) if most > _BESIDE_BUCKET else (most,)
+        return tuple(StepShape(1, prefill.tokens, size) for prefill in self.prefill_shapes() for size in sizes)
 
 
 def prefix_granule(config: EngineConfig) -> int | None:

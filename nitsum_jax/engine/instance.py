@@ -83,7 +83,7 @@ class Instance:
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._history: jax.Array | None = None
-        self._no_masks: dict[int, jax.Array] = {}  # by batch; on the devices, so that steps without masks bring none
+        self._no_masks: dict[int, jax.Array] = {}  # by rows; on the devices, so that steps without masks bring none
         self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
         self._on_step = on_step
@@ -286,45 +286,63 @@ class Instance:
                 self._note_shared(sequence)
         left = sequence.target - sequence.cached
         executables = self._executables()
-        buckets = sorted(shape for shape in executables if not shape.is_decode)
+        buckets = sorted(shape for shape in executables if shape.is_prefill)
         count = min(left, buckets[-1].tokens if choice.tokens is None else min(choice.tokens, buckets[-1].tokens))
-        shape = next(shape for shape in buckets if shape.tokens >= count)
         if not make_room(self, sequence, sequence.cached + count):
             return True  # something changed: look again
+        shape, beside = next(shape for shape in buckets if shape.tokens >= count), list[LiveRequest]()
+        mixed = [shape for shape in executables if shape.is_mixed and shape.tokens >= count]
+        if mixed and choice.fused and (choice.tokens is None or count == min(left, choice.tokens)):
+            beside = self._growing(make_room)
+            if sequence.row < 0:
+                return True  # it had to go for one of them
+            shape = min((one for one in mixed if beside and one.beside >= len(beside)), default=shape)
+            beside = beside if shape.is_mixed else []
         packer = self._packer(shape)
         last = count == left
         self._add(packer, sequence, sequence.tokens[sequence.cached : sequence.cached + count], emit=last)
         chunk = Chunk(count, sequence.cached)
         sequence.dispatched(count, emits=last)
+        context = self._add_decoding(packer, beside)
         if last:
             self.prefills.remove(sequence)
-        step = Step(shape, [sequence], [last], chunk=chunk, joined=choice.joined)
+        emits = [last] + [True] * len(beside)
+        step = Step(shape, [sequence, *beside], emits, chunk=chunk, joined=choice.joined, context=context)
         self._start(step, executables[shape], packer)
         self.note_pages(sequence)
         return True
 
     def _dispatch_decode(self, make_room: MakeRoom) -> bool:
-        chosen: list[LiveRequest] = []
         ready = self.decodable()
         if ready and all(sequence.masked for sequence in ready) and self._awaits_more():
             return False
-        for sequence in ready:
-            # Making room may send others back, even some that were chosen.
-            if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
-                chosen.append(sequence)
-        chosen = [sequence for sequence in chosen if sequence.row >= 0]
+        chosen = self._growing(make_room)
         if not chosen:
             return False
         executables = self._executables()
         shape = min(shape for shape in executables if shape.is_decode and shape.batch >= len(chosen))
         packer = self._packer(shape)
+        context = self._add_decoding(packer, chosen)
+        self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
+        return True
+
+    def _growing(self, make_room: MakeRoom) -> list[LiveRequest]:
+        """Those that decode, with room for another token."""
+        chosen: list[LiveRequest] = []
+        for sequence in self.decodable():
+            # Making room may send others back, even some that were chosen.
+            if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
+                chosen.append(sequence)
+        return [sequence for sequence in chosen if sequence.row >= 0]
+
+    def _add_decoding(self, packer: Packer, sequences: list[LiveRequest]) -> int:
+        """Adds rows that decode to a step; returns the tokens of context that they hold together."""
         context = 0
-        for sequence in chosen:
+        for sequence in sequences:
             self._add(packer, sequence, None, emit=True)
             context += sequence.cached
             sequence.dispatched(1, emits=True)
-        self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
-        return True
+        return context
 
     def _awaits_more(self) -> bool:
         """Whether sequences with masks are about to be ready: they cost less in one step than in two in turns."""
@@ -367,10 +385,10 @@ class Instance:
             self._results.put((step, wanted))
 
     def _idle_masks(self, shape: StepShape) -> jax.Array:
-        if shape.batch not in self._no_masks:
+        if shape.rows not in self._no_masks:
             everywhere = NamedSharding(self._mesh, PartitionSpec())
-            self._no_masks[shape.batch] = jax.device_put(self._program.no_masks(shape), everywhere)
-        return self._no_masks[shape.batch]
+            self._no_masks[shape.rows] = jax.device_put(self._program.no_masks(shape), everywhere)
+        return self._no_masks[shape.rows]
 
     def _read(self) -> None:
         while (item := self._results.get()) is not None:

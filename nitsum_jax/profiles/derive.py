@@ -7,6 +7,7 @@ import numpy as np
 
 from nitsum_jax.control.model.profile import Profile, TpProfile
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.meshes.workspace import workspace_bytes
 from nitsum_jax.profiles import smooth
 from nitsum_jax.profiles.kernels import Kernels
 from nitsum_jax.profiles.shapes import BYTES_PER_VALUE, Device, ModelShape
@@ -16,6 +17,8 @@ SOURCE = (
     " kernels, NCCL 2.29), bfloat16; assumed, not measured: host_overhead_s, switch_host_s, device_put_bytes_per_s"
 )
 TPS = (1, 2, 4, 8)
+# Of `small_ops_s`, for each layer and unit of width; within a quarter of the table's rows for all three models.
+_SMALL_EACH_S, _SMALL_SHARED_S = 1.2e-9, 4.3e-9
 
 # Points of the tables, with the last size before and the first after a change of tiles where products have one.
 TOKENS = (
@@ -38,8 +41,12 @@ class Assumptions:
       switch_host_s: the host's part of a layout switch; as this project's engine takes on a CPU (docs/switching.md).
       device_put_bytes_per_s: a general resharding, in which arrays go through the memory of the host: half of what
         PCIe 5.0 x16 does.
-      memory_fraction: share of a device's memory for weights and KV cache; the rest is workspace.
+      small_ops: norms, rotary embedding, activations, sums of partial results and sampling take so many times what the
+        compiler of an H100 makes of them in a decode step of 32 sequences (docs/accelerators.md).
+      memory_fraction: share of a device's memory for weights, KV cache and workspace; the rest is the libraries' own.
       kv_room: a TP is left out where less than this share of that is left for the KV cache.
+      max_batch: sequences, and
+      prefill_chunk: tokens of a prompt in the largest step, for the workspace.
       page_size: tokens in a KV block.
       devices: devices of the cell.
 
@@ -48,23 +55,27 @@ class Assumptions:
     """
 
     host_overhead_s: float = 0.3e-3
+    small_ops: float = 1.0
     switch_host_s: float = 3e-3
     device_put_bytes_per_s: float = 25e9
     memory_fraction: float = 0.9
     kv_room: float = 0.1
     page_size: int = 16
     devices: int = 8
+    max_batch: int = 256
+    prefill_chunk: int = 2048
 
     def __post_init__(self) -> None:
         for name in ("memory_fraction", "kv_room"):
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise InvalidInputError(f"{name}={value!r} must be above 0 and at most 1")
-        for name in ("host_overhead_s", "switch_host_s"):
+        for name in ("host_overhead_s", "switch_host_s", "small_ops"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise InvalidInputError(f"{name}={value!r} must be a number, at least 0")
-        for name, least in (("device_put_bytes_per_s", 1), ("page_size", 1), ("devices", 1)):
+        counts = ("page_size", "devices", "max_batch", "prefill_chunk")
+        for name, least in (("device_put_bytes_per_s", 1), *((name, 1) for name in counts)):
             value = getattr(self, name)
             if not least <= value < math.inf:
                 raise InvalidInputError(f"{name}={value!r} must be a number, at least {least}")
@@ -77,7 +88,7 @@ def derive(model: ModelShape, device: Device, kernels: Kernels, assumptions: Ass
       InvalidInputError: the model fits at no TP, or the tables lack kernels of it.
     """
     tps = {
-        tp: derive_tp(model, tp, kernels, capacity)
+        tp: derive_tp(model, tp, kernels, capacity, assumptions.small_ops)
         for tp in TPS
         if tp <= assumptions.devices and (capacity := kv_capacity(model, tp, device, assumptions)) is not None
     }
@@ -108,16 +119,30 @@ def derive(model: ModelShape, device: Device, kernels: Kernels, assumptions: Ass
 
 def kv_capacity(model: ModelShape, tp: int, device: Device, assumptions: Assumptions) -> int | None:
     """Tokens of KV cache of an instance, whole pages; None where too little memory is left for it."""
+    temporary = workspace_bytes(
+        width=model.D,
+        mlp=model.F // tp,
+        q_heads=model.H // tp,
+        kv_heads=model.kv_heads(tp),
+        head_dim=model.A,
+        vocab=model.V,
+        batch=assumptions.max_batch,
+        chunk=assumptions.prefill_chunk,
+        platform="gpu",
+        fused=True,
+    )
     usable = device.memory_bytes * assumptions.memory_fraction
-    room = usable - model.weight_bytes / tp
+    room = usable - model.weight_bytes / tp - temporary
     if room < usable * assumptions.kv_room:
         return None
     share = model.kv_bytes_per_token * model.kv_heads(tp) / model.G  # bytes of a token on one device
     return int(room / share) // assumptions.page_size * assumptions.page_size
 
 
-def derive_tp(model: ModelShape, tp: int, kernels: Kernels, kv_capacity_tokens: int) -> TpProfile:
-    """Step times of an instance of one TP.
+def derive_tp(
+    model: ModelShape, tp: int, kernels: Kernels, kv_capacity_tokens: int, small_ops: float = 0.0
+) -> TpProfile:
+    """Step times of an instance of one TP; `small_ops` as of `Assumptions`.
 
     Raises:
       InvalidInputError: the tables lack kernels of this TP.
@@ -125,7 +150,7 @@ def derive_tp(model: ModelShape, tp: int, kernels: Kernels, kv_capacity_tokens: 
     heads = (model.H // tp, model.kv_heads(tp), model.A)
     return TpProfile(
         dense=smooth.line(TOKENS, dense_s(model, tp, kernels, TOKENS)),
-        head=smooth.line(ROWS, head_s(model, tp, kernels, ROWS)),
+        head=smooth.line(ROWS, head_s(model, tp, kernels, ROWS) + small_ops * small_ops_s(model, tp)),
         decode_attention=smooth.plane(SEQUENCES, CONTEXT, model.L * kernels.decode(SEQUENCES, CONTEXT, heads)),
         prefill_attention=smooth.plane(
             NEW_TOKENS, CONTEXT_BEFORE, model.L * kernels.prefill_chunk(NEW_TOKENS, CONTEXT_BEFORE, heads)
@@ -145,6 +170,15 @@ def dense_s(model: ModelShape, tp: int, kernels: Kernels, tokens: tuple[int, ...
         + 2 * kernels.all_reduce(np.asarray(tokens) * model.D * BYTES_PER_VALUE, tp)
     )
     return model.L * layer
+
+
+def small_ops_s(model: ModelShape, tp: int) -> float:
+    """Seconds of all that is neither a product nor attention nor a message, in a decode step of 32 sequences.
+
+    By the compiler's figures for an H100, the estimate of a step less its roofline: a part that every device does, and
+    one that the devices of an instance share.  Bytes at the full rate of the memory, no launches.
+    """
+    return model.L * model.D * (_SMALL_EACH_S + _SMALL_SHARED_S / tp)
 
 
 def head_s(model: ModelShape, tp: int, kernels: Kernels, rows: tuple[int, ...]) -> np.ndarray:

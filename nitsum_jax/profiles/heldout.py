@@ -86,11 +86,11 @@ def kernel_errors(tables: Tables) -> list[Errors]:
 
 
 def step_errors(tables: Tables, device: Device) -> list[Errors]:
-    """Errors of whole steps, of profiles from thinned tables; without the host's part, which is no measurement."""
+    """Errors of whole steps, of profiles from thinned tables; without what is no measurement: the host, small ops."""
     full, coarse = Kernels(tables), Kernels(thinned(tables))
     rows = []
     for model in MODELS:
-        profile = derive(model, device, coarse, Assumptions(host_overhead_s=0.0))
+        profile = derive(model, device, coarse, Assumptions(host_overhead_s=0.0, small_ops=0.0))
         cost = CostModel(profile)
         for name, chunk in (("decode step", None), ("step with a chunk of 1024 tokens", 1024)):
             pairs = [

@@ -16,7 +16,7 @@ _COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_plugins.xla_cuda12", "cuda1
 # A weight is larger than any activation that is made of it; the pool is larger than everything else together, and than
 # the scratch memory of a TPU, to which a small one is copied.
 TWO_LAYERS = ModelConfig("two layers", "llama", 2, 1024, 4096, 16, 8, 128, 2048, 8192, dtype="bfloat16")
-DECODE, SINGLE, PREFILL = StepShape(32, 1), StepShape(1, 1), StepShape(1, 32)
+DECODE, SINGLE, PREFILL, MIXED = StepShape(32, 1), StepShape(1, 1), StepShape(1, 32), StepShape(1, 32, 32)
 POOL_TOKENS = 1 << 18
 
 
@@ -33,7 +33,11 @@ class Asked:
     pool_tokens: int = POOL_TOKENS
 
     def __str__(self) -> str:
-        words = [self.target, f"tp{self.tp}", "decode" if self.shape.is_decode else "prefill"]
+        words = [
+            self.target,
+            f"tp{self.tp}",
+            "decode" if self.shape.is_decode else "mixed" if self.shape.is_mixed else "prefill",
+        ]
         words += ["single"] * (self.shape == SINGLE)
         words += [self.dtype] * (self.dtype != "bfloat16") + ["fast"] * self.fast_sums
         words += [self.attention] * (self.attention != "auto")

@@ -9,11 +9,12 @@ from nitsum_jax.bench.compile.rows import exchanged_bytes, layer_kv_bytes, readi
 from nitsum_jax.bench.compile.steps import CompiledStep
 from nitsum_jax.engine.kv.memory import workspace_bytes
 from nitsum_jax.engine.step.forms import AttentionForm
-from tests.accelerator.cases import DECODE, PREFILL, SINGLE, Asked, compiled, skip_without_compiler
+from tests.accelerator.cases import DECODE, MIXED, PREFILL, SINGLE, Asked, compiled, skip_without_compiler
 
 CONTEXT = 512
 ASKED = [
     *(Asked(*one) for one in itertools.product(("v5e:2x4", "v6e:2x4", "h100x8"), (1, 2, 4, 8), (DECODE, PREFILL))),
+    *(Asked(*one) for one in itertools.product(("v5e:2x4", "v6e:2x4", "h100x8"), (1, 8), (MIXED,))),
     *(Asked(target, 1, SINGLE) for target in ("v5e:2x4", "h100x8")),
     Asked("v5e:2x4", 2, DECODE, dtype="float32"),
     Asked("h100x8", 2, DECODE, dtype="float32"),
@@ -66,7 +67,8 @@ def test_devices_exchange_partial_results_and_little_else(step: CompiledStep) ->
 def test_temporary_memory_is_within_the_plan(step: CompiledStep) -> None:
     case = step.case
     platform, shape = case.target.chip.platform, case.shape
-    assert step.temp_bytes <= workspace_bytes(case.config, case.program.cut, shape.batch, shape.tokens, platform)
+    batch, fused = shape.beside or shape.batch, shape.is_mixed
+    assert step.temp_bytes <= workspace_bytes(case.config, case.program.cut, batch, shape.tokens, platform, fused=fused)
 
 
 def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None:
@@ -83,6 +85,7 @@ def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None
         return
     # What a kernel reads is by arithmetic, since the compiler does not know; no loop beside it may read or write.
     kernel = reading(step, CONTEXT)
-    assert len(list(kernel.kernels())) == layers
+    count = layers * len(step.case.shape.parts)
+    assert len(list(kernel.kernels())) == count
     assert kernel.kernel_bytes == once or not step.case.shape.is_decode
-    assert (read, written) == (layers * kernel.kernel_bytes, 0)
+    assert (read, written) == (count * kernel.kernel_bytes, 0)

@@ -224,7 +224,7 @@ def test_flags_are_read() -> None:
 
 def test_the_table_has_a_line_per_step() -> None:
     row = StepEstimate(
-        *("v5e:2x4", "m", "decode", 2, 32, 1, 2048, "fixed", "mosaic"),
+        *("v5e:2x4", "m", "decode", 2, 32, 1, 0, 2048, "fixed", "mosaic"),
         *(1e9, 2e6, 0, 65, 3e6, 3e6, 1e6, 5_000_000, 1e9),
         fits=False,
         link_ms=0.5,
@@ -232,8 +232,13 @@ def test_the_table_has_a_line_per_step() -> None:
         estimate_ms=5.0,
         compile_s=1.0,
     )
-    head, _, _, _, line = table([row], TPU).splitlines()
+    prefill = dataclasses.replace(row, what="prefill", batch=1, tokens=512, estimate_ms=9.0)
+    mixed = dataclasses.replace(prefill, what="mixed", beside=32, estimate_ms=10.0)
+    head, _, _, _, line, _, both = table([row, prefill, mixed], TPU).splitlines()
     assert "m on v5e:2x4, attention mosaic, reduction fixed: estimates of the compiler" in head
     assert line == (
-        "| decode | 2 | 32 x 1 | 2048 | 1.00 | 2.00 | - | 65 | 3.0 | 3.0 / 1.0 | 0.50 | 5 | NO | 4.00 | 5.00 | 1.25 |"
+        "| decode | 2 | 32 x 1 | 2048 | 1.00 | 2.00 | - | 65 | 3.0 | 3.0 / 1.0 | 0.50 | 5 | NO | 4.00 | 5.00 | - "
+        "| 1.25 |"
     )
+    assert both.startswith("| mixed | 2 | 1 x 512 + 32 x 1 | 2048 |")
+    assert both.endswith("| 10.00 | 14.00 | 2.50 |")  # what decode and prefill take apart

@@ -23,7 +23,13 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 class FakeTimer:
     """Buckets whose times are formulas; the largest bucket does not fit behind much context."""
 
-    shapes = (StepShape(1, 1), StepShape(1, 32), StepShape(1, 128), StepShape(8, 1), StepShape(32, 1))
+    shapes: tuple[StepShape, ...] = (
+        StepShape(1, 1),
+        StepShape(1, 32),
+        StepShape(1, 128),
+        StepShape(8, 1),
+        StepShape(32, 1),
+    )
 
     def fits(self, shape: StepShape, context: int) -> bool:
         return context + shape.tokens <= 1152 and (shape.batch < 32 or context <= 512)
@@ -55,6 +61,20 @@ def test_chunks_stand_at_the_ends_of_their_buckets() -> None:
     plane = measure._plane(TIMER, CONTEXTS, decode=False)
     assert plane.rows == (1, 32, 33, 128, 256)
     assert plane.at(100, 300) == pytest.approx(FakeTimer().seconds(StepShape(1, 128), 300), rel=1e-3)
+
+
+def test_what_mixed_steps_save_is_shared() -> None:
+    class Fused(FakeTimer):
+        shapes = (*FakeTimer.shapes, StepShape(1, 32, 32), StepShape(1, 128, 32))
+
+        def seconds(self, shape: StepShape, context: int) -> float:
+            return sum(super(Fused, self).seconds(part, context) for part in shape.parts) - 0.0008 * shape.is_mixed
+
+    timer = cast(StepTimer, Fused())
+    assert measure._shared_s(timer, CONTEXTS) == pytest.approx(0.0008)
+    plane = measure._plane(timer, CONTEXTS, decode=True)
+    assert plane == measure._plane(TIMER, CONTEXTS, decode=True)
+    assert measure._less(plane, 0.0008).at(8, 128) == pytest.approx(plane.at(8, 128) - 0.0008)
 
 
 def test_too_little_room_is_told() -> None:

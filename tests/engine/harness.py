@@ -92,6 +92,11 @@ class Recorder:
         (cached,) = {delta.cached_tokens for delta in list(self._deltas[name])}
         return cached
 
+    def logprobs(self, name: str) -> list[TokenLogprob]:
+        """How likely the tokens of a request were that have come so far."""
+        with self._changed:
+            return [one for delta in self._deltas[name] for one in delta.logprobs]
+
     def finished(self, name: str) -> bool:
         """Whether the last delta of a request has come."""
         deltas = self._deltas[name]

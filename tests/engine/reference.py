@@ -1,5 +1,6 @@
 """What the engine is compared with: the decoder over whole sequences without a cache, and the plainest loop."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
@@ -55,9 +56,19 @@ def tiny_config(variant: str) -> ModelConfig:
     return config_from_hf(tiny_models.VARIANTS[variant], variant)
 
 
-def tiny_params(variant: str, num_vshards: int, dtype: str = "float32") -> tuple[ModelCut, Params]:
-    """A tiny model cut in K vshards: host arrays by parameter name and vshard (None: replicated)."""
+def tiny_params(
+    variant: str, num_vshards: int, dtype: str = "float32", layers: int | None = None
+) -> tuple[ModelCut, Params]:
+    """A tiny model cut in K vshards: host arrays by parameter name and vshard (None: replicated).
+
+    Args:
+      variant: which one.
+      num_vshards: K.
+      dtype: of the matrices.
+      layers: its first ones; None: all.
+    """
     config = tiny_config(variant)
+    config = config if layers is None else dataclasses.replace(config, num_layers=layers)
     cut = ModelCut.of(config, num_vshards)
     source = ArraySource(tiny_models.tensors(variant))
     return cut, {(name, vshard): np.asarray(value) for name, vshard, value in pack(config, cut, source, dtype)}

@@ -79,9 +79,10 @@ class StepRig:
         batch: int = 16,
         max_model_len: int = 320,
         seed: int = 0,
+        layers: int | None = None,
         forms: StepForms | None = None,
     ):
-        self.cut, self.params = tiny_params(variant, vshards, dtype)
+        self.cut, self.params = tiny_params(variant, vshards, dtype, layers)
         config = self.cut.config
         forms = forms or step_forms("cpu", dtype)
         one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype, forms.pool)
@@ -106,7 +107,10 @@ class StepRig:
         self.compiled = functools.cache(self._compile)
 
     def run(self, rows: Sequence[Row], shape: StepShape, tp: int, past: np.ndarray | None = None) -> Outcome:
-        """One step of an instance on devices 0 to TP-1; the pool of each of them begins as `past`."""
+        """One step of an instance on devices 0 to TP-1; the pool of each of them begins as `past`.
+
+        The first row of a mixed step is the chunk.
+        """
         mesh = self.mesh(tp)
         packer = Packer(shape, self.cut.num_vshards, self.program.pages, self.program.max_batch)
         history = np.zeros(self.program.history_shape, np.int32)
@@ -119,7 +123,8 @@ class StepRig:
                 logprobs=row.logprobs,
             )
             steered = steering(row.sampling, row.stops)
-            if shape.is_decode:
+            decodes = shape.is_decode or index >= shape.batch
+            if decodes:
                 history[index, row.context] = row.tokens[0]
                 history[index, STEERED_BY] = steered
             used = -(-(row.context + len(row.tokens)) // PAGE_SIZE)
@@ -127,7 +132,7 @@ class StepRig:
                 columns,
                 row=index,
                 context=row.context,
-                tokens=None if shape.is_decode else row.tokens,
+                tokens=None if decodes else row.tokens,
                 emit=True,
                 page_table=self.page_table[index, :, :used],
                 steering=steered,

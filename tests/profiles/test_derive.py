@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -5,13 +6,16 @@ import sys
 
 import pytest
 
+from nitsum_jax.bench.gpu_check.shapes import LLAMA_70B, slice_of
 from nitsum_jax.bench.profiling import main
 from nitsum_jax.bench.profiling.options import read_options
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.profile import Profile, read_profile
+from nitsum_jax.engine.kv.memory import workspace_bytes
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.profiles import load_profile, profile_names
-from nitsum_jax.profiles.derive import Assumptions, derive
+from nitsum_jax.profiles.derive import Assumptions, derive, small_ops_s
 from nitsum_jax.profiles.kernels import Kernels
 from nitsum_jax.profiles.shapes import find_device, find_model
 from nitsum_jax.profiles.tables import read_tables
@@ -43,7 +47,8 @@ def layer_s(tp: int, tokens: int) -> float:
 
 def head_s(tp: int, rows: int) -> float:
     gather = analytic.collective(rows * 128256 * 2, tp, quick=False) if tp > 1 else 0.0
-    return analytic.product(rows, 128256 // tp, 4096) + gather
+    small = 32 * 4096 * (1.2e-9 + 4.3e-9 / tp)  # what is neither a product nor attention
+    return analytic.product(rows, 128256 // tp, 4096) + gather + small
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -73,11 +78,29 @@ def test_memory_decides_capacity_and_tps(kernels: Kernels) -> None:
     found = derive(big, device, kernels, Assumptions())
     assert tuple(found.tps) == (4, 8)  # 141 GB do not fit two of 72 GB with room for a cache
     assert big.weights == pytest.approx(70.55e9, rel=1e-3)
-    room = 8 * 80e9 * 0.9 - big.weight_bytes
+    # What the engine's memory plan calls workspace, for the part of the model that a device has.
+    part = slice_of(LLAMA_70B, 8)
+    whole = ModelCut.of(dataclasses.replace(part, vocab_size=LLAMA_70B.vocab_size), 1)
+    room = 8 * (80e9 * 0.9 - workspace_bytes(part, whole, 256, 2048, "gpu", fused=True)) - big.weight_bytes
     assert found.tps[8].kv_capacity_tokens == pytest.approx(room / found.kv_bytes_per_token, abs=16)
     assert found.tps[8].kv_capacity_tokens % found.page_size == 0
     with pytest.raises(InvalidInputError, match=r"Llama-3\.1-70B does not fit 2 x NVIDIA H100 SXM, 80 GB"):
         derive(big, device, kernels, Assumptions(devices=2))
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "estimate_ms", "roofline_ms"),
+    [
+        *(("llama-3.1-8b", 1, 6.49, 5.76), ("llama-3.1-8b", 2, 3.41, 2.88)),
+        *(("llama-3.1-8b", 4, 1.76, 1.44), ("llama-3.1-8b", 8, 0.95, 0.72)),
+        *(("qwen2.5-32b", 8, 3.27, 2.71), ("llama-3.1-70b", 8, 6.59, 5.59)),
+    ],
+)
+def test_small_operations_are_the_compilers_figures(
+    model: str, tp: int, estimate_ms: float, roofline_ms: float
+) -> None:
+    """Against docs/accelerators.md: decode steps of 32 sequences on H100, context 1024."""
+    assert 1000 * small_ops_s(find_model(model), tp) == pytest.approx(estimate_ms - roofline_ms, rel=0.2)
 
 
 def test_links_come_from_the_exchange_of_two(profile: Profile) -> None:

@@ -27,9 +27,10 @@ FLOOR = {f"{PACKAGE}.errors", f"{PACKAGE}.__version__"}
 # and loads it only when it is asked for.
 FACE = {"llm": BELOW["runtime"] | {"runtime"}, "__init__": {"llm", "engine"}}
 CONTROL_MAY = {"numpy", "scipy"}
-# The language of layouts and the map of vshards: no jax in them, so policies and the simulator may use them, too.
-PURE_MESHES = {f"{PACKAGE}.meshes.layout", f"{PACKAGE}.meshes.vshards"}
-PURE_ROOMS = {"control", "sim"}
+# The language of layouts, the map of vshards and arithmetic: no jax in them, so policies, the simulator and profiles
+# may use them, too.
+PURE_MESHES = {f"{PACKAGE}.meshes.layout", f"{PACKAGE}.meshes.vshards", f"{PACKAGE}.meshes.workspace"}
+PURE_ROOMS = {"control", "sim", "profiles"}
 # Third-party packages of certain rooms: the network belongs to server, what knows models to models and above.
 NETWORK = {"grpc", "grpc_health", "grpc_reflection", "google", "starlette", "uvicorn", "httptools", "prometheus_client"}
 SOCKETS = {"http", "socket", "socketserver", "ssl", "urllib"}  # of the standard library
@@ -37,7 +38,13 @@ ON_THE_NETWORK = {"server", "bench", "cluster"}
 MODEL_FORMATS = {"flax", "gguf", "orbax", "safetensors", "tokenizers"}
 TEMPLATES = {"jinja2"}  # of chats in models, of reports in sim
 ROOT_LINKS = {"meshes", "models", "server"}
-PURE_MODULES = ("nitsum_jax", "nitsum_jax.errors", "nitsum_jax.meshes.layout", "nitsum_jax.meshes.vshards")
+PURE_MODULES = (
+    "nitsum_jax",
+    "nitsum_jax.errors",
+    "nitsum_jax.meshes.layout",
+    "nitsum_jax.meshes.vshards",
+    "nitsum_jax.meshes.workspace",
+)
 
 
 def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:

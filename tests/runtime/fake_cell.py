@@ -28,6 +28,7 @@ from nitsum_jax.meshes.layout import InstanceSpec, parse_layout
 
 PAGE = 16
 SHAPES = (*(StepShape(size, 1) for size in (1, 8, 64)), *(StepShape(1, size) for size in (32, 512)))
+MIXED = tuple(StepShape(1, size, beside) for size in (32, 512) for beside in (32, 64))
 
 
 class NoPacker:
@@ -39,7 +40,15 @@ class NoPacker:
 class FakeInstance(Instance):
     """An instance whose steps are noted instead of launched."""
 
-    def __init__(self, spec: InstanceSpec, allocators: Sequence[BlockAllocator], vshards: int, pages: int):
+    def __init__(
+        self,
+        spec: InstanceSpec,
+        allocators: Sequence[BlockAllocator],
+        vshards: int,
+        pages: int,
+        *,
+        fused: bool = False,
+    ):
         self.spec, self.order = spec, spec.devices
         self.device_of = tuple(spec.devices[k * spec.tp // vshards] for k in range(vshards))
         self.rows, self.prefills, self.outstanding = {}, collections.deque(), []
@@ -49,7 +58,7 @@ class FakeInstance(Instance):
         self._prefixes = None
         program: Any = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
         pool: Any = types.SimpleNamespace(allocators=allocators)
-        executables: Any = dict.fromkeys(SHAPES)
+        executables: Any = dict.fromkeys((*SHAPES, *MIXED) if fused else SHAPES)
         self._program, self._pool = program, pool
         self._executables = lambda: executables
         self._slots = collections.Counter(self.device_of)
@@ -64,7 +73,7 @@ class FakeInstance(Instance):
 
 
 class FakeCell:
-    """Runs requests through a policy."""
+    """Runs requests through a policy; chunks and decoding share steps where those of the cost model do."""
 
     def __init__(self, policy_of: Callable[[Callable[[], float]], Policy], cost: CostModel, layout: str, blocks: int):
         self.now_s = 0.0
@@ -72,7 +81,8 @@ class FakeCell:
         devices = 8
         allocators = [BlockAllocator(blocks) for _ in range(devices)]
         self.instances = [
-            FakeInstance(spec, allocators, devices, 4096 // PAGE) for spec in parse_layout(layout, devices).instances
+            FakeInstance(spec, allocators, devices, 4096 // PAGE, fused=cost.profile.mixed_steps)
+            for spec in parse_layout(layout, devices).instances
         ]
         self.pacer = Pacer(Pace(cost, "fake", 1))  # it knows what steps take
         self.sequences: list[LiveRequest] = []

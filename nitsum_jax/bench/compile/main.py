@@ -66,7 +66,11 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
     flags.DEFINE_list("batch", ["32"], "sequences of a decode step", flag_values=values)
     flags.DEFINE_list("context", ["1024", "2048"], "tokens of each sequence in the KV cache", flag_values=values)
     flags.DEFINE_integer(
-        "prefill", None, "new tokens of a prefill step of one sequence; none if not given", 2, flag_values=values
+        "prefill",
+        None,
+        "new tokens of a prefill step of one sequence, and of mixed steps with each batch; none if not given",
+        2,
+        flag_values=values,
     )
     flags.DEFINE_integer("vshards", 8, "K, virtual shards of the model", 1, flag_values=values)
     flags.DEFINE_integer("page_size", 16, "W, tokens per KV block", 1, 128, flag_values=values)
@@ -117,10 +121,10 @@ def run(argv: Sequence[str]) -> None:
         try:
             rows += estimates(case, options.contexts)
         except jax.errors.JaxRuntimeError as error:
-            refused.append(f"TP {tp}, {shape.batch} x {shape.tokens}: {one_line(str(error))}")
+            refused.append(f"TP {tp}, {_named(shape)}: {one_line(str(error))}")
             cli.err(refused[-1])
             continue
-        cli.err(f"TP {tp}, {shape.batch} x {shape.tokens}: compiled in {rows[-1].compile_s:.0f} s")
+        cli.err(f"TP {tp}, {_named(shape)}: compiled in {rows[-1].compile_s:.0f} s")
         if options.json is not None:  # after each, for those who cannot wait for all
             _write(options.json, rows, refused)
     if not rows:
@@ -130,7 +134,14 @@ def run(argv: Sequence[str]) -> None:
 
 def _shapes(options: CompileOptionsRead) -> list[StepShape]:
     found = [StepShape(batch, 1) for batch in options.batches]
-    return found if options.prefill is None else [*found, StepShape(1, options.prefill)]
+    if options.prefill is None:
+        return found
+    mixed = [StepShape(1, options.prefill, batch) for batch in options.batches]
+    return [*found, StepShape(1, options.prefill), *mixed]
+
+
+def _named(shape: StepShape) -> str:
+    return " + ".join(f"{part.batch} x {part.tokens}" for part in shape.parts)
 
 
 def _case(options: CompileOptionsRead, tp: int, shape: StepShape) -> StepCase:
@@ -142,7 +153,7 @@ def _case(options: CompileOptionsRead, tp: int, shape: StepShape) -> StepCase:
         tp,
         shape,
         max_model_len=longest,
-        pool_tokens=shape.batch * longest,
+        pool_tokens=shape.rows * longest,
         vshards=options.vshards,
         page_size=options.page_size,
         dtype=options.dtype,

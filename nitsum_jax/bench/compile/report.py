@@ -22,6 +22,7 @@ _HEAD = (
     "fits",
     "roofline ms",
     "estimate ms",
+    "apart ms",
     "ratio",
 )
 
@@ -41,7 +42,7 @@ def table(rows: Sequence[StepEstimate], chip: Chip) -> str:
         cells = (
             row.what,
             str(row.tp),
-            f"{row.batch} x {row.tokens}",
+            f"{row.batch} x {row.tokens}{f' + {row.beside} x 1' if row.beside else ''}",
             str(row.context),
             f"{row.hbm_bytes / 1e9:.2f}",
             f"{row.cycles / 1e6:.2f}" if cycles else "-",
@@ -54,7 +55,21 @@ def table(rows: Sequence[StepEstimate], chip: Chip) -> str:
             "yes" if row.fits else "NO",
             f"{row.roofline_ms:.2f}",
             f"{row.estimate_ms:.2f}",
+            _apart(row, rows),
             f"{row.ratio:.2f}",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _apart(row: StepEstimate, rows: Sequence[StepEstimate]) -> str:
+    """Milliseconds of the two steps that do what a mixed one does, if they are among the rows."""
+    if not row.beside:
+        return "-"
+
+    def ms(what: str, batch: int, tokens: int) -> float | None:
+        asked = (what, row.tp, batch, tokens, row.context)
+        return next((r.estimate_ms for r in rows if (r.what, r.tp, r.batch, r.tokens, r.context) == asked), None)
+
+    decode, prefill = ms("decode", row.beside, 1), ms("prefill", row.batch, row.tokens)
+    return "-" if decode is None or prefill is None else f"{decode + prefill:.2f}"

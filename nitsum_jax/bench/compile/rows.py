@@ -23,10 +23,11 @@ class StepEstimate:
     Attributes:
       target: text form.
       model: name.
-      what: "decode" or "prefill".
+      what: "decode", "prefill" or "mixed".
       tp: devices that run it.
-      batch: sequences.
+      batch: sequences; of a mixed step without those that decode.
       tokens: new tokens of each.
+      beside: sequences that decode in a mixed step.
       context: tokens of each in the KV cache.
       reduction: "fixed" or "fast".
       attention: its form.
@@ -52,6 +53,7 @@ class StepEstimate:
     tp: int
     batch: int
     tokens: int
+    beside: int
     context: int
     reduction: str
     attention: str
@@ -102,24 +104,34 @@ def reading(step: CompiledStep, context: int) -> Reading:
         case.target.chip,
         trips=-(-context // chunk),
         pool_bytes=case.pool_bytes,
-        kernel_bytes=layer_kv_bytes(case, context) * _times_read(case),
+        kernel_bytes=_kernel_bytes(case, context),
         kernel_cycles=_kernel_cycles(case, context),
     )
 
 
 def _kernel_cycles(case: StepCase, context: int) -> float:
-    """Cycles of a TPU's kernel in a decode step; 0 where they are not known."""
-    if case.target.chip.platform != "tpu" or not case.shape.is_decode:
+    """Cycles of a TPU's kernel for rows that decode; 0 where they are not known.  A mixed step's are shared by both."""
+    if case.target.chip.platform != "tpu" or case.shape.is_prefill:
         return 0.0
-    tiles = case.shape.batch * (case.vshards // case.tp) * -(-context // _TILE_TOKENS)
-    return float(tiles * _BUNDLES.get((case.page_size, case.program.pool.kv_heads), 0))
+    rows = case.shape.parts[-1].batch
+    tiles = rows * (case.vshards // case.tp) * -(-context // _TILE_TOKENS)
+    return tiles * _BUNDLES.get((case.page_size, case.program.pool.kv_heads), 0) / len(case.shape.parts)
+
+
+def _kernel_bytes(case: StepCase, context: int) -> float:
+    """Bytes of old keys and values that a kernel reads.
+
+    A mixed step has two in a layer.  Which is which does not show in a program, so that each counts half of both.
+    """
+    parts = [dataclasses.replace(case, shape=part) for part in case.shape.parts]
+    return sum(layer_kv_bytes(part, context) * _times_read(part) for part in parts) / len(parts)
 
 
 def layer_kv_bytes(case: StepCase, context: int) -> int:
     """Bytes of old keys and values of one layer that a device has to read."""
     pool = case.program.pool
     slots = case.vshards // case.tp
-    return case.shape.batch * context * slots * pool.block_bytes // (pool.layers * pool.page_size)
+    return case.shape.rows * context * slots * pool.block_bytes // (pool.layers * pool.page_size)
 
 
 def _times_read(case: StepCase) -> int:
@@ -139,7 +151,7 @@ def exchanged_bytes(case: StepCase, *, fast: bool) -> float:
     """Bytes that a device receives to add up partial results: after the embedding, and twice in a layer."""
     if case.tp == 1:
         return 0.0
-    rows, ranks = case.shape.batch * case.shape.tokens, case.tp
+    rows, ranks = case.shape.new_tokens, case.tp
     sums = 2 * case.config.num_layers + 1
     values = rows * case.config.d_model
     if fast:
@@ -159,16 +171,17 @@ def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEs
     work = deep.plus(layer, (case.config.num_layers - layers[1]) / (layers[1] - layers[0]))
     chip = case.target.chip
     limits = Ceilings(chip.bytes_per_s, chip.flops_per_s)
-    batch, tokens = case.shape.batch, case.shape.tokens
-    kv = case.config.num_layers * layer_kv_bytes(case, context + tokens)
+    shape = case.shape
+    kv = case.config.num_layers * layer_kv_bytes(case, context + shape.tokens)
     resident = sum(case.weight_sizes) + kv
     return StepEstimate(
         target=case.target.name,
         model=case.config.name,
-        what="decode" if case.shape.is_decode else "prefill",
+        what="decode" if shape.is_decode else "mixed" if shape.is_mixed else "prefill",
         tp=case.tp,
-        batch=batch,
-        tokens=tokens,
+        batch=shape.batch,
+        tokens=shape.tokens,
+        beside=shape.beside,
         context=context,
         reduction="fast" if case.fast_sums else "fixed",
         attention=str(case.program.forms.attention),
@@ -183,7 +196,14 @@ def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEs
         resident_bytes=resident,
         fits=resident + steps[1].temp_bytes <= chip.memory_bytes,
         link_ms=1000 * work.received / chip.link_bytes_per_s,
-        roofline_ms=roofline_ms(slice_of(case.config, case.tp), limits, batch=batch, tokens=tokens, context=context),
+        roofline_ms=roofline_ms(
+            slice_of(case.config, case.tp),
+            limits,
+            batch=shape.batch,
+            tokens=shape.tokens,
+            context=context,
+            beside=shape.beside,
+        ),
         estimate_ms=1000 * work.seconds(chip),
         compile_s=sum(step.seconds for step in steps),
     )

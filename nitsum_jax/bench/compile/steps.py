@@ -87,7 +87,7 @@ class StepCase:
             cut,
             self.dtype,
             pool,
-            max(self.shape.batch, 32),
+            max(self.shape.rows, 32),
             self.max_model_len,
             dataclasses.replace(forms, compile_options=options),
             self.fast_sums,

@@ -31,7 +31,9 @@ def measure(device: jax.Device, *, quick: bool) -> Ceilings:
     return Ceilings(2 * array.nbytes / _seconds(copy, array), 2 * side**3 / _seconds(multiply, matrix))
 
 
-def roofline_ms(config: ModelConfig, ceilings: Ceilings, *, batch: int, tokens: int, context: int) -> float:
+def roofline_ms(
+    config: ModelConfig, ceilings: Ceilings, *, batch: int, tokens: int, context: int, beside: int = 0
+) -> float:
     """Milliseconds that a step needs at least: every weight and cached key and value read once, every product made.
 
     Args:
@@ -40,11 +42,13 @@ def roofline_ms(config: ModelConfig, ceilings: Ceilings, *, batch: int, tokens: 
       batch: sequences.
       tokens: new tokens of each.
       context: tokens of each in the cache.
+      beside: others that decode in the same step, with as much context.
     """
     size = 2 * (config.num_layers * layer_parameters(config) + head_parameters(config))
-    size += batch * (context + tokens) * config.num_layers * kv_bytes(config, 2)
-    flops = 2 * batch * (tokens * config.num_layers * layer_parameters(config) + head_parameters(config))
-    attended = batch * tokens * (context + tokens / 2)
+    size += (batch * (context + tokens) + beside * (context + 1)) * config.num_layers * kv_bytes(config, 2)
+    flops = 2 * (batch * tokens + beside) * config.num_layers * layer_parameters(config)
+    flops += 2 * (batch + beside) * head_parameters(config)
+    attended = batch * tokens * (context + tokens / 2) + beside * (context + 1 / 2)
     flops += int(4 * config.num_layers * config.num_heads * config.head_dim * attended)
     return 1000 * max(size / ceilings.bytes_per_s, flops / ceilings.flops_per_s)
 

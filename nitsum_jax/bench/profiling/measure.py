@@ -35,8 +35,9 @@ _CONTEXTS = (0, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 1310
 _QUICK_CONTEXTS = (0, 128, 512)
 _LIVE = 8
 _ROUNDS, _QUICK_ROUNDS = 7, 3
-# Executables are not taken apart: their whole time stands with the attention.
+# Executables are not taken apart: their whole time stands with the attention, but for what steps can share.
 _NOTHING = Line((1, 2), (0.0, 0.0))
+_MOST_SHARED = 0.95  # of the least step
 
 
 def measure(options: ProfilingOptions) -> None:
@@ -64,6 +65,7 @@ def measure(options: ProfilingOptions) -> None:
         max_model_len=options.max_model_len or min(model.config.max_context, _LONGEST),
         page_size=options.page_size,
         prefill_chunk=options.prefill_chunk,
+        fused_steps=options.fused_steps,
     )
     streams = Streams()
     cli.err(f"loading {model.name} and compiling its steps")
@@ -99,11 +101,14 @@ def _profile(options: ProfilingOptions, model: OpenModel, engine: Engine, alive:
     for tp in tps:
         cli.err(f"timing the steps of TP {tp}")
         timer = StepTimer(cell, tp, rounds)
+        decode, prefill = (_plane(timer, contexts, decode=which) for which in (True, False))
+        shared_s = _shared_s(timer, contexts) if cell.fused else 0.0
+        shared_s = min(shared_s, *(_MOST_SHARED * plane.seconds[0][0] for plane in (decode, prefill)))
         times[tp] = TpProfile(
-            dense=_NOTHING,
+            dense=Line(_NOTHING.points, (shared_s, shared_s)),
             head=_NOTHING,
-            decode_attention=_plane(timer, contexts, decode=True),
-            prefill_attention=_plane(timer, contexts, decode=False),
+            decode_attention=_less(decode, shared_s),
+            prefill_attention=_less(prefill, shared_s),
             kv_capacity_tokens=_capacity(cell, tp, weights, kv_bytes),
         )
         streams = min(_LIVE, options.max_batch)
@@ -121,7 +126,7 @@ def _profile(options: ProfilingOptions, model: OpenModel, engine: Engine, alive:
         devices=len(cell.devices),
         source=f"measured by nitsum-profile{' --quick' if options.quick else ''} on {today}: {cell.program.dtype},"
         f" K={vshards}, JAX {jax.__version__}, one instance at a time",
-        mixed_steps=False,
+        mixed_steps=cell.fused,
         page_size=pool.page_size,
         kv_bytes_per_token=kv_bytes,
         weight_bytes=weights,
@@ -140,7 +145,7 @@ def _plane(timer: StepTimer, contexts: tuple[int, ...], *, decode: bool) -> Plan
     A bucket costs the same however little of it is used, so it stands at the least and the most work that takes it.
     Twice the work of the largest takes two steps.
     """
-    shapes = [shape for shape in timer.shapes if shape.is_decode == decode]
+    shapes = [shape for shape in timer.shapes if (shape.is_decode if decode else shape.is_prefill)]
     columns = [context for context in contexts if timer.fits(shapes[0], context)]
     if len(columns) < 2:
         raise InvalidInputError("--max_model_len leaves no room for two contexts: raise it, or lower --prefill_chunk")
@@ -153,6 +158,24 @@ def _plane(timer: StepTimer, contexts: tuple[int, ...], *, decode: bool) -> Plan
         least = most + 1
     rows[2 * most] = 2 * rows[most]
     return smooth.plane(list(rows), columns, np.array(list(rows.values())))
+
+
+def _shared_s(timer: StepTimer, contexts: tuple[int, ...]) -> float:
+    """What a chunk and sequences that decode save when they share a step: median over buckets and contexts."""
+    saved = []
+    for mixed in (shape for shape in timer.shapes if shape.is_mixed):
+        decode = max(shape for shape in timer.shapes if shape.is_decode and shape.batch <= mixed.beside)
+        apart = (StepShape(mixed.batch, mixed.tokens), decode)
+        for context in contexts:
+            if all(timer.fits(shape, context) for shape in (mixed, *apart)):
+                both_s = timer.seconds(mixed, context)
+                saved.append(sum(timer.seconds(shape, context) for shape in apart) - both_s)
+    return _digits(max(0.0, float(np.median(saved)))) if saved else 0.0
+
+
+def _less(plane: Plane, seconds: float) -> Plane:
+    """A plane whose times are all so much shorter."""
+    return Plane(plane.rows, plane.columns, tuple(tuple(s - seconds for s in row) for row in plane.seconds))
 
 
 def _work(shape: StepShape) -> int:

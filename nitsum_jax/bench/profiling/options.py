@@ -16,8 +16,18 @@ USAGE = """nitsum-profile: step-time profiles, for control and simulation.
   nitsum-profile --derive=DIR --out=DIR        derives profiles from a folder of kernel tables
   nitsum-profile --derive=DIR --heldout        prints how well such tables predict points that are left out"""
 
-_DERIVING = ("kinds", "host_overhead_ms", "switch_host_ms", "device_put_gbps", "memory_fraction")
-_MEASURING = ("layout", "dtype", "max_batch", "max_model_len", "prefill_chunk", "quick", "name", "cache_dir")
+_DERIVING = ("kinds", "host_overhead_ms", "small_ops", "switch_host_ms", "device_put_gbps", "memory_fraction")
+_MEASURING = (
+    "layout",
+    "dtype",
+    "max_batch",
+    "max_model_len",
+    "prefill_chunk",
+    "fused_steps",
+    "quick",
+    "name",
+    "cache_dir",
+)
 _DEFAULT = Assumptions()
 _BATCH, _QUICK_BATCH = 32, 8
 
@@ -39,6 +49,7 @@ class ProfilingOptions:
       max_batch: most sequences.
       max_model_len: longest context, tokens.
       prefill_chunk: most new tokens of a prefill step.
+      fused_steps: as the engine's.
       page_size: tokens in a KV block.
       quick: fewer contexts and repetitions.
       name: of the measured profile.
@@ -57,6 +68,7 @@ class ProfilingOptions:
     max_batch: int
     max_model_len: int | None
     prefill_chunk: int
+    fused_steps: str
     page_size: int
     quick: bool
     name: str | None
@@ -83,6 +95,10 @@ def _flags() -> flags.FlagValues:
         "host_overhead_ms", 1000 * given.host_overhead_s, "derived: host time of a step", 0, flag_values=values
     )
     flags.DEFINE_float(
+        "small_ops", given.small_ops, "derived: norms, rotary, sampling ...: times the compiler's figure", 0,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_float(
         "switch_host_ms", 1000 * given.switch_host_s, "derived: host's part of a switch", 0, flag_values=values
     )
     flags.DEFINE_float(
@@ -90,7 +106,7 @@ def _flags() -> flags.FlagValues:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_float(
-        "memory_fraction", given.memory_fraction, "derived: memory for weights and KV cache", 0.01, 1,
+        "memory_fraction", given.memory_fraction, "derived: memory for weights, KV cache and workspace", 0.01, 1,
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("layout", None, "measure the TPs of this layout (default: every TP)", flag_values=values)
@@ -102,6 +118,7 @@ def _flags() -> flags.FlagValues:
         "max_model_len", None, "longest context (default: the model's, 2048 at most)", 2, flag_values=values
     )
     flags.DEFINE_integer("prefill_chunk", 128, "most new tokens of a prefill step", 2, flag_values=values)
+    flags.DEFINE_enum("fused_steps", "auto", ["auto", "on", "off"], "as nitsum-serve --fused_steps", flag_values=values)
     flags.DEFINE_bool("quick", False, "few sizes, contexts and repetitions", flag_values=values)
     flags.DEFINE_string("name", None, "name of a measured profile (default: the model's)", flag_values=values)
     flags.DEFINE_string("cache_dir", None, "folder of compiled steps (default: the user's)", flag_values=values)
@@ -135,6 +152,7 @@ def read_options(argv: Sequence[str]) -> ProfilingOptions:
         kinds=tuple(values.kinds),
         assumptions=Assumptions(
             host_overhead_s=values.host_overhead_ms / 1000,
+            small_ops=values.small_ops,
             switch_host_s=values.switch_host_ms / 1000,
             device_put_bytes_per_s=values.device_put_gbps * 1e9,
             memory_fraction=values.memory_fraction,
@@ -147,6 +165,7 @@ def read_options(argv: Sequence[str]) -> ProfilingOptions:
         max_batch=values.max_batch or (_QUICK_BATCH if values.quick else _BATCH),
         max_model_len=values.max_model_len,
         prefill_chunk=values.prefill_chunk,
+        fused_steps=values.fused_steps,
         page_size=values.page_size,
         quick=values.quick,
         name=values.name,

@@ -46,7 +46,7 @@ class StepTimer:
         """Whether length and cache allow so much context before each row of a step."""
         program = self._cell.program
         pages = -(-(context + shape.tokens) // program.pool.page_size)
-        blocks = shape.batch * self._slots * pages
+        blocks = shape.rows * self._slots * pages
         return context + shape.tokens <= program.max_model_len and blocks <= program.pool.blocks
 
     def seconds(self, shape: StepShape, context: int) -> float:
@@ -85,11 +85,19 @@ class StepTimer:
         packer = Packer(shape, vshards, program.pages, program.max_batch)
         pages = -(-(context + shape.tokens) // program.pool.page_size)
         columns = sampling_columns(SamplingParams(temperature=0.0), 0, context)
-        for row in range(shape.batch):
+        for row in range(shape.rows):
             # Neighbouring vshards share a device; there every block is another one.
             slot = np.arange(vshards, dtype=np.int32) % self._slots
             first = (row * self._slots + slot) * pages
             page_table = first[:, None] + np.arange(pages, dtype=np.int32)
-            tokens = None if shape.is_decode else [1] * shape.tokens
-            packer.add(columns, row=row, context=context, tokens=tokens, emit=True, page_table=page_table)
+            tokens = None if shape.is_decode or row >= shape.batch else [1] * shape.tokens
+            # A mixed step may have room for more sequences than an instance has.
+            packer.add(
+                columns,
+                row=min(row, program.max_batch),
+                context=context,
+                tokens=tokens,
+                emit=True,
+                page_table=page_table,
+            )
         return packer.done()

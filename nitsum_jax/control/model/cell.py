@@ -1,13 +1,15 @@
 """A discrete-event model of a cell: what a scheduler's decisions would take on given devices.
 
 Time advances from step to step.  An instance runs one step at a time: all its decoding requests and the prefill
-chunks that the scheduler composes; the cost model says how long that takes.  Decode steps in a row, with no request
+chunks that the scheduler composes, or where the profile says that these share no step, first each of the chunks and
+then a decode step.  The cost model says how long that takes.  Decode steps in a row, with no request
 coming or going, are one event: their times follow a line (`CostModel.decode_segment`), so that nothing is
 approximated.
 
 The simulator drives it with traces, the planner with what it expects.  Pure: its clock is a number.
 """
 
+import collections
 import dataclasses
 import heapq
 import itertools
@@ -98,6 +100,9 @@ class ModelWorker(Worker[ModelJob]):
         self.sending = 0  # and from here
         self.idle_until = -math.inf  # a switch copies KV cache
         self.finishes: list[tuple[int, str, ModelJob]] = []  # (clock of the last token, id, job)
+        # Where chunks are steps of their own: those before the next decode step, and whether that is due.
+        self.round: collections.deque[tuple[ModelJob, int]] = collections.deque()
+        self.owed = False
 
     def seat(self, job: ModelJob) -> None:
         """As `Worker`'s; the job notes it."""
@@ -201,6 +206,7 @@ class CellModel:
         self.alive: dict[str, ModelJob] = {}
         self.preemptions = 0
         self._recorder = recorder
+        self._mixed = cost.profile.mixed_steps
         self._events: list[tuple[float, int, Callable[..., None], tuple]] = []
         self._numbers = itertools.count()
         self._indices = itertools.count()
@@ -314,10 +320,8 @@ class CellModel:
             return
         if worker.idle_until > self.now_s:
             return
-        now = self.now_s
-        scheduler = self.scheduler
-        version = worker.version
-        while (job := scheduler.pull(worker, now)) is not None:
+        now, version = self.now_s, worker.version
+        while (job := self.scheduler.pull(worker, now)) is not None:
             self._seat(worker, job)
         self._place_late(worker)
         if worker.version != version:  # a request that went there has it begun
@@ -326,13 +330,15 @@ class CellModel:
         while count and (room := worker.steps_until_full()) < 1:
             self._preempt(worker)
             count = len(worker.decoding)
-        chunks = scheduler.compose(worker, now) if worker.prefills else []
+        chunks = self._chunks(worker) if worker.prefills else []
         if chunks:
             spans = [(tokens, job.cached) for job, tokens in chunks]
-            seconds = self.cost.step_s(worker.tp, count, worker.context, spans)
-            worker.run = StepRun(now, 1, seconds, 0.0, count, worker.context, chunks)
+            count, context = (count, worker.context) if self._mixed else (0, 0)
+            seconds = self.cost.step_s(worker.tp, count, context, spans)
+            worker.run = StepRun(now, 1, seconds, 0.0, count, context, chunks)
         elif count:
             first, growth, limit = self.cost.decode_segment(worker.tp, count, worker.context)
+            worker.owed = False
             steps = min(worker.steps_to_finish(), room, 1 + max(0, limit - worker.context) // count)
             if worker.prefills:
                 steps = 1  # a prompt waits until there is time for it
@@ -341,6 +347,21 @@ class CellModel:
             return
         worker.version += 1
         self.at(worker.run.end_s, self._end, worker, worker.version)
+
+    def _chunks(self, worker: ModelWorker) -> list[tuple[ModelJob, int]]:
+        """Prefill chunks of the next step: all of a round, or one by one where they share no step with decoding."""
+        if self._mixed:
+            return self.scheduler.compose(worker, self.now_s)
+        if worker.owed and worker.decoding:
+            return []
+        if not worker.round:
+            worker.round.extend(self.scheduler.compose(worker, self.now_s))
+        while worker.round:
+            job, tokens = worker.round.popleft()
+            worker.owed = not worker.round
+            if job in worker.prefills:
+                return [(job, tokens)]
+        return []
 
     def _end(self, worker: ModelWorker, version: int) -> None:
         if worker.version != version or worker.run is None:

@@ -25,6 +25,7 @@ def rough_profile(
     kv_bytes_per_token: int,
     kv_capacity_tokens: int,
     page_size: int,
+    mixed_steps: bool,
 ) -> Profile:
     """Makes the profile.
 
@@ -35,6 +36,7 @@ def rough_profile(
       kv_bytes_per_token: all heads and layers.
       kv_capacity_tokens: tokens of KV cache that one device holds.
       page_size: tokens in a KV block.
+      mixed_steps: whether a step can hold both decoding and a prompt.
     """
     return Profile(
         name="rough",
@@ -42,7 +44,7 @@ def rough_profile(
         device="not measured",
         devices=devices,
         source="an estimate from the size of the weights; corrected by measured steps",
-        mixed_steps=False,
+        mixed_steps=mixed_steps,
         page_size=page_size,
         kv_bytes_per_token=kv_bytes_per_token,
         weight_bytes=weight_bytes,

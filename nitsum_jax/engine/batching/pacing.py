@@ -2,8 +2,9 @@
 
 Tokens are real ones of a small model on emulated devices; the time of each step, copy and switch is what a profile
 says of the target.  A step starts when it is dispatched, or when the step before it on the same devices ends, and its
-results are delivered at its paced end.  Prefill and decode are two steps here; where the profile fuses them, a chunk
-beside decoding sequences takes what it adds to their step, so that both together take as long as the fused one.
+results are delivered at its paced end.  A step here has one chunk of limited size; where a step of the target has more,
+the first ones take what they add to the decode step that follows or that shares the last one, so that all together take
+as long as the one of the target.
 
 An instance has one step in flight, not two: a step that is launched ahead runs at once here, and would settle too
 early, by a whole step of the target, which requests take part in it.  What a host does between two steps is part of the
@@ -91,11 +92,9 @@ class PaceStats:
 class _Round:
     """Chunks that share a step of the target."""
 
-    decoding: int
-    context: int
     spans: list[Chunk] = dataclasses.field(default_factory=list)
     last: LiveRequest | None = None
-    seconds: float = 0.0
+    added_s: float = 0.0  # to the decode step
 
 
 class _Held(NamedTuple):
@@ -196,20 +195,23 @@ class Pacer:
 
     def _decode_s(self, instance: Instance, step: Step) -> float:
         self._rounds.pop(instance, None)
-        return self.pace.times.step_s(instance.spec.tp, len(step.sequences), step.context)
+        return self.pace.times.step_s(instance.spec.tp, step.decoding, step.context)
 
     def _chunk_s(self, instance: Instance, step: Step, chunk: Chunk) -> float:
         tp, step_s = instance.spec.tp, self.pace.times.step_s
         found = self._rounds.get(instance)
         if found is None or not step.joined:
-            decoding = [s for s in instance.decodable() if s is not step.sequences[0]]
-            found = _Round(len(decoding), sum(s.cached for s in decoding))
-            found.seconds = step_s(tp, found.decoding, found.context) if decoding else 0.0
-            self._rounds[instance] = found
+            found = self._rounds[instance] = _Round()
         if found.last is step.sequences[0]:  # pieces of one chunk, which the buckets here are too small for
             begun = found.spans.pop()
             chunk = Chunk(begun.tokens + chunk.tokens, begun.context)
         found.spans.append(chunk)
         found.last = step.sequences[0]
-        before_s, found.seconds = found.seconds, step_s(tp, found.decoding, found.context, found.spans)
-        return max(0.0, found.seconds - before_s)
+        if step.decoding:
+            del self._rounds[instance]
+            return max(0.0, step_s(tp, step.decoding, step.context, found.spans) - found.added_s)
+        decoding = [s for s in instance.decodable() if s not in step.sequences]
+        count, context = len(decoding), sum(s.cached for s in decoding)
+        before_s = found.added_s
+        found.added_s = step_s(tp, count, context, found.spans) - (step_s(tp, count, context) if count else 0.0)
+        return max(0.0, found.added_s - before_s)

@@ -21,7 +21,7 @@ class StepTiming:
       end_s: when its results were read, or delivered in a paced cell.
       decode_sequences: that got a token by decoding.
       context_tokens: of KV cache that they held together.
-      prefill_tokens: of its chunk, in a list; empty if it decoded.
+      prefill_tokens: of its chunk, in a list; empty if it only decoded.
       prefill_context: context before the chunk, likewise.
     """
 
@@ -59,7 +59,7 @@ class StepLog:
             instance.spec.tp,
             step.start_s,
             end_s,
-            len(step.sequences) if chunk is None else 0,
+            step.decoding,
             step.context,
             () if chunk is None else (chunk.tokens,),
             () if chunk is None else (chunk.context,),

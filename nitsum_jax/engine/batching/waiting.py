@@ -1,4 +1,4 @@
-"""The plainest policy: first come, first served; prefill and decode steps take turns."""
+"""The plainest policy: first come, first served; prefill and decode steps are one, or take turns."""
 
 import bisect
 import collections
@@ -69,7 +69,7 @@ class FifoPolicy(Policy):
     def prefill(self, instance: Instance) -> PrefillChoice | None:
         if not instance.prefills or (instance in self._prefilled and instance.decodable()):
             return None
-        return PrefillChoice(instance.prefills[0])
+        return PrefillChoice(instance.prefills[0], fused=True)
 
     def decode_at(self, sequence: LiveRequest, instances: Sequence[Instance], now_s: float) -> Instance | None:
         del sequence, now_s
@@ -85,7 +85,7 @@ class FifoPolicy(Policy):
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         del now_s
-        (self._prefilled.discard if step.shape.is_decode else self._prefilled.add)(instance)
+        (self._prefilled.discard if step.decoding else self._prefilled.add)(instance)
 
     def relaid(self, instances: Sequence[Instance], now_s: float) -> None:
         del now_s

@@ -37,7 +37,7 @@ class Making:
     Attributes:
       activity: what is done with it.
       tp: devices that run it.
-      phase: "prefill" or "decode".
+      phase: "prefill", "decode" or "mixed".
       size: of its bucket: prompt tokens, or rows of a batch.
       seconds: for how long.
     """
@@ -118,7 +118,7 @@ class Worksheet:
             Making(
                 str(activity),
                 len(group),
-                "decode" if shape.is_decode else "prefill",
+                "decode" if shape.is_decode else "mixed" if shape.is_mixed else "prefill",
                 shape.batch if shape.is_decode else shape.tokens,
                 now - since_s,
             )

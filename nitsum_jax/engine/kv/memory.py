@@ -4,8 +4,8 @@ import dataclasses
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import PoolForm
-from nitsum_jax.engine.step.paged.plan import LEAST_GPU_ROWS, MOST_PARTS
 from nitsum_jax.errors import PreconditionError
+from nitsum_jax.meshes import workspace
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 
@@ -14,7 +14,6 @@ _GIB = 1 << 30
 _SHARE = {"cpu": 0.4}
 _DEFAULT_SHARE = 0.9
 _CPU_LIMIT = 1 * _GIB
-_LIBRARIES = {"gpu": _GIB // 16, "tpu": _GIB // 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,30 +37,31 @@ class MemoryPlan:
     text: str
 
 
-def workspace_bytes(config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu") -> int:
-    """Temporary bytes of the largest step: float32 activations of a chunk or batch, logits and their sampling.
+def workspace_bytes(
+    config: ModelConfig, cut: ModelCut, batch: int, chunk: int, platform: str = "cpu", *, fused: bool = False
+) -> int:
+    """Temporary bytes of the largest step on a device that may run any TP, see `meshes.workspace`.
 
-    For accelerators it is an upper bound of what their compilers say (tests/accelerator): they sample all rows at once,
-    and their libraries want memory of their own.
+    Args:
+      config: the model.
+      cut: its vshards.
+      batch: sequences of an instance.
+      chunk: tokens of the largest prefill step.
+      platform: "cpu", "gpu" or "tpu".
+      fused: whether there are steps with both.
     """
-    vocab = cut.vocab * cut.num_vshards
-    rows = max(batch, chunk)
-    widest = cut.d_mlp * 2 + (cut.q_heads + 2 * cut.kv_heads) * config.head_dim
-    attention = cut.q_heads * cut.num_vshards * chunk * (chunk + 128)
-    sampled = 4 if platform == "cpu" else 8
-    if platform == "gpu":  # what the parts of a decode step come to, see paged/triton.py
-        per_group = 1 << (cut.q_heads // cut.kv_heads - 1).bit_length()
-        attention = max(
-            attention,
-            batch
-            * cut.num_vshards
-            * cut.kv_heads
-            * MOST_PARTS
-            * max(LEAST_GPU_ROWS, per_group)
-            * (config.head_dim + 2),
-        )
-    return _LIBRARIES.get(platform, 0) + 4 * (
-        sampled * batch * vocab + rows * (8 * config.d_model + widest * cut.num_vshards) + 2 * attention
+    vshards = cut.num_vshards
+    return workspace.workspace_bytes(
+        width=config.d_model,
+        mlp=cut.d_mlp * vshards,
+        q_heads=cut.q_heads * vshards,
+        kv_heads=cut.kv_heads * vshards,
+        head_dim=config.head_dim,
+        vocab=cut.vocab * vshards,
+        batch=batch,
+        chunk=chunk,
+        platform=platform,
+        fused=fused,
     )
 
 
@@ -81,6 +81,7 @@ def plan_memory(
     chunk: int,
     kv_cache_gib: float | None,
     form: PoolForm = PoolForm(),
+    fused: bool = False,
 ) -> MemoryPlan:
     """Sizes the KV pool.
 
@@ -99,20 +100,21 @@ def plan_memory(
       chunk: tokens of the largest prefill step.
       kv_cache_gib: what the user asked for, or None.
       form: of the pool.
+      fused: whether there are steps with both a chunk and a batch.
 
     Raises:
       PreconditionError: weights, workspace and pool do not fit.
     """
-    workspace = workspace_bytes(config, cut, max_batch, chunk, platform)
+    temporary = workspace_bytes(config, cut, max_batch, chunk, platform, fused=fused)
     one = PoolShape(1, config.num_layers, page_size, cut.kv_heads, config.head_dim, dtype, form)
     page = one.block_bytes * cut.num_vshards  # all vshards of a page: what TP 1 keeps on one device
     useful = max_batch * one.pages(max_model_len) * page
     left = None
     if free is not None:
-        left = (free - allocated) // devices - workspace if platform == "cpu" else free - weights - workspace
+        left = (free - allocated) // devices - temporary if platform == "cpu" else free - weights - temporary
         if left <= 0:
             raise PreconditionError(
-                f"{_gib(weights)} GiB of weights and {_gib(workspace)} GiB of workspace do not fit in {_gib(free)} "
+                f"{_gib(weights)} GiB of weights and {_gib(temporary)} GiB of workspace do not fit in {_gib(free)} "
                 "GiB: use more devices, a smaller model, --dtype=bfloat16 or a smaller --max_batch"
             )
     if kv_cache_gib is not None:
@@ -138,7 +140,7 @@ def plan_memory(
     text = "\n".join(
         [
             f"memory per device: weights {_gib(weights)} GiB, KV cache {_gib(blocks * one.block_bytes)} GiB "
-            f"({tokens} tokens at TP 1, {dtype}, pages of {page_size}), workspace about {_gib(workspace)} GiB"
+            f"({tokens} tokens at TP 1, {dtype}, pages of {page_size}), workspace about {_gib(temporary)} GiB"
             + (
                 ""
                 if free is None
@@ -147,7 +149,7 @@ def plan_memory(
             f"cut: {cut.describe()}",
         ]
     )
-    return MemoryPlan(weights, workspace, pool, tokens, free, text)
+    return MemoryPlan(weights, temporary, pool, tokens, free, text)
 
 
 def _gib(size: int) -> str:

@@ -25,16 +25,16 @@ class Step:
 
     Attributes:
       shape: its bucket.
-      sequences: who took part.
+      sequences: who took part; of a step with a chunk, first the one whose prompt that is.
       emits: who gets a token of it.
       number: counts the steps of its instance, from 1.
       after: steps of other instances whose results must be taken in before its own: their sequences went over.
       settled: whether its results were taken in, or never will be.
       epochs: of the sequences, when it was dispatched.
       packed: its inputs, while it is in flight.
-      chunk: of a prefill step.
+      chunk: of a prefill or a mixed step.
       joined: whether it shares, for the cost model, a step with the chunk before it.
-      context: of a decode step, tokens of KV cache that its sequences hold together before it.
+      context: tokens of KV cache that those which decode hold together before it.
       launched_s: when it was dispatched; all times are those of time.monotonic.
       ready_s: when its results were read.
       start_s: when it began, as far as can be told: when it was dispatched, or the step before it ended.
@@ -65,6 +65,11 @@ class Step:
 
     def __post_init__(self) -> None:
         self.epochs = [sequence.epoch for sequence in self.sequences]
+
+    @property
+    def decoding(self) -> int:
+        """How many sequences continue from their own last token."""
+        return len(self.sequences) - (self.chunk is not None)
 
     @property
     def with_logprobs(self) -> bool:
@@ -117,14 +122,17 @@ class IncomingRequest:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PrefillChoice:
-    """A prefill step.
+    """What a step does for a prompt.
 
     Attributes:
       sequence: whose prompt.
       tokens: at most so many; None: as many as a step can take.
       joined: whether it is, for the cost model, a part of the same step as the chunk before it.
+      fused: whether the sequences that decode get their tokens in the same step, if it does all of `tokens` and the
+        cell has mixed steps.
     """
 
     sequence: LiveRequest
     tokens: int | None = None
     joined: bool = False
+    fused: bool = False

@@ -77,6 +77,7 @@ class StepForms:
 
 
 ATTENTIONS = ("auto", "xla", "pallas")
+FUSED_STEPS = ("auto", "on", "off")
 _KERNELS = {"tpu": AttentionForm.MOSAIC, "gpu": AttentionForm.TRITON}
 # What a link carries in the time of about one more round of messages.
 _LINK_LIMIT_BYTES = 1 << 17
@@ -100,6 +101,19 @@ def step_forms(platform: str, dtype: str, attention: str = "auto") -> StepForms:
     if attention == "xla" or (attention == "auto" and platform == "cpu"):
         return forms
     return dataclasses.replace(forms, attention=_KERNELS.get(platform, AttentionForm.INTERPRETED))
+
+
+def fuses(platform: str, asked: str = "auto") -> bool:
+    """Whether a prompt's chunk and the sequences that decode share a step, so that weights are read once for both.
+
+    On accelerators that is what their compilers find faster (docs/accelerators.md).  On a CPU both are bound by
+    arithmetic, and measured it makes no difference; so it does without the executables (docs/inside/step.md).
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      asked: "on", "off" or "auto" (what is best there).
+    """
+    return platform != "cpu" if asked == "auto" else asked == "on"
 
 
 def _forms(platform: str, dtype: str) -> StepForms:

@@ -1,7 +1,8 @@
 """The host's inputs of a step, packed in one integer array so that they cost one transfer.
 
 A row of the array is one sequence of the batch: fixed columns, then its T new tokens, then its block table, K x P.
-Floats travel as their bits.
+Floats travel as their bits.  The sequences of a mixed step have rows of two widths, so its array is flat: the row of
+the chunk, then those that decode.
 
 Logit bias and the stop tokens that `min_tokens` forbids are too many numbers to travel with every step.  They are the
 *steering* of a sequence: it travels with its prefill steps, between tokens and block table, and stays on the device
@@ -10,7 +11,7 @@ behind the sequence's tokens in the token history.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ import numpy as np
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS, MAX_STOP_IDS, SamplingParams
 from nitsum_jax.engine.step.sampling import SamplingArrays
+
+Packed = TypeVar("Packed", np.ndarray, jax.Array)
 
 
 class _Column:
@@ -53,21 +56,55 @@ STEERING = 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS
 
 @dataclasses.dataclass(frozen=True, order=True)
 class StepShape:
-    """The bucket of a step: B sequences with up to T new tokens each."""
+    """The bucket of a step: B sequences with up to T new tokens each, and in a mixed step others that decode.
+
+    Attributes:
+      batch: B.
+      tokens: T.
+      beside: of a mixed step, rows of sequences that decode beside a prompt's chunk; they come behind it.
+    """
 
     batch: int
     tokens: int
+    beside: int = 0
 
     @property
     def is_decode(self) -> bool:
         """Whether each sequence continues from its own last token."""
         return self.tokens == 1
 
+    @property
+    def is_prefill(self) -> bool:
+        """Whether it computes prompts, and nothing else."""
+        return self.tokens > 1 and not self.beside
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether it does both."""
+        return self.beside > 0
+
+    @property
+    def rows(self) -> int:
+        """Sequences that it has room for."""
+        return self.batch + self.beside
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that it has room for: rows of its matrix products."""
+        return self.batch * self.tokens + self.beside
+
+    @property
+    def parts(self) -> "tuple[StepShape, ...]":
+        """What attends alike: the step itself, or the chunk and the decoding rows of a mixed one."""
+        if not self.beside:
+            return (self,)
+        return StepShape(self.batch, self.tokens), StepShape(self.beside, 1)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """Unpacked inputs of a step.
+    """Unpacked inputs of a step, or of a part of a mixed one.
 
     Attributes:
       row: i32[B], the sequence's row in the token history; the last row is a dummy for padding.
@@ -92,9 +129,22 @@ class StepInputs:
     steering: jax.Array
 
 
-def packed_shape(shape: StepShape, vshards: int, pages: int) -> tuple[int, int]:
-    """Shape of the packed array, `[B, columns]`."""
-    return shape.batch, _table_column(shape) + vshards * pages
+def packed_shape(shape: StepShape, vshards: int, pages: int) -> tuple[int, ...]:
+    """Shape of the packed array, `[B, columns]`; that of a mixed step is flat."""
+    sizes = [(part.batch, _table_column(part) + vshards * pages) for part in shape.parts]
+    return (sum(rows * columns for rows, columns in sizes),) if shape.is_mixed else sizes[0]
+
+
+def split(packed: Packed, shape: StepShape, vshards: int, pages: int) -> list[Packed]:
+    """The packed arrays `[rows, columns]` of a step's parts."""
+    if not shape.is_mixed:
+        return [packed]
+    found, start = [], 0
+    for part in shape.parts:
+        rows, columns = packed_shape(part, vshards, pages)
+        found.append(packed[start : start + rows * columns].reshape(rows, columns))
+        start += rows * columns
+    return found
 
 
 def _table_column(shape: StepShape) -> int:
@@ -102,12 +152,14 @@ def _table_column(shape: StepShape) -> int:
 
 
 def tables_of(packed: np.ndarray, shape: StepShape, vshards: int, pages: int) -> np.ndarray:
-    """The block tables in a packed array: i32[B, K, P]."""
-    return packed[:, _table_column(shape) :].reshape(shape.batch, vshards, pages)
+    """The block tables in a packed array: i32[rows, K, P]."""
+    arrays = split(packed, shape, vshards, pages)
+    tables = [a[:, _table_column(part) :] for part, a in zip(shape.parts, arrays, strict=True)]
+    return np.concatenate(tables).reshape(shape.rows, vshards, pages)
 
 
 def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> StepInputs:
-    """Takes a packed i32[B, columns] apart, inside a jitted step."""
+    """Takes a packed i32[B, columns] apart, inside a jitted step; one part at a time of a mixed one."""
     tokens, page_table = _COLUMNS + shape.tokens, _table_column(shape)
 
     def bits(column: int, kind: jnp.dtype) -> jax.Array:
@@ -181,7 +233,9 @@ class Packer:
         self._vshards = vshards
         self._pages = pages
         self._packed = np.zeros(packed_shape(shape, vshards, pages), np.int32)
-        self._packed[:, _Column.ROW] = dummy_row
+        self._parts = list(zip(shape.parts, split(self._packed, shape, vshards, pages), strict=True))
+        for _, lines in self._parts:
+            lines[:, _Column.ROW] = dummy_row
         self._used = 0
         self.masks: np.ndarray | None = None
         """i32[B, W] if a row has a mask."""
@@ -198,7 +252,7 @@ class Packer:
         steering: np.ndarray | None = None,
         mask: np.ndarray | None = None,
     ) -> None:
-        """Adds one sequence.
+        """Adds one sequence; to a mixed step first the one whose prompt is computed.
 
         Args:
           columns: from `sampling_columns`.
@@ -210,11 +264,13 @@ class Packer:
           steering: i32[STEERING], for prefill steps; None for a sequence that has none.
           mask: i32[W], which tokens may follow; None: all.
         """
-        line = self._packed[self._used]
         if mask is not None:
             if self.masks is None:
-                self.masks = np.zeros((self._shape.batch, mask.size), np.int32)
+                self.masks = np.zeros((self._shape.rows, mask.size), np.int32)
             self.masks[self._used] = mask
+        beside = self._used >= self._shape.batch
+        shape, lines = self._parts[beside]
+        line = lines[self._used - self._shape.batch if beside else self._used]
         self._used += 1
         line[:_COLUMNS] = columns
         line[_Column.ROW] = row
@@ -224,8 +280,8 @@ class Packer:
         line[_Column.MASKED] = mask is not None
         if tokens is not None:
             line[_COLUMNS : _COLUMNS + len(tokens)] = tokens
-        start = _table_column(self._shape)
-        if not self._shape.is_decode and steering is not None:
+        start = _table_column(shape)
+        if not shape.is_decode and steering is not None:
             line[start - STEERING : start] = steering
         line[start:].reshape(self._vshards, self._pages)[:, : page_table.shape[1]] = page_table
 

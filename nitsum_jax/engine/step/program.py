@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
 from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.masks import mask_words, no_masks
-from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
+from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, split, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -44,9 +44,9 @@ class StepResults:
     """What a step tells the host.
 
     Attributes:
-      tokens: i32[B], sampled; NO_TOKEN where a logit is NaN or infinite.
-      token_logprobs: i32[B, columns], `logprobs.token_logprobs` where rows ask for them, else zeros.
-      logits: f32[B, V padded], of each row's last new token, from a step that was compiled with them.
+      tokens: i32[rows], sampled; NO_TOKEN where a logit is NaN or infinite.
+      token_logprobs: i32[rows, columns], `logprobs.token_logprobs` where rows ask for them, else zeros.
+      logits: f32[rows, V padded], of each row's last new token, from a step that was compiled with them.
     """
 
     tokens: jax.Array
@@ -55,6 +55,15 @@ class StepResults:
 
 
 StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array, jax.Array], tuple[StepState, StepResults]]
+
+
+class SampledRows(NamedTuple):
+    """What choosing the next tokens needs of all rows of a step; see `StepInputs`."""
+
+    row: jax.Array
+    emit: jax.Array
+    logprobs: jax.Array
+    sampling: sampling.SamplingArrays
 
 
 class Parameter(NamedTuple):
@@ -108,7 +117,7 @@ class Program:
 
     def no_masks(self, shape: StepShape) -> np.ndarray:
         """What a step takes of which no row has a mask, i32[B, W]; see `masks`."""
-        return no_masks(shape.batch, self.config.vocab_size)
+        return no_masks(shape.rows, self.config.vocab_size)
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
@@ -165,31 +174,46 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     ) -> tuple[StepState, StepResults]:
         pool, history = state.pool, state.history
         model = nnx.merge(graph, _state(program, tp, leaves))
-        inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
-        page_table = jax.lax.dynamic_slice_in_dim(inputs.page_table, ranks.index() * jnp.int32(slots), slots, axis=1)
-        tokens = history[inputs.row, inputs.context][:, None] if shape.is_decode else inputs.tokens
+        vshards, pages = program.cut.num_vshards, program.pages
+        arrays = split(packed, shape, vshards, pages)
+        parts = [unpack(array, part, vshards, pages) for array, part in zip(arrays, shape.parts, strict=True)]
+        first = ranks.index() * jnp.int32(slots)
+        tables = [jax.lax.dynamic_slice_in_dim(part.page_table, first, slots, axis=1) for part in parts]
+        tokens = [
+            history[part.row, part.context][:, None] if of.is_decode else part.tokens
+            for of, part in zip(shape.parts, parts, strict=True)
+        ]
         new: list[jax.Array] = []
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
-            return attention(q, k, v, pool, layer, page_table, inputs.context)
+            apart = zip(_apart(q, shape), _apart(k, shape), _apart(v, shape), tables, parts, strict=True)
+            return _together([attention(*qkv, pool, layer, table, part.context) for *qkv, table, part in apart])
 
-        positions = inputs.context[:, None] + jnp.arange(shape.tokens, dtype=jnp.int32)[None, :]
-        x = model(tokens, positions, attend)
-        last = jnp.maximum(inputs.new_tokens - 1, 0)
-        logits = model.logits(x[jnp.arange(shape.batch), last])
+        positions = [
+            part.context[:, None] + jnp.arange(of.tokens, dtype=jnp.int32)[None, :]
+            for of, part in zip(shape.parts, parts, strict=True)
+        ]
+        x = model(_together(tokens), _together(positions), attend)
+        last = [
+            rows[jnp.arange(rows.shape[0]), jnp.maximum(part.new_tokens - 1, 0)]
+            for rows, part in zip(_apart(x, shape), parts, strict=True)
+        ]
+        logits = model.logits(_stacked(*last))
         if not shape.is_decode:
-            history = _note_prompt(history, inputs, tokens)
-        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, masks, ranks)
-        token_logprobs = _token_logprobs(logits, sampled, inputs, ranks)
+            history = _note_prompt(history, parts[0], tokens[0])
+        whole = jax.tree.map(_stacked, *(SampledRows(p.row, p.emit, p.logprobs, p.sampling) for p in parts))
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, whole, history, masks, ranks)
+        token_logprobs = _token_logprobs(logits, sampled, whole, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
         # feed the new keys and values, so the tie is made by hand: nothing is below NO_TOKEN, but the compiler cannot
         # know.
-        context = inputs.context + jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
-        pool = write_tokens(pool, jnp.stack(new, axis=3), page_table, context, inputs.new_tokens, program.pool)
-        history = _note_sampled(history, inputs, sampled)
+        tie = jnp.any(sampled < sampling.NO_TOKEN).astype(jnp.int32)
+        for written, table, part in zip(_apart(jnp.stack(new, axis=3), shape), tables, parts, strict=True):
+            pool = write_tokens(pool, written, table, part.context + tie, part.new_tokens, program.pool)
+        history = _note_sampled(history, whole, sampled)
         return StepState(pool, history), StepResults(
             sampled, token_logprobs, ranks.concat_last(logits) if with_logits else None
         )
@@ -229,7 +253,7 @@ def compile_step(
             sharding=NamedSharding(mesh, everywhere),
         ),
         jax.ShapeDtypeStruct(
-            (shape.batch, mask_words(program.config.vocab_size)), jnp.int32, sharding=NamedSharding(mesh, everywhere)
+            (shape.rows, mask_words(program.config.vocab_size)), jnp.int32, sharding=NamedSharding(mesh, everywhere)
         ),
     )
     mapped = jax.shard_map(
@@ -245,6 +269,29 @@ def compile_step(
     mapped.__name__ = name
     # None where there are none: that is what tests and JAX's persistent cache know as a plain compilation.
     return jax.jit(mapped, donate_argnums=1).lower(*arguments).compile(dict(program.forms.compile_options) or None)
+
+
+def _together(parts: Sequence[jax.Array]) -> jax.Array:
+    """`[B, T, ...]` of each part as the model takes them: all tokens of a mixed step are rows of one product."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.concatenate([part.reshape(1, -1, *part.shape[2:]) for part in parts], axis=1)
+
+
+def _apart(whole: jax.Array, shape: StepShape) -> list[jax.Array]:
+    """Undoes `_together`."""
+    if not shape.is_mixed:
+        return [whole]
+    found, start = [], 0
+    for part in shape.parts:
+        end = start + part.batch * part.tokens
+        found.append(whole[:, start:end].reshape(part.batch, part.tokens, *whole.shape[2:]))
+        start = end
+    return found
+
+
+def _stacked(*rows: jax.Array) -> jax.Array:
+    return jnp.concatenate(rows) if len(rows) > 1 else rows[0]
 
 
 def _attention(program: Program) -> Callable[..., jax.Array]:
@@ -266,7 +313,7 @@ def _sample(
     logits: jax.Array,
     offset: jax.Array,
     vocab: int,
-    inputs: StepInputs,
+    inputs: SampledRows,
     history: jax.Array,
     masks: jax.Array,
     ranks: Ranks,
@@ -285,7 +332,7 @@ def _sample(
     return jax.lax.cond(sampling.all_greedy(inputs.sampling), greedy, everything, logits)
 
 
-def _token_logprobs(logits: jax.Array, sampled: jax.Array, inputs: StepInputs, ranks: Ranks) -> jax.Array:
+def _token_logprobs(logits: jax.Array, sampled: jax.Array, inputs: SampledRows, ranks: Ranks) -> jax.Array:
     wanted = inputs.logprobs & inputs.emit
 
     def some(logits: jax.Array) -> jax.Array:
@@ -311,7 +358,7 @@ def _note_prompt(history: jax.Array, inputs: StepInputs, tokens: jax.Array) -> j
     return history.at[inputs.row, STEERED_BY].set(inputs.steering)
 
 
-def _note_sampled(history: jax.Array, inputs: StepInputs, sampled: jax.Array) -> jax.Array:
+def _note_sampled(history: jax.Array, inputs: SampledRows, sampled: jax.Array) -> jax.Array:
     """Puts the sampled tokens into the token history; a row without one goes nowhere, and until then it needs an id."""
     sampled = jnp.maximum(sampled, 0)
     position = jnp.where(inputs.emit, inputs.sampling.position, jnp.int32(history.shape[1]))

@@ -1,6 +1,9 @@
 """What the scheduler of a live cell predicts with, and at whose pace the cell runs."""
 
 import dataclasses
+from collections.abc import Sequence
+
+import jax
 
 from nitsum_jax.control.model.corrected_cost import CorrectedCost
 from nitsum_jax.control.model.cost_model import CostModel
@@ -20,6 +23,8 @@ _MOST_KV_GIB = 1 / 8
 def paced(config: EngineConfig, model: ModelConfig, profile: str, time_scale: float) -> tuple[EngineConfig, CostModel]:
     """Settings of a cell that runs at the pace of a profile.
 
+    Prompts and decoding share steps if those of the target do, or as the flags say of both.
+
     Args:
       config: what the flags say of the engine.
       model: that makes the tokens.
@@ -30,6 +35,9 @@ def paced(config: EngineConfig, model: ModelConfig, profile: str, time_scale: fl
       InvalidInputError: there is no such profile, or it is not sound.
     """
     found = load_profile(profile)
+    if config.fused_steps == "auto" and not config.deterministic:
+        config = dataclasses.replace(config, fused_steps="on" if found.mixed_steps else "off")
+    found = dataclasses.replace(found, mixed_steps=config.fuses("cpu"))
     cost = CostModel(found)
     pace = Pace(cost, found.name, found.kv_bytes_per_token, time_scale)
     kv_gib = config.kv_cache_gib
@@ -41,8 +49,12 @@ def paced(config: EngineConfig, model: ModelConfig, profile: str, time_scale: fl
     return dataclasses.replace(config, pace=pace, tps=cost.tps, kv_cache_gib=kv_gib), cost
 
 
-def predicted(config: EngineConfig, model: ModelConfig, profile: str | None, devices: int) -> CostModel:
+def predicted(
+    config: EngineConfig, model: ModelConfig, profile: str | None, devices: Sequence[jax.Device]
+) -> CostModel:
     """A cost model that corrects itself: from a profile, or from the size of the model.
+
+    Its steps hold prompts and decoding together if those of the engine do, whatever the profile says.
 
     Args:
       config: what the flags say of the engine.
@@ -53,18 +65,20 @@ def predicted(config: EngineConfig, model: ModelConfig, profile: str | None, dev
     Raises:
       InvalidInputError: there is no such profile, or it is not sound.
     """
+    fused = config.fuses(devices[0].platform)
     if profile is not None:
-        return CorrectedCost(load_profile(profile))
-    tps = [1 << i for i in range(devices.bit_length())]
+        return CorrectedCost(dataclasses.replace(load_profile(profile), mixed_steps=fused))
+    tps = [1 << i for i in range(len(devices).bit_length())]
     weights, replicated = cut_bytes(model, ModelCut.of(model, 1), "float32")
     return CorrectedCost(
         rough_profile(
-            devices=devices,
-            tps=[tp for tp in tps if tp <= devices],
+            devices=len(devices),
+            tps=[tp for tp in tps if tp <= len(devices)],
             weight_bytes=weights + replicated,
             kv_bytes_per_token=_kv_bytes(model, 1),
             kv_capacity_tokens=1 << 20,  # the engine knows
             page_size=config.page_size,
+            mixed_steps=fused,
         )
     )
 

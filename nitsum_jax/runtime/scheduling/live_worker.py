@@ -48,10 +48,9 @@ class LiveWorker(Worker[LiveJob]):
       instance: of the engine.
       busy_until_s: when the steps in flight are expected to end.
       flights: expected seconds of each of them.
-      round: prompts and tokens that are still to be done before the next decode step.
+      round: prompts and tokens that are still to be done before or with the next decode step.
       begun: whether a step of the round was launched.
       owed: whether decoding jobs have their turn next.
-      leads: whether they have it before the round begins.
     """
 
     def __init__(self, index: int, plan: InstanceSpec, instance: Instance, page_size: int, max_batch: int):
@@ -63,7 +62,6 @@ class LiveWorker(Worker[LiveJob]):
         self.round: collections.deque[tuple[LiveJob, int]] = collections.deque()
         self.begun = False
         self.owed = False
-        self.leads = False
 
     @property
     def free_blocks(self) -> int:

@@ -2,8 +2,9 @@
 
 Requests are `control` jobs, which read from the engine how far they have come; instances are `control` workers, kept up
 to date by what the engine tells.  Two things differ from the model of a cell.  Steps are launched ahead of their
-results, so token deadlines are judged by when the steps in flight are expected to end.  And prefill and decode are
-steps of their own: the chunks that the scheduler composes beside a decode step go before it, one after the other.
+results, so token deadlines are judged by when the steps in flight are expected to end.  And a step of the engine has
+one chunk at most, of a size that it was compiled for: the chunks that the scheduler composes beside a decode step, a
+round, go before it one after the other.  The last one shares a step with it where the cell has such steps.
 
 All but `push` and `now_s` runs on the engine's thread.  What other threads are to see of jobs and
 workers is copied here first (`control.planning.cell_view`).
@@ -57,7 +58,6 @@ class TieredScheduling(Policy):
         *,
         admitted: Callable[[str, float], None] | None = None,
         time_scale: float = 1.0,
-        fused: bool = False,
         config: SchedulerConfig = SchedulerConfig(),
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -70,8 +70,6 @@ class TieredScheduling(Policy):
           admitted: told id and time of every request that an instance takes, on the engine's thread.
           time_scale: seconds of the engine's clock for one of the tiers and the cost model (see
             `engine.batching.pacing`).
-          fused: whether decoding goes first where it shares a step of the cost model with chunks, so that first tokens
-            come at the end of both, as they do from a step that does both at once.
           config: of the scheduler.
           clock: that of the engine.
         """
@@ -84,7 +82,6 @@ class TieredScheduling(Policy):
         self._tiers = tiers
         self._admitted = admitted
         self._scale = time_scale
-        self._fused = fused
         self._clock = clock
         self._new: dict[LiveRequest, None] = {}  # in their order
         self._unseated: set[LiveRequest] = set()
@@ -265,11 +262,10 @@ class TieredScheduling(Policy):
             worker.round.popleft()  # it has gone
         if not worker.round:
             self._compose(worker, instance)
-        if not worker.round or (worker.leads and instance.decodable()):
+        if not worker.round:
             return None
-        worker.leads = False
         job, tokens = worker.round[0]
-        return PrefillChoice(job.sequence, tokens, joined=worker.begun)
+        return PrefillChoice(job.sequence, tokens, joined=worker.begun, fused=len(worker.round) == 1)
 
     def _compose(self, worker: LiveWorker, instance: Instance) -> None:
         if self.cost.version != self._version:
@@ -280,7 +276,6 @@ class TieredScheduling(Policy):
         worker.round.extend(chunks)
         if not chunks and not instance.decodable():  # whoever decodes is about to end; somebody must go on
             worker.round.append((_job(instance.prefills[0]), 256))
-        worker.leads = self._fused
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
         worker = self._workers.get(instance)
@@ -289,22 +284,25 @@ class TieredScheduling(Policy):
         now = now_s / self._scale
         self._stale[worker] = None
         if step.chunk is None:
-            worker.launched(self.cost.step_s(worker.tp, len(step.sequences), step.context), now)
-            worker.owed = worker.leads = False
+            worker.launched(self.cost.step_s(worker.tp, step.decoding, step.context), now)
+            worker.owed = False
             worker.advance(1)
             return
-        new, before = step.chunk
-        alone = self.cost.step_s(worker.tp, len(worker.decoding), worker.context) if worker.decoding else 0.0
-        both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, ((new, before),))
-        worker.launched(both - alone, now)
+        if step.decoding:
+            worker.launched(self.cost.step_s(worker.tp, step.decoding, step.context, (step.chunk,)), now)
+            worker.advance(1)
+        else:  # what it adds to the decode step of its round
+            alone = self.cost.step_s(worker.tp, len(worker.decoding), worker.context) if worker.decoding else 0.0
+            both = self.cost.step_s(worker.tp, len(worker.decoding), worker.context, (step.chunk,))
+            worker.launched(both - alone, now)
         job = _job(step.sequences[0])
         if worker.round and worker.round[0][0] is job:
-            left = worker.round[0][1] - new
+            left = worker.round[0][1] - step.chunk.tokens
             worker.round.popleft()
             if left > 0 and not step.emits[0]:
                 worker.round.appendleft((job, left))
         worker.begun = True
-        worker.owed = not worker.round and not self._fused
+        worker.owed = not worker.round and not step.decoding
         if step.emits[0]:
             if job.first_token_s is None:
                 job.first_token_s = worker.busy_until_s  # as is expected; corrected when it comes
@@ -320,10 +318,8 @@ class TieredScheduling(Policy):
             self._stale[worker] = None
         if step.tokens is not None:
             seconds = (step.ready_s - step.start_s) / self._scale
-            if step.chunk is None:
-                self.cost.observe(instance.spec.tp, seconds, len(step.sequences), step.context)
-            else:
-                self.cost.observe(instance.spec.tp, seconds, 0, 0, (step.chunk,))
+            chunks = () if step.chunk is None else (step.chunk,)
+            self.cost.observe(instance.spec.tp, seconds, step.decoding, step.context, chunks)
 
     # ---- where sequences are
 

@@ -85,13 +85,11 @@ def start_scheduled(
     if pace is not None:
         config, cost = costs.paced(config, model.config, pace, time_scale)
     else:
-        cost = costs.predicted(config, model.config, profile, len(discover(config.devices)))
+        cost = costs.predicted(config, model.config, profile, discover(config.devices))
         config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
     scale = time_scale if pace is not None else 1.0
     tap = Tap(sink, admitted)
-    scheduling = TieredScheduling(
-        tiers, cost, config.max_queue, admitted=tap.admitted, time_scale=scale, fused=pace is not None
-    )
+    scheduling = TieredScheduling(tiers, cost, config.max_queue, admitted=tap.admitted, time_scale=scale)
     config, first = _without_tiers(config, tiers.names)
     scheduling.keep_for(first)
     engine = start_engine(model, config, tap, scheduling, on_progress)

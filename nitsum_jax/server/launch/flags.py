@@ -91,6 +91,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "prefix_cache": values.prefix_cache,
             "attention": values.attention,
             "reduction": values.reduction,
+            "fused_steps": values.fused_steps,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -215,6 +216,14 @@ def _define() -> flags.FlagValues:
         ["fixed", "fast"],
         "how partial results of devices are added up: fixed, in one order, the same bits at every TP; fast: by fewer "
         "bytes in bfloat16, and no promise about bits (not with --deterministic)",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "fused_steps",
+        "auto",
+        ["auto", "on", "off"],
+        "whether a prompt's chunk and the sequences that decode share a step, so that weights are read once for both; "
+        "auto: on accelerators, and in a paced cell if its profile says so (never with --deterministic)",
         flag_values=values,
     )
     flags.DEFINE_float(

@@ -186,27 +186,31 @@ def _request(name: str) -> Request:
     return Request(name, (1,) * 10, 5, tier="tight")
 
 
-def test_fused_a_step_that_does_both_decodes_first() -> None:
-    """The model of the cell ends both at once; the running cell does one after the other, and ends the prompt last."""
-    scheduling = TieredScheduling(TIERS, COST, 100, fused=True)
-    cell = FakeCell(lambda clock: scheduling, COST, "tp8", 4000)
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_last_chunk_of_a_round_shares_its_step_with_decoding_where_steps_can_do_both(fused: bool) -> None:
+    cost = CostModel(dataclasses.replace(COST.profile, mixed_steps=fused))
+    scheduling = TieredScheduling(TIERS, cost, 100)
+    cell = FakeCell(lambda clock: scheduling, cost, "tp8", 4000)
     (instance,) = cell.instances
     instance.depth = 1
     order: list[str] = []
     launched = scheduling.launched
 
     def note(at: Instance, step: Step, now_s: float) -> None:
-        order.append("decode" if step.chunk is None else f"chunk {step.chunk[0]}")
+        chunk = "" if step.chunk is None else f"chunk {step.chunk[0]}"
+        order.append(" and ".join(filter(None, [chunk, f"{step.decoding} decode" if step.decoding else ""])))
         launched(at, step, now_s)
 
     scheduling.launched = note  # type: ignore[method-assign, assignment]
     cell.add(0.0, 300, 6, "tight")
     cell.add(0.02, 700, 2, "tight")
     cell.run()
-    begun = next(i for i, what in enumerate(order) if i and what.startswith("chunk"))
     assert order[0] == "chunk 300"
-    assert order[begun - 1 : begun + 3] == ["decode", "chunk 512", "chunk 188", "decode"]
-    assert order.count("decode") == 5  # the second request got its other token along with one of the first
+    begun = order.index("chunk 512")
+    assert order[begun - 1] == "1 decode"
+    shared = ["chunk 512", "chunk 188 and 1 decode"] if fused else ["chunk 512", "chunk 188", "2 decode"]
+    assert order[begun : begun + len(shared)] == shared
+    assert sum("decode" in step for step in order) == 5  # the second request got its other token with one of the first
 
 
 def test_who_comes_with_a_switch_to_an_instance_that_only_prefills_does_not_slow_its_prompts() -> None:

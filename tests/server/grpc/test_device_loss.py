@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grpc.aio
+import jax
 import pytest
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS
@@ -42,7 +43,7 @@ async def _test(folder: Path) -> None:
         max_model_len=256,
         deterministic=True,
     )
-    cost = costs.predicted(config, model.config, None, 4)
+    cost = costs.predicted(config, model.config, None, jax.devices()[:4])
     router = StreamRouter(asyncio.get_running_loop())
     scheduling = TieredScheduling(DEFAULT_TIERS, cost, config.max_queue, admitted=router.admitted)
     engine = await in_thread(lambda: start_engine(model, config, router.sink, scheduling))

@@ -8,12 +8,6 @@ import jax.numpy as jnp
 
 from nitsum_jax.engine.step.attention import PoolShape
 
-MOST_PARTS = 16
-"""In how many parts a GPU may take the old tokens of a row of a decode step; a second kernel adds them up."""
-
-LEAST_GPU_ROWS = 16
-"""Rows of a part, those that are padding included."""
-
 _LEAST_KEYS = 16  # of a product on a GPU's tensor cores
 
 

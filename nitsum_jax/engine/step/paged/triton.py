@@ -17,9 +17,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.paged import softmax
-from nitsum_jax.engine.step.paged.plan import LEAST_GPU_ROWS, MOST_PARTS, Plan, RowLimits
+from nitsum_jax.engine.step.paged.plan import Plan, RowLimits
 from nitsum_jax.engine.step.paged.softmax import Softmax
 from nitsum_jax.engine.step.paged.triton_pool import Ref, fitting, lanes, old_tokens, tile_tokens, tiles_of
+from nitsum_jax.meshes.workspace import LEAST_GPU_ROWS, MOST_PARTS
 
 _QUERY_BYTES = 16 * 1024  # of a program: as much as its registers hold beside the result
 _MOST_WIDTH = 256
