@@ -78,6 +78,7 @@ class Wanted:
       include_stop: whether the output ends with the stop string that ended it, rather than before it.
       skip_special: whether special tokens of an output say nothing, or are spelled.
       form: what the output is held to, see `compiled`; it ends with the form, even if `ignore_eos` is set.
+      shown: special tokens that are spelled even if the others are not.
       score_prompt: whether the tokens of the prompt are told with how likely each was; needs `logprobs`.
     """
 
@@ -94,6 +95,7 @@ class Wanted:
     skip_special: bool = True
     form: OutputForm | None = None
     score_prompt: bool = False
+    shown: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,6 +115,7 @@ class Call:
     skip_special: bool = True
     prompt_ids: tuple[int, ...] = ()
     silent: bool = False
+    shown: frozenset[str] = frozenset()
 
 
 def check(wanted: Wanted, vocab_size: int, *, least_tokens: int = 1) -> None:
@@ -253,7 +256,7 @@ def make_call(
         forced_ids=given,
     )
     stops = tuple(dict.fromkeys(wanted.stops))
-    return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0)
+    return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0, wanted.shown)
 
 
 def default_max_tokens(defaults: GenerationDefaults) -> int:

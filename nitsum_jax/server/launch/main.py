@@ -142,7 +142,14 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    return Loaded(started.engine, served_model(model, options.served_model_name, options.generation_config), started)
+    served = served_model(
+        model,
+        options.served_model_name,
+        options.generation_config,
+        tool_parser=options.tool_parser,
+        reasoning_parser=options.reasoning_parser,
+    )
+    return Loaded(started.engine, served, started)
 
 
 async def _serve(options: LaunchOptions, load: Load) -> int:

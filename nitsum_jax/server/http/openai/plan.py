@@ -3,10 +3,10 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     Call,
@@ -20,6 +20,9 @@ from nitsum_jax.runtime.calls import (
     encode,
     make_call,
 )
+from nitsum_jax.runtime.structured.forms import FormSpec
+from nitsum_jax.runtime.tools.formats import TAGS, THINK
+from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import Echo
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
@@ -30,6 +33,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""
 
 _UNLIMITED = 2**31 - 1
+_TAIL = 8  # tokens of a prompt in which the beginning of a thought stands
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class RequestPlan:
       outputs: of each prompt.
       prompt_tokens: of all prompts, each counted once.
       echoes: the prompts, if they are repeated before their outputs.
+      reader: makes what takes an answer apart; None: answers are text.
       prompt_logprobs: None, or how many of the likeliest tokens are told beside each token of a prompt.
     """
 
@@ -59,6 +64,7 @@ class RequestPlan:
     prompt_tokens: int
     echoes: Sequence[Echo] = ()
     prompt_logprobs: int | None = None
+    reader: Callable[[], AnswerReader] | None = None
 
     def cached_tokens(self, of_outputs: Sequence[int]) -> int:
         """Tokens of all prompts that were not computed, each counted once.
@@ -103,6 +109,8 @@ async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
     Raises:
       ApiError, NitsumError: as plan_completion.
     """
+    check_model(request.model, backend.model)
+    request.check_tools(backend.model)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], limit, logprobs, backend)
@@ -146,13 +154,17 @@ async def _plan(
         skip_special=request.skip_special_tokens is not False,
     )
     check(wanted, model.vocab_size, least_tokens=0)
-    if (form := request.form()) is not None:
+    encoded = await encode(prompts, model)
+    form, reader = request.form(), None
+    if isinstance(request, ChatRequest):
+        form, reader = _read_by(request, form, encoded[0], model)
+        wanted = dataclasses.replace(wanted, shown=TAGS if reader is not None else frozenset())
+    if form is not None:
         field, spec = form
         try:
             wanted = dataclasses.replace(wanted, form=await compiled(spec, model))
         except InvalidInputError as error:
             raise ApiError(400, str(error), param=field) from None
-    encoded = await encode(prompts, model)
     context = backend.engine.context_limit()
     calls: list[Call] = []
     for ids in encoded:
@@ -174,7 +186,22 @@ async def _plan(
         outputs,
         prompt_tokens,
         prompt_logprobs=scored,
+        reader=reader,
     )
+
+
+def _read_by(
+    request: ChatRequest, form: tuple[str, FormSpec] | None, ids: Sequence[int], model: ServedModel
+) -> tuple[tuple[str, FormSpec] | None, Callable[[], AnswerReader] | None]:
+    """The form of a chat answer, and what takes it apart; None where it is nothing but text."""
+    tail = model.tokenizer.decode(ids[-_TAIL:], skip_special=False).rstrip() if model.thinks else ""
+    thinking = tail.endswith(THINK)
+    names = [one.function.name for one in request.offered()]
+    form = request.tool_form(model, form, thinking)
+    tools = model.tools if names else None
+    if tools is None and not model.thinks:
+        return form, None
+    return form, lambda: AnswerReader(tools, names, thinks=model.thinks, thinking=thinking)
 
 
 def _up_to_the_context(wanted: Wanted, room: int, usual: int | None) -> Wanted:

@@ -28,6 +28,7 @@ from nitsum_jax.server.http.fields import (
 from nitsum_jax.server.http.openai.known import COMMON, HARMLESS, OF_CHAT, OF_COMPLETIONS
 from nitsum_jax.server.http.openai.messages import Message
 from nitsum_jax.server.http.openai.structured import HeldToForm
+from nitsum_jax.server.http.openai.tooling import UNUSED, OffersTools
 
 MAX_MESSAGES = 4096
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
@@ -151,17 +152,15 @@ class CompletionRequest(Generation):
         return [replace(one, add_special=False) if isinstance(one, TextPrompt) else one for one in self.prompt]
 
 
-class ChatRequest(Generation):
+class ChatRequest(Generation, OffersTools):
     """POST /v1/chat/completions."""
 
     harmless: ClassVar[Mapping[str, str]] = HARMLESS
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **COMMON,
         **OF_CHAT,
-        "tools": Unsupported("the model answers with text, and calls no tools", ([],)),
-        "tool_choice": Unsupported("the model answers with text, and calls no tools", ("none", "auto")),
+        **UNUSED,
         "echo": Unsupported("use prompt_logprobs to score a conversation", (False,)),
-        "reasoning_effort": Unsupported("the effort of reasoning cannot be set"),
         "add_special_tokens": Unsupported("the template writes the special tokens", (False,)),
     }
 
@@ -169,7 +168,6 @@ class ChatRequest(Generation):
     max_completion_tokens: _Count | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Tell how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="And so many others; needs logprobs.")
-    parallel_tool_calls: bool | None = Field(None, description="Accepted; has no effect.")
     add_generation_prompt: bool | None = Field(
         None, description="Whether the template begins the answer; true, unless continue_final_message."
     )
@@ -203,6 +201,7 @@ class ChatRequest(Generation):
         """What the chat template is given."""
         begin = self.add_generation_prompt
         options = ChatOptions(
+            tools=[tool.rendered() for tool in self.offered()],
             variables=self.chat_template_kwargs or {},
             add_generation_prompt=True if begin is None else begin,
             continue_final=bool(self.continue_final_message),
