@@ -4,7 +4,6 @@ What all events of a stream have in common is written once, when the stream begi
 than the escaping of its text.
 """
 
-import dataclasses
 import enum
 import hashlib
 import json
@@ -16,6 +15,8 @@ from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.runtime.tools.parts import Answer, CallArguments, CallBegun, Part, Said, Thought
+from nitsum_jax.server.http.answering import Whole
+from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import (
     Echo,
     TokenBytes,
@@ -26,7 +27,7 @@ from nitsum_jax.server.http.openai.logprobs import (
 )
 from nitsum_jax.server.http.openai.plan import RequestPlan
 
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"
 
 
@@ -36,21 +37,6 @@ class StreamedUsage(enum.Enum):
     NOWHERE = enum.auto()
     AT_THE_END = enum.auto()  # and null before
     EVERYWHERE = enum.auto()
-
-
-@dataclasses.dataclass(slots=True)
-class Whole:
-    """An output that is collected before it is sent."""
-
-    texts: list[str] = dataclasses.field(default_factory=list)
-    told: list[TokenWithLogprob] = dataclasses.field(default_factory=list)
-    end: End | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Takes the next piece."""
-        self.texts.append(piece.text)
-        self.told += piece.told
-        self.end = piece.end
 
 
 class AnswerShape:
@@ -122,10 +108,16 @@ class AnswerShape:
         """The events before the first piece of all."""
         return ""
 
-    def usage_event(self, outputs: Outputs) -> str:
-        """The event with the usage."""
+    def closing(self, outputs: Outputs) -> str:
+        """The events at the end: the usage, if it is wanted."""
+        if self._usage_in_chunks is StreamedUsage.NOWHERE:
+            return DONE
         usage = json.dumps(self._usage(outputs), separators=(",", ":"))
-        return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n'
+        return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n{DONE}'
+
+    def failure(self, error: ApiError) -> str:
+        """The event of an error; OpenAI's client raises on it."""
+        return f"data: {error.body().decode()}\n\n{DONE}"
 
     def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
         """The response that is no stream."""
