@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable, Sequence
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.runtime.backend import Backend, ServedModel
+from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     Call,
@@ -20,8 +20,8 @@ from nitsum_jax.runtime.calls import (
     encode,
     make_call,
 )
-from nitsum_jax.runtime.structured.forms import FormSpec
-from nitsum_jax.runtime.tools.formats import TAGS, THINK
+from nitsum_jax.runtime.tools.formats import TAGS
+from nitsum_jax.runtime.tools.offer import begins_thinking
 from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import Echo
@@ -33,7 +33,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""
 
 _UNLIMITED = 2**31 - 1
-_TAIL = 8  # tokens of a prompt in which the beginning of a thought stands
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -157,7 +156,8 @@ async def _plan(
     encoded = await encode(prompts, model)
     form, reader = request.form(), None
     if isinstance(request, ChatRequest):
-        form, reader = _read_by(request, form, encoded[0], model)
+        thinking = begins_thinking(model, encoded[0])
+        form, reader = request.offer.form(model, form, thinking), request.offer.reader(model, thinking)
         wanted = dataclasses.replace(wanted, shown=TAGS if reader is not None else frozenset())
     if form is not None:
         field, spec = form
@@ -188,20 +188,6 @@ async def _plan(
         prompt_logprobs=scored,
         reader=reader,
     )
-
-
-def _read_by(
-    request: ChatRequest, form: tuple[str, FormSpec] | None, ids: Sequence[int], model: ServedModel
-) -> tuple[tuple[str, FormSpec] | None, Callable[[], AnswerReader] | None]:
-    """The form of a chat answer, and what takes it apart; None where it is nothing but text."""
-    tail = model.tokenizer.decode(ids[-_TAIL:], skip_special=False).rstrip() if model.thinks else ""
-    thinking = tail.endswith(THINK)
-    names = [one.function.name for one in request.offered()]
-    form = request.tool_form(model, form, thinking)
-    tools = model.tools if names else None
-    if tools is None and not model.thinks:
-        return form, None
-    return form, lambda: AnswerReader(tools, names, thinks=model.thinks, thinking=thinking)
 
 
 def _up_to_the_context(wanted: Wanted, room: int, usual: int | None) -> Wanted:

@@ -7,8 +7,8 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.runtime.backend import ServedModel
-from nitsum_jax.runtime.structured.forms import FormSpec, combined
-from nitsum_jax.runtime.tools.formats import Tool, call_grammar
+from nitsum_jax.runtime.tools.formats import Tool
+from nitsum_jax.runtime.tools.offer import ToolOffer
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.fields import Strict, Unsupported
 
@@ -85,52 +85,18 @@ class OffersTools(Strict):
         """The tools that the model is told of."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
+    @property
+    def offer(self) -> ToolOffer:
+        """What it says about tools."""
+        parallel = self.parallel_tool_calls is not False
+        return ToolOffer([one.tool for one in self.tools or ()], self.tool_choice or "auto", parallel)
+
     def check_tools(self, model: ServedModel) -> None:
         """Refuses tools that a model cannot call, and a choice that is none of them."""
-        names = [one.function.name for one in self.tools or ()]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise ApiError(400, f"two tools are called {twice}: give each its own name", param="tools")
-        if self.tool_choice == "required" and not names:
-            raise ApiError(400, "tool_choice is required, and there are no tools: give some", param="tool_choice")
-        chosen = self._chosen
-        if chosen is not None and chosen not in names:
-            raise ApiError(400, f"tool_choice names {chosen[:80]}, which is not in tools", param="tool_choice")
-        if self.offered() and model.tools is None:
-            message = (
-                f"the chat template of {model.name} teaches no way to call tools that is known here: leave tools out"
-            )
-            raise ApiError(400, message, param="tools", code="not_possible_here")
-
-    def tool_form(
-        self, model: ServedModel, form: tuple[str, FormSpec] | None, thinking: bool
-    ) -> tuple[str, FormSpec] | None:
-        """The form of the answer, with the field that gives it.
-
-        Args:
-          model: that answers.
-          form: what the answer is held to where it calls no tool.
-          thinking: whether it begins in a thought, which is free.
-        """
-        tools = [one.tool for one in self.offered()]
-        chosen = self._chosen
-        if chosen is not None:
-            tools = [tool for tool in tools if tool.name == chosen]
-        must = bool(tools) and self.tool_choice not in (None, "auto")
-        calls = None
-        if tools and model.tools is not None and (must or form is not None):
-            parallel = self.parallel_tool_calls is not False and chosen is None
-            calls = call_grammar(model.tools, tools, parallel=parallel, tokenizer=model.tokenizer)
-        if calls is None and not thinking:
-            return form
-        if calls is None and form is None:
-            return None
-        field, body = ("tool_choice", None) if must or form is None else form
-        return field, combined(calls, body, thinking)
-
-    @property
-    def _chosen(self) -> str | None:
-        return self.tool_choice[1:] if self.tool_choice is not None and self.tool_choice.startswith("=") else None
+        problem = self.offer.problem(model)
+        if problem is not None:
+            code = "not_possible_here" if problem.of_model else None
+            raise ApiError(400, problem.message, param=problem.field, code=code)
 
 
 UNUSED: Mapping[str, Unsupported] = {
