@@ -16,7 +16,12 @@ HERMES = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-CITY = {"type": "object", "properties": {"city": {"enum": ["Bonn", "Rom"]}}, "required": ["city"]}
+CITY = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bonn", "Rom"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 TOOL = pb.Tool(name="weather", description="Of a city.", parameters=json.dumps(CITY))
 HI = pb.ChatMessage(role="user", content="hi")
 
