@@ -150,3 +150,20 @@ def test_a_form_holds_behind_a_thought_that_the_template_begins() -> None:
             assert (message["content"], message["reasoning_content"]) == ("yes", "well, well")
 
     asyncio.run(scenario())
+
+
+def test_thoughts_are_switched_off_by_variables_of_the_template() -> None:
+    async def scenario() -> None:
+        async with serving(says("x"), template="{{ enable_thinking | default('as it likes') }}" + ROLES) as run:
+            off: dict[str, Any] = {"enable_thinking": False}
+            for fields, prompt in (
+                ({}, "as it likes"),
+                ({"reasoning_effort": "none"}, "False"),
+                ({"chat_template_kwargs": off}, "False"),
+                ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "True"),
+            ):
+                assert (await run.chat(**fields)).status_code == 200
+                said = TOKENIZER.decode(run.engine.requests[-1].prompt_ids)
+                assert said == prompt + "<user>hello<assistant>"
+
+    asyncio.run(scenario())

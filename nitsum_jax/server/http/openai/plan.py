@@ -83,7 +83,7 @@ async def plan_completion(request: CompletionRequest, backend: Backend) -> Reque
       ApiError: model or tier are not known, or too many outputs are asked for.
       NitsumError: the request is wrong, or does not fit the model.
     """
-    limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    limit = DEFAULT_COMPLETION_TOKENS if request.limit is None else request.limit
     prompts = request.prompts()
     response_id, echo = f"cmpl-{uuid.uuid4().hex}", bool(request.echo)
     plan = await _plan(response_id, request, prompts, limit, request.logprobs, backend, echo=echo)
@@ -111,8 +111,9 @@ async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
     check_model(request.model, backend.model)
     request.check_tools(backend.model)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], limit, logprobs, backend)
+    return await _plan(
+        f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], request.limit, logprobs, backend
+    )
 
 
 async def _plan(

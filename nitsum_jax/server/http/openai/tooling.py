@@ -100,7 +100,6 @@ class OffersTools(Strict):
 
 
 UNUSED: Mapping[str, Unsupported] = {
-    "reasoning_effort": Unsupported("use chat_template_kwargs, as the model's template knows it"),
     "separate_reasoning": Unsupported("thoughts are always apart, in reasoning_content", (True,)),
     "stream_reasoning": Unsupported("thoughts are streamed", (True,)),
     "include_reasoning": Unsupported("thoughts are told, in reasoning_content", (True,)),
