@@ -16,6 +16,7 @@ from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.streams.router import StreamRouter
+from nitsum_jax.runtime.tools.formats import ToolFormat
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
@@ -113,7 +114,9 @@ class ServingTokenizer(Protocol):
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes: ...
     def decode(self, ids: Iterable[int], skip_special: bool = True, *, starts_text: bool = False) -> str: ...
-    def stream(self, skip_special: bool = True) -> TextStream: ...
+    def stream(self, skip_special: bool = True, shown: frozenset[str] = frozenset()) -> TextStream: ...
+    @property
+    def special_ids(self) -> frozenset[int]: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ class ServedModel:
         options say; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
       defaults: what stands for the parameters that a request does not set.
       forms: compiles what outputs are held to; None where that is not possible.
+      tools: how it writes calls of tools; None: it knows none.
+      thinks: whether its answers begin with thoughts in <think> tags.
     """
 
     name: str
@@ -138,6 +143,8 @@ class ServedModel:
     render_chat: Callable[[Sequence[Mapping[str, Any]], ChatOptions], str] | None
     defaults: GenerationDefaults = GenerationDefaults()
     forms: "FormCompiler | None" = None
+    tools: ToolFormat | None = None
+    thinks: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

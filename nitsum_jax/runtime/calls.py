@@ -79,6 +79,7 @@ class Wanted:
       include_stop: whether the output ends with the stop string that ended it, rather than before it.
       skip_special: whether special tokens of an output say nothing, or are spelled.
       form: what the output is held to, see `compiled`; it ends with the form, even if `ignore_eos` is set.
+      shown: special tokens that are spelled even if the others are not.
       score_prompt: whether the tokens of the prompt are told with how likely each was; needs `logprobs`.
       ttft_ms, tpot_ms: targets of its own, milliseconds; None: those of its tier.
     """
@@ -98,6 +99,7 @@ class Wanted:
     score_prompt: bool = False
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    shown: frozenset[str] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,6 +119,7 @@ class Call:
     skip_special: bool = True
     prompt_ids: tuple[int, ...] = ()
     silent: bool = False
+    shown: frozenset[str] = frozenset()
 
 
 def check(wanted: Wanted, vocab_size: int, *, least_tokens: int = 1) -> None:
@@ -269,7 +272,7 @@ def make_call(
         tpot_ms=wanted.tpot_ms,
     )
     stops = tuple(dict.fromkeys(wanted.stops))
-    return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0)
+    return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0, wanted.shown)
 
 
 def default_max_tokens(defaults: GenerationDefaults) -> int:

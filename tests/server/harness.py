@@ -24,6 +24,7 @@ from nitsum_jax.models.text.tokenizer import Tokenizer
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.runtime.structured.compiler import FormCompiler
+from nitsum_jax.runtime.tools.formats import format_of, thinks
 from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.server.fake_engine import FakeEngine, Script
@@ -46,12 +47,22 @@ TOKENIZER = byte_tokenizer()
 FORMS = FormCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids)
 
 
-def served_model(chat: bool = True, defaults: GenerationDefaults = GenerationDefaults()) -> ServedModel:
+def served_model(
+    chat: bool = True, defaults: GenerationDefaults = GenerationDefaults(), template: str = TEMPLATE
+) -> ServedModel:
     def render(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
-        return render_chat(TEMPLATE, messages, options)
+        return render_chat(template, messages, options)
 
     return ServedModel(
-        "fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None, defaults, FORMS
+        "fake",
+        TOKENIZER,
+        TOKENIZER.vocab_size,
+        TOKENIZER.eos_ids,
+        render if chat else None,
+        defaults,
+        FORMS,
+        format_of(template),
+        thinks(template),
     )
 
 
@@ -77,7 +88,7 @@ def held(request: Request) -> Sequence[int]:
     while not matcher.ended and len(said) < 500:
         matcher.allowed(mask)
         bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
-        said.append(rng.choice([token for token in bits if token in printable] or [EOS]))
+        said.append(rng.choice([token for token in bits if token in printable] or bits))
         matcher.accept(said[-1])
     return (*said, EOS)
 
@@ -99,14 +110,18 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def running(
-    script: Script = echo, chat: bool = True, defaults: GenerationDefaults = GenerationDefaults(), **options: Any
+    script: Script = echo,
+    chat: bool = True,
+    defaults: GenerationDefaults = GenerationDefaults(),
+    template: str = TEMPLATE,
+    **options: Any,
 ) -> AsyncIterator[Running]:
     server = GrpcServer("127.0.0.1", 0)
     await server.start()
     router = StreamRouter(asyncio.get_running_loop())
     engine = FakeEngine(router.sink, script, **options)
     try:
-        await server.serve(Backend(engine, served_model(chat, defaults), router))
+        await server.serve(Backend(engine, served_model(chat, defaults, template), router))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Running(server, engine, router, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
     finally:

@@ -57,16 +57,20 @@ class Detokenizer:
         self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         self._pieces = _pieces_of(inner)
 
-    def stream(self, skip_special: bool, starts_text: bool) -> StreamDecoder:
+    def stream(self, skip_special: bool, starts_text: bool, shown: frozenset[str] = frozenset()) -> StreamDecoder:
         """A decoder for ids as they come.
 
         Args:
           skip_special: whether special tokens say nothing, or are spelled.
+          shown: special tokens that are spelled all the same.
           starts_text: whether the ids begin a text; else they continue one.
         """
         if self._pieces is None:
             return _WindowDecoder(self._inner, skip_special, None if starts_text else self._anchor)
-        return _ByteDecoder(self._pieces, self.special_ids if skip_special else frozenset(), starts_text)
+        silent = self.special_ids if skip_special else frozenset()
+        if shown:
+            silent = frozenset(token for token in silent if self._inner.id_to_token(token) not in shown)
+        return _ByteDecoder(self._pieces, silent, starts_text)
 
     def token_bytes(self, token_id: int, skip_special: bool) -> bytes:
         """What one token says in the midst of a text.

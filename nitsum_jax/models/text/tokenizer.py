@@ -188,9 +188,14 @@ class Tokenizer:
         """The tokens that say nothing in an output."""
         return self._detokenizer.special_ids
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """A decoder for the ids of an output as they come; see StreamDecoder."""
-        return self._detokenizer.stream(skip_special, starts_text=False)
+    def stream(self, skip_special: bool = True, shown: frozenset[str] = frozenset()) -> StreamDecoder:
+        """A decoder for the ids of an output as they come; see StreamDecoder.
+
+        Args:
+          skip_special: whether special tokens say nothing, or are spelled.
+          shown: special tokens that are spelled all the same.
+        """
+        return self._detokenizer.stream(skip_special, False, shown)
 
     def save(self, folder: str | Path) -> None:
         """Writes the files that `from_file` reads; Hugging Face reads them as well."""

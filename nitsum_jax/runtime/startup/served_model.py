@@ -8,12 +8,25 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import ServedModel
+from nitsum_jax.runtime.tools.formats import ToolFormat, format_of, thinks
 
 if TYPE_CHECKING:
     from nitsum_jax.models.loading import OpenModel
 
 
-def served_model(model: "OpenModel", name: str | None, generation_config: str = "auto") -> ServedModel:
+AUTO, NONE = "auto", "none"
+TOOL_PARSERS = (AUTO, NONE, *(form.value for form in ToolFormat))
+REASONING_PARSERS = (AUTO, NONE, "think")
+
+
+def served_model(
+    model: "OpenModel",
+    name: str | None,
+    generation_config: str = AUTO,
+    *,
+    tool_parser: str = AUTO,
+    reasoning_parser: str = AUTO,
+) -> ServedModel:
     """What front ends need of a model.
 
     Args:
@@ -21,6 +34,8 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
       name: what clients call it, its own if None.
       generation_config: "auto": what a request does not set is as the model's generation config says; "none": that is
         ignored.
+      tool_parser: one of TOOL_PARSERS; "auto": as the chat template teaches.
+      reasoning_parser: one of REASONING_PARSERS, likewise.
 
     Raises:
       InvalidInputError: the generation config cannot be used.
@@ -43,7 +58,15 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
         render_chat=chat if tokenizer.chat_template else None,
         defaults=_defaults(model) if generation_config == "auto" else GenerationDefaults(),
         forms=FormCompiler(tokenizer, model.config.vocab_size, model.config.eos_ids),
+        tools=_tool_format(tool_parser, tokenizer.chat_template),
+        thinks=thinks(tokenizer.chat_template) if reasoning_parser == AUTO else reasoning_parser != NONE,
     )
+
+
+def _tool_format(parser: str, template: str | None) -> ToolFormat | None:
+    if parser == AUTO:
+        return format_of(template)
+    return None if parser == NONE else ToolFormat(parser)
 
 
 def _defaults(model: "OpenModel") -> GenerationDefaults:

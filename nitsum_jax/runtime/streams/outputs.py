@@ -39,7 +39,7 @@ class Outputs:
         self._stack = contextlib.ExitStack()
         self._alive: dict[int, tuple[DeltaStream, Output]] = {}
         make_text, cancel = backend.model.tokenizer.stream, backend.engine.cancel
-        self._outputs = [Output(call, make_text(call.skip_special), cancel, arrival_s) for call in calls]
+        self._outputs = [Output(call, make_text(call.skip_special, call.shown), cancel, arrival_s) for call in calls]
 
     def __enter__(self) -> Self:
         """Submits all calls, or none.

@@ -10,11 +10,9 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from nitsum_jax.engine.step.masks import mask_words
 from nitsum_jax.errors import InvalidInputError, one_line
-from nitsum_jax.runtime.structured.forms import MAX_FORM_CHARS, FormKind, FormSpec
+from nitsum_jax.runtime.structured.forms import MAX_FORM_CHARS, SPACES, FormKind, FormSpec
 
 _KEPT = 128
-# Enough to indent what people indent; without an end, a model that has lost its way writes spaces for ever.
-_SPACES = r"[\x20\x0A\x0D\x09]{0,20}"
 _LIMITS = LLParserLimits(verbose_errors=False)
 
 
@@ -157,7 +155,7 @@ class _Tokens:
 def _grammar_of(spec: FormSpec) -> str:
     match spec.kind:
         case FormKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(spec.text, overrides={"whitespace_pattern": _SPACES})
+            return LLMatcher.grammar_from_json_schema(spec.text, overrides={"whitespace_pattern": SPACES})
         case FormKind.REGEX:
             return LLMatcher.grammar_from_regex(spec.text)
         case FormKind.GRAMMAR:

@@ -9,6 +9,8 @@ from typing import Any
 
 MAX_FORM_CHARS = 256 * 2**10
 MAX_CHOICES = 1024
+# Enough to indent what people indent; without an end, a model that has lost its way writes spaces for ever.
+SPACES = r"[\x20\x0A\x0D\x09]{0,20}"
 
 
 class FormKind(enum.Enum):
@@ -59,3 +61,34 @@ def grammar(text: str) -> FormSpec:
 
         text = any_to_lark(text)
     return FormSpec(FormKind.GRAMMAR, text)
+
+
+def combined(calls: str | None, body: FormSpec | None, thinking: bool) -> FormSpec:
+    """An answer that calls tools, or has a form, or either, perhaps behind the end of a thought.
+
+    Args:
+      calls: Lark's rules for calls; the first one is called `answer`.
+      body: the form. A grammar of a client has rules of its own: it cannot be combined, and holds from the beginning.
+      thinking: whether the answer begins within a thought.
+    """
+    if body is not None and body.kind is FormKind.GRAMMAR:
+        return body
+    rules = [calls] if calls is not None else []
+    if body is not None:
+        if body.kind is FormKind.JSON_SCHEMA:
+            rules.append(f"body: %json {json_rule(json.loads(body.text))}")
+        else:
+            pattern = body.text.replace("/", "\\/").replace("\n", "\\n")
+            rules.append(f"body: /{pattern}/")
+    if thinking:
+        rules.append('thought[suffix="</think>"]: /(?s:.*)/\ngap: /[\\n ]{0,4}/')
+    said = " | ".join(name for name, there in (("answer", calls is not None), ("body", body is not None)) if there)
+    start = f"start: thought gap said\nsaid: {said}" if thinking else f"start: {said}"
+    return FormSpec(FormKind.GRAMMAR, "\n".join([start, *rules]) + "\n")
+
+
+def json_rule(schema: Any) -> str:
+    """A JSON schema as it stands in a rule of a grammar."""
+    if isinstance(schema, dict):
+        return json.dumps({"x-guidance": {"whitespace_pattern": SPACES}, **schema})
+    return json.dumps(schema)

@@ -12,9 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum_jax.runtime.callers import sane_id
 from nitsum_jax.runtime.streams.outputs import ClientLeftError
+from nitsum_jax.server.http.anthropic.endpoint import CountTokens, Messages
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openai.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.openapi import openapi
+from nitsum_jax.server.http.responding.endpoint import Responses
 from nitsum_jax.server.http.tokens import (
     DetokenizeRequest,
     JsonEndpoint,
@@ -27,6 +29,7 @@ from nitsum_jax.server.state import ServerPhase, ServerState
 
 REQUEST_ID = b"x-request-id"
 _STARTING_RETRY_S = 5.0
+_ANTHROPIC = "/v1/messages"
 
 
 def build_app(
@@ -69,6 +72,9 @@ def build_app(
             Route("/v1/models/{model:path}", model),
             Route("/v1/completions", Completions(state), methods=["POST"]),
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/v1/responses", Responses(state), methods=["POST"]),
+            Route("/v1/messages", Messages(state), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
             Route("/tokenize", JsonEndpoint(state, TokenizeRequest, tokenize), methods=["POST"]),
             Route("/detokenize", JsonEndpoint(state, DetokenizeRequest, detokenize), methods=["POST"]),
             Route("/version", told_version),
@@ -118,13 +124,13 @@ class Frame:
         except ClientLeftError:
             return
         except HTTPException as error:
-            await _answer(_of_router(error, scope), named)
+            await _answer(_of_router(error, scope), named, scope)
         except Exception as error:
             what = f"{scope['method']} {scope['path'][:100]}"
             failure = of_exception(error, what, self._retry_after_s())
             if begun:
                 raise  # nothing can be said any more: the server cuts the connection
-            await _answer(failure, named)
+            await _answer(failure, named, scope)
 
     def _retry_after_s(self) -> float:
         backend = self._state.backend
@@ -142,8 +148,8 @@ def _of_router(error: HTTPException, scope: Scope) -> ApiError:
     )
 
 
-async def _answer(error: ApiError, send: Send) -> None:
-    body = error.body()
+async def _answer(error: ApiError, send: Send, scope: Scope) -> None:
+    body = error.anthropic_body() if scope["path"].startswith(_ANTHROPIC) else error.body()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

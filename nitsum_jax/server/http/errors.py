@@ -26,6 +26,14 @@ _LOG = logging.getLogger(__name__)
 _MAX_PARAM = 100
 
 INVALID = "invalid_request_error"
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,6 +60,11 @@ class ApiError(Exception):
         """The JSON of the answer."""
         error = {"message": one_line(self.message), "type": self.type, "param": self.param, "code": self.code}
         return json.dumps({"error": error}).encode()
+
+    def anthropic_body(self) -> bytes:
+        """The same in Anthropic's shape."""
+        kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": one_line(self.message)}}).encode()
 
 
 def of_validation(error: ValidationError) -> ApiError:

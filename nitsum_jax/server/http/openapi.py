@@ -10,9 +10,13 @@ from pydantic.json_schema import models_json_schema
 from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.server.gateway import HEADER_PARAMETERS
 from nitsum_jax.server.http import tokens
+from nitsum_jax.server.http.anthropic.requests import CountRequest, MessagesRequest
+from nitsum_jax.server.http.anthropic.responses import AnthropicError, MessageObject, TokenCount
 from nitsum_jax.server.http.fields import TOKEN_ID
 from nitsum_jax.server.http.openai import requests, responses
 from nitsum_jax.server.http.openai.tiers import accepted
+from nitsum_jax.server.http.responding.requests import ResponseRequest
+from nitsum_jax.server.http.responding.responses import ResponseObject
 
 _REF = "#/components/schemas/{model}"
 _MODELS = (
@@ -23,6 +27,13 @@ _MODELS = (
     tokens.TokenizeResponse,
     tokens.DetokenizeResponse,
     tokens.Version,
+    ResponseRequest,
+    MessagesRequest,
+    CountRequest,
+    ResponseObject,
+    MessageObject,
+    TokenCount,
+    AnthropicError,
     responses.ChatResponse,
     responses.CompletionResponse,
     responses.ModelList,
@@ -96,6 +107,13 @@ def _document() -> dict[str, Any]:
             "/v1/completions": {
                 "post": _generation("Continues texts.", requests.CompletionRequest, responses.CompletionResponse)
             },
+            "/v1/responses": {"post": _generation("Answers, statelessly.", ResponseRequest, ResponseObject)},
+            "/v1/messages": {
+                "post": _generation("Answers a conversation.", MessagesRequest, MessageObject, AnthropicError)
+            },
+            "/v1/messages/count_tokens": {
+                "post": _plain("The tokens of a conversation.", CountRequest, TokenCount, AnthropicError)
+            },
             "/tokenize": {
                 "post": _plain(
                     "The tokens of a text or a conversation.", tokens.TokenizeRequest, tokens.TokenizeResponse
@@ -120,7 +138,9 @@ def _document() -> dict[str, Any]:
     }
 
 
-def _generation(summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+def _generation(
+    summary: str, request: type[BaseModel], response: type[BaseModel], error: type[BaseModel] = responses.ErrorResponse
+) -> dict[str, Any]:
     good = _ok(response)
     # Of each event, as the tools that read this document take it.
     event = {
@@ -133,12 +153,14 @@ def _generation(summary: str, request: type[BaseModel], response: type[BaseModel
         "summary": summary,
         "parameters": list(HEADER_PARAMETERS),
         "requestBody": {"required": True, "content": _json(request)},
-        "responses": {**good, **_refusals(tuple(_ERRORS))},
+        "responses": {**good, **_refusals(tuple(_ERRORS), error)},
     }
 
 
-def _plain(summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
-    refusals = _refusals(tuple(_ERRORS))
+def _plain(
+    summary: str, request: type[BaseModel], response: type[BaseModel], error: type[BaseModel] = responses.ErrorResponse
+) -> dict[str, Any]:
+    refusals = _refusals(tuple(_ERRORS), error)
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json(request)},
@@ -154,8 +176,8 @@ def _ok(response: type[BaseModel]) -> dict[str, Any]:
     return {"200": _answer("Done.", response)}
 
 
-def _refusals(codes: tuple[int, ...]) -> dict[str, Any]:
-    found = {str(code): _answer(_ERRORS[code], responses.ErrorResponse) for code in sorted(codes)}
+def _refusals(codes: tuple[int, ...], error: type[BaseModel] = responses.ErrorResponse) -> dict[str, Any]:
+    found = {str(code): _answer(_ERRORS[code], error) for code in sorted(codes)}
     for code in found.keys() & {"429", "503"}:
         found[code]["headers"] = {**_ID_HEADER, **_RETRY_HEADERS}
     return found

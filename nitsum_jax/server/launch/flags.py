@@ -40,6 +40,8 @@ class LaunchOptions:
     ops: ops_flags.OpsOptions = ops_flags.OpsOptions()
     control: control_flags.ControlOptions = control_flags.ControlOptions()
     generation_config: str = "auto"
+    tool_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
 
 def read_options(argv: Sequence[str]) -> LaunchOptions:
@@ -73,6 +75,8 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
         ops=ops_flags.read(values),
         control=control_flags.read(values),
         generation_config=values.generation_config,
+        tool_parser=values.tool_parser,
+        reasoning_parser=values.reasoning_parser,
         engine={
             "devices": values.devices,
             "layout": values.layout,
@@ -138,6 +142,21 @@ def _define() -> flags.FlagValues:
         ["auto", "none"],
         "temperature, top_p, top_k, min_p, repetition_penalty and length of requests that do not set them; auto: from "
         "the model's generation_config.json (or GGUF metadata); none: that file is ignored",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "tool_parser",
+        "auto",
+        ["auto", "none", "hermes", "llama3", "mistral", "mistral_args"],
+        "how the model writes calls of tools; auto: as its chat template teaches",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "reasoning_parser",
+        "auto",
+        ["auto", "none", "think"],
+        "think: answers may begin with thoughts in <think> tags, which are told apart; auto: if the template knows "
+        "these tags",
         flag_values=values,
     )
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")

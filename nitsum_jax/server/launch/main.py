@@ -152,7 +152,13 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    served = served_model(model, options.served_model_name, options.generation_config)
+    served = served_model(
+        model,
+        options.served_model_name,
+        options.generation_config,
+        tool_parser=options.tool_parser,
+        reasoning_parser=options.reasoning_parser,
+    )
     return Loaded(started.engine, served, started, started.scheduling.forecasts)
 
 

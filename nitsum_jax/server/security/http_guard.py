@@ -44,7 +44,7 @@ class HttpGuard:
         client = scope.get("client")
         admission = self._guard.admit(
             need,
-            _header(scope, b"authorization"),
+            _header(scope, b"authorization") or _anthropic_key(scope),
             "an unknown client" if client is None else str(client[0]),
             _header(scope, b"traceparent") or "",
             scope.get("state", {}).get("request_id", ""),
@@ -60,6 +60,12 @@ class HttpGuard:
             await self._app(scope, receive, send)
         finally:
             admission.__exit__(None, None, None)
+
+
+def _anthropic_key(scope: Scope) -> str | None:
+    """The key as Anthropic's clients send it."""
+    key = _header(scope, b"x-api-key")
+    return None if key is None else f"Bearer {key}"
 
 
 def _header(scope: Scope, name: bytes) -> str | None:

@@ -29,6 +29,17 @@ _SEEDS: dict[str, list[Any]] = {
         nitsum_pb2.GenerateRequest(text="hé", max_tokens=5, stop=["zz"], tier="batch", sampling=_SAMPLING),
         nitsum_pb2.GenerateRequest(chat=_CHAT, stop_token_ids=[7, 9], ignore_eos=True, return_prompt_ids=True),
         nitsum_pb2.GenerateRequest(tokens=nitsum_pb2.TokenPrompt(ids=[1, 2, 200])),
+        nitsum_pb2.GenerateRequest(text="a", form=nitsum_pb2.OutputForm(json_schema='{"type": "null"}'), max_tokens=9),
+        nitsum_pb2.GenerateRequest(text="abc", form=nitsum_pb2.OutputForm(regex="a|b"), prompt_logprobs=2),
+        nitsum_pb2.GenerateRequest(
+            chat=nitsum_pb2.ChatPrompt(
+                messages=_CHAT.messages,
+                tools=[nitsum_pb2.Tool(name="f", parameters='{"type": "object"}')],
+                tool_choice="none",
+                template_variables="{}",
+            ),
+            split=True,
+        ),
     ],
     "/nitsum.v1.GenerationService/GetLayout": [nitsum_pb2.GetLayoutRequest()],
     "/nitsum.v1.GenerationService/SetLayout": [

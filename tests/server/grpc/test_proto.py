@@ -29,9 +29,27 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "return_prompt_ids": 10,
         "min_tokens": 11,
         "logprobs": 12,
+        "form": 13,
+        "include_stop": 14,
+        "show_special_tokens": 15,
+        "prompt_logprobs": 16,
+        "split": 17,
         "ttft_ms": 20,
         "tpot_ms": 21,
     }
+    assert numbers["OutputForm"] == {"json_schema": 1, "regex": 2, "choice": 3, "grammar": 4, "json_object": 5}
+    assert numbers["ChatPrompt"] == {
+        "messages": 1,
+        "tools": 2,
+        "tool_choice": 3,
+        "single_tool_call": 4,
+        "template_variables": 5,
+        "continue_final_message": 6,
+    }
+    assert numbers["ChatMessage"] == {"role": 1, "content": 2, "tool_calls": 3, "tool_call_id": 4, "reasoning": 5}
+    assert numbers["Tool"] == {"name": 1, "description": 2, "parameters": 3}
+    assert numbers["ToolCall"] == {"id": 1, "name": 2, "arguments": 3}
+    assert numbers["ToolCallDelta"] == {"index": 1, "name": 2, "arguments": 3}
     assert numbers["SamplingParams"] == {
         "temperature": 1,
         "top_k": 2,
@@ -44,8 +62,15 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "logit_bias": 9,
     }
     assert numbers["GenerateResponse"] == {"started": 1, "delta": 2, "finished": 3}
-    assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2, "logprobs": 3}
+    assert numbers["TokenDelta"] == {"text": 1, "token_ids": 2, "logprobs": 3, "reasoning": 4, "tool_calls": 5}
     assert numbers["TokenLogprob"] == {"token_id": 1, "logprob": 2, "top": 3}
     assert numbers["LikelyToken"] == {"token_id": 1, "logprob": 2}
-    assert numbers["Finished"] == {"finish_reason": 1, "usage": 2, "ttft_ms": 3, "tpot_ms": 4, "stop": 5}
+    assert numbers["Finished"] == {
+        "finish_reason": 1,
+        "usage": 2,
+        "ttft_ms": 3,
+        "tpot_ms": 4,
+        "stop": 5,
+        "prompt_logprobs": 6,
+    }
     assert numbers["SetLayoutRequest"] == {"layout": 1, "prepare": 2}

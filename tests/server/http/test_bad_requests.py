@@ -14,6 +14,7 @@ from nitsum_jax.server.state import ServerPhase
 from tests.server.harness import says
 from tests.server.http.harness import CHAT, COMPLETIONS, HELLO, serving, the_error
 
+_TOOL = {"type": "function", "function": {"name": "f"}}
 _PART = {"type": "image_url", "image_url": {"url": "x"}}
 
 
@@ -61,9 +62,13 @@ _PART = {"type": "image_url", "image_url": {"url": "x"}}
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "an object"),
         ({"service_tier": "g" * 65}, "service_tier", "64"),
         ({"nonsense": 1}, "nonsense", "Unrecognized request argument supplied: nonsense"),
-        ({"tools": [{}]}, "tools", "not supported"),
-        ({"tool_choice": "required"}, "tool_choice", "not supported"),
-        ({"functions": [{}]}, "functions", "not supported"),
+        ({"tools": [{}]}, "tools[0].type", "must provide"),
+        ({"tools": [_TOOL]}, "tools", "teaches no way"),
+        ({"tools": [_TOOL, _TOOL], "tool_choice": "none"}, "tools", "two tools"),
+        ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ({"tool_choice": "any"}, "tool_choice", "give none, auto"),
+        ({"tools": [_TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "names g"),
+        ({"functions": [{}]}, "functions", "use tools"),
         ({"response_format": {"type": "grammar"}}, "response_format.type", "'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "give json_schema"),
         ({"guided_json": {"type": "thing"}}, "guided_json", "Invalid type: thing"),

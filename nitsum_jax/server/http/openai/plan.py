@@ -3,7 +3,7 @@
 import dataclasses
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.runtime.backend import Backend
@@ -20,7 +20,10 @@ from nitsum_jax.runtime.calls import (
     encode,
     make_call,
 )
-from nitsum_jax.server.gateway import HeaderPairs, gateway_headers
+from nitsum_jax.runtime.tools.formats import TAGS
+from nitsum_jax.runtime.tools.offer import begins_thinking
+from nitsum_jax.runtime.tools.reader import AnswerReader
+from nitsum_jax.server.gateway import GatewayHeaders
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import Echo
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
@@ -47,6 +50,7 @@ class RequestPlan:
       outputs: of each prompt.
       prompt_tokens: of all prompts, each counted once.
       echoes: the prompts, if they are repeated before their outputs.
+      reader: makes what takes an answer apart; None: answers are text.
       prompt_logprobs: None, or how many of the likeliest tokens are told beside each token of a prompt.
     """
 
@@ -60,6 +64,7 @@ class RequestPlan:
     prompt_tokens: int
     echoes: Sequence[Echo] = ()
     prompt_logprobs: int | None = None
+    reader: Callable[[], AnswerReader] | None = None
 
     def cached_tokens(self, of_outputs: Sequence[int]) -> int:
         """Tokens of all prompts that were not computed, each counted once.
@@ -72,31 +77,17 @@ class RequestPlan:
         return sum(min(of_outputs[first : first + self.outputs]) for first in range(0, len(of_outputs), self.outputs))
 
 
-def for_gateway(plan: RequestPlan, headers: HeaderPairs, tiers: Sequence[str]) -> RequestPlan:
-    """The plan with what the headers of a gateway ask for (see server.gateway).
-
-    Raises:
-      InvalidInputError: a header is wrong.
-    """
-    asked = gateway_headers(headers)
-    tier = asked.tier(tiers) if plan.told_tier == "default" else None
-    calls = [asked.applied(call, tier) for call in plan.calls]
-    if tier is None:
-        return dataclasses.replace(plan, calls=calls)
-    return dataclasses.replace(plan, calls=calls, tier=tier, told_tier=tier)
-
-
-async def plan_completion(request: CompletionRequest, backend: Backend) -> RequestPlan:
+async def plan_completion(request: CompletionRequest, backend: Backend, asked: GatewayHeaders) -> RequestPlan:
     """Plans /v1/completions.
 
     Raises:
       ApiError: model or tier are not known, or too many outputs are asked for.
       NitsumError: the request is wrong, or does not fit the model.
     """
-    limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    limit = DEFAULT_COMPLETION_TOKENS if request.limit is None else request.limit
     prompts = request.prompts()
     response_id, echo = f"cmpl-{uuid.uuid4().hex}", bool(request.echo)
-    plan = await _plan(response_id, request, prompts, limit, request.logprobs, backend, echo=echo)
+    plan = await _plan(response_id, request, prompts, limit, request.logprobs, backend, asked, echo=echo)
     if not echo:
         return plan
     encoded = [call.prompt_ids for call in plan.calls[:: plan.outputs]]
@@ -112,15 +103,18 @@ def _echo(prompt: Prompt, ids: Sequence[int], backend: Backend) -> Echo:
     return Echo(text, ids, offsets)
 
 
-async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
+async def plan_chat(request: ChatRequest, backend: Backend, asked: GatewayHeaders) -> RequestPlan:
     """Plans /v1/chat/completions.
 
     Raises:
       ApiError, NitsumError: as plan_completion.
     """
+    check_model(request.model, backend.model)
+    request.check_tools(backend.model)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
-    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], limit, logprobs, backend)
+    return await _plan(
+        f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], request.limit, logprobs, backend, asked
+    )
 
 
 async def _plan(
@@ -130,6 +124,7 @@ async def _plan(
     limit: int | None,
     logprobs: int | None,
     backend: Backend,
+    asked: GatewayHeaders,
     *,
     echo: bool = False,
 ) -> RequestPlan:
@@ -147,6 +142,8 @@ async def _plan(
     except InvalidInputError as error:
         raise ApiError(400, str(error), param="n") from None
     tier, told_tier = choose_tier(request.service_tier, tiers)
+    if told_tier == "default" and (objective := asked.tier(tiers)) is not None:
+        tier = told_tier = objective
     wanted = Wanted(
         sampling=request.sampling(model.vocab_size, model.defaults),
         max_tokens=_UNLIMITED if limit is None else limit,
@@ -157,17 +154,24 @@ async def _plan(
         logprobs=max((count for count in (logprobs, scored) if count is not None), default=None),
         score_prompt=score,
         tier=tier,
+        ttft_ms=asked.ttft_ms,
+        tpot_ms=asked.tpot_ms,
         include_stop=bool(request.include_stop_str_in_output),
         skip_special=request.skip_special_tokens is not False,
     )
     check(wanted, model.vocab_size, least_tokens=0)
-    if (form := request.form()) is not None:
+    encoded = await encode(prompts, model)
+    form, reader = request.form(), None
+    if isinstance(request, ChatRequest):
+        thinking = begins_thinking(model, encoded[0])
+        form, reader = request.offer.form(model, form, thinking), request.offer.reader(model, thinking)
+        wanted = dataclasses.replace(wanted, shown=TAGS if reader is not None else frozenset())
+    if form is not None:
         field, spec = form
         try:
             wanted = dataclasses.replace(wanted, form=await compiled(spec, model))
         except InvalidInputError as error:
             raise ApiError(400, str(error), param=field) from None
-    encoded = await encode(prompts, model)
     context = backend.engine.context_limit()
     calls: list[Call] = []
     for ids in encoded:
@@ -189,6 +193,7 @@ async def _plan(
         outputs,
         prompt_tokens,
         prompt_logprobs=scored,
+        reader=reader,
     )
 
 

@@ -6,7 +6,7 @@ is not supported is listed in known.py with the reason, which a client gets as a
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,7 @@ from nitsum_jax.server.http.fields import (
 from nitsum_jax.server.http.openai.known import COMMON, HARMLESS, OF_CHAT, OF_COMPLETIONS
 from nitsum_jax.server.http.openai.messages import Message
 from nitsum_jax.server.http.openai.structured import HeldToForm
+from nitsum_jax.server.http.openai.tooling import UNUSED, OffersTools
 
 MAX_MESSAGES = 4096
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
@@ -66,6 +67,7 @@ class Generation(HeldToForm):
     logit_bias: BiasField = Field([])
     seed: int | None = Field(None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="Taken modulo 2^32.")
     max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Most new tokens; 0 scores the prompt.")
+    max_completion_tokens: _Count | None = Field(None, description="OpenAI's newer name of max_tokens.")
     min_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Nothing ends the output before.")
     stop: StopField = Field([])
     stop_token_ids: StopIdsField = Field([])
@@ -89,12 +91,19 @@ class Generation(HeldToForm):
     metadata: dict[str, Any] | None = Field(None, description="Accepted; has no effect.")
 
     @model_validator(mode="after")
-    def _options_belong_to_streams(self) -> "Generation":
+    def _fields_fit_together(self) -> "Generation":
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError(
                 "invalid_value",
                 "prompt_logprobs are not told in streams: set stream to false, or use echo with logprobs",
                 {"field": "prompt_logprobs"},
+            )
+        both = self.max_tokens is not None and self.max_completion_tokens is not None
+        if both and self.max_tokens != self.max_completion_tokens:
+            raise PydanticCustomError(
+                "invalid_value",
+                "max_tokens and max_completion_tokens differ: give one of them",
+                {"field": "max_completion_tokens"},
             )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
@@ -103,6 +112,11 @@ class Generation(HeldToForm):
                 {"field": "stream_options"},
             )
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Most new tokens, by either name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling(self, vocab_size: int, defaults: GenerationDefaults) -> SamplingParams:
         """How tokens are chosen; a temperature that is not given is 1, as with OpenAI.
@@ -151,25 +165,21 @@ class CompletionRequest(Generation):
         return [replace(one, add_special=False) if isinstance(one, TextPrompt) else one for one in self.prompt]
 
 
-class ChatRequest(Generation):
+class ChatRequest(Generation, OffersTools):
     """POST /v1/chat/completions."""
 
     harmless: ClassVar[Mapping[str, str]] = HARMLESS
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         **COMMON,
         **OF_CHAT,
-        "tools": Unsupported("the model answers with text, and calls no tools", ([],)),
-        "tool_choice": Unsupported("the model answers with text, and calls no tools", ("none", "auto")),
+        **UNUSED,
         "echo": Unsupported("use prompt_logprobs to score a conversation", (False,)),
-        "reasoning_effort": Unsupported("the effort of reasoning cannot be set"),
         "add_special_tokens": Unsupported("the template writes the special tokens", (False,)),
     }
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: _Count | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Tell how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="And so many others; needs logprobs.")
-    parallel_tool_calls: bool | None = Field(None, description="Accepted; has no effect.")
     add_generation_prompt: bool | None = Field(
         None, description="Whether the template begins the answer; true, unless continue_final_message."
     )
@@ -177,19 +187,15 @@ class ChatRequest(Generation):
     chat_template_kwargs: TemplateVariables = Field(
         None, description="Variables of the chat template, such as enable_thinking."
     )
+    reasoning_effort: Literal["none"] | None = Field(
+        None, description="none: the same as enable_thinking=false in chat_template_kwargs."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise PydanticCustomError(
                 "invalid_value", "top_logprobs needs logprobs: set logprobs to true", {"field": "top_logprobs"}
-            )
-        both = self.max_tokens is not None and self.max_completion_tokens is not None
-        if both and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError(
-                "invalid_value",
-                "max_tokens and max_completion_tokens differ: give one of them",
-                {"field": "max_completion_tokens"},
             )
         if self.continue_final_message and self.add_generation_prompt:
             raise PydanticCustomError(
@@ -202,8 +208,11 @@ class ChatRequest(Generation):
     def chat_prompt(self) -> ChatPrompt:
         """What the chat template is given."""
         begin = self.add_generation_prompt
+        quiet = {} if self.reasoning_effort is None else {"enable_thinking": False}
+        variables = {**quiet, **(self.chat_template_kwargs or {})}
         options = ChatOptions(
-            variables=self.chat_template_kwargs or {},
+            tools=[tool.rendered() for tool in self.offered()],
+            variables=variables,
             add_generation_prompt=True if begin is None else begin,
             continue_final=bool(self.continue_final_message),
         )

@@ -62,17 +62,34 @@ class PromptLogprob(_Exact):
     decoded_token: str
 
 
+class CalledFunctionAnswer(_Exact):
+    """A function, and its arguments in JSON."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(_Exact):
+    """A call that the model makes."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
 class AnswerMessage(_Exact):
     """What the model says."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallAnswer] = []
 
 
 class _Choice(_Exact):
     index: int
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | None
     prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
 

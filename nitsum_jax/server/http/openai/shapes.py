@@ -4,15 +4,19 @@ What all events of a stream have in common is written once, when the stream begi
 than the escaping of its text.
 """
 
-import dataclasses
 import enum
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
+from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
+from nitsum_jax.runtime.tools.parts import Answer, CallArguments, CallBegun, Part, Said, Thought
+from nitsum_jax.server.http.answering import Whole
+from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import (
     Echo,
     TokenBytes,
@@ -23,7 +27,7 @@ from nitsum_jax.server.http.openai.logprobs import (
 )
 from nitsum_jax.server.http.openai.plan import RequestPlan
 
-DONE = b"data: [DONE]\n\n"
+DONE = "data: [DONE]\n\n"
 FINGERPRINT = "nitsum-jax"
 
 
@@ -33,21 +37,6 @@ class StreamedUsage(enum.Enum):
     NOWHERE = enum.auto()
     AT_THE_END = enum.auto()  # and null before
     EVERYWHERE = enum.auto()
-
-
-@dataclasses.dataclass(slots=True)
-class Whole:
-    """An output that is collected before it is sent."""
-
-    texts: list[str] = dataclasses.field(default_factory=list)
-    told: list[TokenWithLogprob] = dataclasses.field(default_factory=list)
-    end: End | None = None
-
-    def add(self, piece: Piece) -> None:
-        """Takes the next piece."""
-        self.texts.append(piece.text)
-        self.told += piece.told
-        self.end = piece.end
 
 
 class AnswerShape:
@@ -102,7 +91,7 @@ class AnswerShape:
         stop = "null" if piece.end.stop is None else quoted(piece.end.stop)
         return (
             f'{said}{self._head}{index},{self._said("")},"logprobs":null,'
-            f'"finish_reason":"{piece.end.reason}","stop_reason":{stop}}}]}}\n\n'
+            f'"finish_reason":"{self._reason(index, piece.end)}","stop_reason":{stop}}}]}}\n\n'
         )
 
     def _before(self, index: int) -> str:
@@ -110,14 +99,25 @@ class AnswerShape:
         del index
         return ""
 
+    def _reason(self, index: int, end: End) -> str:
+        """Why an output ended, in the words of the API."""
+        del index
+        return str(end.reason)
+
     def opening(self) -> str:
         """The events before the first piece of all."""
         return ""
 
-    def usage_event(self, outputs: Outputs) -> str:
-        """The event with the usage."""
+    def closing(self, outputs: Outputs) -> str:
+        """The events at the end: the usage, if it is wanted."""
+        if self._usage_in_chunks is StreamedUsage.NOWHERE:
+            return DONE
         usage = json.dumps(self._usage(outputs), separators=(",", ":"))
-        return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n'
+        return f'{self._usage_head},"choices":[],"usage":{usage}}}\n\n{DONE}'
+
+    def failure(self, error: ApiError) -> str:
+        """The event of an error; OpenAI's client raises on it."""
+        return f"data: {error.body().decode()}\n\n{DONE}"
 
     def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
         """The response that is no stream."""
@@ -126,7 +126,7 @@ class AnswerShape:
                 "index": index,
                 **self._content(index, "".join(output.texts)),
                 "logprobs": self._all_told(index, output.told, outputs) if self._logprobs is not None else None,
-                "finish_reason": None if output.end is None else output.end.reason,
+                "finish_reason": None if output.end is None else self._reason(index, output.end),
                 "stop_reason": None if output.end is None else output.end.stop,
                 **self._of_prompt(index, outputs),
             }
@@ -227,16 +227,71 @@ class ChatShape(AnswerShape):
 
     chunk_object, whole_object = "chat.completion.chunk", "chat.completion"
 
+    def __init__(self, plan: RequestPlan, token_bytes: TokenBytes, logprobs: int | None, usage: StreamedUsage) -> None:
+        """See AnswerShape."""
+        super().__init__(plan, token_bytes, logprobs, usage)
+        self._readers = [plan.reader() for _ in plan.calls] if plan.reader is not None else []
+
     def opening(self) -> str:
         """An event per answer that says whose turn it is."""
         role = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]}\n\n'
         return "".join(f"{self._head}{index},{role}" for index in range(len(self._plan.calls)))
 
+    def events(self, index: int, piece: Piece) -> str:
+        """The events that bring a piece of an answer, taken apart if it is more than text."""
+        if not self._readers:
+            return super().events(index, piece)
+        reader = self._readers[index]
+        parts = reader.push(piece.text) + (reader.finish() if piece.end is not None else [])
+        logprobs = "null"
+        if self._logprobs is not None and piece.told:
+            logprobs = json.dumps(self._told(index, piece.told), separators=(",", ":"))
+        said = ""
+        for delta in [self._delta(index, part) for part in parts] or (["{}"] if piece.told else []):
+            said += f'{self._head}{index},"delta":{delta},"logprobs":{logprobs},"finish_reason":null}}]}}\n\n'
+            logprobs = "null"
+        return said + super().events(index, Piece("", (), (), piece.end))
+
+    def _delta(self, index: int, part: Part) -> str:
+        match part:
+            case Said(text):
+                return f'{{"content":{quoted(text)}}}'
+            case Thought(text):
+                return f'{{"reasoning_content":{quoted(text)}}}'
+            case CallBegun(number, name):
+                call = {"index": number, **_call(self._plan, index, number, name, "")}
+                return json.dumps({"tool_calls": [call]}, separators=(",", ":"))
+            case CallArguments(number, text):
+                return f'{{"tool_calls":[{{"index":{number},"function":{{"arguments":{quoted(text)}}}}}]}}'
+
+    def _reason(self, index: int, end: End) -> str:
+        called = bool(self._readers) and self._readers[index].calls > 0
+        return "tool_calls" if called and end.reason is FinishReason.STOP else str(end.reason)
+
     def _said(self, text: str) -> str:
         return f'"delta":{{"content":{text}}}' if text else '"delta":{}'
 
     def _content(self, index: int, text: str) -> Mapping[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        if not self._readers:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        reader = self._readers[index]
+        answer = Answer.of(reader.push(text) + reader.finish())
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+        if answer.thought:
+            message["reasoning_content"] = answer.thought
+        if answer.calls:
+            calls = [
+                _call(self._plan, index, number, name, arguments)
+                for number, (name, arguments) in enumerate(answer.calls)
+            ]
+            message |= {"content": answer.text or None, "tool_calls": calls}
+        return {"message": message}
 
     def _told(self, index: int, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
         return chat_logprobs(told, self._token_bytes, self._logprobs or 0)
+
+
+def _call(plan: RequestPlan, index: int, number: int, name: str, arguments: str) -> dict[str, Any]:
+    """A call, with an id of its own: Mistral's templates want nine letters and digits."""
+    digest = hashlib.sha256(f"{plan.id}-{index}-{number}".encode()).hexdigest()[:9]
+    return {"id": digest, "type": "function", "function": {"name": name, "arguments": arguments}}

@@ -1,0 +1,1 @@
+"""What an answer is made of: thoughts, text, and calls of tools, in the formats that models write them."""

@@ -1,0 +1,161 @@
+"""What all endpoints that generate have in common: body, plan, outputs, and the answer as one object or as a stream."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
+
+from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.calls import Call
+from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
+from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
+from nitsum_jax.server.gateway import GatewayHeaders, gateway_headers
+from nitsum_jax.server.http.body import read_object
+from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
+from nitsum_jax.server.http.fields import Strict
+from nitsum_jax.server.state import ServerState
+
+_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+_Request = TypeVar("_Request", bound=Strict)
+
+
+@dataclasses.dataclass(slots=True)
+class Whole:
+    """An output that is collected before it is sent."""
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+    told: list[TokenWithLogprob] = dataclasses.field(default_factory=list)
+    end: End | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Takes the next piece."""
+        self.texts.append(piece.text)
+        self.told += piece.told
+        self.end = piece.end
+
+
+class AnswerWriter(Protocol):
+    """How one API writes the outputs of one request."""
+
+    # ruff: noqa: D102
+    def note(self, outputs: Outputs) -> None: ...  # looks at them, before the next events are asked for
+    def opening(self) -> str: ...  # events before the first piece
+    def events(self, index: int, piece: Piece) -> str: ...
+    def closing(self, outputs: Outputs) -> str: ...  # events behind the last piece
+    def failure(self, error: ApiError) -> str: ...  # the last events of a stream that fails
+    def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Planned:
+    """What answers a request.
+
+    Attributes:
+      calls: outputs to be made.
+      writer: of the answer.
+      stream: whether it is a stream.
+    """
+
+    calls: Sequence[Call]
+    writer: AnswerWriter
+    stream: bool
+
+
+class Endpoint(Generic[_Request]):
+    """An ASGI application that generates."""
+
+    kind: type[_Request]
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request; see ASGI.
+
+        Raises:
+          ApiError, NitsumError: refused before anything was sent.
+          ClientLeftError: the client no longer waits for the answer.
+        """
+        arrival_s = time.monotonic()
+        self._state.admitting()
+        request = await read_object(scope, receive, self._checked)
+        backend = self._state.admitting()  # it may have begun to drain meanwhile
+        planned = await self.plan(request, backend, gateway_headers(scope["headers"]))
+        backend = self._state.admitting()
+        with Outputs(planned.calls, backend, arrival_s) as outputs:
+            async with _watched(receive, outputs):
+                if planned.stream:
+                    what = f"{scope['method']} {scope['path']}"
+                    await _stream(outputs, planned.writer, send, what, backend)
+                else:
+                    await _whole(outputs, planned.writer, len(planned.calls), send)
+
+    async def plan(self, request: _Request, backend: Backend, asked: GatewayHeaders) -> Planned:
+        """What answers the request, with what a gateway asks for in its headers."""
+        raise NotImplementedError
+
+    def _checked(self, data: dict[str, Any]) -> _Request:
+        try:
+            return self.kind.model_validate(data)
+        except ValidationError as error:
+            raise of_validation(error) from None
+
+
+async def send_json(send: Send, answer: dict[str, Any]) -> None:
+    """Sends one object."""
+    body = json.dumps(answer).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _whole(outputs: Outputs, writer: AnswerWriter, count: int, send: Send) -> None:
+    wholes = [Whole() for _ in range(count)]
+    while outputs.alive:
+        for index, piece in await outputs.next():
+            wholes[index].add(piece)
+    await send_json(send, writer.whole(wholes, outputs))
+
+
+async def _stream(outputs: Outputs, writer: AnswerWriter, send: Send, what: str, backend: Backend) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+    writer.note(outputs)
+    opening = writer.opening()
+    if opening:
+        await send({"type": "http.response.body", "body": opening.encode(), "more_body": True})
+    try:
+        while outputs.alive:
+            # One write for all tokens of a step; a client that reads slowly gets fewer, larger events.
+            pieces = await outputs.next()
+            writer.note(outputs)
+            events = "".join([writer.events(index, piece) for index, piece in pieces])
+            if events:
+                await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
+        last = writer.closing(outputs)
+    except ClientLeftError:
+        raise
+    except Exception as error:  # the status is long gone; clients raise on such an event
+        last = writer.failure(of_exception(error, what, backend.router.retry_after_s()))
+    await send({"type": "http.response.body", "body": last.encode()})
+
+
+@contextlib.asynccontextmanager
+async def _watched(receive: Receive, outputs: Outputs) -> AsyncIterator[None]:
+    """Tells the outputs when the client leaves."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        outputs.leave()
+
+    task = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        task.cancel()
