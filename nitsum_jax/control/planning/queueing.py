@@ -289,8 +289,8 @@ class QueueingModel:
     def _kept(self, group: _Group, room: float) -> dict[str, float]:
         """Share of each tier of a group that is too full whose TTFT holds if the longest prompts are given up.
 
-        That is what the scheduler does (`scheduling.shedding`): so many of the shortest as are most in time.  Tiers with
-        less patience go first; what they keep, the others do not get.
+        That is what the scheduler does (`scheduling.shedding`): so many of the shortest as are most in time.  Tiers
+        with less patience go first; what they keep, the others do not get.
         """
         tp, count = group.shape.tp, group.count
         shares: dict[str, float] = {}
