@@ -95,8 +95,9 @@ def mean(row: Mapping[str, Any], key: str = "goodput") -> float:
 
 
 def best(result: Result, rungs: Sequence[str], i: int) -> tuple[str, float]:
-    """The best of some rungs at the i-th load: name and goodput."""
-    return max(((rung, mean(result["rungs"][rung][i])) for rung in rungs), key=lambda pair: pair[1])
+    """The best of some rungs, of those that were run, at the i-th load: name and goodput."""
+    ran = result["rungs"]
+    return max(((rung, mean(ran[rung][i])) for rung in rungs if rung in ran), key=lambda pair: pair[1])
 
 
 def _words(result: Result) -> list[tuple[str, str]]:

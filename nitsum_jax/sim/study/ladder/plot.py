@@ -31,7 +31,9 @@ def ladder_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
         for rung, (label, colour, style) in _LINES.items():
-            rows = result["rungs"][rung]
+            rows = result["rungs"].get(rung, [])
+            if not rows:
+                continue
             loads = [row["load"] for row in rows]
             values = [[seed["goodput"] for seed in row["seeds"]] for row in rows]
             middle = [sum(row) / len(row) for row in values]
