@@ -4,6 +4,7 @@
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
+# make ladder           what can be deployed today against each part of this project (an hour; docs/results/ladder.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
 # make gpu-check        numbers, bits and step times of an accelerator (EXTRA=cuda12); run again, it goes on; gpu-check.md
 # make serve EXTRA=cuda12 (or cuda13, tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
@@ -29,10 +30,10 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-accelerator lint format bench study gpu-check proto demo build-files install clean
+.PHONY: help serve test test-accelerator lint format bench study ladder gpu-check proto demo build-files install clean
 
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
@@ -61,6 +62,9 @@ test-accelerator: .venv/.made
 
 study: $(DEV)
 	$(BIN)/python -m nitsum_jax.sim.study.main $(ARGS)
+
+ladder: $(DEV)
+	$(BIN)/python -m nitsum_jax.sim.study.ladder.main $(ARGS)
 
 gpu-check: $(RUNTIME)
 	$(BIN)/nitsum-bench gpu-check --markdown=gpu-check.md --json=gpu-check.json $(ARGS)

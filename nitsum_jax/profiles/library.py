@@ -6,11 +6,12 @@ from nitsum_jax.control.model.profile import Profile, parse_profile, read_profil
 from nitsum_jax.errors import InvalidInputError
 
 _SUFFIX = ".json"
+_FOLDER = "nitsum_jax.profiles.packaged"
 
 
 def profile_names() -> tuple[str, ...]:
     """Names that load_profile knows, in alphabetical order."""
-    files = importlib.resources.files("nitsum_jax.profiles").iterdir()
+    files = importlib.resources.files(_FOLDER).iterdir()
     return tuple(sorted(file.name.removesuffix(_SUFFIX) for file in files if file.name.endswith(_SUFFIX)))
 
 
@@ -25,5 +26,5 @@ def load_profile(name: str) -> Profile:
     if name not in profile_names():
         known = ", ".join(profile_names())
         raise InvalidInputError(f"no profile is called {name!r}: use {known}, or the path of a .json file")
-    file = importlib.resources.files("nitsum_jax.profiles").joinpath(name + _SUFFIX)
+    file = importlib.resources.files(_FOLDER).joinpath(name + _SUFFIX)
     return parse_profile(file.read_text(encoding="utf-8"), name + _SUFFIX)

@@ -80,6 +80,7 @@ class Device:
 MODELS = (
     ModelShape("llama-3.1-8b", "Llama-3.1-8B", L=32, D=4096, F=14336, H=32, G=8, A=128, V=128256),
     ModelShape("llama-3.1-70b", "Llama-3.1-70B", L=80, D=8192, F=28672, H=64, G=8, A=128, V=128256),
+    ModelShape("qwen2.5-14b", "Qwen2.5-14B", L=48, D=5120, F=13824, H=40, G=8, A=128, V=152064, qkv_bias=True),
     ModelShape("qwen2.5-32b", "Qwen2.5-32B", L=64, D=5120, F=27648, H=40, G=8, A=128, V=152064, qkv_bias=True),
 )
 DEVICES = (

@@ -127,6 +127,8 @@ PACKAGED = {
     "llama-3.1-70b-h200": (2, 4, 8),
     "llama-3.1-8b-h100": (1, 2, 4, 8),
     "llama-3.1-8b-h200": (1, 2, 4, 8),
+    "qwen2.5-14b-h100": (1, 2, 4, 8),
+    "qwen2.5-14b-h200": (1, 2, 4, 8),
     "qwen2.5-32b-h100": (2, 4, 8),
     "qwen2.5-32b-h200": (1, 2, 4, 8),
 }
@@ -134,7 +136,7 @@ PACKAGED = {
 
 def test_packaged_profiles_load_and_are_small() -> None:
     assert profile_names() == tuple(PACKAGED)
-    folder = pathlib.Path(sys.modules["nitsum_jax.profiles"].__path__[0])
+    folder = pathlib.Path(sys.modules["nitsum_jax.profiles.packaged"].__path__[0])
     for name, tps in PACKAGED.items():
         profile = load_profile(name)
         assert (profile.name, tuple(profile.tps), profile.devices, profile.mixed_steps) == (name, tps, 8, True)

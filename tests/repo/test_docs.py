@@ -11,7 +11,7 @@ from tools import source_tree
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 WIDTH = 120
-GENERATED = {"goodput.md"}  # by the study, whose sentences have the figures of a cell in one line
+GENERATED = {"goodput.md", "ladder.md"}  # by studies, whose sentences have the figures of a cell in one line
 FOREIGN_FLAGS = {"build", "help", "rm"}  # of Docker, and of all tools
 _FLAG = re.compile(r"(?<![\w-])--(no)?([a-z]\w*)")
 _LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)[^)]*\)|!\[[^\]]*\]\(([^)\s]+)\)")

@@ -16,8 +16,9 @@ from nitsum_jax.control.planning.planner import Planner
 from nitsum_jax.control.planning.rollout import Arrival
 from nitsum_jax.control.tiers import Tier
 
-_YOUNG = 64  # of the last requests so many are looked at for those that are late already,
-_LOOK_S = 0.25  # so often
+_YOUNG = 64  # the last requests are looked at for those that are late already: so many of them,
+_YOUNG_S = 1.0  # or those of so long where more come: the very last cannot be late yet
+_LOOK_S = 0.25  # so often they are looked at
 _FRESH = 24  # arrivals since the load changed from which a replay can be made
 
 
@@ -105,7 +106,8 @@ class AdaptiveController:
         self._misses = 0
         self._seen = 0
         self._arrivals = 0
-        self._young: collections.OrderedDict[str, bool] = collections.OrderedDict()  # came since the last tick: late?
+        # Requests that came since the last tick: when, and whether they were late in the end.
+        self._young: collections.OrderedDict[str, tuple[float, bool]] = collections.OrderedDict()
         self._changes = 0  # of the load, at the last tick
         self._next_look_s = now_s
 
@@ -123,8 +125,8 @@ class AdaptiveController:
         """A request came."""
         self._estimator.arrived(now_s, job.tier, job.prompt_tokens)
         self._seen += 1
-        self._young[job.id] = False
-        if len(self._young) > _YOUNG:
+        self._young[job.id] = (now_s, False)
+        while len(self._young) > _YOUNG and next(iter(self._young.values()))[0] < now_s - _YOUNG_S:
             self._young.popitem(last=False)
         self._arrivals += 1
         if self._arrivals % self._stride == 0:
@@ -141,7 +143,7 @@ class AdaptiveController:
         if len(self._outputs) > 4 * (self._recent.maxlen or 1):
             self._outputs.popitem(last=False)
         if job.id in self._young:
-            self._young[job.id] = job.late
+            self._young[job.id] = (self._young[job.id][0], job.late)
         self._misses += job.late or not job.met
 
     def urgent(self, now_s: float, count_late: CountLate) -> bool:
@@ -163,7 +165,7 @@ class AdaptiveController:
         if now_s < self._next_look_s:
             return False
         self._next_look_s = now_s + _LOOK_S
-        ended = sum(self._young.values())
+        ended = sum(late for _, late in self._young.values())
         return ended + count_late(self._young.keys()) > share * len(self._young)
 
     def inputs(self, now_s: float, view: CellView, *, thrifty: bool = False) -> PlanInputs:

@@ -88,20 +88,27 @@ class Planner:
             ranked = self._ranked(inputs, model, present, offered)
         finalists = [present, *_diverse(ranked, config.finalists)]
         replays: list[Replay | None] = [first]
-        least = first.missed if first is not None else math.inf
-        for _, _, shapes in finalists[1:]:
-            replay = self._replay(inputs, shapes, least) if inputs.recent else None
+        covered = self._covered(inputs)
+        weight = 1 - covered * (1 - config.estimate_weight)
+        least, known = (first.missed, present[0]) if first is not None else (math.inf, 0.0)
+        for score, _, shapes in finalists[1:]:
+            replay = None
+            if inputs.recent:
+                more = self._unseen(inputs, covered, score - known)
+                replay = self._replay(inputs, shapes, max(0.0, least + more))
+                if not replay.given_up and replay.missed < least + more:
+                    least, known = replay.missed, score
             replays.append(replay)
-            least = min(least, replay.missed) if replay is not None and not replay.given_up else least
         values = [
-            item[0] if replay is None else replay.share + config.estimate_weight * (item[0] - replay.share)
+            item[0] if replay is None else replay.share + weight * (item[0] - replay.share)
             for item, replay in zip(finalists, replays, strict=True)
         ]
         candidates = tuple(map(_candidate, finalists, replays))
         work = len(ranked) + sum(replay.count for replay in replays if replay is not None)
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
-        better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen])
+        more = self._unseen(inputs, covered, finalists[chosen][0] - present[0])
+        better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen], more)
         if better and gain < 2 * config.hysteresis and inputs.recent and not lost:
             unpressed = self._replay(inputs, present[2], math.inf, pressure=1.0)
             work += unpressed.count
@@ -149,12 +156,28 @@ class Planner:
             max_batch=inputs.max_batch,
         )
 
-    def _certain(self, present: Replay | None, other: Replay | None) -> bool:
+    def _covered(self, inputs: PlanInputs) -> float:
+        """How far a replay tells what an overload does: it must last as long as the most patient tier waits.
+
+        Where more comes than can be replayed (`PlannerConfig.replayed`), it ends before: until then every plan lives on
+        the patience of its queue, and all look alike.
+        """
+        if len(inputs.recent) < self.config.replayed:
+            return 1.0
+        patience_s = max(self.tiers[load.tier].ttft_ms for load in inputs.loads) / 1000
+        return min(1.0, (inputs.recent[-1].time_s - inputs.recent[0].time_s) / patience_s)
+
+    def _unseen(self, inputs: PlanInputs, covered: float, gain: float) -> float:
+        """Requests by which a replay may be worse, for a gain by the estimate that it is too short to show."""
+        counted = (*inputs.recent[len(inputs.recent) // 4 :], *inputs.waiting)
+        return (1 - covered) / max(covered, 1e-9) * gain * sum(self.tiers[arrival.tier].weight for arrival in counted)
+
+    def _certain(self, present: Replay | None, other: Replay | None, unseen: float) -> bool:
         """Whether the requests that one plan saves are more than those that it loses by more than chance."""
         if present is None or other is None:
             return True
         saved, lost = len(present.late - other.late), len(other.late - present.late)
-        return saved - lost >= self.config.chance * math.sqrt(saved + lost)
+        return saved - lost + unseen >= self.config.chance * math.sqrt(saved + lost)
 
     def _key(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
         return tuple(sorted(shapes, key=str))

@@ -114,10 +114,15 @@ class QueueingModel:
         decodes = [group for group in groups.values() if group.shape.role == DECODE]
         for name in self._order:
             self._spread(name, prefills, scale)
+        attained = {group.shape: self._attained(group) for group in prefills}
         apart = [group for group in prefills if group.shape.role == PREFILL]
         decode_share = dict.fromkeys(self._order, 1.0)
         if apart:
-            handed = {name: sum(group.rates.get(name, 0.0) for group in apart) for name in self._order}
+            # Who is late with its prompt decodes when nobody in time needs the room.
+            handed = {
+                name: sum(group.rates.get(name, 0.0) * attained[group.shape].get(name, 0.0) for group in apart)
+                for name in self._order
+            }
             for name in self._order:
                 if decodes and handed[name] > 0:
                     self._spread(name, decodes, scale, handed[name])
@@ -131,7 +136,7 @@ class QueueingModel:
         goodput = 0.0
         got = dict.fromkeys(self._order, 0.0)
         for group in prefills:
-            for name, share in self._attained(group).items():
+            for name, share in attained[group.shape].items():
                 held = decode_share[name] if group.shape.role == PREFILL else 1.0
                 got[name] += group.rates[name] * share * max(0.0, held)
         attainment: dict[str, float] = {}
@@ -273,14 +278,55 @@ class QueueingModel:
             busy += rate * work.mean_s / speed
             moment += rate * work.square_s / speed**2
             free = max(0.02, 1 - before)  # of the time, when those with less patience have been served
-            scale_s = moment / (2 * busy) * (1 + min(_BURSTS, self._loads[name].dispersion)) / 2 / count / free
-            met = 0.0
-            for seconds in work.prefill_s:
-                left_s = self._tiers[name].ttft_ms / 1000 * 0.97 - seconds / speed
-                met += 0.0 if left_s < 0 else 1 - _lost((busy - before) / free, left_s / scale_s, count)
-            shares[name] = held * met / len(work.prefill_s)
+            scale_s = self._scale_s(name, moment / busy, count) / free
+            shares[name] = held * self._met(name, work.prefill_s, speed, (busy - before) / free, scale_s, count)
             before = min(busy, 1.0)
+        if group.load <= 1:
+            return shares
+        kept = self._kept(group, 1.0 if group.shape.role == PREFILL else room)
+        return {name: max(share, held * kept[name]) for name, share in shares.items()}
+
+    def _kept(self, group: _Group, room: float) -> dict[str, float]:
+        """Share of each tier of a group that is too full whose TTFT holds if the longest prompts are given up.
+
+        That is what the scheduler does (`scheduling.shedding`): so many of the shortest as are most in time.  Tiers
+        with less patience go first; what they keep, the others do not get.
+        """
+        tp, count = group.shape.tp, group.count
+        shares: dict[str, float] = {}
+        used = moment = 0.0
+        for name in sorted(group.rates, key=lambda name: self._tiers[name].ttft_ms):
+            work, whole = self._work[tp, name], group.rates[name] / count
+            decode_s = self._loads[name].output * work.decode_s if group.shape.role != PREFILL else 0.0
+            free = max(_LEAST_ROOM, room - used)
+            best = best_used = best_moment = 0.0
+            for keep in range(1, len(work.prefill_s) + 1):
+                kept = work.prefill_s[:keep]
+                rate = whole * keep / len(work.prefill_s)
+                busy = rate * (sum(kept) / keep + decode_s)
+                speed = max(_LEAST_ROOM, free - rate * decode_s)
+                more = rate * sum(s * s for s in kept) / keep
+                scale_s = self._scale_s(name, (moment + more) / (used + busy), count) / speed
+                met = self._met(name, kept, speed, busy / free, scale_s, count) * keep / len(work.prefill_s)
+                if met > best:
+                    best, best_used, best_moment = met, min(busy, free), more
+            shares[name] = best
+            used, moment = used + best_used, moment + best_moment
         return shares
+
+    def _scale_s(self, name: str, mean_s: float, count: int) -> float:
+        """Mean residual service of a queue whose requests take `mean_s` (second moment over first), with bursts."""
+        return mean_s / 2 * (1 + min(_BURSTS, self._loads[name].dispersion)) / 2 / count
+
+    def _met(
+        self, name: str, prefill_s: Sequence[float], speed: float, load: float, scale_s: float, count: int
+    ) -> float:
+        """Share of these prompts that are computed in time."""
+        met = 0.0
+        for seconds in prefill_s:
+            left_s = self._tiers[name].ttft_ms / 1000 * 0.97 - seconds / speed
+            met += 0.0 if left_s < 0 else 1 - _lost(load, left_s / scale_s, count)
+        return met / len(prefill_s)
 
 
 def _lost(load: float, patience: float, servers: int) -> float:

@@ -41,6 +41,7 @@ class RunPolicy:
         cache); None: devices keep only the weights in use, as static plans do.
       device_put: switches reshard weights and KV cache by the general path, as without shared shards.
       allowed: layouts that the controller may use (see `CellView`); empty: all.
+      timeouts: clients go when they have waited for their whole TTFT target and no instance has taken them.
     """
 
     name: str
@@ -50,6 +51,7 @@ class RunPolicy:
     resident_tp: int | None = None
     device_put: bool = False
     allowed: tuple[str, ...] = ()
+    timeouts: bool = False
 
 
 class Log(Protocol):
@@ -253,7 +255,15 @@ class _Driver(Recorder):
         if self.controller is not None:
             self.controller.arrived(request.arrival_s, JobView.of(job))
         self.cell.add(job)
+        if self.policy.timeouts:
+            self.cell.at(job.ttft_deadline_s, self._gone, job)
         self._look()
+
+    def _gone(self, job: ModelJob) -> None:
+        """A client goes if its request still waits for an instance."""
+        if self.scheduler.backlog.remove(job):
+            del self.cell.alive[job.id]
+            self.failed(job, "its client waited no longer")
 
     def _look(self) -> None:
         """Lets the controller tick between its intervals if it finds that urgent."""

@@ -53,12 +53,14 @@ class Load:
       traces: workloads by name, of any tier.
       phases: in order.
       seed: of what is random in changing rates.
+      start_s: where in the traces it begins.
     """
 
     name: str
     traces: Mapping[str, Workload] = dataclasses.field(repr=False)
     phases: tuple[LoadPhase, ...]
     seed: int = 0
+    start_s: float = 0.0
 
     @property
     def seconds(self) -> float:
@@ -73,7 +75,7 @@ class Load:
     def at(self, factor: float) -> Workload:
         """The workload at a factor of its rate; requests of a lower factor are also among those of a higher one."""
         phases = []
-        start = 0.0
+        start = self.start_s
         for phase in self.phases:
             parts = [self._part(part, start, phase.seconds, factor) for part in phase.parts if part.rate > 0]
             empty = Workload((), self.name, phase.seconds)

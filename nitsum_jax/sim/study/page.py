@@ -27,14 +27,11 @@ _GOALS = {
         0.95,
     ),
     "bound": ("goodput of adaptive / union of all layouts, request by request, at that rate", 0.95),
-    "capacity": ("capacity of adaptive / best static", 1.5),
+    "capacity": ("capacity of adaptive / best static", None),
     "reach": ("capacity of adaptive / best layout of every window", None),
     "room": ("capacity of the best layout of every window / best static: what choosing layouts could bring", None),
-    "weakest": ("capacity of adaptive / weakest static TP, best case", 5.3),
-    "goodput": ("goodput of adaptive / weakest static TP at the same rate, best case", None),
 }
 _MEANS = ("capacity", "reach", "room")
-_BESTS = ("weakest", "goodput")
 
 
 def write_page(results: Sequence[Result], folder: pathlib.Path, missing: int = 0) -> None:
@@ -108,17 +105,6 @@ def ratios(results: Iterable[Result]) -> dict[str, list[tuple[str, float]]]:
             level = str(static["level"])
             if level in adaptive["at"] and level in static["at"]:
                 found["steady"].append((name, adaptive["at"][level]["goodput"] / static["at"][level]["goodput"]))
-        level = str(adaptive["level"])
-        for family, row in families.items():
-            if not family.startswith("static-tp"):
-                continue
-            # One that reaches 90 % at no rate was tried down to the lowest: the ratio is at least this.
-            least = row["capacity"] or result.get("lowest", 0.0)
-            if least:
-                found["weakest"].append((f"{name} against {family}", adaptive["capacity"] / least))
-            if level in row["at"] and level in adaptive["at"]:
-                least = max(1e-9, row["at"][level]["goodput"])
-                found["goodput"].append((f"{name} against {family}", adaptive["at"][level]["goodput"] / least))
     return found
 
 
@@ -136,23 +122,9 @@ def _short(results: Sequence[Result]) -> list[str]:
         value, kind = worst[1], "worst case"
         if goal in _MEANS:
             value, kind = mean, "geometric mean"
-        elif goal in _BESTS:
-            value, kind = best[1], "best case"
         lines.append(
             f"| {words} | {wanted} | **{value:.3f}** ({kind}) | {worst[1]:.3f} {worst[0]} | {best[1]:.3f} {best[0]} |"
         )
-    never = sum(
-        family.startswith("static-tp") and not row["capacity"]
-        for result in results
-        for family, row in result["families"].items()
-    )
-    if never:
-        lines += [
-            "",
-            f"In {never} of the comparisons with a static TP, that TP reaches 90 % at no rate, because a tier's targets"
-            " are out of its reach. It was tried down to a tenth of the guessed rate, and is counted with that rate"
-            " here.",
-        ]
     mixes = {result["name"]: result["mix"] for result in results}
     means = []
     for mix in dict.fromkeys(mixes[name] for name, _ in found.get("capacity", [])):
@@ -247,13 +219,13 @@ def _limits(results: Sequence[Result]) -> list[str]:
     found = ratios(results)
     by_name = {result["name"]: result for result in results}
     lines = []
-    for goal in ("steady", "windows", "bound", "capacity"):
+    for goal in ("steady", "windows", "bound"):
         words, target = _GOALS[goal]
         for name, value in found.get(goal, []):
             if target is None or value >= target:
                 continue
             result = by_name[name]
-            lines.append(f"- {name}: {words} is {value:.3f}, below {target}. {_why(result, goal)}")
+            lines.append(f"- {name}: {words} is {value:.3f}, below {target}. {_why(result)}")
     return lines or ["No goal is missed in any cell."]
 
 
@@ -267,15 +239,8 @@ def _reach(result: Result) -> str:
     )
 
 
-def _why(result: Result, goal: str) -> str:
-    families, bound = result["families"], result["bound"]
-    if goal == "capacity":
-        static, adaptive = families["static"], families["adaptive"]
-        return (
-            f"Best static: {static['capacity']:.2f}/s with `{static['policy']}`, adaptive {adaptive['capacity']:.2f}/s."
-            f"{_reach(result)} At {bound['rate']:.2f}/s the best layout of every window reaches an attainment of"
-            f" {bound['best_attainment']:.1%}, the union of all layouts {bound['attainment']:.1%}."
-        )
+def _why(result: Result) -> str:
+    families = result["families"]
     level = str(families["adaptive"]["level"])
     row = families["adaptive"]["at"].get(level)
     if row is None:

@@ -137,6 +137,18 @@ def test_requests_that_are_given_up_bring_the_next_tick_on() -> None:
     assert controller.urgent(6.5, count_late)
 
 
+def test_at_high_rates_those_that_came_a_second_ago_are_looked_at() -> None:
+    """500 requests/s, late after 0.3 s: of the last 64 none can be."""
+    controller = AdaptiveController(COST, (CHAT, CODE))
+    for i in range(500):
+        controller.arrived(6.0 + i / 500, JobView.of(ModelJob(str(i), CHAT, 6.0, 100, 10)))
+    assert controller.urgent(7.0, lambda ids: sum(int(name) < 350 for name in ids))
+    calm = AdaptiveController(COST, (CHAT, CODE))
+    for i in range(100):  # 20/s: what came long ago says nothing of now
+        calm.arrived(2.0 + i / 20, JobView.of(ModelJob(str(i), CHAT, 2.0, 100, 10)))
+    assert not calm.urgent(7.0, lambda ids: sum(int(name) < 36 for name in ids))
+
+
 def test_who_was_late_and_has_ended_still_counts() -> None:
     controller = AdaptiveController(COST, (CHAT, CODE), config=ControllerConfig(urgent_share=0.2))
     jobs = [ModelJob(str(i), CHAT, 6.0, 100, 10, first_token_s=6.1, finish_s=6.1, late=i < 3) for i in range(20)]

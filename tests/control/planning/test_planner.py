@@ -131,6 +131,22 @@ def test_hysteresis_keeps_a_plan_that_is_nearly_as_good() -> None:
     assert not stubborn.decide(inputs(20, 5, homogeneous(8, 1))).switch
 
 
+def test_a_replay_that_ends_before_the_queue_is_full_does_not_outvote_the_estimate() -> None:
+    """200 requests/s and 60 of them replayed: in 0.3 s no plan shows what it does to requests that may wait for 2 s."""
+    short = Planner(COST, TIERS, PlannerConfig(replayed=48))
+    whole = Planner(COST, TIERS, PlannerConfig(replayed=49))  # as if these were all that came
+    apart = place([*[Shape(1, "prefill")] * 4, Shape(4, "decode")], 8)
+    crowded = inputs(140, 60, apart)
+    present, *others = short.decide(crowded).candidates
+    best = max(others, key=lambda other: other.score)
+    assert best.score > present.score + 0.1
+    assert present.replayed is not None
+    assert best.replayed is not None
+    assert best.replayed < present.replayed + 0.03
+    assert not whole.decide(crowded).switch
+    assert short.decide(crowded).switch
+
+
 def test_the_least_tp_leaves_room_for_the_kv_cache() -> None:
     # 16 GB of weights on 80 GB: TP 1 does.  A model of five times the size does not leave a quarter at TP 1.
     assert least_tp(COST, PlannerConfig()) == 1
