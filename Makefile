@@ -5,6 +5,7 @@
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
+# make cluster-demo     two cells behind one front door; one is killed under load, and the streams go on
 # make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
 # make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with, and with it the JAX
@@ -29,10 +30,10 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-accelerator lint format bench study gpu-check proto demo build-files install clean
+.PHONY: help serve test test-accelerator lint format bench study gpu-check proto demo cluster-demo build-files install clean
 
 help:
-	@sed -n '1,9s/^# //p' Makefile
+	@sed -n '1,10s/^# //p' Makefile
 
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
@@ -89,6 +90,10 @@ proto: $(DEV)
 demo: $(DEV)
 	$(BIN)/nitsum-bench demo $(ARGS)
 
+# Two cells of a tiny model, 32 streams, and kill -9 in their midst.
+cluster-demo: $(DEV)
+	$(BIN)/python -m benchmarks.server.cluster_demo $(ARGS)
+
 build-files: $(DEV)
 	$(BIN)/python tools/generate_build.py
 
@@ -129,4 +134,5 @@ $(RUNTIME): .venv/.made pyproject.toml constraints.txt
 
 $(DEV): $(RUNTIME)
 	$(PIP) -e '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@$(PIP) -e '.[ray]' || echo "ray cannot be installed here (see above): tests of nitsum-cluster are skipped"
 	@touch $@

@@ -53,6 +53,7 @@ DISTRIBUTIONS = {
     "pandas": "pandas",
     "prometheus_client": "prometheus-client",
     "psutil": "psutil",
+    "ray": "ray",
     "pydantic": "pydantic",
     "pydantic_core": "pydantic-core",
     "pytest": "pytest",

@@ -271,7 +271,9 @@ class ClusterEngine(ClusterView):
             stream = self._live.get(origin(attempt_id))
             if stream is not None and self._is_at(stream, link, attempt_id):
                 stream.refused.clear()
-                self._told_admitted(stream.request.id, now)
+                if not stream.admitted:  # going on elsewhere is no second time in the queue
+                    stream.admitted = True
+                    self._told_admitted(stream.request.id, now)
         passed = []
         for delta in events.deltas:
             stream = self._live.get(origin(delta.request_id))

@@ -18,6 +18,7 @@ class LiveStream:
       attempt: how often it was sent to a cell; results of earlier attempts count for nothing.
       cell: where it is; None between two.
       refused: cells that did not take it, since it was last taken.
+      admitted: an instance has taken it, once.
       lost: cells that ended or hung while they worked on it.
     """
 
@@ -26,6 +27,7 @@ class LiveStream:
     attempt: int = 0
     cell: str | None = None
     refused: set[str] = dataclasses.field(default_factory=set)
+    admitted: bool = False
     lost: int = 0
 
     @property

@@ -25,7 +25,7 @@ class CellRequestRouter(RequestRouter):
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:
         """Replicas came or went."""
-        from nitsum_jax.cluster.directory import DIRECTORY
+        from nitsum_jax.cluster.on_ray.directory import DIRECTORY
 
         super().update_replicas(list(replicas))
         DIRECTORY.changed(frozenset(replica.replica_id.unique_id for replica in replicas))

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from tests.cluster.cluster_process import ClusterProcess, started
+from tests.server.cluster.cluster_process import ClusterProcess, started
 from tests.server.operations.http import fetch
 
 pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")

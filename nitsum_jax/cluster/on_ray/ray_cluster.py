@@ -39,6 +39,7 @@ def connect(options: ClusterOptions) -> None:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     common: dict[str, Any] = {
         "namespace": "nitsum",
         "log_to_driver": options.serve.log_level == "debug",
@@ -93,7 +94,7 @@ class Deployed:
         import ray
         from ray import serve
 
-        from nitsum_jax.cluster.deployment import cell_deployment
+        from nitsum_jax.cluster.on_ray.deployment import cell_deployment
 
         self._options = options
         self._resource = resource_of(options, ray.cluster_resources())
@@ -157,7 +158,7 @@ class Deployed:
 
 def reason_in(text: str) -> str | None:
     """The line of a cell that cannot start, in what Serve says of it; None if it says nothing of the kind."""
-    from nitsum_jax.cluster.deployment import FAILED
+    from nitsum_jax.cluster.on_ray.deployment import FAILED
 
     found = re.search(rf"{re.escape(FAILED)}([^\n]+)", text or "")
     if found is not None:

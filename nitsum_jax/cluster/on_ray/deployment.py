@@ -100,7 +100,8 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
     elif resource is not None:
         actor["resources"] = {resource: count}
     router = RequestRouterConfig(
-        request_router_class="nitsum_jax.cluster.serve_router:CellRequestRouter", request_routing_stats_period_s=1.0
+        request_router_class="nitsum_jax.cluster.on_ray.serve_router:CellRequestRouter",
+        request_routing_stats_period_s=1.0,
     )
     common: dict[str, Any] = {
         "name": CELL,
@@ -121,7 +122,7 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
             downscale_delay_s=60.0,
             metrics_interval_s=1.0,
             look_back_period_s=5.0,
-            policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.deployment:wanted_replicas"),
+            policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.on_ray.deployment:wanted_replicas"),
         )
     else:
         common["num_replicas"] = options.cells
