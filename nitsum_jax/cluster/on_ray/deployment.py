@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
 from nitsum_jax.cluster.flags import ClusterOptions
-from nitsum_jax.cluster.messages import CellEvents, CellFacts
+from nitsum_jax.cluster.messages import FAILED, CellEvents, CellFacts
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.switching.switch import SwitchReport
 
 CELL = "Cell"
-FAILED = "nitsum-cell cannot start: "
-"""Stands before the line that says why, in what Ray passes on of it."""
-
 _UNLIMITED = 100_000  # calls at once; the engine's queue is what is limited
 _LEAVE_S = 30.0
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nitsum_jax.cluster.flags import ClusterOptions
+from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
 
 APP = "nitsum"
@@ -158,8 +159,6 @@ class Deployed:
 
 def reason_in(text: str) -> str | None:
     """The line of a cell that cannot start, in what Serve says of it; None if it says nothing of the kind."""
-    from nitsum_jax.cluster.on_ray.deployment import FAILED
-
     found = re.search(rf"{re.escape(FAILED)}([^\n]+)", text or "")
     if found is not None:
         return one_line(found[1].replace("\\n", " ").strip())

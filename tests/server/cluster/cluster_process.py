@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 
-START_S = 240.0
+START_S = 600.0
 MARK = "NITSUM_TEST_CLUSTER"
 CELLS = ("--model=tiny-random", "--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--max_batch=16")
 
