@@ -33,35 +33,41 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every process that Ray starts
     try:
         options = flags.read(argv)
-        from nitsum_jax.cluster.on_ray.ray_cluster import require_ray
+        from nitsum_jax.cluster.on_ray.ray_cluster import connect, require_ray
 
         require_ray()
+        # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
+        model = model_of(options.serve)
+        # On the main thread: the processes that Ray starts end with the thread that started them.
+        connect(options)
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
     except NitsumError as error:
         cli.err(f"{_NAME}: {one_line(str(error))}")
         return cli.EXIT_USAGE
-    return server.main(options.cell_argv, functools.partial(load_cluster, options), name=_NAME)
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    return server.main(options.cell_argv, functools.partial(load_cluster, options, model), name=_NAME)
 
 
-def load_cluster(options: ClusterOptions, launch: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
-    """Deploys the cells and waits until they serve.
+def load_cluster(
+    options: ClusterOptions, model: ServedModel, launch: LaunchOptions, sink: Sink, admitted: Admitted
+) -> Loaded:
+    """Deploys the cells and waits until they serve; Ray is connected.
 
     Args:
       options: of the cluster.
+      model: as the front door needs it.
       launch: of the front door.
       sink: takes the deltas.
       admitted: called with every request that an instance takes.
 
     Raises:
-      NitsumError: no Ray, no room, or a cell that cannot start.
+      NitsumError: no room, or a cell that cannot start.
     """
     from nitsum_jax.cluster.on_ray import ray_cluster
 
-    # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
-    model = model_of(launch)
-    ray_cluster.connect(options)
     deployed = ray_cluster.Deployed(options)
     engine = engine_of(options, launch, model.name, sink, admitted, deployed.close)
     try:

@@ -1,6 +1,7 @@
 """The live streams of a front door: what is needed to go on with one elsewhere."""
 
 import dataclasses
+from typing import Any
 
 from nitsum_jax.engine.request import Request, TokenDelta
 
@@ -39,7 +40,10 @@ class LiveStream:
         """It goes to a cell now: the request for it."""
         self.attempt += 1
         self.cell = cell
-        return dataclasses.replace(self.request, id=self.attempt_id, generated=tuple(self.generated), deadline_s=None)
+        # A compiled form stays in its process; the cell compiles what it was made of.
+        form: Any = getattr(self.request.form, "spec", self.request.form)
+        generated = tuple(self.generated)
+        return dataclasses.replace(self.request, id=self.attempt_id, generated=generated, deadline_s=None, form=form)
 
     def take(self, delta: TokenDelta, now_s: float) -> TokenDelta:
         """Tokens came: as the front door passes them on, on its own clock."""

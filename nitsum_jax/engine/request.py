@@ -2,8 +2,11 @@
 
 import dataclasses
 import enum
+from typing import Protocol
 
-from nitsum_jax.errors import InvalidInputError, PreconditionError
+import numpy as np
+
+from nitsum_jax.errors import ContextLengthError, InvalidInputError, PreconditionError
 
 MAX_SEED = 2**32 - 1
 MAX_LOGIT_BIAS = 300  # entries of one request
@@ -60,6 +63,25 @@ class SamplingParams:
             raise InvalidInputError("logit_bias names a token twice: give each token id once")
 
 
+class TokenMatcher(Protocol):
+    """Follows one output, and says which tokens may come next; used by one thread at a time."""
+
+    # ruff: noqa: D102
+    def accept(self, token: int) -> None: ...  # raises if it may not come next
+    def restart(self) -> None: ...  # before the first token again
+    def allowed(self, mask: np.ndarray) -> None: ...  # writes the bits of the next token, i32[W], see `masks`
+    @property
+    def ended(self) -> bool: ...  # whether nothing may follow
+
+
+class OutputForm(Protocol):
+    """A form that outputs are held to."""
+
+    @property
+    def first_mask(self) -> np.ndarray: ...  # for the first token, i32[W]
+    def matcher(self) -> TokenMatcher: ...  # for one output
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to be continued.
@@ -79,6 +101,9 @@ class Request:
       tpot_ms: target for the time per output token, milliseconds; None: that of its tier.
       generated: output that another engine has made of it already; it goes on from there. It counts as output (of
         max_tokens, min_tokens and the penalties) and is not sent again.
+      form: what the output is held to; it ends where the form does.
+      forced_ids: what the output begins with, whatever the model says; stop tokens among them end nothing, and
+        `min_tokens` counts from behind them.
     """
 
     id: str
@@ -93,6 +118,8 @@ class Request:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     generated: tuple[int, ...] = ()
+    form: OutputForm | None = None
+    forced_ids: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,6 +154,10 @@ def check_request(request: Request, limits: RequestLimits) -> None:
     if request.max_tokens < 1:
         raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
     vocab = limits.vocab_size
+    if len(request.forced_ids) > request.max_tokens:
+        raise InvalidInputError(
+            f"{len(request.forced_ids)} forced ids are more than max_tokens={request.max_tokens} allows"
+        )
     if not 0 <= request.min_tokens <= request.max_tokens:
         raise InvalidInputError(f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}")
     if request.min_tokens and len(set(request.stop_token_ids)) > MAX_STOP_IDS:
@@ -145,6 +176,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         ("generated", request.generated),
         ("stop_token_ids", request.stop_token_ids),
         ("logit_bias", biased),
+        ("forced_ids", request.forced_ids),
     ):
         wrong = next((token for token in ids if not 0 <= token < vocab), None)
         if wrong is not None:
@@ -152,15 +184,15 @@ def check_request(request: Request, limits: RequestLimits) -> None:
     limit = limits.max_model_len
     pool = limits.pool_tokens
     if len(request.prompt_ids) >= limit:
-        raise InvalidInputError(
-            f"the prompt has {len(request.prompt_ids)} tokens, and prompt and output together may have {limit}: "
-            "shorten it, or restart with a larger --max_model_len"
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt "
+            f"has {len(request.prompt_ids)} tokens: shorten it"
         )
     tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
     if tokens > pool:
         raise PreconditionError(
-            f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "
-            "shorten them, choose a layout of higher TP, or restart with a larger --kv_cache_gib"
+            f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool} in the "
+            "present layout: shorten the prompt, or ask for fewer tokens"
         )
 
 

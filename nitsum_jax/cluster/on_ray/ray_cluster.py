@@ -28,7 +28,7 @@ def require_ray() -> None:
 
 
 def connect(options: ClusterOptions) -> None:
-    """Joins the Ray cluster, or starts one on the loopback address.
+    """Joins the Ray cluster, or starts one on the loopback address; on a thread that lives as long as it.
 
     Raises:
       PreconditionError: there is no Ray, or no cluster at the address.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -14,6 +15,7 @@ from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
 from nitsum_jax.engine.step.forms import AttentionForm, StepForms
+from nitsum_jax.engine.step.masks import mask_words, no_masks
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
@@ -52,7 +54,7 @@ class StepResults:
     logits: jax.Array | None = None
 
 
-StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array], tuple[StepState, StepResults]]
+StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array, jax.Array], tuple[StepState, StepResults]]
 
 
 class Parameter(NamedTuple):
@@ -104,6 +106,10 @@ class Program:
         """The devices that run a step together."""
         return Ranks(tp, TP_AXIS, self.fast_sums, self.forms.gather_limit_bytes)
 
+    def no_masks(self, shape: StepShape) -> np.ndarray:
+        """What a step takes of which no row has a mask, i32[B, W]; see `masks`."""
+        return no_masks(shape.batch, self.config.vocab_size)
+
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
         return _decoder(self, tp)
@@ -147,14 +153,16 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, state, packed inputs) to (state, results).
+      A function of (parameters, state, packed inputs, masks) to (state, results).
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
     ranks = program.ranks(tp)
     attention = _attention(program)
 
-    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepResults]:
+    def step(
+        leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array, masks: jax.Array
+    ) -> tuple[StepState, StepResults]:
         pool, history = state.pool, state.history
         model = nnx.merge(graph, _state(program, tp, leaves))
         inputs = unpack(packed, shape, program.cut.num_vshards, program.pages)
@@ -173,7 +181,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         logits = model.logits(x[jnp.arange(shape.batch), last])
         if not shape.is_decode:
             history = _note_prompt(history, inputs, tokens)
-        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, ranks)
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, inputs, history, masks, ranks)
         token_logprobs = _token_logprobs(logits, sampled, inputs, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
@@ -220,11 +228,14 @@ def compile_step(
             jnp.int32,
             sharding=NamedSharding(mesh, everywhere),
         ),
+        jax.ShapeDtypeStruct(
+            (shape.batch, mask_words(program.config.vocab_size)), jnp.int32, sharding=NamedSharding(mesh, everywhere)
+        ),
     )
     mapped = jax.shard_map(
         step_function(program, shape, tp, with_logits=with_logits),
         mesh=mesh,
-        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere),
+        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere, everywhere),
         out_specs=(
             state(along, everywhere),
             results(everywhere, everywhere, everywhere if with_logits else None),
@@ -252,13 +263,19 @@ def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.Stat
 
 
 def _sample(
-    logits: jax.Array, offset: jax.Array, vocab: int, inputs: StepInputs, history: jax.Array, ranks: Ranks
+    logits: jax.Array,
+    offset: jax.Array,
+    vocab: int,
+    inputs: StepInputs,
+    history: jax.Array,
+    masks: jax.Array,
+    ranks: Ranks,
 ) -> jax.Array:
     def everything(logits: jax.Array) -> jax.Array:
         # Every rank samples from the whole vocabulary; they all find the same token.
         full = _whole(logits, ranks)
         rows = history[inputs.row]
-        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY])
+        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY], masks)
         return jnp.where(sampling.sound(full, 0, vocab), token, sampling.NO_TOKEN)
 
     def greedy(logits: jax.Array) -> jax.Array:

@@ -153,7 +153,7 @@ class TieredScheduling(Policy):
 
     def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
-            raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
+            raise OverloadedError(f"{self.capacity} requests wait already: try again later")
         request = sequence.request
         tier = self._tiers.get(request.tier).with_targets(request.ttft_ms, request.tpot_ms)
         sequence.job = LiveJob(sequence, tier, sequence.arrival_s / self._scale)
