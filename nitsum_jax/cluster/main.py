@@ -112,10 +112,12 @@ def engine_of(
 def follow(engine: "ClusterEngine", handle: "DeploymentHandle[Any]") -> None:
     """Has the engine know the replicas of the deployment, now and from now on."""
     from nitsum_jax.cluster.on_ray.directory import DIRECTORY
+    from nitsum_jax.cluster.on_ray.ray_cluster import quiet
     from nitsum_jax.cluster.on_ray.serve_calls import ServeCell
 
     if not handle.is_initialized:
-        handle._init()
+        with quiet():
+            handle._init()  # else Serve would make its router, which knows the replicas, with the first call
     DIRECTORY.listen(lambda names: engine.set_cells({name: ServeCell(name, handle) for name in names}))
 
 

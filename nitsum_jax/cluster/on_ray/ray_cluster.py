@@ -100,7 +100,7 @@ class Deployed:
         self._options = options
         self._resource = resource_of(options, ray.cluster_resources())
         self._make = cell_deployment
-        with _quiet():
+        with quiet():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         self.deploy(options)
 
@@ -110,7 +110,7 @@ class Deployed:
         from ray.serve.api import RunTarget
 
         target = RunTarget(self._make(options, self._resource), name=APP, route_prefix=None)
-        with _quiet():
+        with quiet():
             (self.handle,) = serve.run_many(
                 [target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
             )
@@ -149,7 +149,7 @@ class Deployed:
         import ray
         from ray import serve
 
-        with contextlib.suppress(Exception), _quiet():
+        with contextlib.suppress(Exception), quiet():
             if self._options.address is None:
                 serve.shutdown()
             else:
@@ -169,7 +169,7 @@ def reason_in(text: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Serve tells its progress at INFO, whatever the log level of this process."""
     logger = logging.getLogger("ray.serve")
     level = logger.level
