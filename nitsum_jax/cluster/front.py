@@ -186,7 +186,8 @@ class ClusterEngine(ClusterView):
             stream.cell = None
             stream.lost += crashed
             link.known.ended()
-            self._call(link, link.calls.cancel([stream.attempt_id]))
+            if state is LinkState.SILENT:  # one that is gone ends them itself, if it still can
+                self._call(link, link.calls.cancel([stream.attempt_id]))
             if stream.poisonous:
                 self._fail(
                     stream, f"{stream.lost} cells ended while they worked on this request: it is not tried again"
