@@ -6,6 +6,7 @@
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
 # make ladder           what can be deployed today against each part of this project (an hour; docs/results/ladder.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
+# make cluster-demo     two cells behind one front door; one is killed under load, and the streams go on
 # make gpu-check        numbers, bits and step times of an accelerator (EXTRA=cuda12); run again, it goes on; gpu-check.md
 # make serve EXTRA=cuda12 (or cuda13, tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with, and with it the JAX
@@ -30,10 +31,11 @@ comma := ,
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test test-accelerator lint format bench study ladder gpu-check proto demo build-files install clean
+.PHONY: help serve test test-accelerator lint format bench study ladder gpu-check proto demo cluster-demo build-files
+.PHONY: install clean
 
 help:
-	@sed -n '1,10s/^# //p' Makefile
+	@sed -n '1,11s/^# //p' Makefile
 
 serve: $(RUNTIME)
 	exec env JAX_NUM_CPU_DEVICES=$(DEVICES) $(BIN)/nitsum-serve --model=smollm2-135m --http_port=8000 $(ARGS)
@@ -93,6 +95,10 @@ proto: $(DEV)
 demo: $(DEV)
 	$(BIN)/nitsum-bench demo $(ARGS)
 
+# Two cells of a tiny model, 32 streams, and kill -9 in their midst.
+cluster-demo: $(DEV)
+	$(BIN)/python -m benchmarks.server.cluster_demo $(ARGS)
+
 build-files: $(DEV)
 	$(BIN)/python tools/generate_build.py
 
@@ -133,4 +139,5 @@ $(RUNTIME): .venv/.made pyproject.toml constraints.txt
 
 $(DEV): $(RUNTIME)
 	$(PIP) -e '.[dev$(if $(EXTRA),$(comma)$(EXTRA))]'
+	@$(PIP) -e '.[ray]' || echo "ray cannot be installed here (see above): tests of nitsum-cluster are skipped"
 	@touch $@

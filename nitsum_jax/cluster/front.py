@@ -186,7 +186,8 @@ class ClusterEngine(ClusterView):
             stream.cell = None
             stream.lost += crashed
             link.known.ended()
-            self._call(link, link.calls.cancel([stream.attempt_id]))
+            if state is LinkState.SILENT:  # one that is gone ends them itself, if it still can
+                self._call(link, link.calls.cancel([stream.attempt_id]))
             if stream.poisonous:
                 self._fail(
                     stream, f"{stream.lost} cells ended while they worked on this request: it is not tried again"
@@ -271,7 +272,9 @@ class ClusterEngine(ClusterView):
             stream = self._live.get(origin(attempt_id))
             if stream is not None and self._is_at(stream, link, attempt_id):
                 stream.refused.clear()
-                self._told_admitted(stream.request.id, now)
+                if not stream.admitted:  # going on elsewhere is no second time in the queue
+                    stream.admitted = True
+                    self._told_admitted(stream.request.id, now)
         passed = []
         for delta in events.deltas:
             stream = self._live.get(origin(delta.request_id))

@@ -19,8 +19,9 @@ from nitsum_jax.control.routing.report import make_report
 from nitsum_jax.control.routing.scaling import CellPressure, pressure_of
 from nitsum_jax.engine.config import prefix_granule
 from nitsum_jax.engine.request import Request, TokenDelta
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.errors import NitsumError, PreconditionError
 from nitsum_jax.runtime.control.layout_log import LayoutLog
+from nitsum_jax.runtime.structured.forms import FormSpec
 from nitsum_jax.server.launch.flags import LaunchOptions
 from nitsum_jax.server.launch.main import Loaded, controller_of, load_engine
 
@@ -56,6 +57,7 @@ class CellHost:
         assert loaded.scheduled is not None
         self._engine, self._scheduled = loaded.scheduled.engine, loaded.scheduled
         self._model = loaded.model.name
+        self._forms = loaded.model.forms
         self._scheduled.scheduling.finished_listeners.append(self._ended)
         self._control = None
         make = controller_of(options, self._scheduled)
@@ -106,6 +108,12 @@ class CellHost:
             request = dataclasses.replace(request, deadline_s=time.monotonic() + left_s)
         self._door_of[request.id] = door
         try:
+            spec: Any = request.form
+            if isinstance(spec, FormSpec):
+                if self._forms is None:
+                    raise PreconditionError(f"outputs of model {self._model} cannot be held to a form")
+                form = await asyncio.to_thread(self._forms.compile, spec)
+                request = dataclasses.replace(request, form=form)
             self._engine.submit(request)
         except NitsumError as error:
             del self._door_of[request.id]

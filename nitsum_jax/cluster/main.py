@@ -3,20 +3,22 @@
 import functools
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nitsum_jax.cluster import flags
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.server import cli
 from nitsum_jax.server.launch import main as server
 from nitsum_jax.server.launch.flags import LaunchOptions
 from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, tiers_of
 
 if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
     from nitsum_jax.cluster.front import ClusterEngine
-    from nitsum_jax.cluster.ray_cluster import Deployed
 
 _NAME = "nitsum-cluster"
 
@@ -31,50 +33,45 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every process that Ray starts
     try:
         options = flags.read(argv)
-        from nitsum_jax.cluster.ray_cluster import require_ray
+        from nitsum_jax.cluster.on_ray.ray_cluster import connect, require_ray
 
         require_ray()
+        # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
+        model = model_of(options.serve)
+        # On the main thread: the processes that Ray starts end with the thread that started them.
+        connect(options)
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
     except NitsumError as error:
         cli.err(f"{_NAME}: {one_line(str(error))}")
         return cli.EXIT_USAGE
-    return server.main(options.cell_argv, functools.partial(load_cluster, options), name=_NAME)
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    return server.main(options.cell_argv, functools.partial(load_cluster, options, model), name=_NAME)
 
 
-def load_cluster(options: ClusterOptions, launch: LaunchOptions, sink: Sink, admitted: Admitted) -> Loaded:
-    """Deploys the cells and waits until they serve.
+def load_cluster(
+    options: ClusterOptions, model: ServedModel, launch: LaunchOptions, sink: Sink, admitted: Admitted
+) -> Loaded:
+    """Deploys the cells and waits until they serve; Ray is connected.
 
     Args:
       options: of the cluster.
+      model: as the front door needs it.
       launch: of the front door.
       sink: takes the deltas.
       admitted: called with every request that an instance takes.
 
     Raises:
-      NitsumError: no Ray, no room, or a cell that cannot start.
+      NitsumError: no room, or a cell that cannot start.
     """
-    from nitsum_jax.cluster import ray_cluster
-    from nitsum_jax.cluster.front import ClusterEngine
-    from nitsum_jax.models.loading import open_model
-    from nitsum_jax.runtime.startup.served_model import served_model
+    from nitsum_jax.cluster.on_ray import ray_cluster
 
-    # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
-    model = served_model(open_model(launch.model), launch.served_model_name, launch.generation_config)
-    ray_cluster.connect(options)
     deployed = ray_cluster.Deployed(options)
-    engine = ClusterEngine(
-        model.name,
-        tiers_of(launch),
-        sink,
-        admitted,
-        any_targets=launch.tiers == AUTO,
-        silent_s=options.silent_s,
-        on_close=deployed.close,
-    )
+    engine = engine_of(options, launch, model.name, sink, admitted, deployed.close)
     try:
-        follow(engine, deployed)
+        follow(engine, deployed.handle)
         deployed.wait(lambda seconds: engine.wait_for_cells(options.cells, seconds), options.start_s)
     except BaseException:
         engine.close()
@@ -82,14 +79,45 @@ def load_cluster(options: ClusterOptions, launch: LaunchOptions, sink: Sink, adm
     return Loaded(engine, model, forecasts=engine.forecasts)
 
 
-def follow(engine: "ClusterEngine", deployed: "Deployed") -> None:
-    """Has the engine know the replicas of the deployment, now and from now on."""
-    from nitsum_jax.cluster.directory import DIRECTORY
-    from nitsum_jax.cluster.serve_calls import ServeCell
+def model_of(launch: LaunchOptions) -> ServedModel:
+    """The model as the front door needs it: its tokenizer, and no weights."""
+    from nitsum_jax.models.loading import open_model
+    from nitsum_jax.runtime.startup.served_model import served_model
 
-    handle = deployed.handle
+    return served_model(open_model(launch.model), launch.served_model_name, launch.generation_config)
+
+
+def engine_of(
+    options: ClusterOptions,
+    launch: LaunchOptions,
+    model: str,
+    sink: Sink,
+    admitted: Admitted,
+    on_close: Callable[[], None] | None = None,
+) -> "ClusterEngine":
+    """The engine of a front door, without cells yet."""
+    from nitsum_jax.cluster.front import ClusterEngine
+
+    return ClusterEngine(
+        model,
+        tiers_of(launch),
+        sink,
+        admitted,
+        any_targets=launch.tiers == AUTO,
+        silent_s=options.silent_s,
+        on_close=on_close,
+    )
+
+
+def follow(engine: "ClusterEngine", handle: "DeploymentHandle[Any]") -> None:
+    """Has the engine know the replicas of the deployment, now and from now on."""
+    from nitsum_jax.cluster.on_ray.directory import DIRECTORY
+    from nitsum_jax.cluster.on_ray.ray_cluster import quiet
+    from nitsum_jax.cluster.on_ray.serve_calls import ServeCell
+
     if not handle.is_initialized:
-        handle._init()
+        with quiet():
+            handle._init()  # else Serve would make its router, which knows the replicas, with the first call
     DIRECTORY.listen(lambda names: engine.set_cells({name: ServeCell(name, handle) for name in names}))
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.engine.switching.switch import SwitchReport
 
+FAILED = "nitsum-cell cannot start: "
+"""Stands before the line that says why, in what Ray passes on of a cell's process."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CellFacts:

@@ -1,6 +1,7 @@
 """The live streams of a front door: what is needed to go on with one elsewhere."""
 
 import dataclasses
+from typing import Any
 
 from nitsum_jax.engine.request import Request, TokenDelta
 
@@ -18,6 +19,7 @@ class LiveStream:
       attempt: how often it was sent to a cell; results of earlier attempts count for nothing.
       cell: where it is; None between two.
       refused: cells that did not take it, since it was last taken.
+      admitted: an instance has taken it, once.
       lost: cells that ended or hung while they worked on it.
     """
 
@@ -26,6 +28,7 @@ class LiveStream:
     attempt: int = 0
     cell: str | None = None
     refused: set[str] = dataclasses.field(default_factory=set)
+    admitted: bool = False
     lost: int = 0
 
     @property
@@ -37,7 +40,10 @@ class LiveStream:
         """It goes to a cell now: the request for it."""
         self.attempt += 1
         self.cell = cell
-        return dataclasses.replace(self.request, id=self.attempt_id, generated=tuple(self.generated), deadline_s=None)
+        # A compiled form stays in its process; the cell compiles what it was made of.
+        form: Any = getattr(self.request.form, "spec", self.request.form)
+        generated = tuple(self.generated)
+        return dataclasses.replace(self.request, id=self.attempt_id, generated=generated, deadline_s=None, form=form)
 
     def take(self, delta: TokenDelta, now_s: float) -> TokenDelta:
         """Tokens came: as the front door passes them on, on its own clock."""

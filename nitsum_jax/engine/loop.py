@@ -150,10 +150,11 @@ class Loop:
         )
         if request.form is not None or request.forced_ids:
             sequence.allowed = AllowedTokens(request, self.cell.program.config.vocab_size, sequence)
-            for token in sequence.tokens[len(request.prompt_ids) :]:
-                follows = sequence.allowed.said(token)
-                if follows is not None:
-                    self._masks.follow(sequence.allowed, follows)
+            if not self._deterministic:
+                try:
+                    sequence.allowed.go_on(request.generated)
+                except ValueError as error:
+                    raise PreconditionError(f"the output cannot go on from its tokens: {error}") from None
         with self.lock:
             if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")

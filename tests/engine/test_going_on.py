@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.engine.step.masks import only
 from nitsum_jax.errors import InvalidInputError
 from tests.engine.harness import Harness, tiny_model
 from tests.engine.quick import quick_compiles  # noqa: F401
@@ -54,3 +56,34 @@ def test_nothing_goes_on_that_is_at_its_end(harness: Harness) -> None:
         harness.submit(PROMPT, 3, generated=(1, 2, 3))
     with pytest.raises(InvalidInputError, match="generated has the token id 99"):
         harness.submit(PROMPT, 9, generated=(1, 99))
+
+
+class _Counting:
+    """A form whose tokens count up from 10; see `OutputForm` and `TokenMatcher`."""
+
+    def __init__(self) -> None:
+        self._next = 10
+        self.first_mask = only(10, 93)
+
+    def matcher(self) -> "_Counting":
+        return _Counting()
+
+    def accept(self, token: int) -> None:
+        if token != self._next:
+            raise ValueError(f"{token} may not come next")
+        self._next += 1
+
+    def restart(self) -> None:
+        self._next = 10
+
+    def allowed(self, mask: np.ndarray) -> None:
+        mask[:] = only(self._next, 93)
+
+    @property
+    def ended(self) -> bool:
+        return self._next == 40
+
+
+def test_a_form_goes_on_where_it_was(harness: Harness) -> None:
+    (rest,) = harness.run([PROMPT], 20, generated=tuple(range(10, 17)), form=_Counting())
+    assert rest.tokens == tuple(range(17, 30))

@@ -72,6 +72,8 @@ def violation(path: pathlib.PurePosixPath, item: Import) -> str | None:
         return None if path.stem == "llm" and item.top == "jax" else "the top level imports the standard library only"
     if room == "control" and item.top not in CONTROL_MAY:
         return "control imports the standard library, numpy and scipy only"
+    if room != "cluster" and item.top == "ray":
+        return "only cluster knows Ray"
     if room not in ON_THE_NETWORK and item.top in NETWORK:
         return "only server, and what loads it, speak to the network"
     if room in {"meshes", "sim"} and item.top in MODEL_FORMATS:
@@ -106,6 +108,8 @@ def test_imports_point_downward() -> None:
         ("nitsum_jax/runtime/calls.py", "import socket"),
         ("nitsum_jax/llm.py", "from nitsum_jax.server.launch import main"),
         ("nitsum_jax/server/state.py", "from nitsum_jax.cluster import router"),
+        ("nitsum_jax/bench/main.py", "from nitsum_jax.cluster import front"),
+        ("nitsum_jax/server/state.py", "from ray import serve"),
         ("nitsum_jax/control/planning/planner.py", "import jax"),
         ("nitsum_jax/control/planning/planner.py", "from nitsum_jax.meshes.mesh import instance_mesh"),
         ("nitsum_jax/sim/policies/named.py", "from nitsum_jax.meshes.reshard import reshard"),

@@ -75,6 +75,24 @@ class AllowedTokens:
         self._look()
         return None
 
+    def go_on(self, tokens: Sequence[int]) -> None:
+        """Another engine has made these tokens of the output; before anybody else knows the sequence.
+
+        Raises:
+          ValueError: the form does not allow them, or nothing may follow.
+        """
+        followed = False
+        for token in tokens:
+            if self.said(token) is not None and self.matcher is not None:
+                self.matcher.accept(token)
+                followed = True
+        if followed and self.matcher is not None:
+            if self.matcher.ended:
+                raise ValueError("nothing may follow")
+            mask = np.zeros(mask_words(self._vocab), np.int32)
+            self.matcher.allowed(mask)
+            self.made(mask)
+
     def restart(self) -> int | None:
         """The output is made again from its first token; returns what to tell the matcher, if there is one."""
         self._said = 0

@@ -65,7 +65,7 @@ class GrammarMatcher:
 class GrammarForm:
     """A compiled form; see `nitsum_jax.engine.request.OutputForm`."""
 
-    def __init__(self, inner: LLMatcher, vocab: int) -> None:
+    def __init__(self, inner: LLMatcher, vocab: int, spec: FormSpec) -> None:
         """Makes the first mask, which is the same for all outputs.
 
         Raises:
@@ -73,6 +73,7 @@ class GrammarForm:
         """
         self._inner = inner
         self._vocab = vocab
+        self.spec = spec  # from which another process compiles it again
         self.first_mask = np.zeros(mask_words(vocab), np.int32)
         self.matcher().allowed(self.first_mask)
         if not self.first_mask.any():
@@ -118,7 +119,7 @@ class FormCompiler:
             matcher = LLMatcher(tokenizer, _grammar_of(spec), log_level=0, limits=_LIMITS)
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
-            form = GrammarForm(matcher, self._vocab)
+            form = GrammarForm(matcher, self._vocab, spec)
         except ValueError as error:
             raise InvalidInputError(f"the {spec.kind.value} cannot be used: {one_line(str(error), 300)}") from None
         with self._lock:

@@ -82,7 +82,7 @@ def main(argv: Sequence[str], load: Load | None = None, name: str = _NAME) -> in
         options = read_options(argv)
         debug = options.log_level == "debug"
         logs.configure(options.log_level, options.ops.log_format)
-        return asyncio.run(_serve(options, load or load_engine, name))
+        return asyncio.run(serve(options, load or load_engine, name))
     except cli.HelpRequested as request:
         cli.out(str(request))
         return cli.EXIT_OK
@@ -162,8 +162,18 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     return Loaded(started.engine, served, started, started.scheduling.forecasts)
 
 
-async def _serve(options: LaunchOptions, load: Load, name: str) -> int:
-    signals = _Signals(asyncio.get_running_loop())
+async def serve(options: LaunchOptions, load: Load, name: str, signals: "StopSignals | None" = None) -> int:
+    """Serves until it is told to stop; returns the exit status.
+
+    Args:
+      options: of the flags.
+      load: makes engine and model of them.
+      name: of the tool, for its messages.
+      signals: tell it to stop; None: SIGTERM and SIGINT, and SIGHUP has the keys read again.
+    """
+    if signals is None:
+        signals = StopSignals(asyncio.get_running_loop())
+        signals.handle()
     ports = ServerPorts(options.ops, tiers_of(options), options.host)
     server = GrpcServer(
         options.host,
@@ -174,7 +184,7 @@ async def _serve(options: LaunchOptions, load: Load, name: str) -> int:
         profiler=ports.views.profiler,
         keys=ports.keys,
     )
-    if ports.keys is not None:
+    if ports.keys is not None and signals.handled:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, _reload, ports.keys)
     http = _http(options, ports)
     await server.start()
@@ -258,7 +268,7 @@ async def _end(
     http: "HttpServer | None",
     ports: ServerPorts,
     engine: ServingEngine,
-    signals: "_Signals",
+    signals: "StopSignals",
     drain_s: float,
     name: str,
 ) -> int:
@@ -281,16 +291,23 @@ async def _end(
     return cli.EXIT_OK
 
 
-class _Signals:
+class StopSignals:
     """The first and the second SIGTERM or SIGINT, as futures of the signal's number."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.first: asyncio.Future[int] = loop.create_future()
         self.second: asyncio.Future[int] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._note, int(number))
+        self.handled = False
+        self._loop = loop
 
-    def _note(self, number: int) -> None:
+    def handle(self) -> None:
+        """From now on they are those of the process; on its main thread."""
+        self.handled = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self.note, int(number))
+
+    def note(self, number: int) -> None:
+        """One has come; on the event loop."""
         waiting = next((future for future in (self.first, self.second) if not future.done()), None)
         if waiting is not None:
             waiting.set_result(number)

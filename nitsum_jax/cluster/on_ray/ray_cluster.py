@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nitsum_jax.cluster.flags import ClusterOptions
+from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
 
 APP = "nitsum"
@@ -27,7 +28,7 @@ def require_ray() -> None:
 
 
 def connect(options: ClusterOptions) -> None:
-    """Joins the Ray cluster, or starts one on the loopback address.
+    """Joins the Ray cluster, or starts one on the loopback address; on a thread that lives as long as it.
 
     Raises:
       PreconditionError: there is no Ray, or no cluster at the address.
@@ -39,6 +40,7 @@ def connect(options: ClusterOptions) -> None:
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     common: dict[str, Any] = {
         "namespace": "nitsum",
         "log_to_driver": options.serve.log_level == "debug",
@@ -93,12 +95,12 @@ class Deployed:
         import ray
         from ray import serve
 
-        from nitsum_jax.cluster.deployment import cell_deployment
+        from nitsum_jax.cluster.on_ray.deployment import cell_deployment
 
         self._options = options
         self._resource = resource_of(options, ray.cluster_resources())
         self._make = cell_deployment
-        with _quiet():
+        with quiet():
             serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
         self.deploy(options)
 
@@ -108,7 +110,7 @@ class Deployed:
         from ray.serve.api import RunTarget
 
         target = RunTarget(self._make(options, self._resource), name=APP, route_prefix=None)
-        with _quiet():
+        with quiet():
             (self.handle,) = serve.run_many(
                 [target], wait_for_ingress_deployment_creation=True, wait_for_applications_running=False
             )
@@ -147,7 +149,7 @@ class Deployed:
         import ray
         from ray import serve
 
-        with contextlib.suppress(Exception), _quiet():
+        with contextlib.suppress(Exception), quiet():
             if self._options.address is None:
                 serve.shutdown()
             else:
@@ -157,8 +159,6 @@ class Deployed:
 
 def reason_in(text: str) -> str | None:
     """The line of a cell that cannot start, in what Serve says of it; None if it says nothing of the kind."""
-    from nitsum_jax.cluster.deployment import FAILED
-
     found = re.search(rf"{re.escape(FAILED)}([^\n]+)", text or "")
     if found is not None:
         return one_line(found[1].replace("\\n", " ").strip())
@@ -169,7 +169,7 @@ def reason_in(text: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def quiet() -> Any:
     """Serve tells its progress at INFO, whatever the log level of this process."""
     logger = logging.getLogger("ray.serve")
     level = logger.level

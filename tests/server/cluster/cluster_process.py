@@ -3,15 +3,18 @@
 import contextlib
 import dataclasses
 import os
+import pathlib
 import re
 import select
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 
-START_S = 240.0
+START_S = 600.0
+MARK = "NITSUM_TEST_CLUSTER"
 CELLS = ("--model=tiny-random", "--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--max_batch=16")
 
 
@@ -22,48 +25,48 @@ class ClusterProcess:
     process: "subprocess.Popen[bytes]"
     http: str
     grpc: str
+    mark: str
 
     def cells(self) -> list[int]:
-        """Ids of the processes that hold a cell."""
+        """Ids of the processes that hold a cell: they have inherited a variable of its environment."""
         listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
         rows = (line.split(None, 1) for line in listed.splitlines())
-        found = [int(pid) for pid, name in rows if name.startswith("ray::ServeReplica:nitsum:Cell")]
-        return sorted(pid for pid in found if self.process.pid in _ancestors(pid))
+        named = (int(pid) for pid, name in rows if name.startswith("ray::ServeReplica:nitsum:Cell"))
+        return sorted(pid for pid in named if f"{MARK}={self.mark}".encode() in _environment_of(pid))
 
 
-def _ancestors(pid: int) -> set[int]:
-    found = set()
-    while pid > 1:
-        try:
-            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-                pid = int(file.read().rpartition(")")[2].split()[1])
-        except OSError:
-            break
-        found.add(pid)
-    return found
+def _environment_of(pid: int) -> bytes:
+    try:
+        return pathlib.Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 @contextlib.contextmanager
 def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
     """Starts it, and ends it with all that belongs to it."""
     command = [sys.executable, "-m", "nitsum_jax.cluster.main", *CELLS, f"--cells={cells}", "--port=0", "--http_port=0"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment())
+    mark = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment() | {MARK: mark}
+    )
     try:
         text = read_until(process, ("nitsum-generate", "nitsum-cluster:"))
         ready = re.search(r"is ready on (\S+),", text)
         assert ready is not None, text
         web = re.search(r"HTTP: (\S+)/v1", text)
         assert web is not None, text
-        yield ClusterProcess(process, web[1], ready[1])
+        yield ClusterProcess(process, web[1], ready[1], mark)
     finally:
+        died = process.poll()
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            rest, _ = process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(10)
-        assert process.stdout is not None
-        process.stdout.close()
+            rest, _ = process.communicate()
+        print(rest.decode(errors="replace"))  # pytest shows it where a test has failed
+        assert died is None, f"the front door has ended by itself with {died}"
 
 
 def environment() -> dict[str, str]:

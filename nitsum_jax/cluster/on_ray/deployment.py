@@ -7,7 +7,7 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
 from nitsum_jax.cluster.flags import ClusterOptions
-from nitsum_jax.cluster.messages import CellEvents, CellFacts
+from nitsum_jax.cluster.messages import FAILED, CellEvents, CellFacts
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.switching.switch import SwitchReport
 
 CELL = "Cell"
-FAILED = "nitsum-cell cannot start: "
-"""Stands before the line that says why, in what Ray passes on of it."""
-
 _UNLIMITED = 100_000  # calls at once; the engine's queue is what is limited
 _LEAVE_S = 30.0
 
@@ -100,7 +97,8 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
     elif resource is not None:
         actor["resources"] = {resource: count}
     router = RequestRouterConfig(
-        request_router_class="nitsum_jax.cluster.serve_router:CellRequestRouter", request_routing_stats_period_s=1.0
+        request_router_class="nitsum_jax.cluster.on_ray.serve_router:CellRequestRouter",
+        request_routing_stats_period_s=1.0,
     )
     common: dict[str, Any] = {
         "name": CELL,
@@ -121,7 +119,7 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
             downscale_delay_s=60.0,
             metrics_interval_s=1.0,
             look_back_period_s=5.0,
-            policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.deployment:wanted_replicas"),
+            policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.on_ray.deployment:wanted_replicas"),
         )
     else:
         common["num_replicas"] = options.cells

@@ -13,7 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
-from tests.cluster.cluster_process import ClusterProcess, started
+from tests.server.cluster.cluster_process import ClusterProcess, started
 from tests.server.operations.http import fetch
 
 pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")
@@ -92,7 +92,7 @@ def test_the_official_client_is_served(running: ClusterProcess) -> None:
         assert whole.choices[0].text == streamed
         assert whole.usage is not None
         assert whole.usage.completion_tokens == 12
-        with pytest.raises(openai.BadRequestError, match="together may have"):
+        with pytest.raises(openai.BadRequestError, match="maximum context length is 512 tokens"):
             client.completions.create(**{**options, "prompt": "a b " * 600})
         with pytest.raises(openai.NotFoundError):
             client.completions.create(**{**options, "model": "other"})

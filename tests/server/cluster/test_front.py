@@ -13,7 +13,7 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.errors import InvalidInputError, OverloadedError, UnavailableError
 from nitsum_jax.runtime.streams.router import StreamRouter
-from tests.cluster.fake_cells import FakeCell
+from tests.server.cluster.fake_cells import FakeCell
 
 TIMEOUT_S = 20.0
 

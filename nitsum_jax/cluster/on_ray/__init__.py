@@ -1,0 +1,1 @@
+"""Ray around the cells: deployment, calls and routing by Ray Serve."""

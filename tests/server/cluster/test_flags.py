@@ -1,0 +1,98 @@
+"""Flags of nitsum-cluster, and one line for each thing that it cannot do."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from nitsum_jax.cluster.flags import read
+from nitsum_jax.cluster.main import main
+from nitsum_jax.cluster.messages import FAILED
+from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
+from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.server.cli import HelpRequested
+
+HAS_RAY = importlib.util.find_spec("ray") is not None
+
+
+def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
+    options = read(["nitsum-cluster", "--cells=3", "--devices_per_cell=2", "--model=tiny-random", "--http_port=0"])
+    assert (options.cells, options.serve.model, options.serve.http_port) == (3, "tiny-random", 0)
+    assert options.serve.engine["devices"] == 2
+    assert options.cell_argv[1:] == ("--model=tiny-random", "--http_port=0", "--devices=2")
+    assert not options.scales
+    assert read(["nitsum-cluster", "--min_cells=1", "--max_cells=4"]).scales
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--devices=4", "give --devices_per_cell"),
+        ("--cells=0", "cells"),
+        ("--min_cells=3", "must be from --min_cells=3"),
+        ("--max_cells=1", "to --max_cells=1"),
+        ("--report_ms=1", "report_ms"),
+        ("--no_such_flag", "no_such_flag"),
+        ("--silent_seconds=-1", "silent_seconds"),
+    ],
+)
+def test_wrong_flags_are_named(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InvalidInputError, match=says):
+        read(["nitsum-cluster", flag])
+
+
+def test_help_lists_the_flags_of_both() -> None:
+    with pytest.raises(HelpRequested) as told:
+        read(["nitsum-cluster", "--help"])
+    assert "--devices_per_cell" in str(told.value)
+    assert "--prefill_chunk" in str(told.value)
+
+
+@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
+def test_without_ray_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nitsum-cluster", "--model=tiny-random"]) == 2
+    assert capsys.readouterr().err == (
+        "nitsum-cluster: Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'\n"
+    )
+
+
+@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (the extra ray)")
+def test_a_cluster_that_is_not_there_is_named() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "nitsum_jax.cluster.main",
+        "--model=tiny-random",
+        "--address=127.0.0.1:9",
+        "--port=0",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("nitsum-cluster:"))
+    assert done.returncode == 2
+    assert "there is no Ray cluster at --address=127.0.0.1:9" in line
+
+
+def test_cells_need_their_devices() -> None:
+    options = read(["nitsum-cluster", "--cells=3", "--devices_per_cell=4"])
+    assert resource_of(options, {"CPU": 8.0}) is None  # emulated
+    assert resource_of(options, {"GPU": 12.0}) == "GPU"
+    assert resource_of(options, {"TPU": 16.0}) == "TPU"
+    with pytest.raises(PreconditionError, match="need 12 GPUs, and the cluster has 8"):
+        resource_of(options, {"GPU": 8.0})
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ("", None),
+        ("The replicas are healthy.", None),
+        (
+            f"RuntimeError: ray::X\nTraceback ...\nRuntimeError: {FAILED}layout tp8 does not fit\nmore",
+            "layout tp8 does not fit",
+        ),
+        ("The deployment failed to start 3 times.\n  File x\nMemoryError: no room\n", "MemoryError: no room"),
+    ],
+)
+def test_the_line_of_a_cell_is_found_in_what_serve_says(said: str, reason: str | None) -> None:
+    assert reason_in(said) == reason
