@@ -1,12 +1,14 @@
 """Forms compiled by llguidance into matchers, which say after every token which tokens may follow."""
 
 import collections
+import re
 import threading
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance.gbnf_to_lark import any_to_lark
 
 from nitsum_jax.engine.step.masks import mask_words
 from nitsum_jax.errors import InvalidInputError, one_line
@@ -120,8 +122,8 @@ class FormCompiler:
             if matcher.is_error():
                 raise ValueError(matcher.get_error())
             form = GrammarForm(matcher, self._vocab, spec)
-        except ValueError as error:
-            raise InvalidInputError(f"the {spec.kind.value} cannot be used: {one_line(str(error), 300)}") from None
+        except Exception as error:  # whatever is wrong with it, it is the client's
+            raise InvalidInputError(f"the {spec.kind.value} cannot be used: {_reason(error)}") from None
         with self._lock:
             self._forms[spec] = form
             while len(self._forms) > _KEPT:
@@ -160,4 +162,10 @@ def _grammar_of(spec: FormSpec) -> str:
         case FormKind.REGEX:
             return LLMatcher.grammar_from_regex(spec.text)
         case FormKind.GRAMMAR:
-            return LLMatcher.grammar_from_lark(spec.text)
+            gbnf = re.search(r"^\s*root\s*::=", spec.text, re.MULTILINE)
+            return LLMatcher.grammar_from_lark(any_to_lark(spec.text) if gbnf else spec.text)
+
+
+def _reason(error: Exception) -> str:
+    text = one_line(str(error).replace("<non-verbose/>", ""), 300)
+    return "nothing can hold it" if text.startswith("NoExtension") else text

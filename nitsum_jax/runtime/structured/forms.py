@@ -56,10 +56,6 @@ def choice(options: Sequence[str]) -> FormSpec:
 
 def grammar(text: str) -> FormSpec:
     """Output of a grammar: Lark's notation as llguidance has it, or EBNF in that of llama.cpp (GBNF)."""
-    if re.search(r"^\s*root\s*::=", text, re.MULTILINE):
-        from llguidance.gbnf_to_lark import any_to_lark
-
-        text = any_to_lark(text)
     return FormSpec(FormKind.GRAMMAR, text)
 
 

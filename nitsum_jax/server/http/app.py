@@ -25,11 +25,11 @@ from nitsum_jax.server.http.tokens import (
     tokenize,
     version,
 )
+from nitsum_jax.server.security.http_errors import speaks_anthropic
 from nitsum_jax.server.state import ServerPhase, ServerState
 
 REQUEST_ID = b"x-request-id"
 _STARTING_RETRY_S = 5.0
-_ANTHROPIC = "/v1/messages"
 
 
 def build_app(
@@ -149,7 +149,7 @@ def _of_router(error: HTTPException, scope: Scope) -> ApiError:
 
 
 async def _answer(error: ApiError, send: Send, scope: Scope) -> None:
-    body = error.anthropic_body() if scope["path"].startswith(_ANTHROPIC) else error.body()
+    body = error.anthropic_body() if speaks_anthropic(scope["path"]) else error.body()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers += [(name.encode(), value.encode()) for name, value in error.headers]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})

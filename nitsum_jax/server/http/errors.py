@@ -21,19 +21,12 @@ from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.server.http.fields import UNKNOWN, UNSUPPORTED
 from nitsum_jax.server.http.wording import told
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
+from nitsum_jax.server.security.http_errors import anthropic_body
 
 _LOG = logging.getLogger(__name__)
 _MAX_PARAM = 100
 
 INVALID = "invalid_request_error"
-_ANTHROPIC = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,8 +56,7 @@ class ApiError(Exception):
 
     def anthropic_body(self) -> bytes:
         """The same in Anthropic's shape."""
-        kind = _ANTHROPIC.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-        return json.dumps({"type": "error", "error": {"type": kind, "message": one_line(self.message)}}).encode()
+        return anthropic_body(one_line(self.message), self.status)
 
 
 def of_validation(error: ValidationError) -> ApiError:

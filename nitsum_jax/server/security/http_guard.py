@@ -53,7 +53,7 @@ class HttpGuard:
         try:
             admission.__enter__()
         except NitsumError as error:
-            status, body, headers = refusal(error, browser=path.startswith("/dashboard"))
+            status, body, headers = refusal(error, browser=path.startswith("/dashboard"), path=path)
             await _answer(send, status, body, headers)
             return
         try:

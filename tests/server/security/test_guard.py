@@ -288,7 +288,9 @@ def test_every_path_of_the_openai_api_wants_a_key(options: Callable[..., OpsOpti
                 if path.startswith("/health"):
                     assert reply.status == 200
                 else:
-                    assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key"), path
+                    error = reply.json["error"]
+                    key = ("type", "authentication_error") if "messages" in path else ("code", "invalid_api_key")
+                    assert (reply.status, error[key[0]]) == (401, key[1]), path
                 assert reply.headers["x-request-id"]
             assert open_.run.engine.requests == []
             for path in ("/livez", "/readyz"):
@@ -437,6 +439,10 @@ def test_http_requests_run_as_their_caller_with_openai_shaped_errors() -> None:
         wire = await _Wire(authorization=f"Bearer {SECRETS['fast']}").run(app, b"abc")
         assert wire.sent[1]["body"] == b"3 fast ('interactive',)"
         assert current_caller().client == ""
+        wire = await _Wire(**{"x-api-key": SECRETS["fast"]}).run(app, b"abc")  # as Anthropic's client sends it
+        assert wire.sent[1]["body"] == b"3 fast ('interactive',)"
+        wire = await _Wire("/v1/messages", **{"x-api-key": "nk_wrong"}).run(app)
+        assert (wire.status, wire.error["type"]) == (401, "authentication_error")
         wire = await _Wire().run(app)
         assert (wire.status, wire.error["type"], wire.error["code"]) == (
             401,
