@@ -118,6 +118,8 @@ def test_the_page_has_a_row_for_every_rung_and_a_plot(result, tmp_path: pathlib.
     assert "not run: other_8_steady" in text
     for words in WORDS.values():
         assert f"| {words} |" in text
+    rungs_run = {name: rows for name, rows in result["rungs"].items() if name != "ours-device-put"}
+    assert "Not run: `ours-device-put`." in page([{**result, "rungs": rungs_run}])
     assert (tmp_path / "ladder" / "small_2_turns.svg").read_text().startswith("<?xml")
 
 

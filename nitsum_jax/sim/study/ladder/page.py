@@ -74,9 +74,9 @@ def page(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
         "the best. Adaptive control has no settings and does not know the workload. Every figure is the mean over the",
         "seeds, which begin at different places of the traces, with the least and the largest in brackets.",
         "",
-        "Of what is deployed only vanilla replicas were also run with timeouts. The other queues grow as long as an",
-        "overload lasts, so their rows fall with the length of the run; far into overload compare with the row of",
-        "timeouts. Batches of 32 or 256, chunks of 512, 2048 or 8192 tokens.",
+        "Of what is deployed only vanilla replicas were also run with timeouts. The other queues grow for as long as",
+        "an overload lasts, so their rows fall with the length of the run: far into overload compare with the row that",
+        "has timeouts.",
         "",
         f"Workloads: {'; '.join(sorted({result['source'] for result in results}))}.",
     ]
@@ -103,6 +103,13 @@ def best(result: Result, rungs: Sequence[str], i: int) -> tuple[str, float]:
 def _words(result: Result) -> list[tuple[str, str]]:
     """Rungs that were run, and what they are in words."""
     return [(rung, words) for rung, words in WORDS.items() if rung in result["rungs"]]
+
+
+def _left_out(result: Result) -> str:
+    """What was not run, and what a reader must know of the runs."""
+    missing = [f"`{rung}`" for rung in WORDS if rung not in result["rungs"]]
+    note = f" {result['note']}" if result.get("note") else ""
+    return f"{note} Not run: {', '.join(missing)}." if missing else note
 
 
 def _loads(result: Result) -> list[float]:
@@ -144,7 +151,7 @@ def _cell(result: Result) -> list[str]:
         f"## {title(result)}",
         "",
         f"Targets TTFT / TPOT in ms: {targets}. Load 1 is {result['rate']:g} requests/s; {result['seconds']:g} s,"
-        f" {seeds} seeds.",
+        f" {seeds} {'seeds' if seeds > 1 else 'seed'}.{_left_out(result)}",
         "",
         f"![goodput](ladder/{result['name']}.svg)",
         "",
@@ -155,7 +162,9 @@ def _cell(result: Result) -> list[str]:
         rows = result["rungs"][rung]
         cells = [_interval([seed["goodput"] for seed in row["seeds"]]) for row in rows]
         limit = capacity([mean(row, "rate") for row in rows], [mean(row, "attainment") for row in rows])
-        lines.append(f"| {words} | " + " | ".join(cells) + f" | {'-' if limit is None else f'{limit:.1f}/s'} |")
+        lines.append(
+            f"| {words} (`{rung}`) | " + " | ".join(cells) + f" | {'-' if limit is None else f'{limit:.1f}/s'} |"
+        )
     lines += ["", *_tiers(result), "", *_settings(result), ""]
     return lines
 
