@@ -5,8 +5,8 @@
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
-# make gpu-check        numbers, zero copies and step times of an accelerator (EXTRA=cuda12); tables in gpu-check.md
-# make serve EXTRA=cuda12 (or tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
+# make gpu-check        numbers, bits and step times of an accelerator (EXTRA=cuda12); run again, it goes on; gpu-check.md
+# make serve EXTRA=cuda12 (or cuda13, tpu) installs JAX for that accelerator; without it JAX runs on the CPU.
 # PYTHON=/path/to/python3 chooses the interpreter that the virtual environment .venv is made with, and with it the JAX
 # (constraints.txt); an environment of another interpreter is made anew.
 

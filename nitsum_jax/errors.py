@@ -13,6 +13,10 @@ class InvalidInputError(NitsumError, ValueError):
     """The request, flag or file itself is wrong, whatever the state of the server (INVALID_ARGUMENT)."""
 
 
+class ContextLengthError(InvalidInputError):
+    """Prompt and output together are longer than the model, or its KV cache, can take (INVALID_ARGUMENT)."""
+
+
 class PreconditionError(NitsumError, RuntimeError):
     """Right in itself, but not possible on this cell or in its present state (FAILED_PRECONDITION)."""
 

@@ -23,6 +23,7 @@ from tools.source_tree import PACKAGE, Import
 
 # Import name -> distribution of constraints.txt; a longer name wins.  Names that are not here must be own modules.
 DISTRIBUTIONS = {
+    "anthropic": "anthropic",
     "absl": "absl-py",
     "flax": "flax",
     "gguf": "gguf",
@@ -38,6 +39,8 @@ DISTRIBUTIONS = {
     "jax": "jax",
     "jaxlib": "jaxlib",
     "jinja2": "jinja2",
+    "jsonschema": "jsonschema",
+    "llguidance": "llguidance",
     "matplotlib": "matplotlib",
     "ml_dtypes": "ml-dtypes",
     "nbclient": "nbclient",

@@ -184,12 +184,13 @@ class BareRunner:
         shape = min(s for s in self._executables if s.is_decode and s.batch >= len(prompts))
         executable = self._executables[shape]
         inputs = list(self._decode_inputs(shape, list(map(len, known)), tables, tokens))
+        masks = jax.device_put(self._program.no_masks(shape), self._everywhere)
         jax.block_until_ready(state.history)
 
         start = time.perf_counter()
         results = []
         for packed in inputs:
-            state, outcome = executable(self._leaves, state, packed)
+            state, outcome = executable(self._leaves, state, packed, masks)
             results.append(outcome.tokens)
         read = [np.asarray(sampled) for sampled in results]
         seconds = time.perf_counter() - start
@@ -229,7 +230,7 @@ class BareRunner:
                 emit=len(part) == left,
                 page_table=page_table,
             )
-            state, _ = self._executables[shape](self._leaves, state, packer.done())
+            state, _ = self._executables[shape](self._leaves, state, packer.done(), self._program.no_masks(shape))
             done += len(part)
         return state
 

@@ -179,7 +179,7 @@ def one_letter_model() -> ServedModel:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     tokenizer = Tokenizer(inner, bos_id=None, eos_ids=[], chat_template=None)
-    return ServedModel("paced", tokenizer, 1, (), lambda messages: TEXT)
+    return ServedModel("paced", tokenizer, 1, (), lambda messages, options: TEXT)
 
 
 def alone(streams: int, tokens: int, step_s: float) -> float:

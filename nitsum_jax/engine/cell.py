@@ -149,7 +149,7 @@ class Cell:
         leaves = self.leaves(spec)
         pool = self.pool.lend(mesh, group)
         try:
-            state, results = compiled(leaves, StepState(pool, history), packed)
+            state, results = compiled(leaves, StepState(pool, history), packed, self.program.no_masks(shape))
         except Exception:
             self.pool.take_back(pool, group)
             raise

@@ -21,7 +21,7 @@ from nitsum_jax.engine.loop import Loop
 from nitsum_jax.engine.policy import Policy
 from nitsum_jax.engine.request import MAX_STOP_IDS, MAX_TOP_LOGPROBS, Request, TokenDelta
 from nitsum_jax.engine.switching.switch import PendingSwitch, SwitchReport
-from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, UnavailableError
+from nitsum_jax.errors import ContextLengthError, InvalidInputError, NitsumError, PreconditionError, UnavailableError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.loading import OpenModel
@@ -359,6 +359,10 @@ class Engine:
         if request.max_tokens < 1:
             raise InvalidInputError(f"max_tokens={request.max_tokens} must be at least 1")
         vocab = self.model_config.vocab_size
+        if len(request.forced_ids) > request.max_tokens:
+            raise InvalidInputError(
+                f"{len(request.forced_ids)} forced ids are more than max_tokens={request.max_tokens} allows"
+            )
         if not 0 <= request.min_tokens <= request.max_tokens:
             raise InvalidInputError(
                 f"min_tokens={request.min_tokens} must be from 0 to max_tokens, {request.max_tokens}"
@@ -375,6 +379,7 @@ class Engine:
             ("prompt", request.prompt_ids),
             ("stop_token_ids", request.stop_token_ids),
             ("logit_bias", biased),
+            ("forced_ids", request.forced_ids),
         ):
             wrong = next((token for token in ids if not 0 <= token < vocab), None)
             if wrong is not None:
@@ -382,15 +387,15 @@ class Engine:
         limit = self._cell.program.max_model_len
         pool = self._pool_tokens()
         if len(request.prompt_ids) >= limit:
-            raise InvalidInputError(
-                f"the prompt has {len(request.prompt_ids)} tokens, and prompt and output together may have {limit}: "
-                "shorten it, or restart with a larger --max_model_len"
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt "
+                f"has {len(request.prompt_ids)} tokens: shorten it"
             )
         tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
         if tokens > pool:
             raise PreconditionError(
-                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool}: "
-                "shorten them, choose a layout of higher TP, or restart with a larger --kv_cache_gib"
+                f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool} in the "
+                "present layout: shorten the prompt, or ask for fewer tokens"
             )
 
 

@@ -83,6 +83,7 @@ class Instance:
         self._slots = collections.Counter(self.device_of)
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._history: jax.Array | None = None
+        self._no_masks: dict[int, jax.Array] = {}  # by batch; on the devices, so that steps without masks bring none
         self._claim_pool()  # late: nothing behind it fails
         self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
         self._on_step = on_step
@@ -259,7 +260,7 @@ class Instance:
         if self.in_flight >= self.depth or self.broken:
             return False
         choice = choose(self) if self.prefills else None
-        if choice is not None:
+        if choice is not None and not choice.sequence.awaits_mask:
             return self._dispatch_prefill(choice, make_room)
         return self._dispatch_decode(make_room)
 
@@ -312,6 +313,9 @@ class Instance:
         return True
 
     def _dispatch_decode(self, make_room: MakeRoom) -> bool:
+        ready = self.decodable()
+        if ready and all(sequence.masked for sequence in ready) and self._awaits_more():
+            return False
         chosen = self._growing(make_room)
         if not chosen:
             return False
@@ -340,6 +344,10 @@ class Instance:
             sequence.dispatched(1, emits=True)
         return context
 
+    def _awaits_more(self) -> bool:
+        """Whether sequences with masks are about to be ready: they cost less in one step than in two in turns."""
+        return any(s.awaits_mask and not s.prefilling and s.finish is None for s in self.rows.values())
+
     def _packer(self, shape: StepShape) -> Packer:
         return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)
 
@@ -352,6 +360,7 @@ class Instance:
             emit=emit,
             page_table=sequence.page_table[:, : sequence.pages],
             steering=sequence.steering,
+            mask=sequence.allowed.mask if emit and sequence.allowed is not None else None,
         )
 
     def _start(self, step: Step, executable: jax.stages.Compiled, packer: Packer) -> None:
@@ -363,7 +372,8 @@ class Instance:
         step.number = self.steps
         try:
             step.packed = packer.done()
-            state, results = executable(self._leaves, StepState(self._array, self.history), step.packed)
+            masks = self._idle_masks(step.shape) if packer.masks is None else packer.masks
+            state, results = executable(self._leaves, StepState(self._array, self.history), step.packed, masks)
             self._array, self._history = state.pool, state.history
             wanted = (results.tokens, results.token_logprobs) if step.with_logprobs else (results.tokens,)
             for result in wanted:
@@ -373,6 +383,12 @@ class Instance:
             self._results.put((step, ()))
         else:
             self._results.put((step, wanted))
+
+    def _idle_masks(self, shape: StepShape) -> jax.Array:
+        if shape.rows not in self._no_masks:
+            everywhere = NamedSharding(self._mesh, PartitionSpec())
+            self._no_masks[shape.rows] = jax.device_put(self._program.no_masks(shape), everywhere)
+        return self._no_masks[shape.rows]
 
     def _read(self) -> None:
         while (item := self._results.get()) is not None:

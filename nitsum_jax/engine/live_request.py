@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nitsum_jax.engine.batching.allowed import AllowedTokens
 from nitsum_jax.engine.request import FinishReason, Request, TokenLogprob
 from nitsum_jax.engine.step.packing import sampling_columns, steering
 from nitsum_jax.meshes.layout import InstanceSpec
@@ -54,6 +55,7 @@ class LiveRequest:
       keys: of its full pages, as far as somebody asked (see `prefix_index`).
       entered: pages that are in the prefix index, or were offered to it.
       job: what the policy keeps with it; the engine does not look.
+      allowed: what it may say next; None: anything.
     """
 
     request: Request
@@ -79,19 +81,22 @@ class LiveRequest:
     keys: list[bytes] = dataclasses.field(default_factory=list)
     entered: int = 0
     job: Any = None
+    allowed: AllowedTokens | None = None
 
     def __post_init__(self) -> None:
         self.target = len(self.tokens)
         request = self.request
+        # Where there are masks, stop tokens that come too early are taken out of these.
+        min_tokens = 0 if request.form is not None else request.min_tokens
         self.columns = sampling_columns(
             request.sampling,
             self.seed,
-            self.prompt_len,
-            min_tokens=request.min_tokens,
+            self.prompt_len + len(request.forced_ids),
+            min_tokens=min_tokens,
             logprobs=request.logprobs is not None,
         )
         self.stops = frozenset(request.stop_token_ids)
-        forbidden = tuple(self.stops) if request.min_tokens else ()
+        forbidden = tuple(self.stops) if min_tokens else ()
         steered = bool(forbidden or request.sampling.logit_bias)
         self.steering = steering(request.sampling, forbidden) if steered else None
         self._logprobs: list[TokenLogprob] = []  # of output tokens that have not gone out yet
@@ -121,7 +126,19 @@ class LiveRequest:
         """Whether another decode step may be dispatched."""
         if self.finish is not None or self.cached < self.target or len(self.tokens) + self.pending >= self.limit:
             return False
+        if self.awaits_mask:
+            return False
         return not self.ready_s or self.ready_s <= time.monotonic()
+
+    @property
+    def masked(self) -> bool:
+        """Whether the choice of its next token is limited."""
+        return self.allowed is not None and self.allowed.binds
+
+    @property
+    def awaits_mask(self) -> bool:
+        """Whether its next step cannot be dispatched before the token of the last one is known, with what follows."""
+        return self.allowed is not None and self.allowed.binds and (self.pending > 0 or self.allowed.waits)
 
     def start_over(self, *, again: bool) -> None:
         """Its blocks are gone: it is computed anew from the first token.
@@ -158,7 +175,7 @@ class LiveRequest:
 
     def accept(self, token: int, logprob: TokenLogprob | None = None) -> FinishReason | None:
         """Takes a sampled token in; ends the sequence where it must end, and returns why."""
-        if token in self.stops:
+        if token in self.stops and not (self.allowed is not None and self.allowed.given):
             self.finish = FinishReason.STOP
         else:
             self.tokens.append(token)

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from nitsum_jax.engine.batching.admission import Admission, Counters
+from nitsum_jax.engine.batching.allowed import AllowedTokens, MadeMask, MaskMaker
 from nitsum_jax.engine.batching.handover import PrefillHandover
 from nitsum_jax.engine.batching.intake import Intake
 from nitsum_jax.engine.batching.loss import layout_with, layout_without, write_off
@@ -97,8 +98,9 @@ class Loop:
         self._phase = _Phase.RUNNING
         self._wide = WidePrefill(cell, self._on_step)
         self.pacer = None if pace is None else Pacer(pace)
+        self._masks = MaskMaker(cell.program.config.vocab_size, lambda made: self.post(lambda: self._take_masks(made)))
         self._admission = Admission(
-            cell, policy, self.lock, self.counters, self._wide, self._finish, deterministic=deterministic
+            cell, policy, self.lock, self.counters, self._wide, self._masks, self._finish, deterministic=deterministic
         )
         self.handover = PrefillHandover(cell, policy, self.pacer, deterministic=deterministic)
         self._intake = Intake(
@@ -108,6 +110,7 @@ class Loop:
             self._admission,
             self.counters,
             self.log,
+            self._masks,
             say=self._deltas.append,
             finish=self._finish,
             retire=self._retire,
@@ -143,6 +146,8 @@ class Loop:
             np.zeros((self.cell.vmap.num_vshards, self.cell.program.pages), np.int32),
             min(len(request.prompt_ids) + request.max_tokens, self.cell.program.max_model_len),
         )
+        if request.form is not None or request.forced_ids:
+            sequence.allowed = AllowedTokens(request, self.cell.program.config.vocab_size, sequence)
         with self.lock:
             if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")
@@ -204,6 +209,7 @@ class Loop:
         for instance in (*self.instances, *self._retired):
             instance.wait_closed(_LAST_STEPS_S)
         self._wide.close(_LAST_STEPS_S)
+        self._masks.close()
 
     def _turn(self) -> None:
         """One round: processes events, decides which sequence goes where, launches steps, and passes deltas on."""
@@ -318,6 +324,18 @@ class Loop:
 
     def _on_step(self, instance: Instance, step: Step) -> None:
         self.post(lambda: self._intake.take(instance, step))
+
+    def _take_masks(self, made: Sequence[MadeMask]) -> None:
+        for one in made:
+            sequence = one.allowed.owner
+            if one.version != one.allowed.version or sequence.finish is not None:
+                continue
+            if one.mask is not None:
+                one.allowed.made(one.mask)
+            elif one.error is None:
+                self._finish(sequence, FinishReason.STOP, None)  # the form is complete
+            else:
+                self._finish(sequence, FinishReason.ERROR, f"the output cannot be held to its form: {one.error}")
 
     # ---- ends
 

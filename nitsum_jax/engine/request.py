@@ -2,6 +2,9 @@
 
 import dataclasses
 import enum
+from typing import Protocol
+
+import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 
@@ -60,6 +63,25 @@ class SamplingParams:
             raise InvalidInputError("logit_bias names a token twice: give each token id once")
 
 
+class TokenMatcher(Protocol):
+    """Follows one output, and says which tokens may come next; used by one thread at a time."""
+
+    # ruff: noqa: D102
+    def accept(self, token: int) -> None: ...  # raises if it may not come next
+    def restart(self) -> None: ...  # before the first token again
+    def allowed(self, mask: np.ndarray) -> None: ...  # writes the bits of the next token, i32[W], see `masks`
+    @property
+    def ended(self) -> bool: ...  # whether nothing may follow
+
+
+class OutputForm(Protocol):
+    """A form that outputs are held to."""
+
+    @property
+    def first_mask(self) -> np.ndarray: ...  # for the first token, i32[W]
+    def matcher(self) -> TokenMatcher: ...  # for one output
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """One prompt to be continued.
@@ -75,6 +97,9 @@ class Request:
       min_tokens: before so many new tokens no stop token can be chosen; 0 is off.
       logprobs: None, or how many of the most likely tokens, 0 to 20, a delta lists beside the log probability of each
         of its tokens.
+      form: what the output is held to; it ends where the form does.
+      forced_ids: what the output begins with, whatever the model says; stop tokens among them end nothing, and
+        `min_tokens` counts from behind them.
     """
 
     id: str
@@ -86,6 +111,8 @@ class Request:
     deadline_s: float | None = None
     min_tokens: int = 0
     logprobs: int | None = None
+    form: OutputForm | None = None
+    forced_ids: tuple[int, ...] = ()
 
 
 class FinishReason(enum.StrEnum):

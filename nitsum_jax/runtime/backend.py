@@ -8,18 +8,20 @@ without a model, and so that another engine can stand behind the same front ends
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.streams.router import StreamRouter
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.runtime.control.control_loop import ControlLoop
+    from nitsum_jax.runtime.structured.compiler import FormCompiler
 
 T = TypeVar("T")
 
@@ -110,7 +112,8 @@ class ServingTokenizer(Protocol):
 
     def encode(self, text: str, add_special: bool = True) -> list[int]: ...
     def token_bytes(self, token_id: int, skip_special: bool = False) -> bytes: ...
-    def stream(self) -> TextStream: ...
+    def decode(self, ids: Iterable[int], skip_special: bool = True, *, starts_text: bool = False) -> str: ...
+    def stream(self, skip_special: bool = True) -> TextStream: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,18 +125,19 @@ class ServedModel:
       tokenizer: text to ids and back.
       vocab_size: V of the model; ids are 0 to V - 1.
       eos_ids: the ids that end an output, unless the request ignores them.
-      render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, ending
-        where the assistant speaks; None when the model has no chat template. Raises InvalidInputError if the template
-        refuses them.
+      render_chat: messages (each with "role" and "content", a text or text parts) to the text of the prompt, as the
+        options say; None when the model has no chat template. Raises InvalidInputError if the template refuses them.
       defaults: what stands for the parameters that a request does not set.
+      forms: compiles what outputs are held to; None where that is not possible.
     """
 
     name: str
     tokenizer: ServingTokenizer
     vocab_size: int
     eos_ids: tuple[int, ...]
-    render_chat: Callable[[Sequence[Mapping[str, Any]]], str] | None
+    render_chat: Callable[[Sequence[Mapping[str, Any]], ChatOptions], str] | None
     defaults: GenerationDefaults = GenerationDefaults()
+    forms: "FormCompiler | None" = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,11 +11,13 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nitsum_jax.engine.request import MAX_SEED, Request, SamplingParams
+from nitsum_jax.engine.request import MAX_SEED, OutputForm, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.callers import current_caller
+from nitsum_jax.runtime.structured.forms import FormSpec
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_TIER = "standard"
@@ -46,6 +48,7 @@ class ChatPrompt:
     """Messages, each with "role" and "content" (a text, or text parts), for the chat template of the model."""
 
     messages: Sequence[Mapping[str, Any]]
+    options: ChatOptions = ChatOptions()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -72,6 +75,10 @@ class Wanted:
       logprobs: None, or how many of the most likely tokens are listed beside each token.
       tier: name of the latency tier, "" for the default.
       deadline_s: time at which the request is given up, on the engine's monotonic clock.
+      include_stop: whether the output ends with the stop string that ended it, rather than before it.
+      skip_special: whether special tokens of an output say nothing, or are spelled.
+      form: what the output is held to, see `compiled`; it ends with the form, even if `ignore_eos` is set.
+      score_prompt: whether the tokens of the prompt are told with how likely each was; needs `logprobs`.
     """
 
     sampling: SamplingParams = SamplingParams()
@@ -83,20 +90,40 @@ class Wanted:
     logprobs: int | None = None
     tier: str = ""
     deadline_s: float | None = None
+    include_stop: bool = False
+    skip_special: bool = True
+    form: OutputForm | None = None
+    score_prompt: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """One output to be made, as the engine and the detokenizer see it."""
+    """One output to be made, as the engine and the detokenizer see it; see `Wanted`.
+
+    Where a prompt is scored, the engine gets its first token, and is given the others to say.
+
+    Attributes:
+      prompt_ids: the whole prompt.
+      silent: no token of the output is wanted, where the engine makes at least one.
+    """
 
     request: Request
     stops: tuple[str, ...]
+    include_stop: bool = False
+    skip_special: bool = True
+    prompt_ids: tuple[int, ...] = ()
+    silent: bool = False
 
 
-def check(wanted: Wanted, vocab_size: int) -> None:
+def check(wanted: Wanted, vocab_size: int, *, least_tokens: int = 1) -> None:
     """Looks at everything that needs no tokenizer; call it first, because tokenizing may take long.
 
     What only the engine can know (context length, pool size, tiers, range of prompt ids) it checks itself on submit.
+
+    Args:
+      wanted: to be looked at.
+      vocab_size: V.
+      least_tokens: least max_tokens that the protocol knows; 0 asks for the prompt alone.
 
     Raises:
       InvalidInputError: something is wrong; the text names it.
@@ -112,8 +139,8 @@ def check(wanted: Wanted, vocab_size: int) -> None:
     for token in wanted.stop_token_ids:
         if not 0 <= token < vocab_size:
             raise InvalidInputError(f"stop token id {token} is outside the vocabulary: give 0 to {vocab_size - 1}")
-    if wanted.max_tokens < 1:
-        raise InvalidInputError(f"max_tokens={wanted.max_tokens} is out of range: give 1 or more")
+    if wanted.max_tokens < least_tokens:
+        raise InvalidInputError(f"max_tokens={wanted.max_tokens} is out of range: give {least_tokens} or more")
     if not 0 <= wanted.min_tokens <= wanted.max_tokens:
         raise InvalidInputError(f"min_tokens={wanted.min_tokens} is out of range: give 0 to max_tokens")
     wanted.sampling.validate()
@@ -134,9 +161,7 @@ def check_outputs(count: int, backend: Backend, field: str) -> None:
     if count < 2:
         return
     if count > (most := backend.engine.stats().queue_capacity):
-        raise InvalidInputError(
-            f"{field} is too large: at most {most} requests may wait here (--max_queue); ask for fewer at once"
-        )
+        raise InvalidInputError(f"{field} is too large: at most {most} requests may wait here: ask for fewer at once")
     current_caller().more(count - 1)
 
 
@@ -145,7 +170,7 @@ def prompt_size(prompt: Prompt) -> int:
     match prompt:
         case TextPrompt(text):
             return len(text)
-        case ChatPrompt(messages):
+        case ChatPrompt(messages=messages):
             return sum(map(_content_size, messages))
         case TokenPrompt():
             return 0
@@ -161,9 +186,9 @@ def prompt_ids(prompt: Prompt, model: ServedModel) -> tuple[int, ...]:
     match prompt:
         case TextPrompt(text, add_special):
             ids: Sequence[int] = model.tokenizer.encode(text, add_special) if text else ()
-        case ChatPrompt(messages):
+        case ChatPrompt():
             # The template writes the special tokens itself.
-            ids = model.tokenizer.encode(_chat_text(messages, model), add_special=False)
+            ids = model.tokenizer.encode(_chat_text(prompt, model), add_special=False)
         case TokenPrompt(given):
             ids = given
     if not ids:
@@ -180,6 +205,18 @@ async def encode(prompts: Sequence[Prompt], model: ServedModel) -> list[tuple[in
     if sum(map(prompt_size, prompts)) > _LONG_PROMPT_CHARS:
         return await asyncio.to_thread(lambda: [prompt_ids(prompt, model) for prompt in prompts])
     return [prompt_ids(prompt, model) for prompt in prompts]
+
+
+async def compiled(spec: FormSpec, model: ServedModel) -> OutputForm:
+    """A form for outputs of a model; compiled beside the event loop.
+
+    Raises:
+      InvalidInputError: it is malformed, or uses what is not supported; the text has the reason.
+      PreconditionError: outputs of this model cannot be held to a form.
+    """
+    if model.forms is None:
+        raise PreconditionError(f"outputs of model {model.name} cannot be held to a form")
+    return await asyncio.to_thread(model.forms.compile, spec)
 
 
 def make_call(
@@ -199,18 +236,24 @@ def make_call(
         # Drawn here rather than in the engine, so that the client can learn what would give the same answer again.
         sampling = dataclasses.replace(sampling, seed=secrets.randbelow(MAX_SEED + 1))
     stop_ids = tuple(wanted.stop_token_ids)
+    if not wanted.ignore_eos or wanted.form is not None:
+        stop_ids = tuple(dict.fromkeys((*model.eos_ids, *stop_ids)))
+    given = ids[1:] if wanted.score_prompt else ()
     request = Request(
         id=request_id or uuid.uuid4().hex,
-        prompt_ids=ids,
-        max_tokens=wanted.max_tokens,
+        prompt_ids=ids[:1] if wanted.score_prompt else ids,
+        max_tokens=max(1, len(given) + wanted.max_tokens),
         sampling=sampling,
-        stop_token_ids=stop_ids if wanted.ignore_eos else tuple(dict.fromkeys((*model.eos_ids, *stop_ids))),
+        stop_token_ids=stop_ids,
         tier=wanted.tier or default_tier(tiers),
         deadline_s=wanted.deadline_s,
         min_tokens=wanted.min_tokens,
         logprobs=wanted.logprobs,
+        form=wanted.form,
+        forced_ids=given,
     )
-    return Call(request, tuple(dict.fromkeys(wanted.stops)))
+    stops = tuple(dict.fromkeys(wanted.stops))
+    return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0)
 
 
 def default_max_tokens(defaults: GenerationDefaults) -> int:
@@ -235,11 +278,11 @@ def _content_size(message: Mapping[str, Any]) -> int:
     return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
 
 
-def _chat_text(messages: Sequence[Mapping[str, Any]], model: ServedModel) -> str:
-    if not any(map(_content_size, messages)):
-        raise InvalidInputError("the prompt is empty: chat needs at least one message with content")
-    if not all(turn["role"] for turn in messages):
+def _chat_text(prompt: ChatPrompt, model: ServedModel) -> str:
+    if not prompt.messages:
+        raise InvalidInputError("the prompt is empty: chat needs at least one message")
+    if not all(turn["role"] for turn in prompt.messages):
         raise InvalidInputError('every chat message needs a role, such as "user"')
     if model.render_chat is None:
         raise PreconditionError(f"model {model.name} has no chat template: send the prompt as text instead")
-    return model.render_chat(messages)
+    return model.render_chat(prompt.messages, prompt.options)

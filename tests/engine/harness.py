@@ -83,15 +83,14 @@ class Recorder:
         """Tokens that have come for a request."""
         return sum(len(delta.token_ids) for delta in list(self._deltas[name]))
 
+    def logprobs(self, name: str) -> list[TokenLogprob]:
+        """Of every token of a request that asked for them."""
+        return [one for delta in list(self._deltas[name]) for one in delta.logprobs]
+
     def cached_tokens(self, name: str) -> int:
         """Tokens of the prompt that the prefix cache had, which all deltas of a request agree on."""
         (cached,) = {delta.cached_tokens for delta in list(self._deltas[name])}
         return cached
-
-    def logprobs(self, name: str) -> list[TokenLogprob]:
-        """How likely the tokens of a request were that have come so far."""
-        with self._changed:
-            return [one for delta in self._deltas[name] for one in delta.logprobs]
 
     def finished(self, name: str) -> bool:
         """Whether the last delta of a request has come."""

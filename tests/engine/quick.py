@@ -47,8 +47,9 @@ def compiling_quickly() -> Iterator[None]:
 def quick_compiles() -> Iterator[None]:
     """See `compiling_quickly`.
 
-    For modules that ask what an engine does with requests, layouts and files.  Those that hold promises about the bits
-    of its numbers compile as users do.
+    For modules that ask what an engine does with requests, layouts and files, and whether the right blocks are at hand
+    after a switch.  That steps of all degrees make the same of them as users compile them is asked in
+    tests/engine/step/test_program.py and tests/engine/switching/test_switching.py, which do without.
     """
     with compiling_quickly():
         yield

@@ -15,6 +15,7 @@ from nitsum_jax.engine.kv.history import STEERED_BY
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import StepForms, step_forms
+from nitsum_jax.engine.step.masks import only
 from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns, steering
 from nitsum_jax.engine.step.program import Program, StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
@@ -36,6 +37,7 @@ class Row:
       sampling: parameters.
       stops: ids that may not be chosen yet.
       logprobs: whether they are asked for.
+      allowed: tokens that may follow; None: all.
     """
 
     context: int
@@ -43,6 +45,7 @@ class Row:
     sampling: SamplingParams = SamplingParams()
     stops: tuple[int, ...] = ()
     logprobs: bool = False
+    allowed: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +136,14 @@ class StepRig:
                 emit=True,
                 page_table=self.page_table[index, :, :used],
                 steering=steered,
+                mask=None if row.allowed is None else _mask(row.allowed, self.program.config.vocab_size),
             )
+        masks = self.program.no_masks(shape) if packer.masks is None else packer.masks
         blocks = np.concatenate([self.past if past is None else past] * tp)
         pool = jax.device_put(jnp.asarray(blocks), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
         placed = jax.device_put(jnp.asarray(history), NamedSharding(mesh, PartitionSpec()))
         step = self.compiled(shape, tp)
-        state, results = step(self.leaves(tp), StepState(pool, placed), packer.done())
+        state, results = step(self.leaves(tp), StepState(pool, placed), packer.done(), masks)
         sampled, token_logprobs, logits = map(np.asarray, (results.tokens, results.token_logprobs, results.logits))
         by_rank = np.asarray(state.pool).reshape(tp, self.program.pool.blocks, *self.program.pool.block_shape)
         merged = by_rank[0].copy()
@@ -164,6 +169,10 @@ class StepRig:
 
     def _compile(self, shape: StepShape, tp: int) -> jax.stages.Compiled:
         return compile_step(self.program, shape, self.mesh(tp), with_logits=True)
+
+
+def _mask(tokens: tuple[int, ...], vocab: int) -> np.ndarray:
+    return functools.reduce(np.bitwise_or, (only(token, vocab) for token in tokens))
 
 
 def _bank(params: Params, vmap: VshardMap) -> WeightBank:

@@ -15,6 +15,7 @@ import numpy as np
 
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.engine.batching.admission import Admission, Counters
+from nitsum_jax.engine.batching.allowed import MaskMaker
 from nitsum_jax.engine.batching.pacing import Pace, Pacer
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
@@ -94,7 +95,16 @@ class FakeCell:
         cell: Any = types.SimpleNamespace(program=program, prefixes=None)
         wide: Any = types.SimpleNamespace(admit=lambda *_: None)
         lock = threading.Lock()
-        self.admission = Admission(cell, self.policy, lock, self.counters, wide, self._finish, deterministic=False)
+        self.admission = Admission(
+            cell,
+            self.policy,
+            lock,
+            self.counters,
+            wide,
+            MaskMaker(1, lambda made: None),
+            self._finish,
+            deterministic=False,
+        )
         self.policy.relaid(self.instances, 0.0)
         self.ends: dict[str, float] = {}
 

@@ -9,7 +9,13 @@ from typing import TypeVar
 
 from nitsum_jax.engine.executables.progress import CompileProgress, LayoutProgress, Making
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
-from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError, UnavailableError
+from nitsum_jax.errors import (
+    ContextLengthError,
+    InvalidInputError,
+    OverloadedError,
+    PreconditionError,
+    UnavailableError,
+)
 from nitsum_jax.meshes.layout import Layout, parse_layout
 
 T = TypeVar("T")
@@ -137,8 +143,9 @@ class FakeEngine:
         if any(not 0 <= token < self._vocab_size for token in request.prompt_ids):
             raise InvalidInputError(f"a prompt id is outside the vocabulary: give 0 to {self._vocab_size - 1}")
         if len(request.prompt_ids) >= self._context:
-            raise InvalidInputError(f"the prompt has {len(request.prompt_ids)} tokens: give under {self._context}")
-        live = _Live(request, self._script(request))
+            raise ContextLengthError(f"the prompt has {len(request.prompt_ids)} tokens: give under {self._context}")
+        whole = dataclasses.replace(request, prompt_ids=request.prompt_ids + request.forced_ids)
+        live = _Live(request, (*request.forced_ids, *self._script(whole)))
         if live.blocks > self._blocks_total:
             raise PreconditionError("the request does not fit the KV pool: ask for fewer tokens")
         with self._lock:
@@ -317,7 +324,7 @@ class FakeEngine:
             token = live.answer[live.done % len(live.answer)]
             if token < 0:
                 return TokenDelta(live.request.id, tuple(ids), time.monotonic(), FinishReason.ERROR, "the fake broke")
-            if token in live.request.stop_token_ids:
+            if token in live.request.stop_token_ids and live.done >= len(live.request.forced_ids):
                 reason = FinishReason.STOP
                 break
             ids.append(token)

@@ -3,22 +3,27 @@
 import asyncio
 import contextlib
 import dataclasses
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
 import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.engine.request import Request
+from nitsum_jax.engine.step.masks import mask_words
 from nitsum_jax.models.generation import GenerationDefaults
 from nitsum_jax.models.text.chat import render_chat
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.tokenizer import Tokenizer
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.streams.router import StreamRouter
+from nitsum_jax.runtime.structured.compiler import FormCompiler
 from nitsum_jax.server.grpc.server import GrpcServer
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.server.fake_engine import FakeEngine, Script
@@ -38,13 +43,16 @@ def byte_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = byte_tokenizer()
+FORMS = FormCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids)
 
 
 def served_model(chat: bool = True, defaults: GenerationDefaults = GenerationDefaults()) -> ServedModel:
-    def render(messages: Sequence[Mapping[str, str]]) -> str:
-        return render_chat(TEMPLATE, messages)
+    def render(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        return render_chat(TEMPLATE, messages, options)
 
-    return ServedModel("fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None, defaults)
+    return ServedModel(
+        "fake", TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids, render if chat else None, defaults, FORMS
+    )
 
 
 def says(text: str, end: bool = True) -> Script:
@@ -56,6 +64,22 @@ def says(text: str, end: bool = True) -> Script:
 def echo(request: Request) -> Sequence[int]:
     """A script that says the prompt once."""
     return (*request.prompt_ids, EOS)
+
+
+def held(request: Request) -> Sequence[int]:
+    """A script that says something which the form of the request allows; without one it says hello."""
+    if request.form is None:
+        return (*TOKENIZER.encode("hello"), EOS)
+    rng, matcher = random.Random(request.sampling.seed), request.form.matcher()
+    said: list[int] = []
+    mask = np.zeros(mask_words(TOKENIZER.vocab_size), np.int32)
+    printable = {token for char in range(32, 127) for token in TOKENIZER.encode(chr(char))}
+    while not matcher.ended and len(said) < 500:
+        matcher.allowed(mask)
+        bits = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+        said.append(rng.choice([token for token in bits if token in printable] or [EOS]))
+        matcher.accept(said[-1])
+    return (*said, EOS)
 
 
 @dataclasses.dataclass

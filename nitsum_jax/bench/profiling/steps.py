@@ -58,6 +58,7 @@ class StepTimer:
         packed = self._packed(shape, context)
         where = NamedSharding(self._mesh, PartitionSpec())
         history = jax.device_put(np.zeros(self._cell.program.history_shape, np.int32), where)
+        masks = jax.device_put(self._cell.program.no_masks(shape), where)
         state = StepState(self._cell.pool.lend(self._mesh, self._group), history)
 
         def run(steps: int) -> float:
@@ -65,7 +66,7 @@ class StepTimer:
             start = time.perf_counter()
             before: jax.Array | None = None
             for _ in range(steps):
-                state, results = compiled(self._leaves, state, packed)
+                state, results = compiled(self._leaves, state, packed, masks)
                 if before is not None:  # as in an engine, two are in flight; with many, emulated devices deadlock
                     jax.block_until_ready(before)
                 before = results.tokens

@@ -7,6 +7,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 
+from nitsum_jax.engine.batching.allowed import MaskMaker
 from nitsum_jax.engine.batching.wide_prefill import WidePrefill
 from nitsum_jax.engine.cell import Cell
 from nitsum_jax.engine.instance import Instance
@@ -41,6 +42,7 @@ class Admission:
         lock: threading.Lock,
         counters: Counters,
         wide: WidePrefill,
+        masks: MaskMaker,
         finish: Finish,
         *,
         deterministic: bool,
@@ -53,6 +55,7 @@ class Admission:
           lock: guards what of the policy other threads use: `push`.
           counters: of the loop.
           wide: takes long prompts, if the cell is configured so.
+          masks: makes what sequences may say next.
           finish: ends a sequence that cannot be served.
           deterministic: reserve all blocks of a sequence at once, and recompute outputs token by token.
         """
@@ -61,6 +64,7 @@ class Admission:
         self._lock = lock
         self._counters = counters
         self._wide = wide
+        self._masks = masks
         self._finish = finish
         self._deterministic = deterministic
         self._test = SeatTest(self._fits, self._held)
@@ -130,6 +134,10 @@ class Admission:
     def await_again(self, sequence: LiveRequest) -> None:
         """Has a sequence that lost its blocks admitted again."""
         sequence.start_over(again=self._deterministic)
+        if self._deterministic and sequence.allowed is not None:
+            restart = sequence.allowed.restart()
+            if restart is not None:
+                self._masks.follow(sequence.allowed, restart)
         self._policy.again(sequence)
 
     def drop(self, sequence: LiveRequest) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nitsum_jax.engine.batching.admission import Admission, Counters, Finish
+from nitsum_jax.engine.batching.allowed import AllowedTokens, MaskMaker
 from nitsum_jax.engine.batching.pacing import Pacer
 from nitsum_jax.engine.batching.step_log import StepLog
 from nitsum_jax.engine.cell import Cell
@@ -32,6 +33,7 @@ class Intake:
         admission: Admission,
         counters: Counters,
         log: StepLog,
+        masks: MaskMaker,
         *,
         say: Callable[[TokenDelta], None],
         finish: Finish,
@@ -46,6 +48,7 @@ class Intake:
           admission: has sequences admitted again that were sent back while their steps ran.
           counters: of the loop.
           log: gets the times of steps.
+          masks: makes what sequences may say next.
           say: passes a delta on.
           finish: ends a sequence that cannot go on.
           retire: takes a sequence out that has come to its end.
@@ -56,6 +59,7 @@ class Intake:
         self._admission = admission
         self._counters = counters
         self._log = log
+        self._masks = masks
         self._say = say
         self._finish = finish
         self._retire = retire
@@ -107,6 +111,8 @@ class Intake:
                 self._refuse_logits(sequence)
                 continue
             finish = sequence.accept(token, step.logprob(index))
+            if finish is None and sequence.allowed is not None:
+                self._follow(sequence.allowed, token)
             if sequence.home is not None:
                 sequence.home.note_pages(sequence)
             if not sequence.delivered:
@@ -121,6 +127,10 @@ class Intake:
                 self._say(
                     TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
                 )
+
+    def _follow(self, allowed: AllowedTokens, token: int) -> None:
+        if (follows := allowed.said(token)) is not None:
+            self._masks.follow(allowed, follows)
 
     def _refuse_logits(self, sequence: LiveRequest) -> None:
         """A row's logits are not numbers: its request ends, and its pages are not shared."""

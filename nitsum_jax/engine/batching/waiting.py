@@ -27,7 +27,7 @@ class FifoPolicy(Policy):
 
     def push(self, sequence: LiveRequest) -> None:
         if len(self._new) >= self.capacity:
-            raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
+            raise OverloadedError(f"{self.capacity} requests wait already: try again later")
         self._new.append(sequence)
 
     def arrivals(self, now_s: float) -> Sequence[LiveRequest]:

@@ -45,9 +45,10 @@ class _Column:
     REPETITION: Final = 13
     PRESENCE: Final = 14
     FREQUENCY: Final = 15
+    MASKED: Final = 16
 
 
-_COLUMNS = 16
+_COLUMNS = 17
 
 # Columns of a sequence's steering: ids with a bias (-1: none), their biases, stop ids (-1: none).
 STEERING = 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS
@@ -186,6 +187,7 @@ def unpack(packed: jax.Array, shape: StepShape, vshards: int, pages: int) -> Ste
             prompt_len=packed[:, _Column.PROMPT_LEN],
             biased=packed[:, _Column.BIASED] > 0,
             stops_from=packed[:, _Column.STOPS_FROM],
+            masked=packed[:, _Column.MASKED] > 0,
         ),
         steering=packed[:, tokens:page_table],
     )
@@ -235,6 +237,8 @@ class Packer:
         for _, lines in self._parts:
             lines[:, _Column.ROW] = dummy_row
         self._used = 0
+        self.masks: np.ndarray | None = None
+        """i32[rows, W] if a row has a mask."""
 
     def add(
         self,
@@ -246,6 +250,7 @@ class Packer:
         emit: bool,
         page_table: np.ndarray,
         steering: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
     ) -> None:
         """Adds one sequence; to a mixed step first the one whose prompt is computed.
 
@@ -257,16 +262,22 @@ class Packer:
           emit: whether to sample the token that follows.
           page_table: i32[K, n], block ids so far, n <= P.
           steering: i32[STEERING], for prefill steps; None for a sequence that has none.
+          mask: i32[W], which tokens may follow; None: all.
         """
         beside = self._used >= self._shape.batch
         shape, lines = self._parts[beside]
         line = lines[self._used - self._shape.batch if beside else self._used]
+        if mask is not None:
+            if self.masks is None:
+                self.masks = np.zeros((self._shape.rows, mask.size), np.int32)
+            self.masks[self._used] = mask
         self._used += 1
         line[:_COLUMNS] = columns
         line[_Column.ROW] = row
         line[_Column.CONTEXT] = context
         line[_Column.NEW_TOKENS] = 1 if tokens is None else len(tokens)
         line[_Column.EMIT] = emit
+        line[_Column.MASKED] = mask is not None
         if tokens is not None:
             line[_COLUMNS : _COLUMNS + len(tokens)] = tokens
         start = _table_column(shape)

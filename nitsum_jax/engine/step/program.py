@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -14,6 +15,7 @@ from nitsum_jax.engine.kv.history import STEERED_BY, TOKENS
 from nitsum_jax.engine.step import logprobs, sampling
 from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attention, write_tokens
 from nitsum_jax.engine.step.forms import AttentionForm, StepForms
+from nitsum_jax.engine.step.masks import mask_words, no_masks
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, split, unpack
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
@@ -52,7 +54,7 @@ class StepResults:
     logits: jax.Array | None = None
 
 
-StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array], tuple[StepState, StepResults]]
+StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array, jax.Array], tuple[StepState, StepResults]]
 
 
 class SampledRows(NamedTuple):
@@ -113,6 +115,10 @@ class Program:
         """The devices that run a step together."""
         return Ranks(tp, TP_AXIS, self.fast_sums, self.forms.gather_limit_bytes)
 
+    def no_masks(self, shape: StepShape) -> np.ndarray:
+        """What a step takes of which no row has a mask, i32[rows, W]; see `masks`."""
+        return no_masks(shape.rows, self.config.vocab_size)
+
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
         """Structure and abstract parameters of one rank's part of the model."""
         return _decoder(self, tp)
@@ -156,14 +162,16 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
     """The step as one rank runs it, under `jax.shard_map`.
 
     Returns:
-      A function of (parameters, state, packed inputs) to (state, results).
+      A function of (parameters, state, packed inputs, masks) to (state, results).
     """
     graph, _ = program.decoder(tp)
     slots = program.cut.num_vshards // tp
     ranks = program.ranks(tp)
     attention = _attention(program)
 
-    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepResults]:
+    def step(
+        leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array, masks: jax.Array
+    ) -> tuple[StepState, StepResults]:
         pool, history = state.pool, state.history
         model = nnx.merge(graph, _state(program, tp, leaves))
         vshards, pages = program.cut.num_vshards, program.pages
@@ -196,7 +204,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
         if not shape.is_decode:
             history = _note_prompt(history, parts[0], tokens[0])
         whole = jax.tree.map(_stacked, *(SampledRows(p.row, p.emit, p.logprobs, p.sampling) for p in parts))
-        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, whole, history, ranks)
+        sampled = _sample(logits, model.vocab_offset(), program.config.vocab_size, whole, history, masks, ranks)
         token_logprobs = _token_logprobs(logits, sampled, whole, ranks)
 
         # XLA updates the pool in place only if it can tell that every read comes first.  The last layer's reads do not
@@ -244,11 +252,14 @@ def compile_step(
             jnp.int32,
             sharding=NamedSharding(mesh, everywhere),
         ),
+        jax.ShapeDtypeStruct(
+            (shape.rows, mask_words(program.config.vocab_size)), jnp.int32, sharding=NamedSharding(mesh, everywhere)
+        ),
     )
     mapped = jax.shard_map(
         step_function(program, shape, tp, with_logits=with_logits),
         mesh=mesh,
-        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere),
+        in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere, everywhere),
         out_specs=(
             state(along, everywhere),
             results(everywhere, everywhere, everywhere if with_logits else None),
@@ -299,13 +310,19 @@ def _state(program: Program, tp: int, leaves: tuple[jax.Array, ...]) -> nnx.Stat
 
 
 def _sample(
-    logits: jax.Array, offset: jax.Array, vocab: int, inputs: SampledRows, history: jax.Array, ranks: Ranks
+    logits: jax.Array,
+    offset: jax.Array,
+    vocab: int,
+    inputs: SampledRows,
+    history: jax.Array,
+    masks: jax.Array,
+    ranks: Ranks,
 ) -> jax.Array:
     def everything(logits: jax.Array) -> jax.Array:
         # Every rank samples from the whole vocabulary; they all find the same token.
         full = _whole(logits, ranks)
         rows = history[inputs.row]
-        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY])
+        token = sampling.sample(full, inputs.sampling, rows[:, TOKENS], rows[:, STEERED_BY], masks)
         return jnp.where(sampling.sound(full, 0, vocab), token, sampling.NO_TOKEN)
 
     def greedy(logits: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 One executable serves every mix of requests: what a batch does not use is skipped at run time by `lax.cond`.  In order:
 
 1. Penalties (repetition, then frequency and presence) from token counts, scattered from the history; then logit bias,
-   and before `min_tokens` no stop token is left.
+   before `min_tokens` no stop token is left, and of a row with a mask only what that allows.
 2. Rows at temperature 0 take the argmax; the lowest id wins a tie.
 3. Other rows: logits / temperature, then top-k, top-p, min-p.  Each filter renormalises what the one before it left.
 4. One draw by the Gumbel-max trick.  The noise of token id v is a hash of (seed, position, v) and nothing else, so
@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS
+from nitsum_jax.engine.step.masks import allow
 
 # On a CPU (V=49152) a row with top-p 0.9 takes 0.2 ms from 128 candidates, 0.6 ms searched whole.
 CANDIDATES = 128
@@ -57,6 +58,7 @@ class SamplingArrays:
       prompt_len: i32[B], tokens of the prompt; the output starts there.
       biased: bool[B], whether the row has logit bias.
       stops_from: i32[B], position from which stop tokens may be chosen.
+      masked: bool[B], whether the row has a mask of what it may say.
     """
 
     temperature: jax.Array
@@ -71,13 +73,14 @@ class SamplingArrays:
     prompt_len: jax.Array
     biased: jax.Array
     stops_from: jax.Array
+    masked: jax.Array
 
     @classmethod
     def greedy(cls, batch: int) -> "SamplingArrays":
         """Parameters of `batch` rows that take the argmax: for idle rows and for compiling."""
         zero, one = jnp.zeros(batch, jnp.float32), jnp.ones(batch, jnp.float32)
         none, no = jnp.zeros(batch, jnp.int32), jnp.zeros(batch, bool)
-        return cls(zero, none, one, zero, one, zero, zero, jnp.zeros(batch, jnp.uint32), none, none, no, none)
+        return cls(zero, none, one, zero, one, zero, zero, jnp.zeros(batch, jnp.uint32), none, none, no, none, no)
 
 
 def sample(
@@ -85,6 +88,7 @@ def sample(
     params: SamplingArrays,
     history: jax.Array,
     steering: jax.Array | None = None,
+    masks: jax.Array | None = None,
     *,
     candidates: int = CANDIDATES,
 ) -> jax.Array:
@@ -96,6 +100,7 @@ def sample(
       history: i32[B, S], prompt and output ids at [0, position); what stands behind is ignored, as are ids outside
         [0, V).  Read only if some row has penalties.
       steering: i32[B, STEERING], see `packing.steering`; None if no row has bias or `stops_from`.
+      masks: i32[B, W], see `masks`; None if no row is masked.
       candidates: size of the narrow path (static); 0 always searches whole rows.
 
     Returns:
@@ -112,6 +117,9 @@ def sample(
         if steering is not None:
             table = jnp.where(never[:, None], 0, steering)
             x = lax.cond(jnp.any(_is_steered(params)), lambda: steer(x, params, table), lambda: x)
+        if masks is not None:
+            bits = jnp.where(never[:, None], 0, masks)
+            x = lax.cond(jnp.any(params.masked), lambda: allow(x, params.masked, bits), lambda: x)
         x = _clean(x)
         greedy = _lowest_argmax(x)
         return lax.cond(
@@ -123,7 +131,7 @@ def sample(
 
 def all_greedy(params: SamplingArrays) -> jax.Array:
     """Whether every row takes the argmax of its bare logits: bool[]."""
-    return ~jnp.any((params.temperature > 0) | _has_penalty(params) | _is_steered(params))
+    return ~jnp.any((params.temperature > 0) | _has_penalty(params) | _is_steered(params) | params.masked)
 
 
 def sound(logits: jax.Array, offset: jax.Array | int, vocab: int) -> jax.Array:
@@ -386,7 +394,7 @@ def _is_steered(params: SamplingArrays) -> jax.Array:
 
 
 def _may_not_stop(params: SamplingArrays) -> jax.Array:
-    return params.position < params.stops_from
+    return (params.position < params.stops_from) & ~params.masked  # the host knows better then
 
 
 def _clean(x: jax.Array) -> jax.Array:

@@ -23,13 +23,14 @@ import jinja2.parser
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.text import chat_content, chat_sandbox
+from nitsum_jax.models.text.chat_options import ChatOptions
 
 
 def render_chat(
     template: str | None,
     messages: Sequence[Mapping[str, Any]],
+    options: ChatOptions = ChatOptions(),
     *,
-    add_generation_prompt: bool = True,
     bos_token: str = "",
     eos_token: str = "",
 ) -> str:
@@ -38,8 +39,9 @@ def render_chat(
     Args:
       template: the model's jinja2 template; None if it has none.
       messages: at least one, each with a "role" (text) and a "content": text, or a list of parts of the form
-        {"type": "text", "text": "..."}; other keys reach the template as they are.
-      add_generation_prompt: whether the text ends where the assistant's answer begins.
+        {"type": "text", "text": "..."}; None where an assistant's message has "tool_calls" instead. Other keys reach
+        the template as they are.
+      options: what the template is told beside them.
       bos_token: spelling of the start token, for templates that write it.
       eos_token: spelling of the end token, likewise.
 
@@ -52,11 +54,9 @@ def render_chat(
     tokens = (bos_token, eos_token)
     try:
         forms = _forms(template, tokens)
-        formed = [
-            {**message, "content": forms.get(message["role"], forms["user"]).of(message["content"])}
-            for message in messages
-        ]
-        return _rendered(template, formed, add_generation_prompt, tokens)
+        formed = [_formed(message, forms) for message in messages]
+        text = _rendered(template, formed, options, tokens)
+        return _cut_behind(text, formed[-1]["content"]) if options.continue_final else text
     except _RefusedError as e:
         raise InvalidInputError(f"the chat template refuses these messages: {_one_line(e)}") from None
     except jinja2.TemplateSyntaxError as e:
@@ -91,12 +91,31 @@ def _compiled(template: str) -> jinja2.Template:
     return environment.from_string(template)
 
 
-def _rendered(template: str, messages: chat_content.Messages, prompt: bool, tokens: tuple[str, str]) -> str:
+def _formed(message: Mapping[str, Any], forms: Mapping[str, chat_content.Form]) -> dict[str, Any]:
+    content = message.get("content")
+    if content is not None:
+        content = forms.get(message["role"], forms["user"]).of(content)
+    return {**message, "content": content}
+
+
+def _cut_behind(text: str, content: Any) -> str:
+    """A rendered chat up to the end of its last message; as in transformers, spaces that a template cuts are cut."""
+    last = content if isinstance(content, str) else content[-1]["text"] if content else ""
+    at = text.rfind(last.strip())
+    if not last.strip() or at < 0:
+        raise _RefusedError("it does not show the last message, so that this cannot be continued")
+    whole = last.lstrip()
+    return text[: at + len(whole)] if text[at : at + len(whole)] == whole else text[: at + len(last.strip())]
+
+
+def _rendered(template: str, messages: chat_content.Messages, options: ChatOptions, tokens: tuple[str, str]) -> str:
     variables = {
+        **options.variables,
         "messages": messages,
-        "tools": None,  # as Hugging Face has it: templates ask whether it is none, and not whether it is defined
+        # As Hugging Face has it: templates ask whether it is none, and not whether it is defined.
+        "tools": [dict(tool) for tool in options.tools] or None,
         "documents": None,
-        "add_generation_prompt": prompt,
+        "add_generation_prompt": options.add_generation_prompt and not options.continue_final,
         "bos_token": tokens[0],
         "eos_token": tokens[1],
     }
@@ -106,7 +125,7 @@ def _rendered(template: str, messages: chat_content.Messages, prompt: bool, toke
 @functools.lru_cache(maxsize=16)
 def _forms(template: str, tokens: tuple[str, str]) -> Mapping[str, chat_content.Form]:
     _compiled(template)  # a broken one is no matter of the probe
-    return chat_content.probe(lambda messages: _rendered(template, messages, True, tokens))
+    return chat_content.probe(lambda messages: _rendered(template, messages, ChatOptions(), tokens))
 
 
 def _check(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -115,7 +134,8 @@ def _check(messages: Sequence[Mapping[str, Any]]) -> None:
     for number, message in enumerate(messages):
         content = message.get("content")
         for key, given in (("role", message.get("role")), ("content", content)):
-            if not isinstance(given, str) and not (key == "content" and isinstance(given, list)):
+            silent = key == "content" and given is None and message.get("tool_calls")
+            if not isinstance(given, str) and not (key == "content" and isinstance(given, list)) and not silent:
                 raise InvalidInputError(f"message {number} has no {key}: give each message a role and a content text")
         if isinstance(content, list) and not all(map(_is_text_part, content)):
             raise InvalidInputError(

@@ -54,7 +54,7 @@ class Detokenizer:
     def __init__(self, inner: HfTokenizer) -> None:
         """Looks at the decoder of `inner`, which must not change any more."""
         self._inner = inner
-        self._special = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
         self._pieces = _pieces_of(inner)
 
     def stream(self, skip_special: bool, starts_text: bool) -> StreamDecoder:
@@ -66,7 +66,7 @@ class Detokenizer:
         """
         if self._pieces is None:
             return _WindowDecoder(self._inner, skip_special, None if starts_text else self._anchor)
-        return _ByteDecoder(self._pieces, self._special if skip_special else frozenset(), starts_text)
+        return _ByteDecoder(self._pieces, self.special_ids if skip_special else frozenset(), starts_text)
 
     def token_bytes(self, token_id: int, skip_special: bool) -> bytes:
         """What one token says in the midst of a text.
@@ -74,7 +74,7 @@ class Detokenizer:
         Raises:
           InvalidInputError: the id is negative or does not fit 32 bits.
         """
-        if skip_special and token_id in self._special:
+        if skip_special and token_id in self.special_ids:
             return b""
         if self._pieces is not None:
             return self._pieces.read(_checked(token_id))

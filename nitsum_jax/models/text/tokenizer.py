@@ -183,6 +183,11 @@ class Tokenizer:
         """
         return self._detokenizer.token_bytes(token_id, skip_special)
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The tokens that say nothing in an output."""
+        return self._detokenizer.special_ids
+
     def stream(self, skip_special: bool = True) -> StreamDecoder:
         """A decoder for the ids of an output as they come; see StreamDecoder."""
         return self._detokenizer.stream(skip_special, starts_text=False)

@@ -139,7 +139,7 @@ class TieredScheduling(Policy):
 
     def push(self, sequence: LiveRequest) -> None:
         if len(self._unseated) >= self.capacity:
-            raise OverloadedError(f"{self.capacity} requests wait already: try again later, or raise --max_queue")
+            raise OverloadedError(f"{self.capacity} requests wait already: try again later")
         sequence.job = LiveJob(sequence, self._tiers.get(sequence.request.tier), sequence.arrival_s / self._scale)
         self._unseated.add(sequence)
         self._new[sequence] = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import ServedModel
 
 if TYPE_CHECKING:
@@ -25,12 +26,13 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
       InvalidInputError: the generation config cannot be used.
     """
     from nitsum_jax.models.text.chat import render_chat
+    from nitsum_jax.runtime.structured.compiler import FormCompiler
 
     tokenizer = model.tokenizer
 
-    def chat(messages: Sequence[Mapping[str, Any]]) -> str:
+    def chat(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         return render_chat(
-            tokenizer.chat_template, messages, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
+            tokenizer.chat_template, messages, options, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token
         )
 
     return ServedModel(
@@ -40,6 +42,7 @@ def served_model(model: "OpenModel", name: str | None, generation_config: str = 
         eos_ids=model.config.eos_ids,
         render_chat=chat if tokenizer.chat_template else None,
         defaults=_defaults(model) if generation_config == "auto" else GenerationDefaults(),
+        forms=FormCompiler(tokenizer, model.config.vocab_size, model.config.eos_ids),
     )
 
 

@@ -66,10 +66,13 @@ class Output:
           arrival_s: of the request, on the engine's monotonic clock.
         """
         self._call = call
-        self._text = OutputText(text_stream, call.stops, call.request.min_tokens)
+        self._text = OutputText(text_stream, call.stops, call.request.min_tokens, call.include_stop)
         self._cancel = cancel
         self._waiting: deque[TokenWithLogprob] | None = None if call.request.logprobs is None else deque()
+        self._given = len(call.request.forced_ids)
         self.times = OutputTimes(arrival_s)
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the tokens of the prompt behind its first, if it is scored, as soon as there is a piece."""
         self.cached_tokens = 0
         """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
 
@@ -83,7 +86,8 @@ class Output:
         """
         ids: list[int] = []
         text = ""
-        for delta in deltas:
+        for whole in deltas:
+            delta = self._behind_prompt(whole) if self._given or self._call.silent else whole
             self.cached_tokens = delta.cached_tokens
             taken, piece = self._push(delta)
             self.times.add(len(taken), delta.time_s)
@@ -99,6 +103,19 @@ class Output:
                 ended = End(reason if stop is None else FinishReason.STOP, stop)
                 return Piece(text, ids, self._told(whole=stop is None), ended)
         return Piece(text, ids, self._told())
+
+    def _behind_prompt(self, delta: TokenDelta) -> TokenDelta:
+        """A delta without the tokens that belong to the prompt, and without any if none is wanted."""
+        count = min(self._given, len(delta.token_ids))
+        self._given -= count
+        self.prompt_logprobs += delta.logprobs[:count]
+        keep = slice(0, 0) if self._call.silent else slice(count, None)
+        ended = delta.finish_reason
+        if self._call.silent and ended is FinishReason.STOP:
+            ended = FinishReason.LENGTH
+        return dataclasses.replace(
+            delta, token_ids=delta.token_ids[keep], logprobs=delta.logprobs[keep], finish_reason=ended
+        )
 
     def _push(self, delta: TokenDelta) -> tuple[Sequence[int], str]:
         if self._waiting is None:
@@ -129,18 +146,22 @@ class OutputText:
       shown: characters of them that were handed out.
     """
 
-    def __init__(self, text_stream: TextStream, stops: Sequence[str], min_tokens: int = 0) -> None:
+    def __init__(
+        self, text_stream: TextStream, stops: Sequence[str], min_tokens: int = 0, include_stop: bool = False
+    ) -> None:
         """Begins a text.
 
         Args:
           text_stream: decoder of its tokens.
           stops: before the first of them that it would contain, the text ends.
           min_tokens: text of so many first tokens is not searched for them.
+          include_stop: the text ends with the string that ended it.
         """
         self._text_stream = text_stream
         self._matcher = StopMatcher(stops)
         self._one_by_one = bool(stops)
         self._unsearched = min_tokens
+        self._include_stop = include_stop
         self.decoded = 0
         self.shown = 0
 
@@ -164,7 +185,7 @@ class OutputText:
                 self._unsearched -= 1
                 text += piece
                 continue
-            text += self._matcher.push(piece)
+            text += self._searched(piece)
             if self.stopped_by is not None:
                 return ids[: index + 1], self._show(text)
         return ids, self._show(text)
@@ -173,7 +194,12 @@ class OutputText:
         """The rest of the text, when no more ids will come."""
         rest = self._text_stream.flush()
         self.decoded += len(rest)
-        return self._show(rest if self._unsearched > 0 else self._matcher.push(rest) + self._matcher.flush())
+        return self._show(rest if self._unsearched > 0 else self._searched(rest) + self._matcher.flush())
+
+    def _searched(self, text: str) -> str:
+        ready = self._matcher.push(text)
+        stop = self._matcher.matched
+        return ready if stop is None or not self._include_stop else ready + stop
 
     def _decode(self, ids: Sequence[int]) -> str:
         text = self._text_stream.push(ids)

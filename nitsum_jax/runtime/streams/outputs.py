@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.streams.output import Output, Piece
@@ -38,7 +39,7 @@ class Outputs:
         self._stack = contextlib.ExitStack()
         self._alive: dict[int, tuple[DeltaStream, Output]] = {}
         make_text, cancel = backend.model.tokenizer.stream, backend.engine.cancel
-        self._outputs = [Output(call, make_text(), cancel, arrival_s) for call in calls]
+        self._outputs = [Output(call, make_text(call.skip_special), cancel, arrival_s) for call in calls]
 
     def __enter__(self) -> Self:
         """Submits all calls, or none.
@@ -72,6 +73,10 @@ class Outputs:
     def cached_tokens(self) -> list[int]:
         """Of each output: tokens of its prompt that the prefix cache had, as far as it has begun."""
         return [output.cached_tokens for output in self._outputs]
+
+    def prompt_logprobs(self, index: int) -> list[TokenLogprob]:
+        """Of an output that has begun: how likely the tokens of its prompt were, behind the first."""
+        return self._outputs[index].prompt_logprobs
 
     def leave(self) -> None:
         """The client has left: the next call of `next` says so."""

@@ -12,9 +12,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum_jax.runtime.callers import sane_id
 from nitsum_jax.runtime.streams.outputs import ClientLeftError
-from nitsum_jax.server.http.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.errors import ApiError, of_exception
+from nitsum_jax.server.http.openai.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.openapi import openapi
+from nitsum_jax.server.http.tokens import (
+    DetokenizeRequest,
+    JsonEndpoint,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    version,
+)
 from nitsum_jax.server.state import ServerPhase, ServerState
 
 REQUEST_ID = b"x-request-id"
@@ -42,6 +50,9 @@ def build_app(
             raise ApiError(404, message, param="model", code="model_not_found")
         return JSONResponse(found)
 
+    async def told_version(request: Request) -> Response:
+        return JSONResponse(version().model_dump())
+
     async def live(request: Request) -> Response:
         return JSONResponse({"status": "live"})
 
@@ -58,6 +69,9 @@ def build_app(
             Route("/v1/models/{model:path}", model),
             Route("/v1/completions", Completions(state), methods=["POST"]),
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/tokenize", JsonEndpoint(state, TokenizeRequest, tokenize), methods=["POST"]),
+            Route("/detokenize", JsonEndpoint(state, DetokenizeRequest, detokenize), methods=["POST"]),
+            Route("/version", told_version),
             Route("/health/live", live),
             Route("/health/ready", ready),
             Route("/openapi.json", document),

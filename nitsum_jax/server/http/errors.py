@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from nitsum_jax.errors import (
+    ContextLengthError,
     InvalidInputError,
     NitsumError,
     OverloadedError,
@@ -18,6 +19,7 @@ from nitsum_jax.errors import (
 )
 from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.server.http.fields import UNKNOWN, UNSUPPORTED
+from nitsum_jax.server.http.wording import told
 from nitsum_jax.server.security.errors import DeniedError, RateLimitedError, UnauthenticatedError
 
 _LOG = logging.getLogger(__name__)
@@ -59,12 +61,7 @@ def of_validation(error: ValidationError) -> ApiError:
     kind = first["type"]
     field = (context["field"],) if "field" in context else ()
     param = _path(first["loc"] + field)[:_MAX_PARAM]
-    if field or not param:
-        message = first["msg"]
-    elif kind == "missing":
-        message = f"you must provide {param}"
-    else:
-        message = f"{param}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+    message = told(kind, param, first["msg"], context)
     return ApiError(400, message, param=param or None, code=kind if kind in (UNKNOWN, UNSUPPORTED) else None)
 
 
@@ -90,6 +87,8 @@ def of_exception(error: Exception, what: str, retry_after_s: float) -> ApiError:
             return ApiError(401, str(error), code="invalid_api_key")
         case DeniedError():
             return ApiError(403, str(error), "permission_error", code="permission_denied")
+        case ContextLengthError():
+            return ApiError(400, str(error), code="context_length_exceeded")
         case InvalidInputError():
             return ApiError(400, str(error))
         case PreconditionError():

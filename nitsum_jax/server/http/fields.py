@@ -4,10 +4,11 @@ Every check raises on the first thing that is wrong: a body of megabytes must no
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_LOGIT_BIAS
@@ -46,7 +47,7 @@ class Unsupported:
 
     def means_nothing(self, value: Any) -> bool:
         """Whether the value asks for nothing."""
-        return value is None or any(type(value) is type(other) and value == other for other in self.accepted)
+        return value is None or any(_kind(value) is _kind(other) and value == other for other in self.accepted)
 
     def json_schema(self) -> dict[str, Any]:
         """Of the values that ask for nothing."""
@@ -54,19 +55,33 @@ class Unsupported:
         return {**(self.schema or enough), "description": f"Not supported: {self.why}."}
 
 
+def _kind(value: Any) -> type:
+    return float if type(value) is int else type(value)  # 1 and 1.0 are one number in JSON; true is none
+
+
 class Strict(BaseModel):
     """A JSON object with known fields and no conversion of types."""
 
     unsupported: ClassVar[Mapping[str, Unsupported]] = {}
+    harmless: ClassVar[Mapping[str, str]] = {}
+    """Fields that are taken and have no effect, whatever they hold; name to reason."""
 
     @staticmethod
     def _describe(schema: dict[str, Any], model: type["Strict"]) -> None:
         schema["additionalProperties"] = False
         for name, field in model.unsupported.items():
             schema["properties"][name] = field.json_schema()
+        for name, why in model.harmless.items():
+            schema["properties"][name] = {"description": f"Has no effect: {why}."}
 
     # Not extra="forbid": that makes one error per unknown field.
     model_config = ConfigDict(strict=True, allow_inf_nan=False, hide_input_in_errors=True, json_schema_extra=_describe)
+
+    @classmethod
+    @functools.cache
+    def names(cls) -> frozenset[str]:
+        """Names of the fields that say something."""
+        return frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +89,7 @@ class Strict(BaseModel):
         if not isinstance(data, dict):
             return data
         for key, value in data.items():
-            if key in cls.model_fields:
+            if key in cls.names() or key in cls.harmless:
                 continue
             if key not in cls.unsupported:
                 raise PydanticCustomError(UNKNOWN, "Unrecognized request argument supplied: {field}", {"field": key})
@@ -143,6 +158,12 @@ def _read_stop_ids(value: Any) -> list[int]:
     return _token_ids(value, "the list")
 
 
+def _read_ids(value: Any) -> list[int]:
+    if not isinstance(value, list) or not value:
+        raise _wrong("give a list of token ids, at least one")
+    return _token_ids(value, "the list")
+
+
 def _read_bias(value: Any) -> list[tuple[int, float]]:
     if value is None:
         return []
@@ -160,8 +181,8 @@ def _read_bias(value: Any) -> list[tuple[int, float]]:
     return list(pairs.items())
 
 
-def _read_content(value: Any) -> str | list[dict[str, str]]:
-    if isinstance(value, str):
+def _read_content(value: Any) -> str | list[dict[str, str]] | None:
+    if isinstance(value, str) or value is None:
         return value
     if not isinstance(value, list) or not value:
         raise _wrong("give a string, or a list of text parts")
@@ -170,8 +191,19 @@ def _read_content(value: Any) -> str | list[dict[str, str]]:
             raise _wrong('give each part a type; only {"type": "text", "text": "..."} is supported')
         if part["type"] != "text":
             raise _wrong(f"parts of type {part['type'][:40]!r} are not supported: this model reads text only")
-        if not isinstance(part.get("text"), str) or len(part) != 2:
+        if not isinstance(part.get("text"), str):
             raise _wrong('give a text part as {"type": "text", "text": "..."}')
+    # What else stands in a part, such as cache_control, asks for nothing that changes an answer.
+    return [{"type": "text", "text": part["text"]} for part in value]
+
+
+_OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"})
+
+
+def _read_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    for name in value or ():
+        if name in _OURS:
+            raise _wrong(f"{name} is no variable to be set: use the field of the request")
     return value
 
 
@@ -184,7 +216,6 @@ _PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     "required": ["type", "text"],
-    "additionalProperties": False,
 }
 
 PromptField = Annotated[
@@ -240,8 +271,18 @@ BiasField = Annotated[
         }
     ),
 ]
+TokenIdsField = Annotated[
+    list[int],
+    PlainValidator(_read_ids),
+    WithJsonSchema({"type": "array", "items": _ID, "minItems": 1}),
+]
+TemplateVariables = Annotated[
+    dict[str, Any] | None,
+    AfterValidator(_read_variables),
+    WithJsonSchema({"anyOf": [{"type": "object", "propertyNames": {"not": {"enum": sorted(_OURS)}}}, _NULL]}),
+]
 ContentField = Annotated[
-    str | list[dict[str, str]],
+    str | list[dict[str, str]] | None,
     PlainValidator(_read_content),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}]}),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART, "minItems": 1}, _NULL]}),
 ]

@@ -8,14 +8,20 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from nitsum_jax.runtime.backend import Backend
-from nitsum_jax.server.http import requests, responses
+from nitsum_jax.server.http import tokens
 from nitsum_jax.server.http.fields import TOKEN_ID
-from nitsum_jax.server.http.tiers import accepted
+from nitsum_jax.server.http.openai import requests, responses
+from nitsum_jax.server.http.openai.tiers import accepted
 
 _REF = "#/components/schemas/{model}"
 _MODELS = (
     requests.ChatRequest,
     requests.CompletionRequest,
+    tokens.TokenizeRequest,
+    tokens.DetokenizeRequest,
+    tokens.TokenizeResponse,
+    tokens.DetokenizeResponse,
+    tokens.Version,
     responses.ChatResponse,
     responses.CompletionResponse,
     responses.ModelList,
@@ -47,11 +53,14 @@ def openapi(backend: Backend | None) -> dict[str, Any]:
     if backend is not None:
         schemas = document["components"]["schemas"]
         tiers = [*accepted(backend.engine.tier_names), None]
-        for name in ("ChatRequest", "CompletionRequest"):
-            fields = schemas[name]["properties"]
-            fields["model"]["enum"] = [backend.model.name]
-            fields["service_tier"] = {"enum": tiers, "description": fields["service_tier"]["description"]}
-            _limit_ids(fields, backend.model.vocab_size - 1)
+        for schema in schemas.values():
+            fields = schema.get("properties", {})
+            if "model" in fields and schema.get("title", "").endswith("Request"):
+                known = [backend.model.name] if "model" in schema.get("required", ()) else [backend.model.name, None]
+                fields["model"] = {"enum": known, "description": fields["model"].get("description", "")}
+            if "service_tier" in fields and schema.get("title", "").endswith("Request"):
+                fields["service_tier"] = {"enum": tiers, "description": fields["service_tier"]["description"]}
+        _limit_ids(schemas, backend.model.vocab_size - 1)
         model = next(p for p in document["paths"] if "{model}" in p)
         document["paths"][model]["get"]["parameters"][0]["example"] = backend.model.name
     return document
@@ -86,6 +95,13 @@ def _document() -> dict[str, Any]:
             "/v1/completions": {
                 "post": _generation("Continues texts.", requests.CompletionRequest, responses.CompletionResponse)
             },
+            "/tokenize": {
+                "post": _plain(
+                    "The tokens of a text or a conversation.", tokens.TokenizeRequest, tokens.TokenizeResponse
+                )
+            },
+            "/detokenize": {"post": _plain("The text of tokens.", tokens.DetokenizeRequest, tokens.DetokenizeResponse)},
+            "/version": {"get": _read("The version of the server.", tokens.Version, (401, 403, 429, 503))},
             "/v1/models": {"get": _read("The model that is served.", responses.ModelList, (401, 403, 429, 503))},
             "/v1/models/{model}": {
                 "get": {
@@ -116,6 +132,15 @@ def _generation(summary: str, request: type[BaseModel], response: type[BaseModel
         "summary": summary,
         "requestBody": {"required": True, "content": _json(request)},
         "responses": {**good, **_refusals(tuple(_ERRORS))},
+    }
+
+
+def _plain(summary: str, request: type[BaseModel], response: type[BaseModel]) -> dict[str, Any]:
+    refusals = _refusals(tuple(_ERRORS))
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": _json(request)},
+        "responses": {**_ok(response), **refusals},
     }
 
 

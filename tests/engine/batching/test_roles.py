@@ -8,7 +8,10 @@ from nitsum_jax.engine.batching.step_log import StepTiming
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VARIANT, VOCAB = "llama_odd", 93
 MIXED = "tp1x4"

@@ -17,8 +17,11 @@ from nitsum_jax.engine.switching.precopy import _Taken
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.engine.switching.test_switch_failures import failing
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PROMPTS = [prompt for size in (150, 90, 1, 33, 120, 60, 75, 8) for prompt in random_prompts(1, (size, size), 93, size)]
 LENGTH = 100

@@ -14,8 +14,6 @@ from tests.engine.harness import Harness, eventually, tiny_model
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 
-# What is asked is whether the right numbers are at hand after every switch.  That steps of all degrees make the same of
-# them, as users compile them, is asked in tests/engine/step/test_program.py and in test_switching.py.
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 DEVICES, VOCAB = 8, 93

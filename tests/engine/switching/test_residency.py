@@ -11,8 +11,11 @@ from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import LAYOUTS, Harness, tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.meshes.bank_bytes import bytes_resident
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 PROMPTS = random_prompts(6, (3, 80), 93, seed=5)
 WALK = ("tp1x4", "tp2x2", "tp4", "tp2+tp1x2", "tp4")

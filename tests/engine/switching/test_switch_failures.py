@@ -19,8 +19,10 @@ from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.loading import OpenModel
 from tests.engine.harness import Harness, eventually, tiny_model
-from tests.engine.quick import compiling_quickly
+from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VARIANT, VOCAB = "llama_odd", 93
 PROMPTS = [prompt for size in (1, 20, 33, 60, 90, 75, 8, 40) for prompt in random_prompts(1, (size, size), VOCAB, size)]
@@ -194,7 +196,7 @@ def test_streams_go_on_without_a_lost_device(
 
 
 def test_when_no_device_is_left_streams_end_with_an_error(model: OpenModel) -> None:
-    with compiling_quickly(), Harness(model, devices=1, layouts=None) as harness:
+    with Harness(model, devices=1, layouts=None) as harness:
         with harness.paused():
             names = [harness.submit(prompt, LENGTH) for prompt in PROMPTS[:2]]
             harness.recorder.when(names[1], 3, lambda: harness.engine.lose_device(0))

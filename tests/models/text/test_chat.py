@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as HfTokenizer
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.text.chat import render_chat
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.tokenizer import Tokenizer
 
 USER = [{"role": "user", "content": "Hi <there> & 'you'"}]
@@ -44,7 +45,7 @@ def test_chatml() -> None:
     assert render_chat(CHATML, USER) == (
         "<|im_start|>system\nDefault<|im_end|>\n<|im_start|>user\nHi <there> & 'you'<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert render_chat(CHATML, TALK, add_generation_prompt=False) == (
+    assert render_chat(CHATML, TALK, ChatOptions(add_generation_prompt=False)) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\nHello<|im_end|>\n<|im_start|>user\nBye<|im_end|>\n"
     )

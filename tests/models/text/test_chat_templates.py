@@ -10,6 +10,7 @@ import pytest
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.chat_content import Form, probe
+from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.chat_sandbox import TooMuchError
 from tests.golden.chat_templates import PARTS_TALK, TALKS, TEMPLATES
 
@@ -19,7 +20,9 @@ FOUND: dict[str, dict[str, dict[str, str]]] = json.loads(_FILE.read_text(encodin
 
 def ours(template: str, messages: list[dict[str, Any]], prompt: bool) -> dict[str, str]:
     try:
-        text = render_chat(template, messages, add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>")
+        text = render_chat(
+            template, messages, ChatOptions(add_generation_prompt=prompt), bos_token="<s>", eos_token="</s>"
+        )
     except InvalidInputError as error:
         how, _, why = str(error).removeprefix("the chat template ").partition(" these messages: ")
         return {"refused": why} if how == "refuses" else {"failed": how}

@@ -5,7 +5,7 @@ import pytest
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.streams.output import Output, Piece
-from nitsum_jax.server.http.logprobs import chat_logprobs, completion_logprobs
+from nitsum_jax.server.http.openai.logprobs import chat_logprobs, completion_logprobs
 from tests.models.text.tokenizer_kinds import KINDS, SENTENCEPIECE, wrapped
 
 SAID = ("▁wor", "ld", "</s>", "▁a", "<0xC3>", "<0xA9>")
@@ -31,10 +31,10 @@ def test_text_and_logprobs_have_the_space(kind: str) -> None:
     text = "".join(piece.text for piece in taken)
     told = [one for piece in taken for one in piece.told]
     assert text == " world aé"
-    content = chat_logprobs(told, token_bytes)["content"]
+    content = chat_logprobs(told, token_bytes, 1)["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == text
     assert [entry["token"] for entry in content] == [" wor", "ld", "</s>", " a", "\ufffd", "\ufffd"]
-    assert completion_logprobs(told, token_bytes)["text_offset"] == [0, 4, 6, 6, 8, 8]
+    assert completion_logprobs(told, token_bytes, 1)["text_offset"] == [0, 4, 6, 6, 8, 8]
 
 
 @pytest.mark.parametrize("kind", SENTENCEPIECE)

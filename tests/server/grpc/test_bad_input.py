@@ -35,7 +35,6 @@ def _sampling(**values: Any) -> dict[str, Any]:
         ({"text": ""}, "prompt is empty"),
         (_tokens(), "prompt is empty"),
         (_chat(), "prompt is empty"),
-        (_chat(("system", ""), ("user", "")), "prompt is empty"),
         (_chat(("", "hi")), "role"),
         (_tokens(5, 257), "outside the vocabulary"),
         (_tokens(-1), "outside the vocabulary"),

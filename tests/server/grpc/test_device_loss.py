@@ -6,6 +6,7 @@ from pathlib import Path
 
 import grpc.aio
 import jax
+import pytest
 
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.config import EngineConfig
@@ -17,6 +18,9 @@ from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer, in_thread
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.engine.harness import tiny_model
+from tests.engine.quick import quick_compiles  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VARIANT = "llama_odd"
 TOKENS = 60

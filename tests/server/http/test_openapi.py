@@ -18,8 +18,8 @@ import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
+from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest
 from nitsum_jax.server.http.openapi import openapi
-from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest
 from tests.server.harness import says
 from tests.server.http.harness import Serving, serving
 
@@ -138,5 +138,5 @@ def test_every_field_is_in_the_document() -> None:
     for model in (ChatRequest, CompletionRequest):
         schema = document["components"]["schemas"][model.__name__]
         assert schema["additionalProperties"] is False
-        assert set(schema["properties"]) == {*model.model_fields, *model.unsupported}
+        assert set(schema["properties"]) == {*model.model_fields, *model.unsupported, *model.harmless}
         assert "x-nitsum-token-id" in str(schema)  # before the model is known

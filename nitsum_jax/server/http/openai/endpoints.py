@@ -14,9 +14,9 @@ from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
 from nitsum_jax.server.http.body import read_object
 from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
-from nitsum_jax.server.http.plan import RequestPlan, plan_chat, plan_completion
-from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
-from nitsum_jax.server.http.shapes import DONE, AnswerShape, ChatShape, CompletionShape, Whole
+from nitsum_jax.server.http.openai.plan import RequestPlan, plan_chat, plan_completion
+from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
+from nitsum_jax.server.http.openai.shapes import DONE, AnswerShape, ChatShape, CompletionShape, StreamedUsage, Whole
 from nitsum_jax.server.state import ServerState
 
 _JSON = (b"content-type", b"application/json")
@@ -80,8 +80,7 @@ class Completions(Endpoint[CompletionRequest]):
 
     def shape(self, request: CompletionRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See CompletionShape."""
-        logprobs = request.logprobs is not None
-        return CompletionShape(plan, backend.model.tokenizer.token_bytes, logprobs, request.include_usage)
+        return CompletionShape(plan, backend.model.tokenizer.token_bytes, request.logprobs, _streamed_usage(request))
 
 
 class ChatCompletions(Endpoint[ChatRequest]):
@@ -95,7 +94,15 @@ class ChatCompletions(Endpoint[ChatRequest]):
 
     def shape(self, request: ChatRequest, plan: RequestPlan, backend: Backend) -> AnswerShape:
         """See ChatShape."""
-        return ChatShape(plan, backend.model.tokenizer.token_bytes, bool(request.logprobs), request.include_usage)
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return ChatShape(plan, backend.model.tokenizer.token_bytes, logprobs, _streamed_usage(request))
+
+
+def _streamed_usage(request: Generation) -> StreamedUsage:
+    options = request.stream_options
+    if options is None or not options.include_usage:
+        return StreamedUsage.NOWHERE
+    return StreamedUsage.EVERYWHERE if options.continuous_usage_stats else StreamedUsage.AT_THE_END
 
 
 async def _whole(outputs: Outputs, shape: AnswerShape, count: int, send: Send) -> None:
@@ -113,13 +120,16 @@ async def _stream(
     outputs: Outputs, shape: AnswerShape, include_usage: bool, send: Send, what: str, backend: Backend
 ) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
+    shape.note(outputs)
     opening = shape.opening()
     if opening:
         await send({"type": "http.response.body", "body": opening.encode(), "more_body": True})
     try:
         while outputs.alive:
             # One write for all tokens of a step; a client that reads slowly gets fewer, larger events.
-            events = "".join([shape.events(index, piece) for index, piece in await outputs.next()])
+            pieces = await outputs.next()
+            shape.note(outputs)
+            events = "".join([shape.events(index, piece) for index, piece in pieces])
             if events:
                 await send({"type": "http.response.body", "body": events.encode(), "more_body": True})
         last = shape.usage_event(outputs).encode() if include_usage else b""

@@ -1,44 +1,40 @@
 """The requests of OpenAI's API that are served, as pydantic models.
 
-The names, types and defaults are OpenAI's; fields beyond its API are named as vLLM names them. What is known to OpenAI
-and not supported here is listed with the reason, which a client that sends it gets as an error.
+The names, types and defaults are OpenAI's; fields beyond its API are named as vLLM names them. What clients send and
+is not supported is listed in known.py with the reason, which a client gets as an error.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar
 
 from pydantic import FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, SamplingParams
 from nitsum_jax.models.generation import GenerationDefaults
-from nitsum_jax.runtime.calls import MAX_OUTPUTS
+from nitsum_jax.models.text.chat_options import ChatOptions
+from nitsum_jax.runtime.calls import MAX_OUTPUTS, ChatPrompt, Prompt, TextPrompt
 from nitsum_jax.server.http.fields import (
     MAX_TIER_CHARS,
     BiasField,
-    ContentField,
     PromptField,
     StopField,
     StopIdsField,
     Strict,
+    TemplateVariables,
     Unsupported,
 )
+from nitsum_jax.server.http.openai.known import COMMON, HARMLESS, OF_CHAT, OF_COMPLETIONS
+from nitsum_jax.server.http.openai.messages import Message
+from nitsum_jax.server.http.openai.structured import HeldToForm
 
 MAX_MESSAGES = 4096
 _MAX_INT32, _MAX_INT64 = 2**31 - 1, 2**63 - 1
 _SEEDS = 2**32
 _SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
-_NO_TOOLS = Unsupported(
-    "the model answers with text, and calls no tools",
-    ([],),
-    {"anyOf": [{"type": "array", "maxItems": 0}, {"type": "null"}]},
-)
-_NO_CHOICE = Unsupported(_NO_TOOLS.why, ("none", "auto"))
-_TEXT_ONLY = Unsupported("the model reads and writes text only")
-
 _Count = Annotated[int, Field(ge=1, le=_MAX_INT32)]
-_Id = Annotated[str, Field(max_length=512)]
 
 
 class StreamOptions(Strict):
@@ -49,9 +45,12 @@ class StreamOptions(Strict):
     }
 
     include_usage: bool | None = Field(None, description="A last chunk without choices has the usage.")
+    continuous_usage_stats: bool | None = Field(
+        None, description="With include_usage: every chunk has the usage until then."
+    )
 
 
-class Generation(Strict):
+class Generation(HeldToForm):
     """What completions and chat have in common."""
 
     model: str = Field(max_length=4096, description="The id that /v1/models lists.")
@@ -66,11 +65,17 @@ class Generation(Strict):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     logit_bias: BiasField = Field([])
     seed: int | None = Field(None, ge=-_MAX_INT64 - 1, le=_MAX_INT64, description="Taken modulo 2^32.")
-    max_tokens: _Count | None = Field(None, description="Most new tokens.")
+    max_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Most new tokens; 0 scores the prompt.")
     min_tokens: int | None = Field(None, ge=0, le=_MAX_INT32, description="Nothing ends the output before.")
     stop: StopField = Field([])
     stop_token_ids: StopIdsField = Field([])
     ignore_eos: bool | None = None
+    prompt_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP_LOGPROBS,
+        description="Tell how likely each token of the prompt was, and so many others. Not with stream.",
+    )
     n: int | None = Field(None, ge=1, le=MAX_OUTPUTS, description="Outputs per prompt; 1 if not given.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -79,11 +84,18 @@ class Generation(Strict):
         max_length=MAX_TIER_CHARS,
         description="Name of a latency tier, or OpenAI's auto, default, flex, priority.",
     )
-    user: _Id | None = Field(None, description="Accepted; has no effect.")
+    include_stop_str_in_output: bool | None = Field(None, description="The output ends with its stop string.")
+    skip_special_tokens: bool | None = Field(None, description="False: special tokens in the output are spelled.")
     metadata: dict[str, Any] | None = Field(None, description="Accepted; has no effect.")
 
     @model_validator(mode="after")
     def _options_belong_to_streams(self) -> "Generation":
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError(
+                "invalid_value",
+                "prompt_logprobs are not told in streams: set stream to false, or use echo with logprobs",
+                {"field": "prompt_logprobs"},
+            )
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError(
                 "invalid_value",
@@ -117,64 +129,54 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
+    harmless: ClassVar[Mapping[str, str]] = HARMLESS
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "suffix": Unsupported("text cannot be filled in before a suffix"),
-        "echo": Unsupported("the prompt is not repeated", (False,)),
-        "best_of": Unsupported("use n, and choose among the outputs", (1,)),
+        **COMMON,
+        **OF_COMPLETIONS,
     }
 
+    echo: bool | None = Field(None, description="The output begins with the prompt; with logprobs, so do these.")
     prompt: PromptField
     logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="Tell how likely each token was, and so many others."
     )
+    add_special_tokens: bool | None = Field(
+        None, description="False: a text gets no token in front, such as that of its beginning."
+    )
 
-
-class Message(Strict):
-    """One turn of a conversation. An answer of ours is a message, too: its empty fields are accepted."""
-
-    unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "refusal": Unsupported("refusals are not distinguished from content"),
-        "annotations": Unsupported(_TEXT_ONLY.why, ([],), _NO_TOOLS.schema),
-        "audio": _TEXT_ONLY,
-        "tool_calls": _NO_TOOLS,
-        "function_call": Unsupported(_NO_TOOLS.why),
-    }
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: ContentField
-    name: _Id | None = None
-
-    def rendered(self) -> dict[str, Any]:
-        """As the chat template gets it; "developer" is OpenAI's newer word for "system", which no template knows."""
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
-        return turn if self.name is None else {**turn, "name": self.name}
+    def prompts(self) -> list[Prompt]:
+        """What is to be continued."""
+        if self.add_special_tokens is not False:
+            return list(self.prompt)
+        return [replace(one, add_special=False) if isinstance(one, TextPrompt) else one for one in self.prompt]
 
 
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
+    harmless: ClassVar[Mapping[str, str]] = HARMLESS
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
-        "tools": _NO_TOOLS,
-        "tool_choice": _NO_CHOICE,
-        "functions": _NO_TOOLS,
-        "function_call": _NO_CHOICE,
-        "response_format": Unsupported("the output cannot be held to a format", ({"type": "text"},)),
-        "modalities": Unsupported(_TEXT_ONLY.why, (["text"],)),
-        "audio": _TEXT_ONLY,
-        "prediction": Unsupported("outputs cannot be predicted"),
+        **COMMON,
+        **OF_CHAT,
+        "tools": Unsupported("the model answers with text, and calls no tools", ([],)),
+        "tool_choice": Unsupported("the model answers with text, and calls no tools", ("none", "auto")),
+        "echo": Unsupported("use prompt_logprobs to score a conversation", (False,)),
         "reasoning_effort": Unsupported("the effort of reasoning cannot be set"),
-        "verbosity": Unsupported("the length of an answer cannot be asked for, only limited by max_completion_tokens"),
-        "web_search_options": Unsupported("the server searches no web"),
-        "store": Unsupported("nothing is kept", (False,)),
+        "add_special_tokens": Unsupported("the template writes the special tokens", (False,)),
     }
 
     messages: Annotated[list[Message], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: _Count | None = Field(None, description="OpenAI's newer name of max_tokens.")
     logprobs: bool | None = Field(None, description="Tell how likely each token was.")
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="And so many others; needs logprobs.")
-    safety_identifier: _Id | None = Field(None, description="Accepted; has no effect.")
-    prompt_cache_key: _Id | None = Field(None, description="Accepted; has no effect.")
     parallel_tool_calls: bool | None = Field(None, description="Accepted; has no effect.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Whether the template begins the answer; true, unless continue_final_message."
+    )
+    continue_final_message: bool | None = Field(None, description="The answer continues the last message.")
+    chat_template_kwargs: TemplateVariables = Field(
+        None, description="Variables of the chat template, such as enable_thinking."
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "ChatRequest":
@@ -189,4 +191,20 @@ class ChatRequest(Generation):
                 "max_tokens and max_completion_tokens differ: give one of them",
                 {"field": "max_completion_tokens"},
             )
+        if self.continue_final_message and self.add_generation_prompt:
+            raise PydanticCustomError(
+                "invalid_value",
+                "continue_final_message needs add_generation_prompt to be false: leave one of them out",
+                {"field": "continue_final_message"},
+            )
         return self
+
+    def chat_prompt(self) -> ChatPrompt:
+        """What the chat template is given."""
+        begin = self.add_generation_prompt
+        options = ChatOptions(
+            variables=self.chat_template_kwargs or {},
+            add_generation_prompt=True if begin is None else begin,
+            continue_final=bool(self.continue_final_message),
+        )
+        return ChatPrompt([message.rendered() for message in self.messages], options)

@@ -49,9 +49,17 @@ class CompletionLogprobs(_Exact):
     """Four lists with an element per token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(_Exact):
+    """How likely a token of a prompt was."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
 
 
 class AnswerMessage(_Exact):
@@ -66,6 +74,7 @@ class _Choice(_Exact):
     index: int
     finish_reason: Literal["stop", "length"]
     stop_reason: str | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] = []
 
 
 class ChatChoice(_Choice):

@@ -10,18 +10,21 @@ from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import (
     MAX_OUTPUTS,
     Call,
-    ChatPrompt,
     Prompt,
+    TextPrompt,
     Wanted,
     check,
     check_outputs,
+    compiled,
     derived_seed,
     encode,
     make_call,
 )
 from nitsum_jax.server.http.errors import ApiError
-from nitsum_jax.server.http.requests import ChatRequest, CompletionRequest, Generation
-from nitsum_jax.server.http.tiers import choose_tier
+from nitsum_jax.server.http.openai.logprobs import Echo
+from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
+from nitsum_jax.server.http.openai.tiers import choose_tier
+from nitsum_jax.server.http.tokens import check_model
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""
@@ -42,6 +45,8 @@ class RequestPlan:
       calls: one per output: all of the first prompt, then all of the second.
       outputs: of each prompt.
       prompt_tokens: of all prompts, each counted once.
+      echoes: the prompts, if they are repeated before their outputs.
+      prompt_logprobs: None, or how many of the likeliest tokens are told beside each token of a prompt.
     """
 
     id: str
@@ -52,6 +57,8 @@ class RequestPlan:
     calls: Sequence[Call]
     outputs: int
     prompt_tokens: int
+    echoes: Sequence[Echo] = ()
+    prompt_logprobs: int | None = None
 
     def cached_tokens(self, of_outputs: Sequence[int]) -> int:
         """Tokens of all prompts that were not computed, each counted once.
@@ -71,8 +78,23 @@ async def plan_completion(request: CompletionRequest, backend: Backend) -> Reque
       ApiError: model or tier are not known, or too many outputs are asked for.
       NitsumError: the request is wrong, or does not fit the model.
     """
-    limit = request.max_tokens or DEFAULT_COMPLETION_TOKENS
-    return await _plan(f"cmpl-{uuid.uuid4().hex}", request, request.prompt, limit, request.logprobs, backend)
+    limit = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    prompts = request.prompts()
+    response_id, echo = f"cmpl-{uuid.uuid4().hex}", bool(request.echo)
+    plan = await _plan(response_id, request, prompts, limit, request.logprobs, backend, echo=echo)
+    if not echo:
+        return plan
+    encoded = [call.prompt_ids for call in plan.calls[:: plan.outputs]]
+    return dataclasses.replace(plan, echoes=[_echo(*one, backend) for one in zip(prompts, encoded, strict=True)])
+
+
+def _echo(prompt: Prompt, ids: Sequence[int], backend: Backend) -> Echo:
+    stream, offsets, length = backend.model.tokenizer.stream(), [], 0
+    for token in ids:
+        offsets.append(length)
+        length += len(stream.push((token,)))
+    text = prompt.text if isinstance(prompt, TextPrompt) else backend.model.tokenizer.decode(ids, starts_text=True)
+    return Echo(text, ids, offsets)
 
 
 async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
@@ -81,10 +103,9 @@ async def plan_chat(request: ChatRequest, backend: Backend) -> RequestPlan:
     Raises:
       ApiError, NitsumError: as plan_completion.
     """
-    prompt = ChatPrompt([message.rendered() for message in request.messages])
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    limit = request.max_completion_tokens or request.max_tokens
-    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [prompt], limit, logprobs, backend)
+    limit = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    return await _plan(f"chatcmpl-{uuid.uuid4().hex}", request, [request.chat_prompt()], limit, logprobs, backend)
 
 
 async def _plan(
@@ -94,11 +115,13 @@ async def _plan(
     limit: int | None,
     logprobs: int | None,
     backend: Backend,
+    *,
+    echo: bool = False,
 ) -> RequestPlan:
+    scored = request.prompt_logprobs
+    score = scored is not None or (echo and logprobs is not None)
     model, tiers = backend.model, backend.engine.tier_names
-    if request.model != model.name:
-        message = f"The model `{request.model[:80]}` does not exist: this server has `{model.name}`"
-        raise ApiError(404, message, param="model", code="model_not_found")
+    check_model(request.model, model)
     outputs = request.n or 1
     if len(prompts) * outputs > MAX_OUTPUTS:
         message = f"{len(prompts)} prompts with n={outputs} are too many outputs: ask for at most {MAX_OUTPUTS}"
@@ -111,24 +134,47 @@ async def _plan(
     tier, told_tier = choose_tier(request.service_tier, tiers)
     wanted = Wanted(
         sampling=request.sampling(model.vocab_size, model.defaults),
-        max_tokens=limit or _UNLIMITED,
+        max_tokens=_UNLIMITED if limit is None else limit,
         stops=request.stop,
         stop_token_ids=request.stop_token_ids,
         ignore_eos=bool(request.ignore_eos),
         min_tokens=request.min_tokens or 0,
-        logprobs=logprobs,
+        logprobs=max((count for count in (logprobs, scored) if count is not None), default=None),
+        score_prompt=score,
         tier=tier,
+        include_stop=bool(request.include_stop_str_in_output),
+        skip_special=request.skip_special_tokens is not False,
     )
-    check(wanted, model.vocab_size)
+    check(wanted, model.vocab_size, least_tokens=0)
+    if (form := request.form()) is not None:
+        field, spec = form
+        try:
+            wanted = dataclasses.replace(wanted, form=await compiled(spec, model))
+        except InvalidInputError as error:
+            raise ApiError(400, str(error), param=field) from None
     encoded = await encode(prompts, model)
     context = backend.engine.context_limit()
     calls: list[Call] = []
     for ids in encoded:
-        one = wanted if limit else _up_to_the_context(wanted, context - len(ids), model.defaults.max_new_tokens)
+        one = (
+            wanted
+            if limit is not None
+            else _up_to_the_context(wanted, context - len(ids), model.defaults.max_new_tokens)
+        )
         for index in range(outputs):
             calls.append(make_call(_seeded(one, index), ids, model, tiers, f"{response_id}-{len(calls)}"))
     prompt_tokens = sum(map(len, encoded))
-    return RequestPlan(response_id, int(time.time()), model.name, tier, told_tier, calls, outputs, prompt_tokens)
+    return RequestPlan(
+        response_id,
+        int(time.time()),
+        model.name,
+        tier,
+        told_tier,
+        calls,
+        outputs,
+        prompt_tokens,
+        prompt_logprobs=scored,
+    )
 
 
 def _up_to_the_context(wanted: Wanted, room: int, usual: int | None) -> Wanted:

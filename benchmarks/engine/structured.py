@@ -1,0 +1,142 @@
+"""What it costs to hold outputs to a form: engine steps with and without one, and the masks themselves.
+
+    python benchmarks/engine/structured.py --model=smollm2-135m
+
+For each batch the same prompts run freely, all held to a JSON schema, and half of them held: seconds per token of a
+stream.  Masks are also made alone, on one thread, along a text that the schema allows.  Prints a table.
+"""
+
+import dataclasses
+import statistics
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from absl import app, flags
+
+from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.engine import Engine, start_engine
+from nitsum_jax.engine.request import OutputForm, Request, SamplingParams, TokenDelta
+from nitsum_jax.engine.step.masks import mask_words
+from nitsum_jax.models.loading import open_model
+from nitsum_jax.runtime.structured import forms
+from nitsum_jax.runtime.structured.compiler import FormCompiler
+
+_MODEL = flags.DEFINE_string("model", "tiny-random", "Model, as for nitsum-serve.")
+_BATCHES = flags.DEFINE_list("batches", ["1", "32"], "Streams at a time.")
+_TOKENS = flags.DEFINE_integer("tokens", 128, "Output tokens of a stream.")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Runs of each case; medians are printed.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Type of weights.")
+
+_LONG = {"type": "array", "minItems": 1000, "items": {"type": "string", "pattern": "^[a-z ,.]{4,40}$"}}
+_PROMPT = (1, 2, 3, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One line: milliseconds per token of a stream (median over streams and rounds)."""
+
+    batch: int
+    free: float
+    held: float
+    free_beside_held: float
+    held_beside_free: float
+
+
+class _Times:
+    """A sink that notes when streams begin and end."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.ended: set[str] = set()
+
+    def __call__(self, deltas: Sequence[TokenDelta]) -> None:
+        with self._changed:
+            for delta in deltas:
+                if delta.token_ids:
+                    self.first.setdefault(delta.request_id, delta.time_s)
+                    self.last[delta.request_id] = delta.time_s
+                if delta.finish_reason is not None:
+                    self.ended.add(delta.request_id)
+            self._changed.notify_all()
+
+    def wait(self, names: Sequence[str]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self.ended.issuperset(names))
+
+
+def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens: int, rounds: int) -> Cost:
+    """The cost at one batch size."""
+
+    def run(held: int, number: int) -> tuple[float, float]:
+        names = [f"{batch}-{held}-{number}-{index}" for index in range(batch)]
+        for index, name in enumerate(names):
+            sampling = SamplingParams(temperature=1.0, seed=index)
+            engine.submit(Request(name, _PROMPT, tokens, sampling, form=form if index < held else None))
+        times.wait(names)
+        each = [1000 * (times.last[name] - times.first[name]) / (tokens - 1) for name in names]
+        return (
+            statistics.median(each[:held]) if held else 0.0,
+            statistics.median(each[held:]) if held < batch else 0.0,
+        )
+
+    found = [(run(0, n)[1], run(batch, n)[0], *run(batch // 2, n)) for n in range(-1, rounds)][1:]
+    free, held, held_beside, free_beside = (statistics.median(column) for column in zip(*found, strict=True))
+    return Cost(batch, free, held, free_beside, held_beside)
+
+
+def mask_us(form: OutputForm, vocab: int, tokens: int) -> float:
+    """Microseconds per token on one thread: following it, and making the mask behind it."""
+    matcher, rng = form.matcher(), np.random.default_rng(0)
+    mask = np.array(form.first_mask)
+    seconds = []
+    for _ in range(tokens):
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        token = int(rng.choice(allowed))
+        start = time.perf_counter()
+        matcher.accept(token)
+        mask = np.zeros(mask_words(vocab), np.int32)
+        matcher.allowed(mask)
+        seconds.append(time.perf_counter() - start)
+    return 1e6 * statistics.mean(seconds)
+
+
+def table(costs: Sequence[Cost]) -> str:
+    """The lines as a table of Markdown."""
+    lines = [
+        "| streams | free | all held | free, half held | held, half free |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {c.batch} | {c.free:.2f} | {c.held:.2f} | "
+            + (f"{c.free_beside_held:.2f} | {c.held_beside_free:.2f} |" if c.batch > 1 else "- | - |")
+            for c in costs
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures and prints."""
+    del argv
+    batches = [int(batch) for batch in _BATCHES.value]
+    model, times = open_model(_MODEL.value), _Times()
+    vocab = model.config.vocab_size
+    form = FormCompiler(model.tokenizer, vocab, model.config.eos_ids).compile(forms.json_schema(_LONG))
+    print(f"a mask: {mask_us(form, vocab, 2000):.0f} us per token, {vocab} tokens in the vocabulary", flush=True)
+    config = EngineConfig(
+        devices=1, layout="tp1", dtype=_DTYPE.value, max_batch=max(batches), prefill_chunk=32, max_model_len=512
+    )
+    engine = start_engine(model, config, times)
+    try:
+        engine.wait_for_layouts()
+        costs = [measure(engine, times, form, batch, _TOKENS.value, _ROUNDS.value) for batch in batches]
+    finally:
+        engine.close()
+    print("milliseconds per token of a stream\n" + table(costs))
+
+
+if __name__ == "__main__":
+    app.run(main)
