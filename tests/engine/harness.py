@@ -13,7 +13,7 @@ from typing import Any
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.executables import compiling
-from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprob
+from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.shared_steps import SharedSteps
@@ -87,11 +87,6 @@ class Recorder:
         """Tokens of the prompt that the prefix cache had, which all deltas of a request agree on."""
         (cached,) = {delta.cached_tokens for delta in list(self._deltas[name])}
         return cached
-
-    def logprobs(self, name: str) -> list[TokenLogprob]:
-        """How likely the tokens of a request were that have come so far."""
-        with self._changed:
-            return [one for delta in self._deltas[name] for one in delta.logprobs]
 
     def finished(self, name: str) -> bool:
         """Whether the last delta of a request has come."""

@@ -9,9 +9,8 @@ from tests.engine.harness import Harness
 from tests.engine.reference import random_prompts
 
 VOCAB, TOKENS = 93, 90
-# A prompt, and the token that follows it again and again.
-TEXTS = [(random_prompts(1, (size, size), VOCAB, size)[0], 7 * size % VOCAB) for size in (40, 50, 64, 90)]
-ALWAYS = 100.0  # the bias with which no other token has a chance; likelihoods do not count it
+# A prompt, and the rest of the text.
+TEXTS = [random_prompts(1, (size + TOKENS, size + TOKENS), VOCAB, size)[0] for size in (40, 50, 64, 90)]
 
 
 def likelihoods(
@@ -26,13 +25,13 @@ def likelihoods(
       corrupt_at: after so many tokens of the first text, one of its blocks gets what another holds.
     """
     with harness.paused():
-        names = [harness.submit(prompt, TOKENS, logit_bias=((token, ALWAYS),), logprobs=0) for prompt, token in TEXTS]
+        names = [harness.submit(text[:-TOKENS], TOKENS, forced_ids=tuple(text[-TOKENS:]), logprobs=0) for text in TEXTS]
         futures = [harness.switch_when(names[0], every * number, layout) for number, layout in enumerate(walk, 1)]
         if corrupt_at is not None:
             harness.recorder.when(names[0], corrupt_at, lambda: corrupt(harness, names[0]))
     answers = harness.collect(names)
     assert [future.result(60).to_layout for future in futures] == list(walk)
-    assert [answer.tokens for answer in answers] == [(token,) * TOKENS for _, token in TEXTS]
+    assert [list(answer.tokens) for answer in answers] == [list(text[-TOKENS:]) for text in TEXTS]
     return np.array([[one.logprob for one in harness.recorder.logprobs(name)] for name in names])
 
 

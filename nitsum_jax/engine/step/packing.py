@@ -238,7 +238,7 @@ class Packer:
             lines[:, _Column.ROW] = dummy_row
         self._used = 0
         self.masks: np.ndarray | None = None
-        """i32[B, W] if a row has a mask."""
+        """i32[rows, W] if a row has a mask."""
 
     def add(
         self,
@@ -264,13 +264,13 @@ class Packer:
           steering: i32[STEERING], for prefill steps; None for a sequence that has none.
           mask: i32[W], which tokens may follow; None: all.
         """
+        beside = self._used >= self._shape.batch
+        shape, lines = self._parts[beside]
+        line = lines[self._used - self._shape.batch if beside else self._used]
         if mask is not None:
             if self.masks is None:
                 self.masks = np.zeros((self._shape.rows, mask.size), np.int32)
             self.masks[self._used] = mask
-        beside = self._used >= self._shape.batch
-        shape, lines = self._parts[beside]
-        line = lines[self._used - self._shape.batch if beside else self._used]
         self._used += 1
         line[:_COLUMNS] = columns
         line[_Column.ROW] = row

@@ -116,7 +116,7 @@ class Program:
         return Ranks(tp, TP_AXIS, self.fast_sums, self.forms.gather_limit_bytes)
 
     def no_masks(self, shape: StepShape) -> np.ndarray:
-        """What a step takes of which no row has a mask, i32[B, W]; see `masks`."""
+        """What a step takes of which no row has a mask, i32[rows, W]; see `masks`."""
         return no_masks(shape.rows, self.config.vocab_size)
 
     def decoder(self, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
