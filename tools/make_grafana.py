@@ -1,4 +1,4 @@
-"""Writes docs/grafana/nitsum.json, the Grafana dashboard: `python tools/make_grafana.py`."""
+"""Writes docs/server/grafana/nitsum.json, the Grafana dashboard: `python tools/make_grafana.py`."""
 
 import json
 import pathlib
@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PATH = ROOT / "docs" / "grafana" / "nitsum.json"
+PATH = ROOT / "docs" / "server" / "grafana" / "nitsum.json"
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _HERE = 'model_name=~"$model"'
 _TIER = f'{_HERE},tier=~"$tier"'

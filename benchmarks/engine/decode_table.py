@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 
-from nitsum_jax.bench.compile.operations import Operations
+from nitsum_jax.bench.compile.operations import OperationCounts
 
 ENGINE, BARE, TRANSFORMERS, LLAMA_CPP = "engine", "bare executable", "transformers", "llama.cpp"
 RATIOS = (BARE, TRANSFORMERS, LLAMA_CPP)
@@ -116,7 +116,7 @@ def table(found: Sequence[Row]) -> str:
     return align(lines)
 
 
-def explained(found: Operations, layers: int, step_ms: float) -> str:
+def explained(found: OperationCounts, layers: int, step_ms: float) -> str:
     """One line on what a decode step consists of; everything outside the layers is shared out among them.
 
     Args:

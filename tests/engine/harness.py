@@ -13,7 +13,7 @@ from typing import Any
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.executables import compiling
-from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta
+from nitsum_jax.engine.request import FinishReason, Request, SamplingParams, TokenDelta, TokenLogprob
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.shared_steps import SharedSteps
@@ -82,6 +82,11 @@ class Recorder:
     def count(self, name: str) -> int:
         """Tokens that have come for a request."""
         return sum(len(delta.token_ids) for delta in list(self._deltas[name]))
+
+    def logprobs(self, name: str) -> list[TokenLogprob]:
+        """Of every token of a request that asked for them, as far as they have come."""
+        with self._changed:
+            return [one for delta in self._deltas[name] for one in delta.logprobs]
 
     def cached_tokens(self, name: str) -> int:
         """Tokens of the prompt that the prefix cache had, which all deltas of a request agree on."""

@@ -19,8 +19,8 @@ _NOTHING = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Operations:
-    """Operations of a program; branches of conditionals are not looked into.
+class OperationCounts:
+    """OperationCounts of a program; branches of conditionals are not looked into.
 
     Attributes:
       straight: by kind, those that run once.
@@ -41,13 +41,13 @@ class Operations:
         return self.straight.get("fusion", 0) + self.looped.get("fusion", 0)
 
 
-def operations(text: str) -> Operations:
+def operations(text: str) -> OperationCounts:
     """Counts what stands in optimised HLO, as `jax.stages.Compiled.as_text` gives it."""
     module = parse(text)
     straight: collections.Counter[str] = collections.Counter()
     looped: collections.Counter[str] = collections.Counter()
     _count(module, module.computations[module.entry], straight, looped)
-    return Operations(dict(straight), dict(looped))
+    return OperationCounts(dict(straight), dict(looped))
 
 
 def _count(

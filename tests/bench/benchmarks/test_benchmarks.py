@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.engine import compiling, decode, decode_table, matmul_forms, reference_worker, startup
 from benchmarks.engine.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
-from nitsum_jax.bench.compile.operations import Operations
+from nitsum_jax.bench.compile.operations import OperationCounts
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.runtime.startup import compile_cache
 from tests.engine.quick import quick_compiles  # noqa: F401
@@ -45,7 +45,7 @@ def test_rows_and_table() -> None:
 
 
 def test_a_step_is_explained_by_layer() -> None:
-    line = decode_table.explained(Operations({"fusion": 30, "while": 2}, {"fusion": 8}), layers=2, step_ms=4.0)
+    line = decode_table.explained(OperationCounts({"fusion": 30, "while": 2}, {"fusion": 8}), layers=2, step_ms=4.0)
     assert line.startswith("40 operations a step (38 fusions; 8 in loops")
     assert "20.0 operations and 2.000 ms a layer, 100.0 us an operation" in line
 

@@ -15,9 +15,9 @@ from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.models.loading import OpenModel
 from tests.control.profiles import roofline_profile
 from tests.engine.harness import Answer, Harness, eventually, tiny_model
-from tests.engine.likelihood import likelihoods
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
+from tests.engine.switching.likelihood import likelihoods
 from tests.runtime.fake_cell import FakeCell
 
 # The bits of mixed steps, as users compile them, are asked in tests/engine/step/test_mixed.py.

@@ -5,14 +5,14 @@ import dataclasses
 import jax
 import pytest
 
-from nitsum_jax.bench.compile.operations import Operations, operations
+from nitsum_jax.bench.compile.operations import OperationCounts, operations
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import compile_step
 from nitsum_jax.models.cuts import ModelCut
 from tests.engine.rig import StepRig
 
 
-def operations_of_decoding(layers: int) -> Operations:
+def operations_of_decoding(layers: int) -> OperationCounts:
     """Of a decode step of one row, one virtual shard and so many layers; machine code is left plain."""
     rig = StepRig("llama_gqa_tied", "bfloat16", vshards=1, batch=1, max_model_len=128)
     config = dataclasses.replace(rig.program.config, num_layers=layers)

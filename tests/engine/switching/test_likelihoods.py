@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.engine.harness import Harness, tiny_model
-from tests.engine.likelihood import likelihoods
+from tests.engine.switching.likelihood import likelihoods
 
 # All degrees of parallelism and back; each pair of devices gives and takes blocks.
 WALK = ("tp2x2", "tp4", "tp2+tp1x2", "tp1x4")

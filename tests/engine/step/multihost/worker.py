@@ -18,7 +18,7 @@ from nitsum_jax.engine.step.program import StepState, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
-from tests.engine.step.multihost_case import BATCH, TP, VSHARDS, program
+from tests.engine.step.multihost.case import BATCH, TP, VSHARDS, program
 
 
 def main(coordinator: str, number: int, folder: Path) -> None:
@@ -37,8 +37,10 @@ def main(coordinator: str, number: int, folder: Path) -> None:
 
     leaves = tuple(spread(given[f"leaf{index}"], parameter.spec) for index, parameter in enumerate(made.parameters(TP)))
     state = StepState(spread(given["pool"], PartitionSpec(TP_AXIS)), spread(given["history"], PartitionSpec()))
-    step = compile_step(made, StepShape(BATCH, 1), mesh, with_logits=True)
-    _, results = step(leaves, state, spread(given["packed"], PartitionSpec()))
+    shape = StepShape(BATCH, 1)
+    step = compile_step(made, shape, mesh, with_logits=True)
+    everywhere = PartitionSpec()
+    _, results = step(leaves, state, spread(given["packed"], everywhere), spread(made.no_masks(shape), everywhere))
     assert results.logits is not None
     np.savez(folder / f"result{number}.npz", logits=np.asarray(results.logits), tokens=np.asarray(results.tokens))
     jax.distributed.shutdown()

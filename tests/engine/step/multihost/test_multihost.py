@@ -16,8 +16,8 @@ from nitsum_jax.engine.step.packing import Packer, StepShape, sampling_columns
 from nitsum_jax.engine.step.program import StepState
 from nitsum_jax.meshes.mesh import TP_AXIS
 from tests.engine.rig import PAGE_SIZE, StepRig
-from tests.engine.step import multihost_worker
-from tests.engine.step.multihost_case import BATCH, DTYPE, MAX_LEN, TP, VARIANT, VSHARDS, program
+from tests.engine.step.multihost import worker
+from tests.engine.step.multihost.case import BATCH, DTYPE, MAX_LEN, TP, VARIANT, VSHARDS, program
 
 TIMEOUT_S = 200
 
@@ -51,25 +51,27 @@ def test_two_processes_compute_a_decode_step_to_the_bits_of_one(tmp_path: Path) 
     mesh = rig.mesh(TP)
     pool = jax.device_put(jnp.asarray(given["pool"]), NamedSharding(mesh, PartitionSpec(TP_AXIS)))
     history = jax.device_put(jnp.asarray(given["history"]), NamedSharding(mesh, PartitionSpec()))
-    _, one = rig.compiled(StepShape(BATCH, 1), TP)(rig.leaves(TP), StepState(pool, history), given["packed"])
+    shape = StepShape(BATCH, 1)
+    masks = rig.program.no_masks(shape)
+    _, one = rig.compiled(shape, TP)(rig.leaves(TP), StepState(pool, history), given["packed"], masks)
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
-    root = Path(multihost_worker.__file__).resolve().parents[3]
+    root = Path(worker.__file__).resolve().parents[4]
     environment = os.environ | {"PYTHONPATH": str(root)}
     environment.pop("JAX_NUM_CPU_DEVICES", None)
-    command = [sys.executable, "-m", "tests.engine.step.multihost_worker", coordinator]
+    command = [sys.executable, "-m", "tests.engine.step.multihost.worker", coordinator]
     workers = [
         subprocess.Popen([*command, str(number), str(tmp_path)], env=environment, cwd=root, stderr=subprocess.PIPE)
         for number in range(2)
     ]
     try:
-        errors = [worker.communicate(timeout=TIMEOUT_S)[1].decode() for worker in workers]
+        errors = [process.communicate(timeout=TIMEOUT_S)[1].decode() for process in workers]
     finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)[-3000:]
+        for process in workers:
+            process.kill()
+    assert [process.returncode for process in workers] == [0, 0], "\n".join(errors)[-3000:]
     assert one.logits is not None
     logits, tokens = np.asarray(one.logits), np.asarray(one.tokens)
     assert np.isfinite(logits[:, : rig.cut.config.vocab_size]).all()  # what is behind is padding
