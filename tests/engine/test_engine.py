@@ -238,7 +238,7 @@ def request(**fields: Any) -> Request:
         (request(prompt_ids=(1, 93)), InvalidInputError, "token id 93: ids go from 0 to 92"),
         (request(prompt_ids=(-1,)), InvalidInputError, "token id -1"),
         (request(stop_token_ids=(500,)), InvalidInputError, "stop_token_ids has the token id 500"),
-        (request(prompt_ids=(1,) * 256), ContextLengthError, "maximum context length is 256 tokens"),
+        (request(prompt_ids=(1,) * 256), InvalidInputError, "maximum context length is 256 tokens"),
         (request(tier="golden"), InvalidInputError, "give one of interactive, standard, batch"),
         (request(sampling=SamplingParams(temperature=-1)), InvalidInputError, "temperature=-1"),
         (request(sampling=SamplingParams(temperature=float("nan"))), InvalidInputError, "temperature=nan"),
