@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
 
 APP = "nitsum"
 _MISSING = "Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'"
-_JOIN_S = 20.0
+_REACH_S = 10.0
 _POLL_S = 0.25
 _LOG = logging.getLogger(__name__)
 
@@ -57,12 +58,24 @@ def connect(options: ClusterOptions) -> None:
         )
         return
     try:
+        _reach(options.address)
         ray.init(address=options.address, **common)
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PreconditionError(
             f"there is no Ray cluster at --address={options.address} ({one_line(str(error), 160)}): start one with "
             "ray start --head, or leave the flag out"
         ) from None
+
+
+def _reach(address: str) -> None:
+    """Ray waits for minutes where nobody listens.
+
+    Raises:
+      OSError: nobody does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():  # what else an address can be, such as auto, Ray knows
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
 
 
 def resource_of(options: ClusterOptions, total: Mapping[str, float]) -> str | None:

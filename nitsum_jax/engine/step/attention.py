@@ -157,7 +157,7 @@ def paged_attention(
         rows = pages * jnp.int32(shape.layers * 2) + layer * jnp.int32(2) + jnp.int32(which)
         stored = flat.at[rows].get(mode="promise_in_bounds")
         x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
-        if length == 1:
+        if joins:
             new = (k, v)[which].transpose(0, 2, 1, 3, 4)
             x = jnp.where((positions(index)[None] == context[:, None])[:, None, :, None, None], new, x)
         return merged(x.transpose(0, 1, 3, 2, 4))
@@ -165,26 +165,37 @@ def paged_attention(
     def positions(index: jax.Array) -> jax.Array:
         return index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
 
+    # A single new token is laid among the old ones, at its place in its chunk, where that is cheap: no products of its
+    # own.  An accelerator would write the whole chunk once more.
+    joins = length == 1 and not shape.form.by_rows
     rows = per_group * length
     scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(width**-0.5)
     queries = merged(scaled.transpose(0, 2, 3, 4, 1, 5).reshape(batch, slots, groups, rows, width))
-    if length > 1:
-        # The new tokens among themselves: the running maximum starts finite, because every token sees itself.
-        scores = jnp.einsum("nra,nua->nru", queries, merged(k.transpose(0, 2, 3, 1, 4)))
-        seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
-        scores = jnp.where(seen, scores, -jnp.inf)
-        top = largest(scores)
-        weights = exp_nonpositive(scores - top[..., None])
-        total = sum_of_weights(weights)
-        out = jnp.einsum("nru,nua->nra", weights, merged(v.transpose(0, 2, 3, 1, 4)))
-        reach = context
-    else:
-        # A single new token is laid among the old ones, at its place in its chunk: no products of its own.  Every row
-        # sees a token in the first chunk, so that the running maximum is finite from then on.
+    if joins:
+        # Every row sees a token in the first chunk, so that the running maximum is finite from then on.
         top = jnp.full((whole * copies, rows), -jnp.inf)
         total = jnp.zeros((whole * copies, rows), jnp.float32)
         out = jnp.zeros_like(queries)
         reach = context + jnp.int32(1)
+    else:
+        # The new tokens among themselves: the running maximum starts finite, because every token sees itself.  A
+        # product of single rows would be a sum to XLA, in an order that depends on how many there are: it gets a second
+        # row.
+        new_values = merged(v.transpose(0, 2, 3, 1, 4))
+        least = queries if rows > 1 else jnp.pad(queries, ((0, 0), (0, 1), (0, 0)))
+        scores = jnp.einsum("nra,nua->nru", least, merged(k.transpose(0, 2, 3, 1, 4)))[:, :rows]
+        if length > 1:
+            seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
+            scores = jnp.where(seen, scores, -jnp.inf)
+            top = largest(scores)
+            weights = exp_nonpositive(scores - top[..., None])
+            total = sum_of_weights(weights)
+            out = jnp.einsum("nru,nua->nra", weights, new_values)
+        else:  # a token that sees itself alone has weight 1
+            top = scores[..., 0]
+            total = jnp.where(jnp.isnan(top), top, jnp.float32(1))
+            out = jnp.broadcast_to(new_values, queries.shape)
+        reach = context
 
     chunk = shape.chunk_pages
     tokens = chunk * shape.page_size
