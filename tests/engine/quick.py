@@ -49,7 +49,8 @@ def quick_compiles() -> Iterator[None]:
 
     For modules that ask what an engine does with requests, layouts and files, and whether the right blocks are at hand
     after a switch.  That steps of all degrees make the same of them as users compile them is asked in
-    tests/engine/step/test_program.py and tests/engine/switching/test_switching.py, which do without.
+    tests/engine/step/test_program.py and tests/engine/switching/test_switching.py, which do without; so do modules
+    that run many or large steps, for these run several times slower.
     """
     with compiling_quickly():
         yield

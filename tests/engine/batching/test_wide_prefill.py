@@ -8,11 +8,8 @@ import pytest
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.harness import Harness, eventually
-from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.models.golden import tiny_models
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 VOCAB = 93
 LONG = [prompt for size in (4096, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]

@@ -9,10 +9,7 @@ import pytest
 from nitsum_jax.engine import loop
 from nitsum_jax.engine.request import FinishReason
 from tests.engine.harness import Harness, tiny_model
-from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.engine.reference import random_prompts
-
-pytestmark = pytest.mark.usefixtures("quick_compiles")  # the steps are not timed
 
 LIVE, ROUNDS = 256, 6
 WALK = ("tp2x2", "tp4", "tp1x4")
