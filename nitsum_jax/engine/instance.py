@@ -270,6 +270,12 @@ class Instance:
             return []
         return [sequence for sequence in self.rows.values() if sequence.may_decode]
 
+    def owes_decode(self) -> bool:
+        """Whether a decode step is due: somebody can take part in it now, or as soon as a mask is made."""
+        if self.spec.role == Role.PREFILL:
+            return False
+        return any(s.may_decode or (s.goes_on and s.awaits_mask) for s in self.rows.values())
+
     def departing(self) -> list[LiveRequest]:
         """Sequences of a prefill instance that decode elsewhere: their prompts are done, or about to be."""
         if self.spec.role != Role.PREFILL:
@@ -293,7 +299,7 @@ class Instance:
         shape, beside = next(shape for shape in buckets if shape.tokens >= count), list[LiveRequest]()
         mixed = [shape for shape in executables if shape.is_mixed and shape.tokens >= count]
         if mixed and choice.fused and (choice.tokens is None or count == min(left, choice.tokens)):
-            beside = self._growing(make_room)
+            beside = self._growing(self.decodable(), make_room)
             if sequence.row < 0:
                 return True  # it had to go for one of them
             shape = min((one for one in mixed if beside and one.beside >= len(beside)), default=shape)
@@ -316,7 +322,7 @@ class Instance:
         ready = self.decodable()
         if ready and all(sequence.masked for sequence in ready) and self._awaits_more():
             return False
-        chosen = self._growing(make_room)
+        chosen = self._growing(ready, make_room)
         if not chosen:
             return False
         executables = self._executables()
@@ -326,10 +332,10 @@ class Instance:
         self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
         return True
 
-    def _growing(self, make_room: MakeRoom) -> list[LiveRequest]:
-        """Those that decode, with room for another token."""
+    def _growing(self, ready: list[LiveRequest], make_room: MakeRoom) -> list[LiveRequest]:
+        """Those of them that have room for another token."""
         chosen: list[LiveRequest] = []
-        for sequence in self.decodable():
+        for sequence in ready:
             # Making room may send others back, even some that were chosen.
             if sequence.row >= 0 and make_room(self, sequence, sequence.cached + 1):
                 chosen.append(sequence)
@@ -346,7 +352,7 @@ class Instance:
 
     def _awaits_more(self) -> bool:
         """Whether sequences with masks are about to be ready: they cost less in one step than in two in turns."""
-        return any(s.awaits_mask and not s.prefilling and s.finish is None for s in self.rows.values())
+        return any(s.goes_on and s.awaits_mask for s in self.rows.values())
 
     def _packer(self, shape: StepShape) -> Packer:
         return Packer(shape, self._program.cut.num_vshards, self._program.pages, self._program.max_batch)

@@ -122,11 +122,14 @@ class LiveRequest:
         return self.cached < self.target
 
     @property
+    def goes_on(self) -> bool:
+        """Whether another decode step follows the dispatched ones, unless one of these ends it."""
+        return self.finish is None and not self.prefilling and self.length < self.limit
+
+    @property
     def may_decode(self) -> bool:
         """Whether another decode step may be dispatched."""
-        if self.finish is not None or self.cached < self.target or len(self.tokens) + self.pending >= self.limit:
-            return False
-        if self.awaits_mask:
+        if not self.goes_on or self.awaits_mask:
             return False
         return not self.ready_s or self.ready_s <= time.monotonic()
 
@@ -138,7 +141,7 @@ class LiveRequest:
     @property
     def awaits_mask(self) -> bool:
         """Whether its next step cannot be dispatched before the token of the last one is known, with what follows."""
-        return self.allowed is not None and self.allowed.binds and (self.pending > 0 or self.allowed.waits)
+        return self.allowed is not None and self.allowed.binds and (self.pending > 0 or self.allowed.mask is None)
 
     def start_over(self, *, again: bool) -> None:
         """Its blocks are gone: it is computed anew from the first token.

@@ -4,6 +4,7 @@ Steps compute nothing and take what a cost model says, so that a policy can be w
 """
 
 import collections
+import functools
 import heapq
 import itertools
 import threading
@@ -15,18 +16,19 @@ import numpy as np
 
 from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.engine.batching.admission import Admission, Counters
-from nitsum_jax.engine.batching.allowed import MaskMaker
+from nitsum_jax.engine.batching.allowed import AllowedTokens, MaskMaker
 from nitsum_jax.engine.batching.pacing import Pace, Pacer
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.kv.kv_pool import BlockAllocator
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.policy import Policy, leave_instance
-from nitsum_jax.engine.request import FinishReason, Request
+from nitsum_jax.engine.request import FinishReason, OutputForm, Request
 from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.meshes.layout import InstanceSpec, parse_layout
 
 PAGE = 16
+MASK_S = 0.0005
 SHAPES = (*(StepShape(size, 1) for size in (1, 8, 64)), *(StepShape(1, size) for size in (32, 512)))
 MIXED = tuple(StepShape(1, size, beside) for size in (32, 512) for beside in (32, 64))
 
@@ -108,10 +110,10 @@ class FakeCell:
         self.policy.relaid(self.instances, 0.0)
         self.ends: dict[str, float] = {}
 
-    def add(self, at_s: float, prompt: int, output: int, tier: str) -> None:
-        """A request comes at a time."""
+    def add(self, at_s: float, prompt: int, output: int, tier: str, form: OutputForm | None = None) -> None:
+        """A request comes at a time; the masks of one with a form take a while to be made."""
         name = str(len(self._events))
-        self._at(at_s, lambda: self._arrive(Request(name, (1,) * prompt, output, tier=tier)))
+        self._at(at_s, lambda: self._arrive(Request(name, (1,) * prompt, output, tier=tier, form=form)))
 
     def run(self) -> None:
         """Until nothing happens any more."""
@@ -124,6 +126,7 @@ class FakeCell:
         page_table = np.zeros((8, 4096 // PAGE), np.int32)
         limit = len(request.prompt_ids) + request.max_tokens
         sequence = LiveRequest(request, 0, list(request.prompt_ids), page_table, limit, arrival_s=self.now_s)
+        sequence.allowed = None if request.form is None else AllowedTokens(request, 32, sequence)
         self.alive.add(request.id)
         self.policy.push(sequence)
 
@@ -162,6 +165,8 @@ class FakeCell:
             if sequence.finish is not None:
                 continue
             ended = sequence.accept(7)
+            if ended is None and sequence.allowed is not None and sequence.allowed.said(7) is not None:
+                self._at(self.now_s + MASK_S, functools.partial(sequence.allowed.made, np.zeros(1, np.int32)))
             if not sequence.delivered:
                 self.policy.first_token(sequence, self.now_s)
             sequence.take_undelivered()

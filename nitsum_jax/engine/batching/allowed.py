@@ -55,11 +55,6 @@ class AllowedTokens:
         return self.matcher is not None or self._said < len(self._forced)
 
     @property
-    def waits(self) -> bool:
-        """Whether its next mask is still being made."""
-        return self.binds and self.mask is None
-
-    @property
     def given(self) -> bool:
         """Whether the next token is one that the request gave: it ends nothing."""
         return self._said < len(self._forced)

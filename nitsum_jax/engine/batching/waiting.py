@@ -67,7 +67,7 @@ class FifoPolicy(Policy):
                 queue.remove(sequence)
 
     def prefill(self, instance: Instance) -> PrefillChoice | None:
-        if not instance.prefills or (instance in self._prefilled and instance.decodable()):
+        if not instance.prefills or (instance in self._prefilled and instance.owes_decode()):
             return None
         return PrefillChoice(instance.prefills[0], fused=True)
 

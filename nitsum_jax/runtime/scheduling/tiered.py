@@ -255,7 +255,7 @@ class TieredScheduling(Policy):
         if worker is None:
             return PrefillChoice(instance.prefills[0])
         if worker.owed:
-            if instance.decodable():
+            if instance.owes_decode():
                 return None
             worker.owed = False
         while worker.round and worker.round[0][0].sequence not in instance.prefills:
@@ -274,7 +274,7 @@ class TieredScheduling(Policy):
         worker.begun = False
         chunks = self.scheduler.compose(worker, max(self.now_s(), worker.busy_until_s)) if worker.prefills else []
         worker.round.extend(chunks)
-        if not chunks and not instance.decodable():  # whoever decodes is about to end; somebody must go on
+        if not chunks and not instance.owes_decode():  # whoever decodes is about to end; somebody must go on
             worker.round.append((_job(instance.prefills[0]), 256))
 
     def launched(self, instance: Instance, step: Step, now_s: float) -> None:
