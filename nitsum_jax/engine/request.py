@@ -188,6 +188,11 @@ def check_request(request: Request, limits: RequestLimits) -> None:
             f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt "
             f"has {len(request.prompt_ids)} tokens: shorten it"
         )
+    if len(request.prompt_ids) + len(request.generated) >= limit:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens, prompt and output together, and the prompt and "
+            f"{len(request.generated)} tokens that were generated leave none: it has come to its end"
+        )
     tokens = min(len(request.prompt_ids) + request.max_tokens, limit)
     if tokens > pool:
         raise PreconditionError(

@@ -8,7 +8,7 @@ import pytest
 
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.engine.step.masks import only
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.errors import ContextLengthError, InvalidInputError
 from tests.engine.harness import Harness, tiny_model
 from tests.engine.quick import quick_compiles  # noqa: F401
 
@@ -87,3 +87,13 @@ class _Counting:
 def test_a_form_goes_on_where_it_was(harness: Harness) -> None:
     (rest,) = harness.run([PROMPT], 20, generated=tuple(range(10, 17)), form=_Counting())
     assert rest.tokens == tuple(range(17, 30))
+
+
+def test_nothing_goes_on_that_is_longer_than_the_engine_takes(harness: Harness) -> None:
+    longest = harness.engine.context_limit()
+    most = tuple(3 for _ in range(longest - len(PROMPT)))
+    for generated in (most, (*most, *PROMPT)):  # where it began, more may be allowed
+        with pytest.raises(ContextLengthError, match=f"{len(generated)} tokens that were generated"):
+            harness.submit(PROMPT, 10 * longest, generated=generated)
+    (rest,) = harness.run([PROMPT], 10 * longest, generated=most[1:])
+    assert (len(rest.tokens), rest.finish) == (1, FinishReason.LENGTH)
