@@ -2,8 +2,8 @@
 
 A block is `page_size` tokens of one virtual shard's KV heads with all layers: the pool of a device is
 `[blocks, L, 2, W, G/K, A]`.  Keys and values of the tokens of the present step are not in the pool yet: they are
-attended to directly and written in one go at the end of the step, so that within a step the pool is only read, then
-written in place.
+attended to directly, or laid among what was read from it, and written in one go at the end of the step, so that within
+a step the pool is only read, then written in place.
 
 Old tokens are taken in chunks of a fixed number of pages with a running maximum and sum (online softmax, arXiv
 1805.02867).  A chunk that lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a

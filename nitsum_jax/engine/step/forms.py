@@ -33,7 +33,8 @@ class PoolForm:
       as_integers: bfloat16 is stored as uint16.  XLA:CPU widens whole bfloat16 operands of a scatter to float32, which
         would copy the pool; integers it leaves alone.  On a TPU taking integers apart is most of the attention's work.
       by_rows: a read takes pages of `[W, G/K A]`, and a write single rows of `[G/K A]`.  XLA:TPU copies the whole pool
-        to read or write it in other views.  XLA:CPU copies it for these; it reads pages of `[W G/K A]`.
+        to read or write it in other views.  XLA:CPU copies it for these; it reads pages of `[W G/K A]`, and lays a
+        single new token among what it has read.
       chunk_tokens: old tokens that attention takes at a time.
     """
 
