@@ -155,6 +155,8 @@ class Loop:
                     sequence.allowed.go_on(request.generated)
                 except ValueError as error:
                     raise PreconditionError(f"the output cannot go on from its tokens: {error}") from None
+        # Whoever made its tokens was lost before it could say that nothing follows.
+        complete = sequence.awaits_mask
         with self.lock:
             if self._phase is _Phase.ENDED:
                 raise UnavailableError("the server is stopping and takes no new requests: try another one")
@@ -166,6 +168,8 @@ class Loop:
             deadline = request.deadline_s
             # The sequence, not its id: that may live again by then.
             self.post(lambda: heapq.heappush(self._deadlines, _Deadline(deadline, id(sequence), sequence)))
+        if complete:
+            self.post(lambda: self._end(request.id, FinishReason.STOP))
         self.wake()
 
     def cancel(self, request_id: str) -> None:

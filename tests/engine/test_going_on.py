@@ -97,3 +97,8 @@ def test_nothing_goes_on_that_is_longer_than_the_engine_takes(harness: Harness) 
             harness.submit(PROMPT, 10 * longest, generated=generated)
     (rest,) = harness.run([PROMPT], 10 * longest, generated=most[1:])
     assert (len(rest.tokens), rest.finish) == (1, FinishReason.LENGTH)
+
+
+def test_a_form_that_is_complete_ends_at_once(harness: Harness) -> None:
+    (rest,) = harness.run([PROMPT], 40, generated=tuple(range(10, 40)), form=_Counting())
+    assert (rest.tokens, rest.finish, rest.error) == ((), FinishReason.STOP, None)

@@ -73,17 +73,17 @@ class AllowedTokens:
     def go_on(self, tokens: Sequence[int]) -> None:
         """Another engine has made these tokens of the output; before anybody else knows the sequence.
 
+        There is no mask afterwards where nothing may follow.
+
         Raises:
-          ValueError: the form does not allow them, or nothing may follow.
+          ValueError: the form does not allow them.
         """
         followed = False
         for token in tokens:
             if self.said(token) is not None and self.matcher is not None:
                 self.matcher.accept(token)
                 followed = True
-        if followed and self.matcher is not None:
-            if self.matcher.ended:
-                raise ValueError("nothing may follow")
+        if followed and self.matcher is not None and not self.matcher.ended:
             mask = np.zeros(mask_words(self._vocab), np.int32)
             self.matcher.allowed(mask)
             self.made(mask)
