@@ -62,15 +62,14 @@ class Detokenizer:
 
         Args:
           skip_special: whether special tokens say nothing, or are spelled.
-          shown: special tokens that are spelled all the same.
+          shown: special tokens that are spelled all the same, where every token stands for known bytes.
           starts_text: whether the ids begin a text; else they continue one.
         """
         if self._pieces is None:
             return _WindowDecoder(self._inner, skip_special, None if starts_text else self._anchor)
         silent = self.special_ids if skip_special else frozenset()
-        if shown:
-            silent = frozenset(token for token in silent if self._inner.id_to_token(token) not in shown)
-        return _ByteDecoder(self._pieces, silent, starts_text)
+        spelled = {self._inner.token_to_id(token) for token in shown}
+        return _ByteDecoder(self._pieces, silent - spelled, starts_text)
 
     def token_bytes(self, token_id: int, skip_special: bool) -> bytes:
         """What one token says in the midst of a text.

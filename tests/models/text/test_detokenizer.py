@@ -107,3 +107,12 @@ def test_special_tokens_have_a_name_and_say_nothing() -> None:
     assert ours.token_bytes(2) == b"</s>"
     assert ours.token_bytes(2, skip_special=True) == b""
     assert ours.decode([2]) == ""
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "tekken", "llama_2"])
+def test_some_special_tokens_are_spelled_where_the_others_are_not(kind: str) -> None:
+    ours, inner = tokenizer_of(kind), inner_of(kind)
+    first, *others = sorted(ours.special_ids)
+    name = inner.id_to_token(first) or ""
+    stream = ours.stream(shown=frozenset({name, "[NONE]"}))
+    assert stream.push([first, *others, first]) == 2 * name
