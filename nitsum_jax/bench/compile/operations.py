@@ -20,7 +20,7 @@ _NOTHING = {
 
 @dataclasses.dataclass(frozen=True)
 class OperationCounts:
-    """OperationCounts of a program; branches of conditionals are not looked into.
+    """Operations of a program; branches of conditionals are not looked into.
 
     Attributes:
       straight: by kind, those that run once.

@@ -57,7 +57,9 @@ def rows_keep_their_bits(device: jax.Device, dtype: str) -> Found:
     first, second = model.logits(tokens, 200), model.logits(others, 200)
     same = bool(np.array_equal(first[3].view(np.uint32), second[3].view(np.uint32)))
     moved = not np.array_equal(first[0], second[0])
-    return same and moved, "the same bits in another company" if same else "another company changes its bits"
+    if not moved:
+        return False, "other tokens have the same logits"
+    return same, "the same bits in another company" if same else "another company changes its bits"
 
 
 def every_tp_gives_the_same_bits(devices: Sequence[jax.Device], dtype: str) -> Found:
