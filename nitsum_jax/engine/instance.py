@@ -133,7 +133,7 @@ class Instance:
         if sequence.landing:
             return 0
         flying = [*self.outstanding, *(step for step in self._before if not step.settled)]
-        return max(0, sequence.cached - sum(step.shape.tokens for step in flying if sequence in step.sequences))
+        return max(0, sequence.cached - sum(step.tokens_of(sequence) for step in flying))
 
     def touched(self, device: int) -> list[np.ndarray]:
         """Block ids on one of its devices that steps in flight may read or write, freed ones included."""

@@ -135,7 +135,7 @@ class Loop:
 
         Raises:
           OverloadedError: the queue is full.
-          PreconditionError: a request of this id is alive.
+          PreconditionError: a request of this id is alive, or its form does not allow what was generated.
           UnavailableError: the loop has ended.
         """
         seed = request.sampling.seed

@@ -72,6 +72,7 @@ class FakeInstance(Instance):
     def _start(self, step: Step, executable: Any, packer: Any) -> None:
         self.outstanding.append(step)
         self.steps += 1
+        step.number = self.steps
 
 
 class FakeCell:

@@ -71,6 +71,12 @@ class Step:
         """How many sequences continue from their own last token."""
         return len(self.sequences) - (self.chunk is not None)
 
+    def tokens_of(self, sequence: LiveRequest) -> int:
+        """How many tokens of a sequence it computes."""
+        if self.chunk is not None and sequence is self.sequences[0]:
+            return self.chunk.tokens
+        return int(sequence in self.sequences)
+
     @property
     def with_logprobs(self) -> bool:
         """Whether somebody asked for log probabilities of a token of this step."""

@@ -10,7 +10,9 @@ from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.engine.batching.step_log import StepTiming
 from nitsum_jax.engine.batching.waiting import FifoPolicy
 from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.engine.step.dispatched import Step
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.models.loading import OpenModel
 from tests.control.profiles import roofline_profile
@@ -142,6 +144,27 @@ def test_when_blocks_run_out_whoever_goes_is_in_no_step() -> None:
     assert cell.counters.sent_back > 3
     (instance,) = cell.instances
     assert instance.free_pages() == instance.total_pages()
+
+
+def test_of_a_sequence_beside_a_chunk_all_but_its_own_new_tokens_are_settled() -> None:
+    """What is settled is copied before a switch, while steps go on."""
+    cell = FakeCell(lambda clock: FifoPolicy(100), CostModel(roofline_profile(mixed_steps=True)), "tp8", 4000)
+    flying: list[int] = []
+    policy: Any = cell.policy
+    launched = policy.launched
+
+    def note(instance: Instance, step: Step, now_s: float) -> None:
+        if step.chunk is not None:
+            beside = (sequence for sequence in step.sequences[1:] if not sequence.landing)
+            flying.extend(sequence.cached - instance.settled_tokens(sequence) for sequence in beside)
+        launched(instance, step, now_s)
+
+    policy.launched = note
+    cell.add(0.0, 900, 60, "tight")
+    cell.add(0.01, 2000, 5, "tight")
+    cell.run()
+    assert flying
+    assert set(flying) <= {1, 2}  # two steps are in flight at most
 
 
 def test_there_are_few_buckets_and_none_in_deterministic_mode() -> None:
