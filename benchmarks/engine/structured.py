@@ -2,8 +2,8 @@
 
     python benchmarks/engine/structured.py --model=smollm2-135m
 
-For each batch the same prompts run freely, all held to a JSON schema, and half of them held: seconds per token of a
-stream.  Masks are also made alone, on one thread, along a text that the schema allows.  Prints a table.
+For each batch the same prompts run freely, all held to a JSON schema, and half of them held: milliseconds per token of
+a stream.  Masks of several forms are also made alone, on one thread, along texts that these allow.  Prints two tables.
 """
 
 import dataclasses
@@ -32,6 +32,20 @@ _DTYPE = flags.DEFINE_string("dtype", "float32", "Type of weights.")
 _PERSON = {"type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}}}
 _LONG = {"type": "array", "minItems": 1000, "items": {**_PERSON, "required": ["name", "age"]}}
 _PROMPT = (1, 2, 3, 4)
+
+
+def _texts(**limits: object) -> dict[str, object]:
+    """A schema of many strings."""
+    return {"type": "array", "minItems": 1000, "items": {"type": "string", **limits}}
+
+
+_FORMS = {
+    "JSON schema: objects with strings, numbers, lists": forms.json_schema(_LONG),
+    "any JSON": forms.json_object(),
+    "JSON schema with `maxLength` 40": forms.json_schema(_texts(maxLength=40)),
+    "JSON schema with a pattern such as `^[a-z ,.]{4,40}$`": forms.json_schema(_texts(pattern="^[a-z ,.]{4,40}$")),
+    "regular expression such as `[a-z ,.]{4,4000}`": forms.regex("[a-z ,.]{4,4000}"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,20 +103,33 @@ def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens:
     return Cost(batch, free, held, free_beside, held_beside)
 
 
-def mask_us(form: OutputForm, vocab: int, tokens: int) -> float:
-    """Processor time per token, in microseconds: following it, and making the mask behind it."""
+def mask_us(form: OutputForm, vocab: int, tokens: int) -> list[float]:
+    """Processor time of each token, in microseconds: following it, and making the mask behind it."""
     matcher, rng = form.matcher(), np.random.default_rng(0)
     mask = np.array(form.first_mask)
-    seconds = []
-    for _ in range(tokens):
+    times: list[float] = []
+    while len(times) < tokens:
+        if matcher.ended:
+            matcher.restart()
+            mask = np.array(form.first_mask)
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
         token = int(rng.choice(allowed))
         start = time.thread_time()
         matcher.accept(token)
         mask = np.zeros(mask_words(vocab), np.int32)
-        matcher.allowed(mask)
-        seconds.append(time.thread_time() - start)
-    return 1e6 * statistics.mean(seconds)
+        if not matcher.ended:
+            matcher.allowed(mask)
+        times.append(1e6 * (time.thread_time() - start))
+    return times
+
+
+def mask_table(compiler: FormCompiler, vocab: int, tokens: int) -> str:
+    """Masks of all forms as a table of Markdown."""
+    lines = ["| form | mean, us | longest, us |", "|---|---|---|"]
+    for name, spec in _FORMS.items():
+        times = mask_us(compiler.compile(spec), vocab, tokens)
+        lines.append(f"| {name} | {statistics.mean(times):.0f} | {max(times):.0f} |")
+    return "\n".join(lines)
 
 
 def table(costs: Sequence[Cost]) -> str:
@@ -125,8 +152,9 @@ def main(argv: Sequence[str]) -> None:
     batches = [int(batch) for batch in _BATCHES.value]
     model, times = open_model(_MODEL.value), _Times()
     vocab = model.config.vocab_size
-    form = FormCompiler(model.tokenizer, vocab, model.config.eos_ids).compile(forms.json_schema(_LONG))
-    print(f"a mask: {mask_us(form, vocab, 2000):.0f} us per token, {vocab} tokens in the vocabulary", flush=True)
+    compiler = FormCompiler(model.tokenizer, vocab, model.config.eos_ids)
+    print(f"a mask, {vocab} tokens in the vocabulary\n{mask_table(compiler, vocab, 2000)}\n", flush=True)
+    form = compiler.compile(forms.json_schema(_LONG))
     config = EngineConfig(
         devices=1, layout="tp1", dtype=_DTYPE.value, max_batch=max(batches), prefill_chunk=32, max_model_len=512
     )
