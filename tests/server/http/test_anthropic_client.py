@@ -95,6 +95,18 @@ def test_tools() -> None:
     asyncio.run(scenario())
 
 
+def test_arguments_that_are_cut_are_none() -> None:
+    async def scenario() -> None:
+        said = '<tool_call>{"name": "weather", "arguments": {"a": ' + "[" * 1000
+        async with serving(says(said, end=False), template=HERMES) as run, client_of(run) as client:
+            answer = await client.messages.create(model="fake", max_tokens=1000, messages=HI, tools=[TOOL])
+            (use,) = answer.content
+            assert use.type == "tool_use"
+            assert (use.input, answer.stop_reason) == ({}, "max_tokens")
+
+    asyncio.run(scenario())
+
+
 def test_errors_are_the_exceptions_of_the_client() -> None:
     async def scenario() -> None:
         async with serving() as run, client_of(run) as client:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.runtime.streams.output import End, Piece
 from nitsum_jax.runtime.streams.outputs import Outputs
@@ -132,7 +134,7 @@ class MessageShape:
         block = self._blocks[-1]
         if block["type"] == "tool_use":
             try:
-                block["input"] = json.loads(self._arguments or "{}")
+                block["input"] = from_json(self._arguments or "{}", allow_inf_nan=False)
             except ValueError:  # cut by max_tokens
                 block["input"] = {}
         return _event("content_block_stop", index=len(self._blocks) - 1)
