@@ -183,12 +183,12 @@ def check_outputs(count: int, backend: Backend, field: str) -> None:
 
 
 def prompt_size(prompt: Prompt) -> int:
-    """Characters that must be tokenized."""
+    """Characters that must be tokenized, and rendered before."""
     match prompt:
         case TextPrompt(text):
             return len(text)
-        case ChatPrompt(messages=messages):
-            return sum(map(_content_size, messages))
+        case ChatPrompt(messages, options):
+            return _chars([*messages, *options.tools, *options.variables.values()])
         case TokenPrompt():
             return 0
 
@@ -290,11 +290,18 @@ def derived_seed(seed: int, index: int) -> int:
     return (seed + index * 0x9E3779B9) % (MAX_SEED + 1)  # the odd fraction of 2^32 that spreads neighbours widest
 
 
-def _content_size(message: Mapping[str, Any]) -> int:
-    content = message.get("content")
-    if isinstance(content, list):
-        return sum(len(str(part.get("text", ""))) for part in content if isinstance(part, Mapping))
-    return len(content) if isinstance(content, str) else 0  # what is neither, the template's check refuses
+def _chars(values: list[Any]) -> int:
+    """Characters of all texts in values of JSON."""
+    size, left = 0, values
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            size += len(value)
+        elif isinstance(value, dict):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+    return size
 
 
 def _chat_text(prompt: ChatPrompt, model: ServedModel) -> str:

@@ -5,6 +5,7 @@ the space of the latter when it decodes, so an output decoded by itself would lo
 Here the ids are those of a continuation unless the caller says that they begin a text.
 """
 
+import abc
 import codecs
 import contextlib
 import dataclasses
@@ -28,24 +29,24 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNKNOWN = "\ufffd"
 
 
-class StreamDecoder:
+class StreamDecoder(abc.ABC):
     """Turns ids into text piece by piece, such that the pieces joined are the text of all ids.
 
     Nothing half-done is ever handed out: bytes that may still become a character wait for the next token.  U+FFFD
     stands only for bytes that cannot become one any more (or for a U+FFFD that the model said).
     """
 
+    @abc.abstractmethod
     def push(self, ids: Iterable[int]) -> str:
         """Takes new ids; returns the text that is ready, often "".
 
         Raises:
           InvalidInputError: an id is negative or does not fit 32 bits.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def flush(self) -> str:
         """Ends the stream; returns what waited, an unfinished character as U+FFFD."""
-        raise NotImplementedError
 
 
 class Detokenizer:

@@ -74,8 +74,7 @@ def combined(calls: str | None, body: FormSpec | None, thinking: bool) -> FormSp
         if body.kind is FormKind.JSON_SCHEMA:
             rules.append(f"body: %json {json_rule(json.loads(body.text))}")
         else:
-            pattern = body.text.replace("/", "\\/").replace("\n", "\\n")
-            rules.append(f"body: /{pattern}/")
+            rules.append(f"body: /{_in_lark(body.text)}/")
     if thinking:
         rules.append('thought[suffix="</think>"]: /(?s:.*)/\ngap: /[\\n ]{0,4}/')
     said = " | ".join(name for name, there in (("answer", calls is not None), ("body", body is not None)) if there)
@@ -88,3 +87,9 @@ def json_rule(schema: Any) -> str:
     if isinstance(schema, dict):
         return json.dumps({"x-guidance": {"whitespace_pattern": SPACES}, **schema})
     return json.dumps(schema)
+
+
+def _in_lark(pattern: str) -> str:
+    """A regular expression between slashes: they and line breaks are escaped, where they are not already."""
+    spelled = {"/": r"\/", "\n": r"\n"}
+    return re.sub(r"\\?[/\n]|\\.", lambda found: spelled.get(found[0][-1], found[0]), pattern)

@@ -84,14 +84,16 @@ def call_grammar(form: ToolFormat, tools: Sequence[Tool], *, parallel: bool, tok
         return f"<[{ids[0]}]>" if len(ids) == 1 and ids[0] in tokenizer.special_ids else json.dumps(text)
 
     key = "parameters" if form is ToolFormat.LLAMA3 else "arguments"
+    root = "/items" if form is ToolFormat.MISTRAL else ""
+    places = [root] if len(tools) == 1 else [f"{root}/anyOf/{number}" for number in range(len(tools))]
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": tool.name}, key: tool.parameters},
+            "properties": {"name": {"const": tool.name}, key: _moved(tool.parameters, f"{place}/properties/{key}")},
             "required": ["name", key],
             "additionalProperties": False,
         }
-        for tool in tools
+        for tool, place in zip(tools, places, strict=True)
     ]
     one = calls[0] if len(calls) == 1 else {"anyOf": calls}
     match form:
@@ -112,3 +114,23 @@ def call_grammar(form: ToolFormat, tools: Sequence[Tool], *, parallel: bool, tok
             ]
             choice = " | ".join(f"call_{number}" for number in range(len(tools)))
             return f"answer: call{'+' if parallel else ''}\ncall: {choice}\n{''.join(rules)}"
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema as it stands within another one, at a place to which its references to itself then lead."""
+    match schema:
+        case {"$id": _}:  # its references begin there, wherever it stands
+            return schema
+        case dict():
+            return {
+                key: f"#{place}{value[1:]}" if key == "$ref" and _is_pointer(value) else _moved(value, place)
+                for key, value in schema.items()
+            }
+        case list():
+            return [_moved(value, place) for value in schema]
+        case _:
+            return schema
+
+
+def _is_pointer(value: Any) -> bool:
+    return isinstance(value, str) and (value == "#" or value.startswith("#/"))

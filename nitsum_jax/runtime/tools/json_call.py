@@ -1,11 +1,21 @@
 """One call of a tool, read while it is written: an object of JSON with a name and arguments."""
 
-import json
 from collections.abc import Sequence
+from typing import Any
+
+from pydantic_core import from_json
 
 from nitsum_jax.runtime.tools.parts import CallArguments, CallBegun, Part
 
 _ARGUMENTS = ("arguments", "parameters")
+_FOLLOWS = {
+    ("start", "{"): "member",
+    ("member", '"'): "key",
+    ("member", "}"): "end",
+    ("colon", ":"): "value",
+    ("next", ","): "member",
+    ("next", "}"): "end",
+}
 
 
 class NotACallError(Exception):
@@ -50,7 +60,8 @@ class JsonCall:
     """Reads `{"name": ..., "arguments": {...}}`; other keys are passed over.
 
     Attributes:
-      ended: whether the object is complete.
+      ended: whether the object is complete, or broken.
+      broken: whether it ended as no object, behind the name of the tool: what was told of the call stays.
       name: of the tool, once it is known.
     """
 
@@ -61,7 +72,7 @@ class JsonCall:
           index: of the call.
           known: names that a call may have; None: any.
         """
-        self.ended = False
+        self.ended = self.broken = False
         self.name: str | None = None
         self._index = index
         self._known = known
@@ -80,7 +91,7 @@ class JsonCall:
           (new parts, what is behind the end of the object).
 
         Raises:
-          NotACallError: this is no call.
+          NotACallError: this is no call; nothing was told of it.
         """
         parts: list[Part] = []
         streamed = ""
@@ -88,7 +99,14 @@ class JsonCall:
             if self.ended:
                 self._flush(parts, streamed)
                 return parts, text[at:]
-            streamed += self._take(char)
+            try:
+                streamed += self._take(char)
+            except NotACallError:
+                if self.name is None:
+                    raise
+                self.ended = self.broken = True
+                self._flush(parts, streamed)
+                return parts, text[at:]
         self._flush(parts, streamed)
         return parts, ""
 
@@ -118,7 +136,7 @@ class JsonCall:
                 self._value.takes(char)
                 self._text += char
                 if self._value.ended:
-                    self._key, self._text, self._state = json.loads(self._text), "", "colon"
+                    self._key, self._text, self._state = _parsed(self._text), "", "colon"
             case "start" | "member" | "colon" | "next":
                 self._between(char)
         return ""
@@ -143,14 +161,7 @@ class JsonCall:
     def _between(self, char: str) -> None:
         if char.isspace():
             return
-        follows = {
-            ("start", "{"): "member",
-            ("member", '"'): "key",
-            ("member", "}"): "end",
-            ("colon", ":"): "value",
-            ("next", ","): "member",
-            ("next", "}"): "end",
-        }.get((self._state, char))
+        follows = _FOLLOWS.get((self._state, char))
         if follows is None:
             raise NotACallError
         self._state = follows
@@ -166,10 +177,7 @@ class JsonCall:
         self._text, self._state, self._streams = "", "next", False
         if not text:
             return ""
-        try:
-            value = json.loads(text)
-        except ValueError:
-            raise NotACallError from None
+        value = _parsed(text)
         if key == "name":
             if not isinstance(value, str) or (self._known is not None and value not in self._known):
                 raise NotACallError
@@ -177,3 +185,10 @@ class JsonCall:
         elif key in _ARGUMENTS:
             return value if isinstance(value, str) else text
         return ""
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return from_json(text)  # which has an end of depth, unlike json.loads
+    except ValueError:
+        raise NotACallError from None

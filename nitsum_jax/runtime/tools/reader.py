@@ -54,7 +54,7 @@ class AnswerReader:
             return [Thought(rest)] if rest else []
         if self._state in (self._text, self._start, self._first):
             return [Said(self._spaces + rest)] if rest else []
-        if self._call is not None and self._call.name is None and self._raw:
+        if self._state == self._object and self._call is not None and self._call.name is None and self._raw:
             return [Said(self._raw)]
         return []
 
@@ -62,7 +62,7 @@ class AnswerReader:
 
     def _start(self) -> list[Part] | None:
         text = self._held.lstrip()
-        if not text or (THINK.startswith(text) and text != THINK):
+        if _undecided(text, THINK):
             return None
         if text.startswith(THINK):
             self._held = text[len(THINK) :]
@@ -114,7 +114,7 @@ class AnswerReader:
         """Llama 3: a call is the whole answer, so it begins with it."""
         tag = BEGIN[ToolFormat.LLAMA3]
         text = self._held.lstrip()
-        if not text or (tag.startswith(text) and text != tag):
+        if _undecided(text, tag):
             return None
         if text.startswith(tag):
             self._held = text[len(tag) :]
@@ -153,25 +153,18 @@ class AnswerReader:
         try:
             parts, behind = call.push(text)
         except NotACallError:
-            return self._no_call()
+            self._held = self._raw + text
+            self._state = self._rest
+            return []
         self._raw += text
         self._held = behind
         self.calls += sum(isinstance(part, CallBegun) for part in parts)
         if call.ended:
-            self._state = self._closed
+            self._state = self._rest if call.broken else self._closed
         return parts
 
-    def _no_call(self) -> list[Part]:
-        """What looked like a call is text; where one had begun, the rest of it is dropped."""
-        call = self._call
-        text = "" if call is not None and call.name is not None and self._told(call) else self._raw + self._held
-        self._held, self._state, self._call = "", self._rest, None
-        return [Said(text)] if text else []
-
-    def _told(self, call: JsonCall) -> bool:
-        return bool(call.name) and self.calls > 0
-
     def _rest(self) -> list[Part] | None:
+        """What looked like a call is text, or what comes behind one that broke off."""
         said, self._held = self._held, ""
         return [Said(said)] if said else None
 
@@ -181,7 +174,7 @@ class AnswerReader:
         if not self._held:
             return None
         if self._form is ToolFormat.HERMES:
-            if END.startswith(self._held) and self._held != END:
+            if _undecided(self._held, END):
                 return None
             self._held = self._held.removeprefix(END)
             self._state = self._text
@@ -224,6 +217,11 @@ class AnswerReader:
         if self._value.ended:
             self._state = self._text
         return [CallArguments(self.calls - 1, text)] if text else []
+
+
+def _undecided(text: str, tag: str) -> bool:
+    """Whether a text may still begin with a tag, and does not yet."""
+    return len(text) < len(tag) and tag.startswith(text)
 
 
 def _overlap(text: str, tag: str) -> int:

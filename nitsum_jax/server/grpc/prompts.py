@@ -1,7 +1,8 @@
 """From the wire to the engine: GenerateRequest messages become a prompt and what is wanted of it."""
 
-import json
 from typing import Any
+
+from pydantic_core import from_json
 
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
@@ -97,7 +98,7 @@ def read_form(message: nitsum_pb2.GenerateRequest) -> FormSpec | None:
 
 def _parsed(text: str, field: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except ValueError as error:
         raise InvalidInputError(f"{field} is not valid JSON: {error}") from None
 

@@ -1,23 +1,24 @@
-"""What all endpoints that generate have in common: body, plan, outputs, and the answer as one object or as a stream."""
+"""What all endpoints have in common: a checked body, and an answer, whole or as a stream."""
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import ClientLeftError, Outputs
 from nitsum_jax.server.gateway import GatewayHeaders, gateway_headers
 from nitsum_jax.server.http.body import read_object
-from nitsum_jax.server.http.errors import ApiError, of_exception, of_validation
+from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.fields import Strict
 from nitsum_jax.server.state import ServerState
 
@@ -67,7 +68,7 @@ class Planned:
     stream: bool
 
 
-class Endpoint(Generic[_Request]):
+class Endpoint(abc.ABC, Generic[_Request]):
     """An ASGI application that generates."""
 
     kind: type[_Request]
@@ -84,7 +85,7 @@ class Endpoint(Generic[_Request]):
         """
         arrival_s = time.monotonic()
         self._state.admitting()
-        request = await read_object(scope, receive, self._checked)
+        request = await read_object(scope, receive, self.kind)
         backend = self._state.admitting()  # it may have begun to drain meanwhile
         planned = await self.plan(request, backend, gateway_headers(scope["headers"]))
         backend = self._state.admitting()
@@ -96,19 +97,48 @@ class Endpoint(Generic[_Request]):
                 else:
                     await _whole(outputs, planned.writer, len(planned.calls), send)
 
+    @abc.abstractmethod
     async def plan(self, request: _Request, backend: Backend, asked: GatewayHeaders) -> Planned:
         """What answers the request, with what a gateway asks for in its headers."""
-        raise NotImplementedError
-
-    def _checked(self, data: dict[str, Any]) -> _Request:
-        try:
-            return self.kind.model_validate(data)
-        except ValidationError as error:
-            raise of_validation(error) from None
 
 
-async def send_json(send: Send, answer: dict[str, Any]) -> None:
-    """Sends one object."""
+class JsonEndpoint(Generic[_Request]):
+    """Answers one object with another, without the engine; an ASGI application."""
+
+    def __init__(
+        self,
+        state: ServerState,
+        kind: type[_Request],
+        answer: Callable[[_Request, Backend], Awaitable[BaseModel]],
+    ) -> None:
+        """Answers requests of a kind.
+
+        Args:
+          state: of the server.
+          kind: of the requests.
+          answer: to one of them.
+        """
+        self._state = state
+        self._kind = kind
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        self._state.present()
+        request = await read_object(scope, receive, self._kind)
+        backend = self._state.present()
+        check_model(getattr(request, "model", None), backend.model)
+        await _send_json(send, (await self._answer(request, backend)).model_dump())
+
+
+def check_model(asked: str | None, model: ServedModel) -> None:
+    """Refuses a request for another model than the one that is served."""
+    if asked is not None and asked != model.name:
+        message = f"The model `{asked[:80]}` does not exist: this server has `{model.name}`"
+        raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _send_json(send: Send, answer: dict[str, Any]) -> None:
     body = json.dumps(answer).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -120,7 +150,7 @@ async def _whole(outputs: Outputs, writer: AnswerWriter, count: int, send: Send)
     while outputs.alive:
         for index, piece in await outputs.next():
             wholes[index].add(piece)
-    await send_json(send, writer.whole(wholes, outputs))
+    await _send_json(send, writer.whole(wholes, outputs))
 
 
 async def _stream(outputs: Outputs, writer: AnswerWriter, send: Send, what: str, backend: Backend) -> None:

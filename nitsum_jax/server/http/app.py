@@ -12,14 +12,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nitsum_jax.runtime.callers import sane_id
 from nitsum_jax.runtime.streams.outputs import ClientLeftError
-from nitsum_jax.server.http.anthropic.endpoint import CountTokens, Messages
+from nitsum_jax.server.http.answering import JsonEndpoint, check_model
+from nitsum_jax.server.http.anthropic.endpoint import Messages, count_tokens
+from nitsum_jax.server.http.anthropic.requests import CountRequest
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.openai.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.openapi import openapi
 from nitsum_jax.server.http.responding.endpoint import Responses
 from nitsum_jax.server.http.tokens import (
     DetokenizeRequest,
-    JsonEndpoint,
     TokenizeRequest,
     detokenize,
     tokenize,
@@ -47,11 +48,8 @@ def build_app(
         return JSONResponse({"object": "list", "data": [_model(state)]})
 
     async def model(request: Request) -> Response:
-        found, asked = _model(state), request.path_params["model"]
-        if asked != found["id"]:
-            message = f"The model `{asked[:80]}` does not exist: this server has `{found['id']}`"
-            raise ApiError(404, message, param="model", code="model_not_found")
-        return JSONResponse(found)
+        check_model(request.path_params["model"], state.present().model)
+        return JSONResponse(_model(state))
 
     async def told_version(request: Request) -> Response:
         return JSONResponse(version().model_dump())
@@ -74,7 +72,7 @@ def build_app(
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
             Route("/v1/responses", Responses(state), methods=["POST"]),
             Route("/v1/messages", Messages(state), methods=["POST"]),
-            Route("/v1/messages/count_tokens", CountTokens(state), methods=["POST"]),
+            Route("/v1/messages/count_tokens", JsonEndpoint(state, CountRequest, count_tokens), methods=["POST"]),
             Route("/tokenize", JsonEndpoint(state, TokenizeRequest, tokenize), methods=["POST"]),
             Route("/detokenize", JsonEndpoint(state, DetokenizeRequest, detokenize), methods=["POST"]),
             Route("/version", told_version),

@@ -1,14 +1,14 @@
 """The body of a request: bounded in size and time, and an object of JSON."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 from starlette.types import Receive, Scope
 
 from nitsum_jax.runtime.streams.outputs import ClientLeftError
-from nitsum_jax.server.http.errors import ApiError
+from nitsum_jax.server.http.errors import ApiError, of_validation
 
 MAX_BODY_BYTES = 4 * 2**20
 """As long as a gRPC message may be."""
@@ -16,25 +16,26 @@ MAX_BODY_BYTES = 4 * 2**20
 _DISCARDED_BYTES = 16 * 2**20  # of a body that is too long, so that its client lives to read why
 _BODY_S = 60.0
 _LONG_BYTES = 64 * 2**10  # longer ones take milliseconds to parse, which must not hold up the streams of others
-_T = TypeVar("_T")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-async def read_object(scope: Scope, receive: Receive, check: Callable[[dict[str, Any]], _T]) -> _T:
+async def read_object(scope: Scope, receive: Receive, kind: type[_Model]) -> _Model:
     """Reads the JSON object that a request brings.
 
     Args:
       scope: of the request.
       receive: brings the body.
-      check: makes of the object what it stands for; long ones are read and checked beside the event loop.
+      kind: of the object; long ones are read and checked beside the event loop.
 
     Raises:
-      ApiError: there is none, it is too long, takes too long to come, or is said to be something else.
+      ApiError: there is none, it is too long, takes too long to come, is said to be something else, or is no
+        object of the kind.
       ClientLeftError: the connection ended first.
     """
     headers = dict(scope["headers"])
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        said = kind.decode("latin-1")[:60] or "nothing"
+    media = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if media != b"application/json":
+        said = media.decode("latin-1")[:60] or "nothing"
         raise ApiError(415, f"the body is said to be {said}: send JSON with the header content-type: application/json")
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError(415, "compressed bodies are not supported: send the JSON as it is")
@@ -45,8 +46,8 @@ async def read_object(scope: Scope, receive: Receive, check: Callable[[dict[str,
         message = f"the body did not come within {_BODY_S:g} s: send it faster"
         raise ApiError(408, message, "timeout_error", headers=(("connection", "close"),)) from None
     if len(body) > _LONG_BYTES:
-        return await asyncio.to_thread(lambda: check(_parse(body)))
-    return check(_parse(body))
+        return await asyncio.to_thread(_checked, kind, body)
+    return _checked(kind, body)
 
 
 async def _read(receive: Receive) -> bytes:
@@ -71,6 +72,13 @@ async def _read(receive: Receive) -> bytes:
         too_long = f"the body is too long: send at most {MAX_BODY_BYTES} bytes"
         raise ApiError(413, too_long, code="request_too_large", headers=headers)
     return b"".join(chunks)
+
+
+def _checked(kind: type[_Model], body: bytes) -> _Model:
+    try:
+        return kind.model_validate(_parse(body))
+    except ValidationError as error:
+        raise of_validation(error) from None
 
 
 def _parse(body: bytes) -> dict[str, Any]:

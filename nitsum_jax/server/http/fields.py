@@ -99,14 +99,15 @@ class Strict(BaseModel):
         return data
 
 
-def _wrong(message: str) -> PydanticCustomError:
+def wrong(message: str) -> PydanticCustomError:
+    """What a check raises about its field; see wording.py."""
     return PydanticCustomError("invalid_value", message)
 
 
 def _token_ids(values: list[Any], what: str) -> list[int]:
     # Exactly int: a bool is one, too, in Python.
     if not all(type(value) is int and 0 <= value < 2**31 for value in values):
-        raise _wrong(f"{what} holds something that is not a token id: give whole numbers from 0 on")
+        raise wrong(f"{what} holds something that is not a token id: give whole numbers from 0 on")
     return values
 
 
@@ -114,37 +115,37 @@ def _read_prompt(value: Any) -> list[Prompt]:
     if isinstance(value, str):
         return [_text(value)]
     if not isinstance(value, list) or not value:
-        raise _wrong("give a string, a list of strings, a list of token ids, or a list of lists of token ids")
+        raise wrong("give a string, a list of strings, a list of token ids, or a list of lists of token ids")
     kind = type(value[0])
     if kind is int:
         return [TokenPrompt(_token_ids(value, "the prompt"))]
     if len(value) > MAX_OUTPUTS:
-        raise _wrong(f"{len(value)} prompts are too many: give at most {MAX_OUTPUTS}")
+        raise wrong(f"{len(value)} prompts are too many: give at most {MAX_OUTPUTS}")
     if not all(type(item) is kind for item in value):
-        raise _wrong("the prompts are of different types: give only strings, or only lists of token ids")
+        raise wrong("the prompts are of different types: give only strings, or only lists of token ids")
     if kind is str:
         return [_text(item) for item in value]
     if kind is list:
         if not all(value):
-            raise _wrong("a prompt is empty: give at least one token")
+            raise wrong("a prompt is empty: give at least one token")
         return [TokenPrompt(_token_ids(item, "a prompt")) for item in value]
-    raise _wrong("give a string, a list of strings, a list of token ids, or a list of lists of token ids")
+    raise wrong("give a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
 
 def _text(value: str) -> TextPrompt:
     if not value:
-        raise _wrong("a prompt is empty: give at least one token")
+        raise wrong("a prompt is empty: give at least one token")
     return TextPrompt(value)
 
 
 def _read_stop(value: Any) -> list[str]:
     stops = [value] if isinstance(value, str) else value if value is not None else []
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise _wrong("give a string or a list of strings")
+        raise wrong("give a string or a list of strings")
     if len(stops) > MAX_STOPS:
-        raise _wrong(f"{len(stops)} stop strings are too many: give at most {MAX_STOPS}")
+        raise wrong(f"{len(stops)} stop strings are too many: give at most {MAX_STOPS}")
     if not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
-        raise _wrong(f"a stop string is empty or too long: give each 1 to {MAX_STOP_CHARS} characters")
+        raise wrong(f"a stop string is empty or too long: give each 1 to {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -152,15 +153,15 @@ def _read_stop_ids(value: Any) -> list[int]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise _wrong("give a list of token ids")
+        raise wrong("give a list of token ids")
     if len(value) > MAX_STOP_IDS:
-        raise _wrong(f"{len(value)} ids are too many: give at most {MAX_STOP_IDS}")
+        raise wrong(f"{len(value)} ids are too many: give at most {MAX_STOP_IDS}")
     return _token_ids(value, "the list")
 
 
 def _read_ids(value: Any) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise _wrong("give a list of token ids, at least one")
+        raise wrong("give a list of token ids, at least one")
     return _token_ids(value, "the list")
 
 
@@ -168,15 +169,15 @@ def _read_bias(value: Any) -> list[tuple[int, float]]:
     if value is None:
         return []
     if not isinstance(value, dict) or len(value) > MAX_LOGIT_BIAS:
-        raise _wrong(f"give an object of at most {MAX_LOGIT_BIAS} token ids, each with a number")
+        raise wrong(f"give an object of at most {MAX_LOGIT_BIAS} token ids, each with a number")
     pairs: dict[int, float] = {}
     for key, bias in value.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 9):
-            raise _wrong(f"{key[:20]!r} is not a token id: the keys are ids, written as strings of digits")
+            raise wrong(f"{key[:20]!r} is not a token id: the keys are ids, written as strings of digits")
         if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
-            raise _wrong(f"the bias of token {key} is not a number from -{MAX_BIAS} to {MAX_BIAS}")
+            raise wrong(f"the bias of token {key} is not a number from -{MAX_BIAS} to {MAX_BIAS}")
         if int(key) in pairs:
-            raise _wrong(f"token {int(key)} is named twice")
+            raise wrong(f"token {int(key)} is named twice")
         pairs[int(key)] = float(bias)
     return list(pairs.items())
 
@@ -185,14 +186,14 @@ def _read_content(value: Any) -> str | list[dict[str, str]] | None:
     if isinstance(value, str) or value is None:
         return value
     if not isinstance(value, list) or not value:
-        raise _wrong("give a string, or a list of text parts")
+        raise wrong("give a string, or a list of text parts")
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise _wrong('give each part a type; only {"type": "text", "text": "..."} is supported')
+            raise wrong('give each part a type; only {"type": "text", "text": "..."} is supported')
         if part["type"] != "text":
-            raise _wrong(f"parts of type {part['type'][:40]!r} are not supported: this model reads text only")
+            raise wrong(f"parts of type {part['type'][:40]!r} are not supported: this model reads text only")
         if not isinstance(part.get("text"), str):
-            raise _wrong('give a text part as {"type": "text", "text": "..."}')
+            raise wrong('give a text part as {"type": "text", "text": "..."}')
     # What else stands in a part, such as cache_control, asks for nothing that changes an answer.
     return [{"type": "text", "text": part["text"]} for part in value]
 
@@ -203,7 +204,7 @@ _OURS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "b
 def _read_variables(value: dict[str, Any] | None) -> dict[str, Any] | None:
     for name in value or ():
         if name in _OURS:
-            raise _wrong(f"{name} is no variable to be set: use the field of the request")
+            raise wrong(f"{name} is no variable to be set: use the field of the request")
     return value
 
 

@@ -1,24 +1,19 @@
 """POST /tokenize and /detokenize, and GET /version, as vLLM has them."""
 
-import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
-from starlette.types import Receive, Scope, Send
 
 import nitsum_jax
 from nitsum_jax.models.text.chat_options import ChatOptions
-from nitsum_jax.runtime.backend import Backend, ServedModel
+from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import ChatPrompt, Prompt, TextPrompt, encode
-from nitsum_jax.server.http.body import read_object
-from nitsum_jax.server.http.errors import ApiError, of_validation
+from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.fields import Strict, TemplateVariables, TokenIdsField
 from nitsum_jax.server.http.openai.messages import Message
 from nitsum_jax.server.http.openai.requests import MAX_MESSAGES
-from nitsum_jax.server.state import ServerState
 
-_Request = TypeVar("_Request", bound=Strict)
 _Model = Annotated[str | None, Field(max_length=4096, description="The id that /v1/models lists, or none.")]
 
 
@@ -102,43 +97,3 @@ async def detokenize(request: DetokenizeRequest, backend: Backend) -> BaseModel:
 def version() -> Version:
     """That of the package."""
     return Version(version=nitsum_jax.__version__)
-
-
-class JsonEndpoint:
-    """Answers one object with another, without the engine; an ASGI application."""
-
-    def __init__(self, state: ServerState, kind: type[_Request], answer: Any) -> None:
-        """Answers requests of a kind.
-
-        Args:
-          state: of the server.
-          kind: of the requests.
-          answer: coroutine function of the request and the backend.
-        """
-        self._state = state
-        self._kind = kind
-        self._answer = answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See ASGI."""
-        self._state.present()
-        request = await read_object(scope, receive, self._checked)
-        backend = self._state.present()
-        check_model(getattr(request, "model", None), backend.model)
-        body = json.dumps((await self._answer(request, backend)).model_dump()).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-    def _checked(self, data: dict[str, Any]) -> Strict:
-        try:
-            return self._kind.model_validate(data)
-        except ValidationError as error:
-            raise of_validation(error) from None
-
-
-def check_model(asked: str | None, model: ServedModel) -> None:
-    """Refuses a request for another model than the one that is served."""
-    if asked is not None and asked != model.name:
-        message = f"The model `{asked[:80]}` does not exist: this server has `{model.name}`"
-        raise ApiError(404, message, param="model", code="model_not_found")

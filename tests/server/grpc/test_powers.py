@@ -105,6 +105,7 @@ def test_scores_stops_and_special_tokens() -> None:
     [
         ({"form": pb.OutputForm()}, grpc.StatusCode.INVALID_ARGUMENT, "the form is empty"),
         ({"form": pb.OutputForm(json_schema="{")}, grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
+        ({"form": pb.OutputForm(json_schema="[" * 5000)}, grpc.StatusCode.INVALID_ARGUMENT, "not valid JSON"),
         ({"form": pb.OutputForm(regex="[")}, grpc.StatusCode.INVALID_ARGUMENT, "regex parse error"),
         ({"chat": pb.ChatPrompt(messages=[HI], tools=[TOOL])}, grpc.StatusCode.FAILED_PRECONDITION, "teaches no way"),
         ({"chat": pb.ChatPrompt(messages=[HI], tool_choice="any")}, grpc.StatusCode.INVALID_ARGUMENT, "not known"),

@@ -95,6 +95,32 @@ def test_tools() -> None:
     asyncio.run(scenario())
 
 
+def test_the_parts_of_the_prompt_add_up() -> None:
+    async def scenario() -> None:
+        async with serving(cached=lambda request: 16) as run, client_of(run) as client:
+            count = (await client.messages.count_tokens(model="fake", messages=HI)).input_tokens
+            whole = await client.messages.create(model="fake", max_tokens=3, messages=HI)
+            async with client.messages.stream(model="fake", max_tokens=3, messages=HI) as stream:
+                streamed = await stream.get_final_message()
+            for usage in (whole.usage, streamed.usage):
+                assert (usage.cache_read_input_tokens, usage.cache_creation_input_tokens) == (16, 0)
+                assert usage.input_tokens == count - 16
+
+    asyncio.run(scenario())
+
+
+def test_arguments_that_are_cut_are_none() -> None:
+    async def scenario() -> None:
+        said = '<tool_call>{"name": "weather", "arguments": {"a": ' + "[" * 1000
+        async with serving(says(said, end=False), template=HERMES) as run, client_of(run) as client:
+            answer = await client.messages.create(model="fake", max_tokens=1000, messages=HI, tools=[TOOL])
+            (use,) = answer.content
+            assert use.type == "tool_use"
+            assert (use.input, answer.stop_reason) == ({}, "max_tokens")
+
+    asyncio.run(scenario())
+
+
 def test_errors_are_the_exceptions_of_the_client() -> None:
     async def scenario() -> None:
         async with serving() as run, client_of(run) as client:

@@ -73,6 +73,7 @@ _PART = {"type": "image_url", "image_url": {"url": "x"}}
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "give json_schema"),
         ({"guided_json": {"type": "thing"}}, "guided_json", "Invalid type: thing"),
         ({"guided_json": "{"}, "guided_json", "not valid JSON"),
+        ({"guided_json": "[" * 5000}, "guided_json", "not valid JSON"),
         ({"guided_regex": "["}, "guided_regex", "regex parse error"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "cannot be used"),
         ({"ebnf": "root ::= ("}, "ebnf", "Expected ')'"),

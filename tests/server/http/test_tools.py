@@ -81,6 +81,19 @@ def test_calls_stream(tokens_per_step: int) -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("arguments", ["{", "[" * 5000, "NaN"], ids=["cut", "deep", "no JSON"])
+def test_arguments_that_cannot_be_read_reach_the_template_as_they_came(arguments: str) -> None:
+    async def scenario() -> None:
+        called = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        turns = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [called]}]
+        template = "{% for m in messages if m.tool_calls %}{{ m.tool_calls[0].function.arguments[:9] }}{% endfor %}"
+        async with serving(says("x"), template=template) as run:
+            assert (await run.chat(turns)).status_code == 200
+            assert TOKENIZER.decode(run.engine.requests[0].prompt_ids) == arguments[:9]
+
+    asyncio.run(scenario())
+
+
 NAMED = {"type": "function", "function": {"name": "weather"}}
 
 
@@ -97,6 +110,50 @@ def test_forced_calls_hold_their_schema(template: str, choice: Any) -> None:
                 tool = next(t for t in (WEATHER, TIME) if t["function"]["name"] == call["function"]["name"])
                 assert choice == "required" or tool is WEATHER
                 jsonschema.validate(json.loads(call["function"]["arguments"]), tool["function"]["parameters"])
+
+    asyncio.run(scenario())
+
+
+NESTED: Any = {
+    "type": "function",
+    "function": {
+        "name": "go",
+        "parameters": {
+            "type": "object",
+            "properties": {"to": {"$ref": "#/$defs/Place"}},
+            "required": ["to"],
+            "additionalProperties": False,
+            "$defs": {"Place": {"type": "object", "properties": {"x": {"type": "integer", "maximum": 9}}}},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("template", [HERMES, LLAMA, MISTRAL, MISTRAL_ARGS], ids=["hermes", "llama", "mistral", "args"])
+@pytest.mark.parametrize("tools", [[NESTED], [TIME, NESTED]], ids=["alone", "beside"])
+def test_schemas_of_tools_refer_to_themselves(template: str, tools: Any) -> None:
+    async def scenario() -> None:
+        async with serving(held, template=template) as run:
+            choice = {"type": "function", "function": {"name": "go"}} if tools == [NESTED] else "required"
+            fields = {"tools": tools, "tool_choice": choice, "parallel_tool_calls": False}
+            (call,) = (await run.chat(seed=3, **fields)).json()["choices"][0]["message"]["tool_calls"]
+            tool = next(one for one in tools if one["function"]["name"] == call["function"]["name"])
+            jsonschema.validate(json.loads(call["function"]["arguments"]), tool["function"]["parameters"])
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"regex": r"a\/b"}, "a/b"), ({"guided_choice": ["a/b\nc"]}, "a/b\nc"), ({"regex": r"[/]\\/"}, "/\\/")],
+    ids=["escaped slash", "line break", "backslash"],
+)
+def test_expressions_mean_the_same_beside_tools(fields: Any, said: str) -> None:
+    async def scenario() -> None:
+        async with serving(held, template=HERMES) as run:
+            assert (await run.chat(**fields)).json()["choices"][0]["message"]["content"] == said
+            messages = [(await run.chat(seed=n, tools=[TIME], **fields)).json()["choices"][0] for n in range(12)]
+            assert said in [choice["message"]["content"] for choice in messages]
 
     asyncio.run(scenario())
 

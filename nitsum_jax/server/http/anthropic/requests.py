@@ -5,16 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from nitsum_jax.runtime.calls import MAX_STOP_CHARS, MAX_STOPS
-from nitsum_jax.server.http.fields import MAX_TIER_CHARS, Strict, Unsupported
+from nitsum_jax.server.http.fields import MAX_TIER_CHARS, Strict, Unsupported, wrong
 from nitsum_jax.server.http.openai.requests import MAX_MESSAGES
-from nitsum_jax.server.http.openai.tooling import MAX_TOOLS
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid_value", message)
+from nitsum_jax.server.http.openai.tooling import MAX_TOOLS, FunctionName
 
 
 def _blocks(content: Any) -> list[dict[str, Any]]:
@@ -22,12 +17,12 @@ def _blocks(content: Any) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list):
-        raise _wrong("give content as a string, or as a list of blocks")
+        raise wrong("give content as a string, or as a list of blocks")
     for block in content:
         if not isinstance(block, dict) or not isinstance(block.get("type"), str):
-            raise _wrong("give each block as an object with a type")
+            raise wrong("give each block as an object with a type")
         if block["type"] == "text" and not isinstance(block.get("text"), str):
-            raise _wrong('give a text block as {"type": "text", "text": "..."}')
+            raise wrong('give a text block as {"type": "text", "text": "..."}')
     return content
 
 
@@ -35,7 +30,7 @@ def _text_of(content: Any) -> str:
     blocks = _blocks(content)
     other = next((block["type"] for block in blocks if block["type"] != "text"), None)
     if other is not None:
-        raise _wrong(f"blocks of type {other[:40]!r} are not supported here: this model reads text only")
+        raise wrong(f"blocks of type {other[:40]!r} are not supported here: this model reads text only")
     return "\n".join(block["text"] for block in blocks)
 
 
@@ -52,12 +47,12 @@ def _assistant(blocks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             case "tool_use":
                 name, given, call = block.get("name"), block.get("input"), block.get("id")
                 if not isinstance(name, str) or not isinstance(given, dict) or not isinstance(call, str):
-                    raise _wrong("give a tool_use its id, name and input")
+                    raise wrong("give a tool_use its id, name and input")
                 calls.append(
                     {"id": call, "type": "function", "function": {"name": name, "arguments": json.dumps(given)}}
                 )
             case other:
-                raise _wrong(f"blocks of type {other[:40]!r} are not supported: this model reads text only")
+                raise wrong(f"blocks of type {other[:40]!r} are not supported: this model reads text only")
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts) if texts or not calls else None}
     if calls:
         message["tool_calls"] = calls
@@ -76,13 +71,13 @@ def _user(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             case "tool_result":
                 call = block.get("tool_use_id")
                 if not isinstance(call, str):
-                    raise _wrong("give a tool_result its tool_use_id")
+                    raise wrong("give a tool_result its tool_use_id")
                 content = block.get("content")
                 messages.append(
                     {"role": "tool", "tool_call_id": call, "content": "" if content is None else _text_of(content)}
                 )
             case other:
-                raise _wrong(f"blocks of type {other[:40]!r} are not supported: this model reads text only")
+                raise wrong(f"blocks of type {other[:40]!r} are not supported: this model reads text only")
     if texts or not messages:
         messages.append({"role": "user", "content": "\n".join(texts)})
     return messages
@@ -90,11 +85,11 @@ def _user(blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _read_messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
-        raise _wrong(f"give a list of 1 to {MAX_MESSAGES} messages")
+        raise wrong(f"give a list of 1 to {MAX_MESSAGES} messages")
     messages: list[dict[str, Any]] = []
     for turn in value:
         if not isinstance(turn, dict) or turn.get("role") not in ("user", "assistant"):
-            raise _wrong("give each message a role, user or assistant, and a content")
+            raise wrong("give each message a role, user or assistant, and a content")
         blocks = _blocks(turn.get("content"))
         messages += [_assistant(blocks)] if turn["role"] == "assistant" else _user(blocks)
     return messages
@@ -110,7 +105,7 @@ def _read_choice(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
     if kind in ("auto", "any", "none") or (kind == "tool" and isinstance(value.get("name"), str)):
         return value
-    raise _wrong('give {"type": "auto"}, any, none, or {"type": "tool", "name": "..."}')
+    raise wrong('give {"type": "auto"}, any, none, or {"type": "tool", "name": "..."}')
 
 
 _TEXT = {
@@ -176,7 +171,7 @@ class ClientTool(Strict):
     harmless: ClassVar[Mapping[str, str]] = {"cache_control": "the prefix cache finds prompts by their tokens"}
 
     type: Literal["custom"] | None = None
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
+    name: FunctionName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None

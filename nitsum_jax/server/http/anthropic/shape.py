@@ -4,31 +4,26 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic_core import from_json
+
 from nitsum_jax.engine.request import FinishReason
-from nitsum_jax.runtime.streams.output import End, Piece
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.runtime.tools.parts import CallArguments, CallBegun, Part, Said, Thought
-from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.http.answering import Whole
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.plan import RequestPlan
+from nitsum_jax.server.http.translated import PartsWriter
 
 
-class MessageShape:
+class MessageShape(PartsWriter):
     """One message; see AnswerWriter."""
 
     def __init__(self, plan: RequestPlan) -> None:
         """Begins the answer of a plan for one output."""
-        self._plan = plan
-        reader = plan.reader or (lambda: AnswerReader(None, thinks=False, thinking=False))
-        self._reader = reader()
+        super().__init__(plan)
         self._blocks: list[dict[str, Any]] = []
         self._open = False
         self._arguments = ""
-        self._end: End | None = None
-
-    def note(self, outputs: Outputs) -> None:
-        """There is nothing to look at before the end."""
 
     def opening(self) -> str:
         """The event before the first piece."""
@@ -40,20 +35,9 @@ class MessageShape:
         }
         return _event("message_start", message=self._message([], usage))
 
-    def events(self, index: int, piece: Piece) -> str:
-        """The events that bring a piece."""
-        del index
-        parts = self._reader.push(piece.text) + (self._reader.finish() if piece.end is not None else [])
-        events = "".join(self._add(part) for part in parts)
-        if piece.end is not None:
-            self._end = piece.end
-            events += self._close()
-        return events
-
     def closing(self, outputs: Outputs) -> str:
         """The events at the end."""
-        delta = {"stop_reason": self._reason(), "stop_sequence": None if self._end is None else self._end.stop}
-        return _event("message_delta", delta=delta, usage=self._usage(outputs)) + _event("message_stop")
+        return _event("message_delta", delta=self._stopped(), usage=self._usage(outputs)) + _event("message_stop")
 
     def failure(self, error: ApiError) -> str:
         """The event of an error, on which clients raise."""
@@ -61,10 +45,8 @@ class MessageShape:
 
     def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
         """The message that is no stream."""
-        (output,) = wholes
-        self.events(0, Piece("".join(output.texts), (), (), output.end))
-        message = self._message(self._blocks, self._usage(outputs))
-        return message | {"stop_reason": self._reason(), "stop_sequence": output.end.stop if output.end else None}
+        self._take(wholes)
+        return self._message(self._blocks, self._usage(outputs)) | self._stopped()
 
     def _usage(self, outputs: Outputs) -> dict[str, Any]:
         cached = self._plan.cached_tokens(outputs.cached_tokens)
@@ -74,6 +56,9 @@ class MessageShape:
             "cache_read_input_tokens": cached,
             "output_tokens": outputs.tokens,
         }
+
+    def _stopped(self) -> dict[str, str | None]:
+        return {"stop_reason": self._reason(), "stop_sequence": None if self._end is None else self._end.stop}
 
     def _reason(self) -> str | None:
         if self._end is None:
@@ -132,7 +117,7 @@ class MessageShape:
         block = self._blocks[-1]
         if block["type"] == "tool_use":
             try:
-                block["input"] = json.loads(self._arguments or "{}")
+                block["input"] = from_json(self._arguments or "{}", allow_inf_nan=False)
             except ValueError:  # cut by max_tokens
                 block["input"] = {}
         return _event("content_block_stop", index=len(self._blocks) - 1)

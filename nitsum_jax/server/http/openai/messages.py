@@ -1,10 +1,9 @@
 """One turn of a conversation, as clients of OpenAI's chat send it."""
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from nitsum_jax.server.http.fields import ContentField
 
@@ -34,7 +33,7 @@ class ToolCall(_Open):
     def rendered(self) -> dict[str, Any]:
         """As templates expect it: the arguments are an object."""
         try:
-            arguments = json.loads(self.function.arguments or "{}")
+            arguments = from_json(self.function.arguments or "{}", allow_inf_nan=False)
         except ValueError:
             arguments = self.function.arguments
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}

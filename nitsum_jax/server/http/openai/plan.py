@@ -24,11 +24,11 @@ from nitsum_jax.runtime.tools.formats import TAGS
 from nitsum_jax.runtime.tools.offer import begins_thinking
 from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.gateway import GatewayHeaders
+from nitsum_jax.server.http.answering import check_model
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import Echo
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest, Generation
 from nitsum_jax.server.http.openai.tiers import choose_tier
-from nitsum_jax.server.http.tokens import check_model
 
 DEFAULT_COMPLETION_TOKENS = 16
 """OpenAI's. A chat answer without a limit is as long as the model's authors say, or as the context allows."""

@@ -134,11 +134,6 @@ class Generation(HeldToForm):
             logit_bias=tuple(self.logit_bias),
         )
 
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with its usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""

@@ -4,6 +4,7 @@ What all events of a stream have in common is written once, when the stream begi
 than the escaping of its text.
 """
 
+import abc
 import enum
 import hashlib
 import json
@@ -39,7 +40,7 @@ class StreamedUsage(enum.Enum):
     EVERYWHERE = enum.auto()
 
 
-class AnswerShape:
+class AnswerShape(abc.ABC):
     """How one API writes the outputs of one request."""
 
     chunk_object: str
@@ -153,13 +154,13 @@ class AnswerShape:
             "prompt_tokens_details": {"cached_tokens": self._plan.cached_tokens(outputs.cached_tokens)},
         }
 
+    @abc.abstractmethod
     def _said(self, text: str) -> str:
         """The part of an event's choice that brings text (quoted), or none at the end."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _content(self, index: int, text: str) -> Mapping[str, Any]:
         """The part of a whole choice that is the text."""
-        raise NotImplementedError
 
     def _all_told(self, index: int, told: Sequence[TokenWithLogprob], outputs: Outputs) -> Mapping[str, Any]:
         """The log probabilities of a whole choice."""
@@ -174,8 +175,9 @@ class AnswerShape:
         ids = self._plan.calls[index].prompt_ids
         return {"prompt_logprobs": prompt_logprobs(ids, outputs.prompt_logprobs(index), self._token_bytes, top)}
 
+    @abc.abstractmethod
     def _told(self, index: int, told: Sequence[TokenWithLogprob]) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """The log probabilities of a piece."""
 
 
 class CompletionShape(AnswerShape):

@@ -1,15 +1,14 @@
 """The fields by which clients of OpenAI, vLLM, SGLang and llama.cpp hold an output to a form."""
 
-import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from nitsum_jax.runtime.structured import forms
 from nitsum_jax.runtime.structured.forms import MAX_CHOICES, MAX_FORM_CHARS, FormSpec
-from nitsum_jax.server.http.fields import Strict, Unsupported
+from nitsum_jax.server.http.fields import Strict, Unsupported, wrong
 
 _Text = Annotated[str, Field(min_length=1, max_length=MAX_FORM_CHARS)]
 _Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)]
@@ -18,13 +17,13 @@ _Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length
 def _read_schema(value: Any) -> dict[str, Any] | bool | None:
     if isinstance(value, str):
         try:
-            value = json.loads(value)
+            value = from_json(value)
         except ValueError as error:
             raise PydanticCustomError(
                 "invalid_value", "the schema is not valid JSON: {why}", {"why": str(error)}
             ) from None
     if value is not None and not isinstance(value, dict | bool):
-        raise PydanticCustomError("invalid_value", "give a JSON schema: an object, or one as a string")
+        raise wrong("give a JSON schema: an object, or one as a string")
     return value
 
 

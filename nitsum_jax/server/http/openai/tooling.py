@@ -4,22 +4,21 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
 
 from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.runtime.tools.formats import Tool
 from nitsum_jax.runtime.tools.offer import ToolOffer
 from nitsum_jax.server.http.errors import ApiError
-from nitsum_jax.server.http.fields import Strict, Unsupported
+from nitsum_jax.server.http.fields import Strict, Unsupported, wrong
 
 MAX_TOOLS = 128
-_NAME = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
 
 class FunctionSpec(Strict):
     """A function that the model may call."""
 
-    name: str = _NAME
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="JSON schema of its arguments: an object.")
     strict: bool | None = Field(None, description="Calls that tool_choice forces hold the schema either way.")
@@ -50,8 +49,7 @@ def _read_choice(value: Any) -> str | None:
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name:
             return f"={name}"
-    message = 'give none, auto, required, or {"type": "function", "function": {"name": "..."}}'
-    raise PydanticCustomError("invalid_value", message)
+    raise wrong('give none, auto, required, or {"type": "function", "function": {"name": "..."}}')
 
 
 _CHOSEN = {

@@ -7,17 +7,13 @@ from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS
-from nitsum_jax.server.http.fields import MAX_TIER_CHARS, Strict, Unsupported
+from nitsum_jax.server.http.fields import MAX_TIER_CHARS, Strict, Unsupported, wrong
 from nitsum_jax.server.http.openai.requests import MAX_MESSAGES
 from nitsum_jax.server.http.openai.structured import SchemaField
-from nitsum_jax.server.http.openai.tooling import MAX_TOOLS
+from nitsum_jax.server.http.openai.tooling import MAX_TOOLS, FunctionName
 
 _TEXTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _STATELESS = "the server keeps no responses: send the whole conversation as input"
-
-
-def _wrong(message: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid_value", message)
 
 
 def _text_of(content: Any) -> str:
@@ -25,11 +21,11 @@ def _text_of(content: Any) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
-        raise _wrong("give content as a string, or as a list of parts")
+        raise wrong("give content as a string, or as a list of parts")
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in _TEXTS or not isinstance(part.get("text"), str):
-            raise _wrong(f"parts of type {str(kind)[:40]!r} are not supported: this model reads text only")
+            raise wrong(f"parts of type {str(kind)[:40]!r} are not supported: this model reads text only")
     return "\n".join(part["text"] for part in content)
 
 
@@ -39,35 +35,35 @@ def _message_of(item: Mapping[str, Any]) -> dict[str, Any]:
         case "message":
             role = item.get("role")
             if role not in ("user", "assistant", "system", "developer"):
-                raise _wrong("give each message a role: user, assistant, system or developer")
+                raise wrong("give each message a role: user, assistant, system or developer")
             return {"role": role, "content": _text_of(item.get("content"))}
         case "function_call":
             name, arguments, call = item.get("name"), item.get("arguments"), item.get("call_id")
             if not isinstance(name, str) or not isinstance(arguments, str) or not isinstance(call, str):
-                raise _wrong("give a function_call its call_id, name and arguments, all strings")
+                raise wrong("give a function_call its call_id, name and arguments, all strings")
             function = {"name": name, "arguments": arguments}
             calls = [{"id": call, "type": "function", "function": function}]
             return {"role": "assistant", "content": None, "tool_calls": calls}
         case "function_call_output":
             call = item.get("call_id")
             if not isinstance(call, str):
-                raise _wrong("give a function_call_output its call_id, a string")
+                raise wrong("give a function_call_output its call_id, a string")
             return {"role": "tool", "tool_call_id": call, "content": _text_of(item.get("output"))}
         case "reasoning":
             return {}  # what models thought before is not shown to them again
         case other:
-            raise _wrong(f"items of type {str(other)[:40]!r} are not supported: give messages and function calls")
+            raise wrong(f"items of type {str(other)[:40]!r} are not supported: give messages and function calls")
 
 
 def _read_input(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value or len(value) > MAX_MESSAGES:
-        raise _wrong(f"give a string, or a list of 1 to {MAX_MESSAGES} items")
+        raise wrong(f"give a string, or a list of 1 to {MAX_MESSAGES} items")
     messages: list[dict[str, Any]] = []
     for item in value:
         if not isinstance(item, dict):
-            raise _wrong("give each item as an object")
+            raise wrong("give each item as an object")
         message = _message_of(item)
         last = messages[-1] if messages else {}
         if "tool_calls" in message and last.get("role") == "assistant":
@@ -75,7 +71,7 @@ def _read_input(value: Any) -> list[dict[str, Any]]:
         elif message:
             messages.append(message)
     if not messages:
-        raise _wrong("the input has no message: give at least one")
+        raise wrong("the input has no message: give at least one")
     return messages
 
 
@@ -130,7 +126,7 @@ class ResponseTool(Strict):
     """A function; other kinds of tools are not there."""
 
     type: Literal["function"]
-    name: str = Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -179,7 +175,7 @@ def _read_choice(value: Any) -> Any:
         return value
     if isinstance(value, dict) and value.get("type") == "function" and isinstance(value.get("name"), str):
         return {"type": "function", "function": {"name": value["name"]}}
-    raise _wrong('give none, auto, required, or {"type": "function", "name": "..."}')
+    raise wrong('give none, auto, required, or {"type": "function", "name": "..."}')
 
 
 _CHOSEN = {

@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from nitsum_jax.engine.request import FinishReason
-from nitsum_jax.runtime.streams.output import End, Piece, TokenWithLogprob
+from nitsum_jax.runtime.streams.output import Piece, TokenWithLogprob
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.runtime.tools.parts import CallArguments, CallBegun, Part, Said, Thought
-from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.http.answering import Whole
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.openai.logprobs import TokenBytes, chat_logprobs
 from nitsum_jax.server.http.openai.plan import RequestPlan
 from nitsum_jax.server.http.responding.requests import ResponseRequest
+from nitsum_jax.server.http.translated import PartsWriter
 
 
-class ResponseShape:
+class ResponseShape(PartsWriter):
     """One response; see AnswerWriter."""
 
     def __init__(self, request: ResponseRequest, plan: RequestPlan, token_bytes: TokenBytes) -> None:
@@ -27,20 +27,14 @@ class ResponseShape:
           plan: of one output.
           token_bytes: what a token says.
         """
+        super().__init__(plan)
         self._request = request
-        self._plan = plan
         self._token_bytes = token_bytes
-        reader = plan.reader or (lambda: AnswerReader(None, thinks=False, thinking=False))
-        self._reader = reader()
         self._id = f"resp_{plan.id}"
         self._items: list[dict[str, Any]] = []
         self._open: dict[str, Any] | None = None
         self._numbers = 0
-        self._end: End | None = None
         self._told: list[TokenWithLogprob] = []
-
-    def note(self, outputs: Outputs) -> None:
-        """There is nothing to look at before the end."""
 
     def opening(self) -> str:
         """The events before the first piece."""
@@ -51,14 +45,8 @@ class ResponseShape:
 
     def events(self, index: int, piece: Piece) -> str:
         """The events that bring a piece."""
-        del index
-        parts = self._reader.push(piece.text) + (self._reader.finish() if piece.end is not None else [])
         self._told += piece.told
-        events = "".join(self._add(part) for part in parts)
-        if piece.end is not None:
-            self._end = piece.end
-            events += self._close()
-        return events
+        return super().events(index, piece)
 
     def closing(self, outputs: Outputs) -> str:
         """The event with the whole response."""
@@ -74,8 +62,7 @@ class ResponseShape:
 
     def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
         """The response that is no stream."""
-        (output,) = wholes
-        self.events(0, Piece("".join(output.texts), (), output.told, output.end))
+        self._take(wholes)
         return self._response(self._status(), outputs)
 
     def _status(self) -> str:
