@@ -123,6 +123,19 @@ def test_the_page_has_a_row_for_every_rung_and_a_plot(result, tmp_path: pathlib.
     assert (tmp_path / "ladder" / "small_2_turns.svg").read_text().startswith("<?xml")
 
 
+def test_ratios_count_queues_with_timeouts_and_name_the_row_they_are_over(result) -> None:  # type: ignore[no-untyped-def]
+    def row(load: float, goodput: float) -> dict[str, object]:
+        return {**result["rungs"]["vanilla"][0], "load": load, "seeds": [{**seed, "goodput": goodput} for seed in seeds]}
+
+    seeds = result["rungs"]["vanilla"][0]["seeds"]
+    made = {rung: [row(0.5, 1.0), row(3.0, 1.0)] for rung in WORDS}
+    made |= {"ours-adaptive": [row(0.5, 6.0), row(3.0, 6.0)], "ours-apart": [row(0.5, 6.25), row(3.0, 1.0)]}
+    made |= {"vanilla-timeouts": [row(0.5, 1.0), row(3.0, 4.0)], "dynamo": [row(0.5, 5.0), row(3.0, 1.0)]}
+    text = page([{**result, "rungs": made}])
+    assert "| 1.20 `dynamo` | 1.50 `vanilla-timeouts` |" in text
+    assert "| 0.96 `ours-apart` | 6.00 `ours-static-tp` |" in text
+
+
 def test_dealt_requests_wait_in_the_queue_of_their_replica() -> None:
     """Every other request is long: dealt in turn, all of these go to one of two replicas, and delay no short one."""
     lengths = (6000, 200)
