@@ -64,10 +64,10 @@ def page(results: Sequence[Result], missing: Sequence[str] = ()) -> str:
     lines = [
         "# What can be deployed today, and what this project adds",
         "",
-        "Goodput (requests a second that meet both targets) from half to four times a load that our scheduler with one",
-        "static TP serves or nearly serves: first what others deploy, then this project's parts one after the other.",
-        "What each serves with an attainment of 90 % is the last column of its table. Simulated, with the step times of",
-        "the profiles named. `make ladder` writes this page ([how](../simulator/simulator.md#the-ladder)).",
+        "Goodput (requests a second that meet both targets) from half to four times about the load that our scheduler",
+        "serves with one static TP: first what others deploy, then this project's parts one after the other. What each",
+        "serves with an attainment of 90 % is the last column of the tables. Simulated, with the step times of the",
+        "profiles named. `make ladder` writes this page ([how](../simulator/simulator.md#the-ladder)).",
         "",
         "The settings of every rung (TP, roles, chunk, batch limit, limits of its controller, placement of tiers) are",
         "searched on a sample of the very workload, at one and at two times the load; of those found, each load counts",
@@ -133,7 +133,7 @@ def _short(results: Sequence[Result]) -> list[str]:
         "",
         *(head, rule, *deployed),
         "",
-        "Goodput of adaptive control over the best static layout with our scheduler (any TPs, roles, placement of tiers):",
+        "Goodput of adaptive control over the best static layout with our scheduler (any TPs, roles, tiers):",
         "",
         *(head, rule, *static),
     ]
