@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import MIXED, Shape, fits, place, shapes_text
+from nitsum_jax.control.plan import MIXED, Shape, fits, kinds, place, shapes_text
 from nitsum_jax.control.planning.candidates import joint_plans, mixed_plans, split_plans
 from nitsum_jax.control.planning.decision import Candidate, Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.planning.fleet.decide import decide as decide_fleet
@@ -196,8 +196,8 @@ class Planner:
             if lost:
                 plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
-                listed = {_kinds(parse_shapes(text)) for text in allowed}
-                plans = [shapes for shapes in plans if _kinds(shapes) in listed]
+                listed = {kinds(parse_shapes(text)) for text in allowed}
+                plans = [shapes for shapes in plans if kinds(shapes) in listed]
             found = self._candidates[key] = tuple(plans)
         return found
 
@@ -211,11 +211,6 @@ class Planner:
 
 
 _Scored = tuple[float, Prediction, tuple[Shape, ...]]
-
-
-def _kinds(shapes: Sequence[Shape]) -> tuple[tuple[int, str], ...]:
-    """TPs and roles, in an order that does not depend on how they were written."""
-    return tuple(sorted((shape.tp, shape.role) for shape in shapes))
 
 
 def _candidate(scored: _Scored, replay: Replay | None = None) -> Candidate:
@@ -234,13 +229,13 @@ def _diverse(ranked: Sequence[_Scored], count: int) -> list[_Scored]:
     The estimate is better at telling plans of a kind apart than plans of different kinds.
     """
     layouts: dict[tuple[tuple[int, str], ...], _Scored] = {}
-    kinds: dict[tuple[bool, ...], _Scored] = {}
+    by_kind: dict[tuple[bool, ...], _Scored] = {}
     for item in ranked:
-        layouts.setdefault(tuple(sorted((shape.tp, shape.role) for shape in item[2])), item)
-        kinds.setdefault(_kind(item[2]), item)
+        layouts.setdefault(kinds(item[2]), item)
+        by_kind.setdefault(_kind(item[2]), item)
     best = list(layouts.values())
-    chosen = best[: max(1, count - len(kinds))]
-    chosen += [item for item in kinds.values() if not any(item is other for other in chosen)]
+    chosen = best[: max(1, count - len(by_kind))]
+    chosen += [item for item in by_kind.values() if not any(item is other for other in chosen)]
     chosen += [item for item in best if not any(item is other for other in chosen)]
     return sorted(chosen[:count], key=lambda item: -item[0])
 

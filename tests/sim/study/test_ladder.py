@@ -167,6 +167,7 @@ def test_the_page_has_a_row_for_every_rung_and_a_plot(result, tmp_path: pathlib.
         assert f"| {words} |" in text
     rungs_run = {name: rows for name, rows in result["rungs"].items() if name != "ours-device-put"}
     assert "Not run: `ours-device-put`." in page([{**result, "rungs": rungs_run}])
+    assert "2 NVIDIA H200 SXM, turns" in page([{**result, "device": "NVIDIA H200 SXM, 141 GB"}])
     assert (tmp_path / "ladder" / "small_2_turns.svg").read_text().startswith("<?xml")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nitsum_jax.sim.study.ladder.fit import capacity
-from nitsum_jax.sim.study.ladder.plot import ladder_plot
+from nitsum_jax.sim.study.ladder.plot import ladder_plot, title
 from nitsum_jax.sim.study.ladder.rungs import DEPLOYED, STATIC
 
 Result = Mapping[str, Any]
@@ -137,11 +137,6 @@ def _short(results: Sequence[Result]) -> list[str]:
         "",
         *(head, rule, *static),
     ]
-
-
-def title(result: Result) -> str:
-    """A cell in words."""
-    return f"{result['model']}, {result['devices']} H100, {result['mix']}"
 
 
 def _cell(result: Result) -> list[str]:

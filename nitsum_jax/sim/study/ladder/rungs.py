@@ -24,7 +24,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from nitsum_jax.control.plan import Shape
+from nitsum_jax.control.plan import Shape, kinds
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.queueing import QueueingModel
 from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
@@ -146,7 +146,7 @@ def _mixed(setting: Setting, loads: tuple[TierLoad, ...]) -> Iterator[Entrant]:
         order = sorted(policies, key=lambda policy: -model.predict(policy.plan.shapes, scale).goodput)
         seen: set[tuple[tuple[int, str], ...]] = set()
         for policy in order:  # one of every layout: of placements the estimate tells only some apart
-            kind = tuple(sorted((shape.tp, shape.role) for shape in policy.plan.shapes))
+            kind = kinds(policy.plan.shapes)
             if kind not in seen and len(seen) < _MIXED // 2:
                 seen.add(kind)
                 chosen.setdefault(policy.name, policy)
