@@ -188,6 +188,13 @@ def test_ratios_count_queues_with_timeouts_and_name_the_row_they_are_over(result
     assert "| 0.96 `ours-apart` | 6.00 `ours-static-tp` |" in text
 
 
+def test_a_rung_names_the_same_policies_every_time() -> None:
+    for make in rungs(SETTING, loads_of(burst(50))).values():
+        names = [entrant.name for entrant in make()]
+        assert names
+        assert [entrant.name for entrant in make()] == names
+
+
 def test_dealt_requests_wait_in_the_queue_of_their_replica() -> None:
     """Every other request is long: dealt in turn, all of these go to one of two replicas, and delay no short one."""
     lengths = (6000, 200)

@@ -177,16 +177,15 @@ def _tiers(result: Result) -> list[str]:
     lines = [f"Attainment of {' / '.join(names)}, %:", "", "| | " + " | ".join(f"{load:g}x" for load in loads) + " |"]
     lines.append("|---|" + "---|" * len(loads))
     for rung, words in _words(result):
-        cells = []
-        for row in result["rungs"][rung]:
-            shares = []
-            for name in names:
-                offered = sum(seed["tiers"].get(name, [0, 0])[0] for seed in row["seeds"])
-                met = sum(seed["tiers"].get(name, [0, 0])[1] for seed in row["seeds"])
-                shares.append(f"{100 * met / max(1, offered):.0f}")
-            cells.append(" / ".join(shares))
+        cells = [" / ".join(f"{_attained(row, name):.0f}" for name in names) for row in result["rungs"][rung]]
         lines.append(f"| {words} | " + " | ".join(cells) + " |")
     return lines
+
+
+def _attained(row: Mapping[str, Any], tier: str) -> float:
+    """Share of a tier's requests of all seeds that met their targets, %."""
+    counts = [seed["tiers"].get(tier, [0, 0]) for seed in row["seeds"]]
+    return 100 * sum(met for _, met in counts) / max(1, sum(offered for offered, _ in counts))
 
 
 def _settings(result: Result) -> list[str]:

@@ -21,7 +21,6 @@ come first served.  Ours has the scheduler of `control/scheduling` from the firs
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from nitsum_jax.control.plan import Shape, kinds
@@ -64,21 +63,20 @@ class Entrant:
 def rungs(setting: Setting, loads: Iterable[TierLoad]) -> Mapping[str, Callable[[], Iterator[Entrant]]]:
     """All rungs in order; `loads` is what the whole workload is like, by which static layouts are preselected."""
     loads = tuple(loads)
-    mixed = functools.partial(_mixed, setting, loads)
     return {
-        "vanilla": functools.partial(_vanilla, setting, timeouts=False),
-        "vanilla-timeouts": functools.partial(_vanilla, setting, timeouts=True),
-        "least-loaded": functools.partial(_least_loaded, setting),
-        "split": functools.partial(_plain, _first_of(baselines.distserve(setting), "distserve-fcfs")),
-        "chiron": functools.partial(_chiron, setting),
-        "apart": functools.partial(_apart, setting),
-        "dynamo": functools.partial(_plain, _as_deployed(baselines.dynamo(setting))),
-        "flying": functools.partial(_plain, _as_deployed(baselines.flying(setting))),
-        "ours-static-tp": functools.partial(_static_tp, setting),
-        "ours-apart": functools.partial(_plain, baselines.apart(setting)),
-        "ours-static-mixed": mixed,
-        "ours-adaptive": functools.partial(_plain, [baselines.adaptive(setting)]),
-        "ours-device-put": functools.partial(_plain, [baselines.adaptive(setting, "device-put", device_put=True)]),
+        "vanilla": lambda: _vanilla(setting, timeouts=False),
+        "vanilla-timeouts": lambda: _vanilla(setting, timeouts=True),
+        "least-loaded": lambda: _least_loaded(setting),
+        "split": lambda: _plain(_first_of(baselines.distserve(setting), "distserve-fcfs")),
+        "chiron": lambda: _chiron(setting),
+        "apart": lambda: _apart(setting),
+        "dynamo": lambda: _plain(_as_deployed(baselines.dynamo(setting))),
+        "flying": lambda: _plain(_as_deployed(baselines.flying(setting))),
+        "ours-static-tp": lambda: _static_tp(setting),
+        "ours-apart": lambda: _plain(baselines.apart(setting)),
+        "ours-static-mixed": lambda: _mixed(setting, loads),
+        "ours-adaptive": lambda: _plain([baselines.adaptive(setting)]),
+        "ours-device-put": lambda: _plain([baselines.adaptive(setting, "device-put", device_put=True)]),
     }
 
 
