@@ -4,7 +4,7 @@
 # make lint             ruff, mypy and buildifier
 # make bench            tokens per second against the bare executable (and what else is installed)
 # make study            the goodput study (hours; ARGS="--config=quick" for a part; docs/simulator/simulator.md)
-# make ladder           what can be deployed today against each part of this project (an hour; docs/results/ladder.md)
+# make ladder           what can be deployed today against each part of this project (hours; docs/results/ladder.md)
 # make demo             adaptive control against static layouts, live on a paced cell (ARGS=--quick: minutes)
 # make cluster-demo     two cells behind one front door; one is killed under load, and the streams go on
 # make gpu-check        numbers, bits and step times of an accelerator (EXTRA=cuda12); run again, it goes on; gpu-check.md

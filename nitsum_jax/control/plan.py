@@ -56,6 +56,11 @@ def place(shapes: Sequence[Shape], num_devices: int, before: Layout | None = Non
     return Layout(tuple(sorted((*placed, *fresh), key=lambda i: (-i.tp, i.devices))))
 
 
+def kinds(shapes: Sequence[Shape]) -> tuple[tuple[int, str], ...]:
+    """TPs and roles, in an order that does not depend on how they were written: a layout, whatever its tiers."""
+    return tuple(sorted((shape.tp, shape.role) for shape in shapes))
+
+
 def _fill(shapes: Sequence[Shape], num_devices: int, taken: set[int]) -> list[InstanceSpec] | None:
     used = set(taken)
     out = []

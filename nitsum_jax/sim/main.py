@@ -73,11 +73,7 @@ def run_tool() -> None:
 def _setting(given: SimulateOptions) -> Setting:
     assert given.profile is not None
     tiers = read_tiers(given.tiers) if given.tiers else DEFAULT_TIERS
-    setting = Setting(CostModel(load_profile(given.profile)), tiers, given.devices)
-    if not setting.tps:
-        least = setting.cost.tps[0]
-        raise InvalidInputError(f"--devices={given.devices}: {given.profile} needs at least {least} devices")
-    return setting
+    return Setting(CostModel(load_profile(given.profile)), tiers, given.devices)
 
 
 def _workload(given: SimulateOptions, tiers: TierSet) -> Workload:

@@ -7,9 +7,10 @@ little, and stays unless that finds a plan far better than the present one.
 
 If not, every candidate gets a goodput predicted by the queueing estimate at the load as it is and at a larger one.
 The best few, some of every kind, are then replayed with the same requests; one that misses more than the best so far
-is given up at once.  The replay decides, and of those that do alike the estimate.  A plan is left only for one
-that saves more requests than it loses by a margin, and by more than chance.  Pure: a `PlanInputs` and the same
-settings always give the same decision, so one can be replayed from a log.
+is given up at once.  The replay decides, and of those that do alike the estimate; far into overload, where a replay
+ends before the queues have grown as long as requests wait, the estimate counts for what it does not show.  A plan is
+left only for one that saves more requests than it loses by a margin, and by more than chance.  Pure: a `PlanInputs`
+and the same settings always give the same decision, so one can be replayed from a log.
 """
 
 import dataclasses
@@ -17,7 +18,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from nitsum_jax.control.model.cost_model import CostModel
-from nitsum_jax.control.plan import MIXED, Shape, fits, place, shapes_text
+from nitsum_jax.control.plan import MIXED, Shape, fits, kinds, place, shapes_text
 from nitsum_jax.control.planning.candidates import joint_plans, mixed_plans, split_plans
 from nitsum_jax.control.planning.decision import Candidate, Decision, PlanInputs, PlannerConfig
 from nitsum_jax.control.planning.fleet.decide import decide as decide_fleet
@@ -89,12 +90,13 @@ class Planner:
         finalists = [present, *_diverse(ranked, config.finalists)]
         replays: list[Replay | None] = [first]
         covered = self._covered(inputs)
+        hidden = self._hidden(inputs, covered)
         weight = 1 - covered * (1 - config.estimate_weight)
         least, known = (first.missed, present[0]) if first is not None else (math.inf, 0.0)
         for score, _, shapes in finalists[1:]:
             replay = None
             if inputs.recent:
-                more = self._unseen(inputs, covered, score - known)
+                more = hidden * (score - known)
                 replay = self._replay(inputs, shapes, max(0.0, least + more))
                 if not replay.given_up and replay.missed < least + more:
                     least, known = replay.missed, score
@@ -107,8 +109,8 @@ class Planner:
         work = len(ranked) + sum(replay.count for replay in replays if replay is not None)
         chosen = max(range(len(values)), key=lambda i: (not _given_up(replays[i]), values[i], i == 0))
         gain = values[chosen] - values[0]
-        more = self._unseen(inputs, covered, finalists[chosen][0] - present[0])
-        better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen], more)
+        unseen = hidden * (finalists[chosen][0] - present[0])
+        better = chosen > 0 and gain >= config.hysteresis and self._certain(first, replays[chosen], unseen)
         if better and gain < 2 * config.hysteresis and inputs.recent and not lost:
             unpressed = self._replay(inputs, present[2], math.inf, pressure=1.0)
             work += unpressed.count
@@ -157,20 +159,22 @@ class Planner:
         )
 
     def _covered(self, inputs: PlanInputs) -> float:
-        """How far a replay tells what an overload does: it must last as long as the most patient tier waits.
+        """How far a replay tells what an overload does: it must last as long as the most patient tier in it waits.
 
         Where more comes than can be replayed (`PlannerConfig.replayed`), it ends before: until then every plan lives on
         the patience of its queue, and all look alike.
         """
         if len(inputs.recent) < self.config.replayed:
             return 1.0
-        patience_s = max(self.tiers[load.tier].ttft_ms for load in inputs.loads) / 1000
+        patience_s = max(self.tiers[name].ttft_ms for name in {arrival.tier for arrival in inputs.recent}) / 1000
         return min(1.0, (inputs.recent[-1].time_s - inputs.recent[0].time_s) / patience_s)
 
-    def _unseen(self, inputs: PlanInputs, covered: float, gain: float) -> float:
-        """Requests by which a replay may be worse, for a gain by the estimate that it is too short to show."""
+    def _hidden(self, inputs: PlanInputs, covered: float) -> float:
+        """Requests that a replay is too short to show: times the estimate's gain, it may be worse by so many."""
+        if covered == 1:
+            return 0.0
         counted = (*inputs.recent[len(inputs.recent) // 4 :], *inputs.waiting)
-        return (1 - covered) / max(covered, 1e-9) * gain * sum(self.tiers[arrival.tier].weight for arrival in counted)
+        return (1 - covered) / max(covered, 1e-9) * sum(self.tiers[arrival.tier].weight for arrival in counted)
 
     def _certain(self, present: Replay | None, other: Replay | None, unseen: float) -> bool:
         """Whether the requests that one plan saves are more than those that it loses by more than chance."""
@@ -196,8 +200,8 @@ class Planner:
             if lost:
                 plans = [shapes for shapes in plans if fits(shapes, num_devices, lost)]
             if allowed:
-                listed = {_kinds(parse_shapes(text)) for text in allowed}
-                plans = [shapes for shapes in plans if _kinds(shapes) in listed]
+                listed = {kinds(parse_shapes(text)) for text in allowed}
+                plans = [shapes for shapes in plans if kinds(shapes) in listed]
             found = self._candidates[key] = tuple(plans)
         return found
 
@@ -211,11 +215,6 @@ class Planner:
 
 
 _Scored = tuple[float, Prediction, tuple[Shape, ...]]
-
-
-def _kinds(shapes: Sequence[Shape]) -> tuple[tuple[int, str], ...]:
-    """TPs and roles, in an order that does not depend on how they were written."""
-    return tuple(sorted((shape.tp, shape.role) for shape in shapes))
 
 
 def _candidate(scored: _Scored, replay: Replay | None = None) -> Candidate:
@@ -234,13 +233,13 @@ def _diverse(ranked: Sequence[_Scored], count: int) -> list[_Scored]:
     The estimate is better at telling plans of a kind apart than plans of different kinds.
     """
     layouts: dict[tuple[tuple[int, str], ...], _Scored] = {}
-    kinds: dict[tuple[bool, ...], _Scored] = {}
+    by_kind: dict[tuple[bool, ...], _Scored] = {}
     for item in ranked:
-        layouts.setdefault(tuple(sorted((shape.tp, shape.role) for shape in item[2])), item)
-        kinds.setdefault(_kind(item[2]), item)
+        layouts.setdefault(kinds(item[2]), item)
+        by_kind.setdefault(_kind(item[2]), item)
     best = list(layouts.values())
-    chosen = best[: max(1, count - len(kinds))]
-    chosen += [item for item in kinds.values() if not any(item is other for other in chosen)]
+    chosen = best[: max(1, count - len(by_kind))]
+    chosen += [item for item in by_kind.values() if not any(item is other for other in chosen)]
     chosen += [item for item in best if not any(item is other for other in chosen)]
     return sorted(chosen[:count], key=lambda item: -item[0])
 

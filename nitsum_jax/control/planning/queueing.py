@@ -10,7 +10,8 @@ full at 1.
 queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  A request that
 would come too late is demoted and costs the others nothing, so what is lost follows the formula for customers who leave
 a queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which is smooth through full load and tends to
-1 - 1/load beyond it.
+1 - 1/load beyond it.  Beyond full load the longest prompts are given up, if more of the others are in time then, as the
+scheduler does.
 
 What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
 planner's what-if rollouts are for.

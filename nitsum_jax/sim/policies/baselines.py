@@ -27,6 +27,7 @@ from nitsum_jax.control.planning.decision import PlannerConfig
 from nitsum_jax.control.planning.planner import Planner
 from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
 from nitsum_jax.control.tiers import TierSet
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.policies import layouts
 from nitsum_jax.sim.policies.rebalancing import AllOrNothing, RoleBalancer, RoleLimits, SwitchLimits
@@ -50,6 +51,12 @@ class Setting:
     cost: CostModel
     tiers: TierSet
     num_devices: int
+
+    def __post_init__(self) -> None:
+        if not self.tps:
+            raise InvalidInputError(
+                f"{self.cost.profile.name} needs at least {self.cost.tps[0]} devices: there are {self.num_devices}"
+            )
 
     @property
     def node(self) -> int:

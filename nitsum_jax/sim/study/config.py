@@ -5,12 +5,12 @@ study.toml and quick.toml beside this file are two of them; docs/simulator/simul
 
 import dataclasses
 import pathlib
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.sim.study.config_file import check_known, check_positive, read_config
 from nitsum_jax.sim.study.loads import LoadPhase, Part
 
 
@@ -53,6 +53,9 @@ class Case:
     sample_s: float
     mixes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        check_positive(rate=self.rate, steady_s=self.steady_s, phase_s=self.phase_s, sample_s=self.sample_s)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StudyConfig:
@@ -76,6 +79,9 @@ class StudyConfig:
     mixes: tuple[Mix, ...]
     cases: tuple[Case, ...]
 
+    def __post_init__(self) -> None:
+        check_positive(devices=self.devices, finalists=self.finalists)
+
 
 def read_study(path: str | pathlib.Path) -> StudyConfig:
     """Reads a config file.
@@ -86,34 +92,28 @@ def read_study(path: str | pathlib.Path) -> StudyConfig:
     Raises:
       InvalidInputError: it cannot be read, or an entry is missing or wrong; the message names file and entry.
     """
-    own = pathlib.Path(__file__).parent / f"{path}.toml"
-    path = own if own.exists() else path
-    try:
-        values = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InvalidInputError(f"{path}: cannot read the study's config: {e.strerror or e}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InvalidInputError(f"{path}: not valid TOML: {' '.join(str(e).split())}") from e
-    try:
-        return _study(values)
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
-        raise InvalidInputError(f"{path}: {what}") from e
+    return read_config(path, pathlib.Path(__file__).parent, _study)
 
 
 def _study(values: Mapping[str, Any]) -> StudyConfig:
     known = {field.name for field in dataclasses.fields(StudyConfig)}
-    for key in values:
-        if key not in known:
-            raise InvalidInputError(f"unknown entry {key!r}: use {', '.join(sorted(known))}")
+    check_known(values, known)
     mixes = tuple(_mix(name, mix) for name, mix in values["mixes"].items())
     cases = tuple(_case(name, case) for name, case in values["cases"].items())
     for case in cases:
         for name in case.mixes:
             if name not in {mix.name for mix in mixes}:
                 raise InvalidInputError(f"case {case.name!r}: unknown mix {name!r}")
+        for mix in mixes_of(case, mixes):
+            for part in (part for phase in mix.phases for part in phase.parts):
+                case.tiers.get(part.tier)
     plain = {key: values[key] for key in known - {"mixes", "cases"}}
     return StudyConfig(mixes=mixes, cases=cases, **plain)
+
+
+def mixes_of(case: Case, mixes: Sequence[Mix]) -> list[Mix]:
+    """The mixes that a case is run with."""
+    return [mix for mix in mixes if not case.mixes or mix.name in case.mixes]
 
 
 def _mix(name: str, values: Mapping[str, Any]) -> Mix:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.sim.study.config_file import check_positive
 from nitsum_jax.sim.workloads.workload import TraceRequest, Workload, concatenate, mix, retier, scale_rate, window
 
 _LEAST_SHARE = 1 / 3
@@ -43,6 +44,9 @@ class LoadPhase:
     seconds: float
     parts: tuple[Part, ...]
 
+    def __post_init__(self) -> None:
+        check_positive(seconds=self.seconds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -61,6 +65,12 @@ class Load:
     phases: tuple[LoadPhase, ...]
     seed: int = 0
     start_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in {part.trace: None for phase in self.phases for part in phase.parts}:
+            if name not in self.traces:
+                known = ", ".join(self.traces)
+                raise InvalidInputError(f"load {self.name}: unknown trace {name!r}: use one of {known}")
 
     @property
     def seconds(self) -> float:
@@ -84,11 +94,7 @@ class Load:
         return concatenate(phases, self.name)
 
     def _part(self, part: Part, start: float, seconds: float, factor: float) -> Workload:
-        trace = self.traces.get(part.trace)
-        if trace is None:
-            raise InvalidInputError(
-                f"load {self.name}: unknown trace {part.trace!r}: use one of {', '.join(self.traces)}"
-            )
+        trace = self.traces[part.trace]
         piece = _cut(trace, start, seconds)
         for _ in range(math.ceil(trace.seconds / seconds)):  # traces have minutes with hardly any request
             if piece.rate >= _LEAST_SHARE * trace.rate:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from absl import app, flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.study.config import StudyConfig, read_study
+from nitsum_jax.sim.study.config import StudyConfig, mixes_of, read_study
+from nitsum_jax.sim.study.config_file import chosen_names
 from nitsum_jax.sim.study.runner import StudyCell, run_cell
 from nitsum_jax.sim.study.sources import FILES, open_traces
 from nitsum_jax.sim.workloads.workload import Workload
@@ -35,8 +36,7 @@ def cells_of(config: StudyConfig, traces: Mapping[str, Workload], source: str, c
         StudyCell(config, case, profile, mix, traces, source, cache)
         for case in config.cases
         for profile in case.profiles
-        for mix in config.mixes
-        if not case.mixes or mix.name in case.mixes
+        for mix in mixes_of(case, config.mixes)
     ]
     return sorted(cells, key=lambda cell: (not cell.mix.shifting, cell.case.profiles.index(cell.profile)))
 
@@ -60,25 +60,32 @@ def _main(argv: Sequence[str]) -> None:
     try:
         config = read_study(_CONFIG.value)
         traces, source = open_traces(_TRACES.value, config.seed)
+        cells = cells_of(config, traces, source, pathlib.Path(_CACHE.value))
+        if not _PAGE.value:
+            _run(cells)
     except InvalidInputError as e:
         sys.stderr.write(f"{e}\n")
         sys.exit(2)
-    cells = cells_of(config, traces, source, pathlib.Path(_CACHE.value))
-    if not _PAGE.value:
-        os.nice(10)
-        chosen = [cell for cell in cells if _ONLY.value in cell.name]
-        if _JOBS.value == 1:
-            for cell in chosen:
-                _work(cell)
-        else:
-            with multiprocessing.get_context("spawn").Pool(_JOBS.value) as pool:
-                for name in pool.imap_unordered(_work, chosen, chunksize=1):
-                    logging.info("%s is done", name)
     results = [json.loads(_result(cell).read_text(encoding="utf-8")) for cell in cells if _result(cell).exists()]
     if not results:
         sys.stderr.write("no results yet: run without --page_only\n")
         sys.exit(1)
     write_page(results, pathlib.Path(_OUT.value), missing=len(cells) - len(results))
+
+
+def _run(cells: Sequence[StudyCell]) -> None:
+    os.nice(10)
+    names = chosen_names([cell.name for cell in cells], _ONLY.value)
+    chosen = [cell for cell in cells if cell.name in names]
+    for cell in chosen:
+        cell.check()
+    if _JOBS.value == 1:
+        for cell in chosen:
+            _work(cell)
+    else:
+        with multiprocessing.get_context("spawn").Pool(_JOBS.value) as pool:
+            for name in pool.imap_unordered(_work, chosen, chunksize=1):
+                logging.info("%s is done", name)
 
 
 def run() -> None:

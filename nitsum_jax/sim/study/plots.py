@@ -1,13 +1,15 @@
 """Plots of the study."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 _STYLE: Any = {"svg.hashsalt": "nitsum", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _COLOURS = {
@@ -21,10 +23,19 @@ _COLOURS = {
 }
 
 
+@contextlib.contextmanager
+def drawing(path: pathlib.Path, width: float, height: float) -> Iterator[Axes]:
+    """Axes to draw on; written to the path in the end, the same bytes for the same lines."""
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+        yield axes
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
 def attainment_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """Attainment of every policy over the rate, with the target drawn in."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    with drawing(path, 6.4, 3.6) as axes:
         for family, row in result["families"].items():
             points = [(rate, share) for rate, share, _, given_up in row["curve"] if not given_up]
             if not points:
@@ -53,15 +64,12 @@ def attainment_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set_ylabel("attainment, %")
         axes.set_title(f"{result['model']}, {result['device']}: {result['mix']}", fontsize=9)
         axes.legend(fontsize=7, frameon=False, loc="lower left")
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)
 
 
 def capacity_plot(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Capacity of every policy as a multiple of the best static layout's, for all cells."""
     families = [family for family in _COLOURS if family != "static"]
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 0.8 + 0.42 * len(results)), layout="constrained")
+    with drawing(path, 6.4, 0.8 + 0.42 * len(results)) as axes:
         names = []
         for i, result in enumerate(reversed(results)):
             names.append(result["name"].replace("_", " "))
@@ -82,5 +90,3 @@ def capacity_plot(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
         axes.set_yticks(range(len(names)), names, fontsize=7)
         axes.set_xlabel("capacity as a multiple of the best static layout's")
         axes.legend(fontsize=7, frameon=False, loc="upper center", ncols=6, bbox_to_anchor=(0.4, 1.12))
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

@@ -64,6 +64,24 @@ class StudyCell:
         """Names it in logs and files."""
         return f"{self.case.name}_{self.profile}_{self.mix.name}"
 
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """What policies are made for."""
+        return Setting(CostModel(load_profile(self.profile)), self.case.tiers, self.config.devices)
+
+    @functools.cached_property
+    def load(self) -> Load:
+        """Its requests at every rate."""
+        return Load(self.mix.name, self.traces, phases_of(self.mix, self.case), self.config.seed)
+
+    def check(self) -> None:
+        """Finds wrong names of profiles and traces before hours of runs.
+
+        Raises:
+          InvalidInputError: there is one, or there are too few devices.
+        """
+        _ = self.setting, self.load
+
 
 def run_cell(cell: StudyCell) -> dict[str, Any]:
     """All figures of a cell, as plain values; runs that are in the cache are not run again."""
@@ -74,8 +92,7 @@ class _Runner:
     def __init__(self, cell: StudyCell):
         self.cell = cell
         self.grid = RateGrid(cell.config.ratio)
-        self.setting = Setting(CostModel(load_profile(cell.profile)), cell.case.tiers, cell.config.devices)
-        self.load = Load(cell.mix.name, cell.traces, phases_of(cell.mix, cell.case), cell.config.seed)
+        self.setting, self.load = cell.setting, cell.load
         self.cache = Cache(cell.cache / f"{cell.name}.jsonl")
         self.about = {
             "profile": to_json(self.setting.cost.profile),

@@ -147,6 +147,14 @@ def test_a_replay_that_ends_before_the_queue_is_full_does_not_outvote_the_estima
     assert short.decide(crowded).switch
 
 
+def test_a_patient_tier_that_sends_nothing_makes_no_replay_too_short() -> None:
+    """As the `batch` tier of a server that had one such request an hour ago."""
+    planner = Planner(COST, (*TIERS, Tier("batch", ttft_ms=60_000, tpot_ms=1000)), PlannerConfig(replayed=48))
+    asked = inputs(4, 18, homogeneous(8, 1))  # 48 of them take longer than the 2 s that code waits
+    silent = dataclasses.replace(asked, loads=(*asked.loads, TierLoad("batch", 0.0, 1.0, (500,), 30.0)))
+    assert planner.decide(silent).reason == planner.decide(asked).reason
+
+
 def test_the_least_tp_leaves_room_for_the_kv_cache() -> None:
     # 16 GB of weights on 80 GB: TP 1 does.  A model of five times the size does not leave a quarter at TP 1.
     assert least_tp(COST, PlannerConfig()) == 1

@@ -1,14 +1,18 @@
 """The ladder: its config, its rungs, one small cell from runs to page, and capacities of fitted curves."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.profile import write_profile
 from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.profiles import load_profile
@@ -87,6 +91,13 @@ def test_the_config_of_the_package_covers_half_to_four_times_the_load() -> None:
         ('case = "small"', 'case = "large"', "'large' is missing"),
         ("tpot_ms = 9", "tpot_ms = -1", "tpot_ms=-1 must be a number above 0"),
         ("sample_s = 1.0", "sample_s = ", "not valid TOML"),
+        ("sample_s = 1.0", "sample_s = 1.0\nrate = 3", "unknown entry 'rate'"),
+        ("loads = [0.5, 3.0]", "loads = []", "loads is empty"),
+        ("search_loads = [1.0]", "search_loads = [-1]", "search_loads=-1 must be a number above 0"),
+        ("devices = 2", "devices = 0", "devices=0 must be a number above 0"),
+        ("seeds = [0, 1]", "seeds = []", "seeds is empty"),
+        ("phase_s = 2.0", "phase_s = 0", "seconds=0.0 must be a number above 0"),
+        ('tier = "code", rate', 'tier = "cod", rate', "unknown tier 'cod'"),
     ],
 )
 def test_wrong_configs_are_told_in_one_line(tmp_path: pathlib.Path, old: str, new: str, message: str) -> None:
@@ -96,6 +107,42 @@ def test_wrong_configs_are_told_in_one_line(tmp_path: pathlib.Path, old: str, ne
         read_ladder(path)
     assert str(error.value).startswith(f"{path}: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "flags", "says"),
+    [
+        ('profile = "llama-3.1-8b-h100"', 'profile = "llama"', (), "no profile is called 'llama'"),
+        ('trace = "code"', 'trace = "cod"', (), "unknown trace 'cod'"),
+        ("", "", ("--only=large",), "--only=large is in no cell's name: there are small_2_turns"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_one_line_before_anything_runs(
+    tmp_path: pathlib.Path, old: str, new: str, flags: tuple[str, ...], says: str
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(SMALL.replace(old, new, 1))
+    tool = [sys.executable, "-m", "nitsum_jax.sim.study.ladder.main", f"--config={path}", f"--cache={tmp_path}"]
+    done = subprocess.run([*tool, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["wrong.toml"]
+
+
+def test_with_another_profile_of_the_same_name_all_is_run_again(tmp_path: pathlib.Path) -> None:
+    """As after the packaged profiles were derived anew: what the cache has was of other step times."""
+    (tmp_path / "small.toml").write_text(SMALL.replace("loads = [0.5, 3.0]", "loads = [3.0]").replace("[0, 1]", "[0]"))
+    config = read_ladder(tmp_path / "small.toml")
+    profile = load_profile("llama-3.1-8b-h100")
+    cell = dataclasses.replace(config.cells[0], profile=str(tmp_path / "p.json"))
+    traces, source = open_traces(None, 0)
+    found = []
+    for overhead_s in (profile.host_overhead_s, 0.02):
+        write_profile(dataclasses.replace(profile, host_overhead_s=overhead_s), cell.profile)
+        values = run_ladder(Runs(config, cell, traces, source, tmp_path / "cache"))
+        found.append(values["rungs"]["ours-adaptive"][0]["seeds"][0]["goodput"])
+    assert found[1] < 0.8 * found[0]  # no chat has a token in 9 ms if a step's overhead is 20
 
 
 def test_every_rung_has_figures_at_every_load_and_seed(result) -> None:  # type: ignore[no-untyped-def]
@@ -120,7 +167,32 @@ def test_the_page_has_a_row_for_every_rung_and_a_plot(result, tmp_path: pathlib.
         assert f"| {words} |" in text
     rungs_run = {name: rows for name, rows in result["rungs"].items() if name != "ours-device-put"}
     assert "Not run: `ours-device-put`." in page([{**result, "rungs": rungs_run}])
+    assert "2 NVIDIA H200 SXM, turns" in page([{**result, "device": "NVIDIA H200 SXM, 141 GB"}])
     assert (tmp_path / "ladder" / "small_2_turns.svg").read_text().startswith("<?xml")
+
+
+def test_ratios_count_queues_with_timeouts_and_name_the_row_they_are_over(result) -> None:  # type: ignore[no-untyped-def]
+    def row(load: float, goodput: float) -> dict[str, object]:
+        return {
+            **result["rungs"]["vanilla"][0],
+            "load": load,
+            "seeds": [{**seed, "goodput": goodput} for seed in seeds],
+        }
+
+    seeds = result["rungs"]["vanilla"][0]["seeds"]
+    made = {rung: [row(0.5, 1.0), row(3.0, 1.0)] for rung in WORDS}
+    made |= {"ours-adaptive": [row(0.5, 6.0), row(3.0, 6.0)], "ours-apart": [row(0.5, 6.25), row(3.0, 1.0)]}
+    made |= {"vanilla-timeouts": [row(0.5, 1.0), row(3.0, 4.0)], "dynamo": [row(0.5, 5.0), row(3.0, 1.0)]}
+    text = page([{**result, "rungs": made}])
+    assert "| 1.20 `dynamo` | 1.50 `vanilla-timeouts` |" in text
+    assert "| 0.96 `ours-apart` | 6.00 `ours-static-tp` |" in text
+
+
+def test_a_rung_names_the_same_policies_every_time() -> None:
+    for make in rungs(SETTING, loads_of(burst(50))).values():
+        names = [entrant.name for entrant in make()]
+        assert names
+        assert [entrant.name for entrant in make()] == names
 
 
 def test_dealt_requests_wait_in_the_queue_of_their_replica() -> None:

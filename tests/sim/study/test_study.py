@@ -67,6 +67,9 @@ def test_configs_of_the_package_are_sound(name: str) -> None:
         ("tpot_ms = 9", "tpot_ms = -1", "tpot_ms=-1 must be a number above 0"),
         ('trace = "conv", ', "", "missing 1 required"),
         ("seed = 3", "seed = ", "not valid TOML"),
+        ("devices = 2", "devices = 0", "devices=0 must be a number above 0"),
+        ("phase_s = 5.0", "phase_s = -1", "phase_s=-1 must be a number above 0"),
+        ('tier = "code", rate = 0.4', 'tier = "cod", rate = 0.4', "unknown tier 'cod'"),
     ],
 )
 def test_wrong_configs_are_told_in_one_line(tmp_path: pathlib.Path, old: str, new: str, message: str) -> None:

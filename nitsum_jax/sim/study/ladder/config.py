@@ -2,12 +2,12 @@
 
 import dataclasses
 import pathlib
-import tomllib
 from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.control.tiers import Tier, TierSet
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.sim.study.config_file import check_known, check_positive, read_config
 from nitsum_jax.sim.study.loads import Load, LoadPhase, Part
 from nitsum_jax.sim.workloads.workload import Workload
 
@@ -39,6 +39,13 @@ class LadderCell:
     tiers: TierSet
     phases: tuple[LoadPhase, ...]
 
+    def __post_init__(self) -> None:
+        check_positive(devices=self.devices, rate=self.rate)
+        if not self.seeds:
+            raise InvalidInputError("seeds is empty")
+        for part in (part for phase in self.phases for part in phase.parts):
+            self.tiers.get(part.tier)
+
     @property
     def name(self) -> str:
         """Names it in files and logs."""
@@ -65,6 +72,9 @@ class LadderConfig:
     sample_s: float
     cells: tuple[LadderCell, ...]
 
+    def __post_init__(self) -> None:
+        check_positive(loads=self.loads, search_loads=self.search_loads, sample_s=self.sample_s)
+
 
 def read_ladder(path: str | pathlib.Path) -> LadderConfig:
     """Reads a config file.
@@ -75,19 +85,13 @@ def read_ladder(path: str | pathlib.Path) -> LadderConfig:
     Raises:
       InvalidInputError: it cannot be read, or an entry is missing or wrong; the message names file and entry.
     """
-    own = pathlib.Path(__file__).parent / f"{path}.toml"
-    path = own if own.exists() else path
-    try:
-        values = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        cells = tuple(_cell(cell, values["cases"], values["mixes"]) for cell in values["cells"])
-        return LadderConfig(tuple(values["loads"]), tuple(values["search_loads"]), values["sample_s"], cells)
-    except OSError as e:
-        raise InvalidInputError(f"{path}: cannot read the ladder's config: {e.strerror or e}") from e
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise InvalidInputError(f"{path}: not valid TOML: {' '.join(str(e).split())}") from e
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        what = f"{e} is missing" if isinstance(e, KeyError) else " ".join(str(e).split())
-        raise InvalidInputError(f"{path}: {what}") from e
+    return read_config(path, pathlib.Path(__file__).parent, _ladder)
+
+
+def _ladder(values: Mapping[str, Any]) -> LadderConfig:
+    check_known(values, {"loads", "search_loads", "sample_s", "cells", "cases", "mixes"})
+    cells = tuple(_cell(cell, values["cases"], values["mixes"]) for cell in values["cells"])
+    return LadderConfig(tuple(values["loads"]), tuple(values["search_loads"]), values["sample_s"], cells)
 
 
 def _cell(values: Mapping[str, Any], cases: Mapping[str, Any], mixes: Mapping[str, Any]) -> LadderCell:

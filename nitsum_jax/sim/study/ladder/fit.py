@@ -2,19 +2,14 @@
 
 from collections.abc import Sequence
 
-TARGET = 0.9
+from scipy.optimize import isotonic_regression
+
+from nitsum_jax.sim.policies.search import TARGET
 
 
 def falling(values: Sequence[float]) -> list[float]:
     """The values nearest to these (least squares) that never rise: attainment falls with the rate but for noise."""
-    blocks: list[list[float]] = []  # sum, count
-    for value in values:
-        blocks.append([value, 1.0])
-        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] < blocks[-1][0] / blocks[-1][1]:
-            total, count = blocks.pop()
-            blocks[-1][0] += total
-            blocks[-1][1] += count
-    return [total / count for total, count in blocks for _ in range(int(count))]
+    return [float(value) for value in isotonic_regression(values, increasing=False).x]
 
 
 def capacity(rates: Sequence[float], attainments: Sequence[float], target: float = TARGET) -> float | None:

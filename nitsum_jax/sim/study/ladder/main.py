@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.sim.study.ladder.config import read_ladder
+from nitsum_jax.sim.study.config_file import chosen_names
+from nitsum_jax.sim.study.ladder.config import LadderConfig, read_ladder
 from nitsum_jax.sim.study.ladder.runner import Runs, run_ladder
 from nitsum_jax.sim.study.sources import open_traces
 
@@ -26,18 +27,14 @@ def _main(argv: Sequence[str]) -> None:
 
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
+    folder = pathlib.Path(_CACHE.value)
     try:
         config = read_ladder(_CONFIG.value)
-        traces, source = open_traces(_TRACES.value, 0)
+        if not _PAGE.value:
+            _run(config, folder)
     except InvalidInputError as e:
         sys.stderr.write(f"{e}\n")
         sys.exit(2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    folder = pathlib.Path(_CACHE.value)
-    for cell in () if _PAGE.value else config.cells:
-        if _ONLY.value in cell.name:
-            values = run_ladder(Runs(config, cell, traces, source, folder))
-            (folder / f"ladder_{cell.name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     paths = [folder / f"ladder_{cell.name}.json" for cell in config.cells]
     results = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     if not results:
@@ -48,6 +45,18 @@ def _main(argv: Sequence[str]) -> None:
         pathlib.Path(_OUT.value),
         missing=[c.name for c, p in zip(config.cells, paths, strict=True) if not p.exists()],
     )
+
+
+def _run(config: LadderConfig, folder: pathlib.Path) -> None:
+    traces, source = open_traces(_TRACES.value, 0)
+    chosen = chosen_names([cell.name for cell in config.cells], _ONLY.value)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    todo = [Runs(config, cell, traces, source, folder) for cell in config.cells if cell.name in chosen]
+    for runs in todo:
+        runs.check()
+    for runs in todo:
+        values = run_ladder(runs)
+        (folder / f"ladder_{runs.cell.name}.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def run() -> None:

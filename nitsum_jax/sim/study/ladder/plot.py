@@ -4,12 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
+from nitsum_jax.sim.study.plots import drawing
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-_STYLE: Any = {"svg.hashsalt": "nitsum", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 _LINES: Mapping[str, tuple[str, str, str]] = {  # rung: label, colour, style
     "ours-adaptive": ("ours, adaptive", "#d1495b", "-"),
     "ours-static-mixed": ("ours, best static layout", "#222222", "-"),
@@ -26,10 +22,14 @@ _LINES: Mapping[str, tuple[str, str, str]] = {  # rung: label, colour, style
 }
 
 
+def title(result: Mapping[str, Any]) -> str:
+    """A cell in words."""
+    return f"{result['model']}, {result['devices']} {result['device'].split(',')[0]}, {result['mix']}"
+
+
 def ladder_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """Draws the mean over the seeds, with a band from the least to the largest."""
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    with drawing(path, 6.4, 3.8) as axes:
         for rung, (label, colour, style) in _LINES.items():
             rows = result["rungs"].get(rung, [])
             if not rows:
@@ -45,7 +45,5 @@ def ladder_plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
         axes.set_xlabel(f"load; 1 is {result['rate']:g} requests/s")
         axes.set_ylabel("goodput, requests/s")
         axes.set_ylim(bottom=0)
-        axes.set_title(f"{result['model']}, {result['devices']} H100, {result['mix']}", fontsize=9)
+        axes.set_title(title(result), fontsize=9)
         axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        figure.savefig(path, metadata={"Date": None})
-        plt.close(figure)

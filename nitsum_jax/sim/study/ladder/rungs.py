@@ -21,10 +21,9 @@ come first served.  Ours has the scheduler of `control/scheduling` from the firs
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
-from nitsum_jax.control.plan import Shape
+from nitsum_jax.control.plan import Shape, kinds
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.planning.queueing import QueueingModel
 from nitsum_jax.control.scheduling.scheduler import SchedulerConfig
@@ -64,21 +63,20 @@ class Entrant:
 def rungs(setting: Setting, loads: Iterable[TierLoad]) -> Mapping[str, Callable[[], Iterator[Entrant]]]:
     """All rungs in order; `loads` is what the whole workload is like, by which static layouts are preselected."""
     loads = tuple(loads)
-    mixed = functools.partial(_mixed, setting, loads)
     return {
-        "vanilla": functools.partial(_vanilla, setting, timeouts=False),
-        "vanilla-timeouts": functools.partial(_vanilla, setting, timeouts=True),
-        "least-loaded": functools.partial(_least_loaded, setting),
-        "split": functools.partial(_plain, _first_of(baselines.distserve(setting), "distserve-fcfs")),
-        "chiron": functools.partial(_chiron, setting),
-        "apart": functools.partial(_apart, setting),
-        "dynamo": functools.partial(_plain, _as_deployed(baselines.dynamo(setting))),
-        "flying": functools.partial(_plain, _as_deployed(baselines.flying(setting))),
-        "ours-static-tp": functools.partial(_static_tp, setting),
-        "ours-apart": functools.partial(_plain, baselines.apart(setting)),
-        "ours-static-mixed": mixed,
-        "ours-adaptive": functools.partial(_plain, [baselines.adaptive(setting)]),
-        "ours-device-put": functools.partial(_plain, [baselines.adaptive(setting, "device-put", device_put=True)]),
+        "vanilla": lambda: _vanilla(setting, timeouts=False),
+        "vanilla-timeouts": lambda: _vanilla(setting, timeouts=True),
+        "least-loaded": lambda: _least_loaded(setting),
+        "split": lambda: _plain(_first_of(baselines.distserve(setting), "distserve-fcfs")),
+        "chiron": lambda: _chiron(setting),
+        "apart": lambda: _apart(setting),
+        "dynamo": lambda: _plain(_as_deployed(baselines.dynamo(setting))),
+        "flying": lambda: _plain(_as_deployed(baselines.flying(setting))),
+        "ours-static-tp": lambda: _static_tp(setting),
+        "ours-apart": lambda: _plain(baselines.apart(setting)),
+        "ours-static-mixed": lambda: _mixed(setting, loads),
+        "ours-adaptive": lambda: _plain([baselines.adaptive(setting)]),
+        "ours-device-put": lambda: _plain([baselines.adaptive(setting, "device-put", device_put=True)]),
     }
 
 
@@ -146,7 +144,7 @@ def _mixed(setting: Setting, loads: tuple[TierLoad, ...]) -> Iterator[Entrant]:
         order = sorted(policies, key=lambda policy: -model.predict(policy.plan.shapes, scale).goodput)
         seen: set[tuple[tuple[int, str], ...]] = set()
         for policy in order:  # one of every layout: of placements the estimate tells only some apart
-            kind = tuple(sorted((shape.tp, shape.role) for shape in policy.plan.shapes))
+            kind = kinds(policy.plan.shapes)
             if kind not in seen and len(seen) < _MIXED // 2:
                 seen.add(kind)
                 chosen.setdefault(policy.name, policy)

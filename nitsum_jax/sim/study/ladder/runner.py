@@ -1,12 +1,15 @@
 """Runs the ladder: searches every rung's settings on a sample, then runs the best of them at every load and seed."""
 
 import dataclasses
+import functools
 import logging
 import pathlib
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.model.profile import to_json
 from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.meshes.layout import InstanceSpec, Layout
 from nitsum_jax.profiles.library import load_profile
@@ -40,20 +43,31 @@ class Runs:
     source: str
     folder: pathlib.Path
 
+    @functools.cached_property
+    def setting(self) -> Setting:
+        """What policies are made for."""
+        return Setting(CostModel(load_profile(self.cell.profile)), self.cell.tiers, self.cell.devices)
+
+    def check(self) -> None:
+        """Finds wrong names of profiles and traces before an hour of runs.
+
+        Raises:
+          InvalidInputError: there is one, or there are too few devices.
+        """
+        _ = self.setting, self.cell.load(self.traces, self.cell.seeds[0])
+
 
 def run_ladder(runs: Runs) -> dict[str, Any]:
     """All figures of a cell as plain values; what is in the cache is not run again."""
-    cell, config = runs.cell, runs.config
-    setting = Setting(CostModel(load_profile(cell.profile)), cell.tiers, cell.devices)
+    cell, config, setting = runs.cell, runs.config, runs.setting
     cache = Cache(runs.folder / f"ladder_{cell.name}.jsonl")
-    plain = {key: value for key, value in dataclasses.asdict(cell).items() if key != "seeds"}
-    about = {"cell": plain, "source": runs.source, "sample": config.sample_s}  # for more seeds, those run stay
-    workloads: dict[tuple[int, float], Workload] = {}
+    plain = {key: value for key, value in dataclasses.asdict(cell).items() if key != "seeds"}  # those run stay for more
+    plain["profile"] = to_json(setting.cost.profile)
+    about = {"cell": plain, "source": runs.source, "sample": config.sample_s}
 
+    @functools.cache
     def workload(seed: int, load: float) -> Workload:
-        if (seed, load) not in workloads:
-            workloads[seed, load] = cell.load(runs.traces, seed).at(load)
-        return workloads[seed, load]
+        return cell.load(runs.traces, seed).at(load)
 
     def score(entrant: Entrant, seed: int, load: float, *, sampled: bool) -> dict[str, Any]:
         policy = entrant.policy
@@ -70,7 +84,8 @@ def run_ladder(runs: Runs) -> dict[str, Any]:
 
         def compute() -> dict[str, Any]:
             whole = workload(seed, load)
-            return serve(setting, sample(whole, config.sample_s) if sampled else whole, entrant)
+            parts = max(4, len(cell.phases))
+            return serve(setting, sample(whole, config.sample_s, parts) if sampled else whole, entrant)
 
         found: dict[str, Any] = cache.get(key, compute)
         return found
@@ -92,7 +107,7 @@ def run_ladder(runs: Runs) -> dict[str, Any]:
             best_name = max(scores, key=lambda name: sum(s["goodput"] for s in scores[name]))
             at.append({"load": load, "policy": best_name, "seeds": scores[best_name]})
         rows[rung] = at
-        _log.info("%s: %s %s", cell.name, rung, " ".join(f"{_mean(r['seeds'], 'goodput'):.1f}" for r in at))
+        _log.info("%s: %s %s", cell.name, rung, _goodputs(at))
     return {
         "name": cell.name,
         "profile": cell.profile,
@@ -162,5 +177,5 @@ def _dealt(workload: Workload, entrant: Entrant) -> list[tuple[Workload, Entrant
     return parts
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows) / len(rows)
+def _goodputs(rows: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(f"{statistics.fmean(seed['goodput'] for seed in row['seeds']):.1f}" for row in rows)
