@@ -13,7 +13,7 @@ from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.server import cli
 from nitsum_jax.server.launch import main as server
 from nitsum_jax.server.launch.flags import LaunchOptions
-from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, tiers_of
+from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, served_of, tiers_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -82,9 +82,8 @@ def load_cluster(
 def model_of(launch: LaunchOptions) -> ServedModel:
     """The model as the front door needs it: its tokenizer, and no weights."""
     from nitsum_jax.models.loading import open_model
-    from nitsum_jax.runtime.startup.served_model import served_model
 
-    return served_model(open_model(launch.model), launch.served_model_name, launch.generation_config)
+    return served_of(launch, open_model(launch.model))
 
 
 def engine_of(

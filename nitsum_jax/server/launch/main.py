@@ -31,6 +31,7 @@ from nitsum_jax.server.operations.routes import ops_routes
 
 if TYPE_CHECKING:
     from nitsum_jax.control.scheduling.forecast import TierForecast
+    from nitsum_jax.models.loading import OpenModel
     from nitsum_jax.runtime.control.control_loop import ControlLoop
     from nitsum_jax.runtime.startup.scheduled_engine import Scheduled
     from nitsum_jax.server.http.server import HttpServer
@@ -152,14 +153,22 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    served = served_model(
+    return Loaded(started.engine, served_of(options, model), started, started.scheduling.forecasts)
+
+
+def served_of(options: LaunchOptions, model: "OpenModel") -> ServedModel:
+    """The model as front ends need it, by all flags that say something of that.
+
+    Raises:
+      InvalidInputError: its generation config cannot be used.
+    """
+    return served_model(
         model,
         options.served_model_name,
         options.generation_config,
         tool_parser=options.tool_parser,
         reasoning_parser=options.reasoning_parser,
     )
-    return Loaded(started.engine, served, started, started.scheduling.forecasts)
 
 
 async def serve(options: LaunchOptions, load: Load, name: str, signals: "StopSignals | None" = None) -> int:

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from nitsum_jax.cluster.flags import read
-from nitsum_jax.cluster.main import main
+from nitsum_jax.cluster.main import main, model_of
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.runtime.tools.formats import ToolFormat
 from nitsum_jax.server.cli import HelpRequested
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -40,6 +41,12 @@ def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
 def test_wrong_flags_are_named(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInputError, match=says):
         read(["nitsum-cluster", flag])
+
+
+def test_the_front_door_parses_answers_as_the_flags_say() -> None:
+    flags = ("--model=tiny-random", "--tool_parser=hermes", "--reasoning_parser=think")
+    model = model_of(read(["nitsum-cluster", *flags]).serve)
+    assert (model.tools, model.thinks) == (ToolFormat.HERMES, True)
 
 
 def test_help_lists_the_flags_of_both() -> None:
