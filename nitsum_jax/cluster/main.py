@@ -33,9 +33,9 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every process that Ray starts
     try:
         options = flags.read(argv)
-        from nitsum_jax.cluster.on_ray.ray_cluster import connect, require_ray
+        from nitsum_jax.cluster.on_ray.ray_cluster import connect, prepare
 
-        require_ray()
+        prepare(options)
         # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
         model = model_of(options.serve)
         # On the main thread: the processes that Ray starts end with the thread that started them.

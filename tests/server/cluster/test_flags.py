@@ -1,6 +1,5 @@
 """Flags of nitsum-cluster, and one line for each thing that it cannot do."""
 
-import importlib.util
 import subprocess
 import sys
 
@@ -13,8 +12,6 @@ from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.runtime.tools.formats import ToolFormat
 from nitsum_jax.server.cli import HelpRequested
-
-HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
@@ -56,15 +53,17 @@ def test_help_lists_the_flags_of_both() -> None:
     assert "--prefill_chunk" in str(told.value)
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_ray_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ray", "ray.serve"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails, whether it is installed or not
     assert main(["nitsum-cluster", "--model=tiny-random"]) == 2
     assert capsys.readouterr().err == (
         "nitsum-cluster: Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'\n"
     )
 
 
-@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (the extra ray)")
 def test_a_cluster_that_is_not_there_is_named() -> None:
     command = [
         sys.executable,
