@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nitsum_jax.cluster import flags
 from nitsum_jax.cluster.flags import ClusterOptions
-from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.server import cli
 from nitsum_jax.server.launch import main as server
@@ -40,12 +40,8 @@ def main(argv: Sequence[str]) -> int:
         model = model_of(options.serve)
         # On the main thread: the processes that Ray starts end with the thread that started them.
         connect(options)
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(_NAME, why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     return server.main(options.cell_argv, functools.partial(load_cluster, options, model), name=_NAME)

@@ -84,12 +84,8 @@ def main(argv: Sequence[str], load: Load | None = None, name: str = _NAME) -> in
         debug = options.log_level == "debug"
         logs.configure(options.log_level, options.ops.log_format)
         return asyncio.run(serve(options, load or load_engine, name))
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{name}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(name, why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     except Exception as error:

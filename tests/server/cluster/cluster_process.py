@@ -36,7 +36,7 @@ class ClusterProcess:
 
     def listens_at(self) -> dict[str, str]:
         """Addresses where its processes listen, those of Ray and of the cells, and the process of each."""
-        found = {}
+        found: dict[str, str] = {}
         listening = _listening()
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
             if f"{MARK}={self.mark}".encode() not in _environment_of(int(folder.name)):

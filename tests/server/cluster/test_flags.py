@@ -33,6 +33,8 @@ def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
         ("--report_ms=1", "report_ms"),
         ("--no_such_flag", "no_such_flag"),
         ("--silent_seconds=-1", "silent_seconds"),
+        ("--silent_seconds=nan", "silent_seconds=nan is not a finite number"),
+        ("--start_seconds=inf", "start_seconds=inf is not a finite number"),
     ],
 )
 def test_wrong_flags_are_named(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
