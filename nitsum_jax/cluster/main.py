@@ -72,7 +72,20 @@ def load_cluster(
     except BaseException:
         engine.close()
         raise
-    return Loaded(engine, model, forecasts=engine.forecasts)
+    return loaded(engine, model, launch)
+
+
+def loaded(engine: "ClusterEngine", model: ServedModel, launch: LaunchOptions) -> Loaded:
+    """What the front door serves."""
+    from nitsum_jax.control.model.cost_model import CostModel
+    from nitsum_jax.engine.batching.pacing import Pace
+    from nitsum_jax.profiles.library import load_profile
+
+    pace = None
+    if launch.pace is not None:
+        profile = load_profile(launch.pace)
+        pace = Pace(CostModel(profile), profile.name, profile.kv_bytes_per_token, launch.time_scale)
+    return Loaded(engine, model, forecasts=engine.forecasts, pace=pace)
 
 
 def model_of(launch: LaunchOptions) -> ServedModel:

@@ -31,6 +31,7 @@ from nitsum_jax.server.operations.routes import ops_routes
 
 if TYPE_CHECKING:
     from nitsum_jax.control.scheduling.forecast import TierForecast
+    from nitsum_jax.engine.batching.pacing import Pace
     from nitsum_jax.models.loading import OpenModel
     from nitsum_jax.runtime.control.control_loop import ControlLoop
     from nitsum_jax.runtime.startup.scheduled_engine import Scheduled
@@ -56,12 +57,14 @@ class Loaded:
       model: that it serves.
       scheduled: its scheduling, if it schedules by tiers itself.
       forecasts: asked on its thread what a request of each tier would get; None: nobody knows.
+      pace: of other hardware, at which tokens come; None: they come at their own.
     """
 
     engine: ServingEngine
     model: ServedModel
     scheduled: "Scheduled | None" = None
     forecasts: "Callable[[], Sequence[TierForecast]] | None" = None
+    pace: "Pace | None" = None
 
 
 def run() -> None:
@@ -149,7 +152,7 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    return Loaded(started.engine, served_of(options, model), started, started.scheduling.forecasts)
+    return Loaded(started.engine, served_of(options, model), started, started.scheduling.forecasts, started.pace)
 
 
 def served_of(options: LaunchOptions, model: "OpenModel") -> ServedModel:
@@ -211,8 +214,7 @@ async def serve(options: LaunchOptions, load: Load, name: str, signals: "StopSig
         backend = ports.open(
             loaded.engine, loaded.model, router, controller_of(options, scheduled), tiers, loaded.forecasts
         )
-        if loaded.scheduled is not None:
-            backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
+        backend = dataclasses.replace(backend, pace=loaded.pace)
         await server.serve(backend)
         await ports.serve(backend)
         _announce(server, http, loaded, ports, options)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from nitsum_jax.cluster.flags import read
-from nitsum_jax.cluster.main import main, model_of
+from nitsum_jax.cluster.main import engine_of, loaded, main, model_of
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -46,6 +46,17 @@ def test_the_front_door_parses_answers_as_the_flags_say() -> None:
     flags = ("--model=tiny-random", "--tool_parser=hermes", "--reasoning_parser=think")
     model = model_of(read(["nitsum-cluster", *flags]).serve)
     assert (model.tools, model.thinks) == (ToolFormat.HERMES, True)
+
+
+def test_the_front_door_says_at_whose_pace_its_cells_run() -> None:
+    options = read(["nitsum-cluster", "--model=tiny-random", "--pace=llama-3.1-8b-h100", "--time_scale=4"])
+    engine = engine_of(options, options.serve, "tiny-random", lambda deltas: None, lambda name, now_s: None)
+    try:
+        pace = loaded(engine, model_of(options.serve), options.serve).pace
+    finally:
+        engine.close()
+    assert pace is not None
+    assert (pace.name, pace.time_scale) == ("llama-3.1-8b-h100", 4)
 
 
 def test_help_lists_the_flags_of_both() -> None:
