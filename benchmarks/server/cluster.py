@@ -8,21 +8,18 @@ tiny-random on one device; a larger model makes the share of the front door smal
 
 import argparse
 import asyncio
-import contextlib
-import os
-import re
-import signal
+import pathlib
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Iterator
 
 import grpc.aio
 
+from nitsum_jax.bench.demo.server import child
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 
-COMMON = ("--model=tiny-random", "--max_model_len=512", "--max_batch=64", "--port=0")
+COMMON = ("--model=tiny-random", "--max_model_len=512", "--max_batch=64")
+READY_S = 600.0
 SERVERS = {
     "nitsum-serve": ("nitsum_jax.server.launch.main", "--devices=1"),
     "nitsum-cluster, one cell": ("nitsum_jax.cluster.main", "--cells=1", "--devices_per_cell=1"),
@@ -40,33 +37,14 @@ def main() -> None:
     print(f"| server | tokens/s, {given.streams} streams | TTFT alone, p50, ms |")
     print("|---|---|---|")
     for name, (module, *flags) in SERVERS.items():
-        with serving(module, flags) as address:
-            rate, ttft_ms = asyncio.run(measure(address, given.streams, given.tokens, given.rounds))
+        rate, ttft_ms = asyncio.run(_of_server(module, flags, given))
         print(f"| {name} | {rate:.0f} | {ttft_ms:.1f} |", flush=True)
 
 
-@contextlib.contextmanager
-def serving(module: str, flags: list[str]) -> Iterator[str]:
-    """A server in a process of its own; yields its address."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *COMMON, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert process.stdout is not None
-    try:
-        said = []
-        for line in process.stdout:
-            said.append(line)
-            if found := re.search(r"is ready on (\S+),", line):
-                os.set_blocking(process.stdout.fileno(), False)
-                yield found[1]
-                return
-        raise SystemExit("".join(said))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+async def _of_server(module: str, flags: list[str], given: argparse.Namespace) -> tuple[float, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        async with child([*COMMON, *flags], pathlib.Path(folder, "server.log"), READY_S, module) as address:
+            return await measure(address, given.streams, given.tokens, given.rounds)
 
 
 async def measure(address: str, streams: int, tokens: int, rounds: int) -> tuple[float, float]:

@@ -6,48 +6,44 @@ Prints what the front door says and how long streams paused, and exits with 1 un
 import asyncio
 import os
 import pathlib
-import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import grpc.aio
 
+from nitsum_jax.bench.demo.server import child
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 
 STREAMS, TOKENS = 32, 200
+READY_S = 600.0
+FLAGS = (
+    *("--model=tiny-random", "--cells=2", "--devices_per_cell=1"),
+    *("--deterministic", "--max_model_len=512", "--log_level=info"),
+)
 _MARK = f"NITSUM_CLUSTER_DEMO={os.getpid()}"
 
 
 def main() -> int:
     """Runs the demonstration."""
     name, value = _MARK.split("=")
-    command = [sys.executable, "-m", "nitsum_jax.cluster.main", "--model=tiny-random", "--cells=2"]
-    flags = ["--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--port=0", "--log_level=info"]
-    process = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {name: value}
-    )
-    try:
-        address = _address(process)
-        return 1 if address is None else asyncio.run(_demonstrate(address))
-    finally:
-        process.send_signal(signal.SIGTERM)
+    os.environ[name] = value  # the cells inherit it
+    with tempfile.TemporaryDirectory() as folder:
+        log = pathlib.Path(folder, "cluster.log")
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+            return asyncio.run(_run(log))
+        finally:
+            print("what the front door said:")
+            for line in log.read_text(encoding="utf-8").splitlines():
+                if "nitsum_jax.requests" not in line:  # one for each stream
+                    print(f"  {line[:150]}")
 
 
-def _address(process: "subprocess.Popen[str]") -> str | None:
-    """Where it serves; None if it ended."""
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(f"  {line.rstrip()[:150]}")
-        found = re.search(r"is ready on (\S+),", line)
-        if found is not None:
-            return found[1]
-    return None
+async def _run(log: pathlib.Path) -> int:
+    async with child(FLAGS, log, READY_S, "nitsum_jax.cluster.main") as address:
+        return await _demonstrate(address)
 
 
 async def _demonstrate(address: str) -> int:

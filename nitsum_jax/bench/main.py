@@ -8,7 +8,7 @@ from nitsum_jax.bench.compile import main as compile_steps
 from nitsum_jax.bench.demo import main as demo
 from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.bench.serve import main as serve
-from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.server import cli
 
 _NAME = "nitsum-bench"
@@ -33,11 +33,8 @@ def main(argv: Sequence[str]) -> int:
         return cli.EXIT_USAGE
     try:
         COMMANDS[name][1]([f"{_NAME} {name}", *argv[2:]])
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-    except (NitsumError, OSError) as error:
-        cli.err(f"{_NAME} {name}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError, OSError) as why:
+        return cli.ended(f"{_NAME} {name}", why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     return cli.EXIT_OK

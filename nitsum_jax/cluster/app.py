@@ -66,8 +66,7 @@ class FrontDoor:
         await serve(self._options.serve, self._load, "nitsum-cluster", self._signals)
 
     def _load(self, launch: Any, sink: Any, admitted: Any) -> Any:
-        from nitsum_jax.cluster.main import engine_of, follow, model_of
-        from nitsum_jax.server.launch.main import Loaded
+        from nitsum_jax.cluster.main import engine_of, follow, loaded, model_of
 
         model = model_of(launch)
         engine = engine_of(self._options, launch, model.name, sink, admitted)
@@ -75,7 +74,7 @@ class FrontDoor:
         if not engine.wait_for_cells(1, self._options.start_s):
             engine.close()
             raise UnavailableError(f"no cell served within {self._options.start_s:g} s: see the logs of Ray Serve")
-        return Loaded(engine, model, forecasts=engine.forecasts)
+        return loaded(engine, model, launch)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from nitsum_jax.errors import InvalidInputError, one_line
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server import cli
 from nitsum_jax.server.launch.flags import LaunchOptions, read_options
 
@@ -62,16 +62,10 @@ def read(argv: Sequence[str]) -> ClusterOptions:
       InvalidInputError: the command line is wrong.
     """
     values = _define()
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in argv[1:]):
-        own = f"{USAGE}\n\nflags of its own:\n{values.get_help()}"
-        try:
-            read_options([argv[0], "--help"])
-        except cli.HelpRequested as request:
-            raise cli.HelpRequested(f"{own}\n\nflags of nitsum-serve:\n{request}") from None
     try:
-        rest = values(list(argv), known_only=True)
-    except flags.Error as error:
-        raise InvalidInputError(f"{one_line(str(error))} (--help lists the flags)") from None
+        rest = cli.parse(values, argv, USAGE, others=True)
+    except cli.HelpRequested as own:
+        raise cli.HelpRequested(f"{own}\n\n{_help_of_server()}") from None
     if any(argument.lstrip("-").split("=")[0] == "devices" for argument in rest[1:]):
         raise InvalidInputError("--devices is that of one server: give --devices_per_cell")
     if values.devices_per_cell is not None:
@@ -95,6 +89,14 @@ def read(argv: Sequence[str]) -> ClusterOptions:
         read_options(rest),
         tuple(rest),
     )
+
+
+def _help_of_server() -> str:
+    try:
+        read_options(["nitsum-serve", "--help"])
+    except cli.HelpRequested as request:
+        return str(request)
+    raise AssertionError("help was asked for")
 
 
 def _define() -> flags.FlagValues:

@@ -74,7 +74,7 @@ class ClusterEngine(ClusterView):
         self._on_close = on_close
         self._door = uuid.uuid4().hex[:12]
         self._live: dict[str, LiveStream] = {}
-        self._homeless: dict[str, tuple[LiveStream, float]] = {}
+        self._homeless: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._accepting = True
         self._changed = threading.Condition()
@@ -181,7 +181,8 @@ class ClusterEngine(ClusterView):
             self._links.pop(link.name, None)
             if link.task is not None:
                 link.task.cancel()
-        moved = [stream for stream in self._live.values() if stream.cell == link.name]
+        with self._changed:  # front ends add to it
+            moved = [stream for stream in self._live.values() if stream.cell == link.name]
         for stream in moved:
             stream.cell = None
             stream.lost += crashed
@@ -206,10 +207,7 @@ class ClusterEngine(ClusterView):
                         "cell %s says nothing for %.1f s: its streams go on elsewhere", link.name, self._silent_s
                     )
                     self._leave(link, LinkState.SILENT, crashed=True)
-            now = time.monotonic()
-            for stream, since_s in list(self._homeless.values()):
-                if now - since_s > self._wait_s:
-                    self._fail(stream, f"no cell could go on with this request within {self._wait_s:g} s: try again")
+            self._place_homeless()
 
     # ---- requests, on the loop
 
@@ -217,13 +215,18 @@ class ClusterEngine(ClusterView):
         """Sends a request to a cell, or has it wait for one."""
         if self._live.get(stream.request.id) is not stream:
             return
+        now = time.monotonic()
+        if stream.looking_s is None:
+            stream.looking_s = now
+        elif now - stream.looking_s > self._wait_s:
+            self._fail(stream, f"no cell could go on with this request within {self._wait_s:g} s: try again")
+            return
         links = {link.name: link for link in self._serving() if link.name not in stream.refused}
         if not links:
-            self._homeless.setdefault(stream.request.id, (stream, time.monotonic()))
+            self._homeless[stream.request.id] = stream
             return
         self._homeless.pop(stream.request.id, None)
         routed = self._routed(stream)
-        now = time.monotonic()
         chosen = self._router.choose(routed, [link.known for link in links.values()], now)
         chosen.sent(routed, now)
         link = links[chosen.name]
@@ -240,9 +243,11 @@ class ClusterEngine(ClusterView):
                 _LOG.warning("cell %s did not take a request: %s", link.name, one_line(str(problem), 120))
                 self._again(link, stream)
             return
-        if error is None or not self._is_at(stream, link, sent.id):
+        if not self._is_at(stream, link, sent.id):
             return
-        if isinstance(error, OverloadedError | UnavailableError):
+        if error is None:
+            stream.looking_s = None
+        elif isinstance(error, OverloadedError | UnavailableError):
             self._again(link, stream)
         else:
             link.known.ended()
@@ -255,9 +260,13 @@ class ClusterEngine(ClusterView):
         stream.refused.add(link.name)
         if all(other.name in stream.refused for other in self._serving()):
             stream.refused.clear()
-            self._homeless.setdefault(stream.request.id, (stream, time.monotonic()))
+            self._homeless[stream.request.id] = stream
             return
         self._place(stream)
+
+    def _place_homeless(self) -> None:
+        for stream in list(self._homeless.values()):
+            self._place(stream)
 
     def _is_at(self, stream: LiveStream, link: CellLink, attempt_id: str) -> bool:
         mine = self._live.get(stream.request.id) is stream
@@ -287,8 +296,7 @@ class ClusterEngine(ClusterView):
             self._sink(passed)
         if events.status is not None:
             self._notify()
-            for stream, _ in list(self._homeless.values()):
-                self._place(stream)
+            self._place_homeless()
 
     def _cancel(self, request_id: str) -> None:
         stream = self._live.get(request_id)
@@ -343,13 +351,16 @@ class ClusterEngine(ClusterView):
 
     def _set_device(self, device: int, lost: bool) -> None:
         link, index = self._owner(device)
-        asyncio.run_coroutine_threadsafe(link.calls.set_device(index, lost), self._loop).result(_CALL_S)
+        try:
+            asyncio.run_coroutine_threadsafe(link.calls.set_device(index, lost), self._loop).result(_CALL_S)
+        except TimeoutError:
+            raise UnavailableError(f"cell {link.name} does not answer: try again when it does, or has gone") from None
 
     def _call(self, link: CellLink, call: Coroutine[Any, Any, None]) -> None:
         """Asks a cell for something that may as well not happen."""
 
         async def bounded() -> None:
-            with contextlib.suppress(CellGoneError, TimeoutError, NitsumError):
+            with contextlib.suppress(TimeoutError, NitsumError):
                 await asyncio.wait_for(call, _CALL_S)
 
         self._start(bounded())

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from nitsum_jax.cluster import flags
 from nitsum_jax.cluster.flags import ClusterOptions
-from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.server import cli
 from nitsum_jax.server.launch import main as server
 from nitsum_jax.server.launch.flags import LaunchOptions
-from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, tiers_of
+from nitsum_jax.server.launch.main import AUTO, Admitted, Loaded, Sink, served_of, tiers_of
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -33,19 +33,15 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # else gRPC tells of every process that Ray starts
     try:
         options = flags.read(argv)
-        from nitsum_jax.cluster.on_ray.ray_cluster import connect, require_ray
+        from nitsum_jax.cluster.on_ray.ray_cluster import connect, prepare
 
-        require_ray()
+        prepare(options)
         # First, so that a model that cannot be opened is told without waiting for a cell that tries to.
         model = model_of(options.serve)
         # On the main thread: the processes that Ray starts end with the thread that started them.
         connect(options)
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(_NAME, why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     return server.main(options.cell_argv, functools.partial(load_cluster, options, model), name=_NAME)
@@ -76,15 +72,27 @@ def load_cluster(
     except BaseException:
         engine.close()
         raise
-    return Loaded(engine, model, forecasts=engine.forecasts)
+    return loaded(engine, model, launch)
+
+
+def loaded(engine: "ClusterEngine", model: ServedModel, launch: LaunchOptions) -> Loaded:
+    """What the front door serves."""
+    from nitsum_jax.control.model.cost_model import CostModel
+    from nitsum_jax.engine.batching.pacing import Pace
+    from nitsum_jax.profiles.library import load_profile
+
+    pace = None
+    if launch.pace is not None:
+        profile = load_profile(launch.pace)
+        pace = Pace(CostModel(profile), profile.name, profile.kv_bytes_per_token, launch.time_scale)
+    return Loaded(engine, model, forecasts=engine.forecasts, pace=pace)
 
 
 def model_of(launch: LaunchOptions) -> ServedModel:
     """The model as the front door needs it: its tokenizer, and no weights."""
     from nitsum_jax.models.loading import open_model
-    from nitsum_jax.runtime.startup.served_model import served_model
 
-    return served_model(open_model(launch.model), launch.served_model_name, launch.generation_config)
+    return served_of(launch, open_model(launch.model))
 
 
 def engine_of(

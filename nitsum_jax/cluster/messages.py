@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from nitsum_jax.control.routing.report import CellReport
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.errors import NitsumError, UnavailableError
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.batching.load import InstanceLoad
@@ -82,7 +82,7 @@ class CellEvents:
     status: CellStatus | None = None
 
 
-class CellGoneError(Exception):
+class CellGoneError(UnavailableError):
     """The process of a cell has ended, or cannot be reached."""
 
 

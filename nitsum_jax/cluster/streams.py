@@ -20,6 +20,7 @@ class LiveStream:
       cell: where it is; None between two.
       refused: cells that did not take it, since it was last taken.
       admitted: an instance has taken it, once.
+      looking_s: since when it has looked for a cell that takes it; None: one has it.
       lost: cells that ended or hung while they worked on it.
     """
 
@@ -29,6 +30,7 @@ class LiveStream:
     cell: str | None = None
     refused: set[str] = dataclasses.field(default_factory=set)
     admitted: bool = False
+    looking_s: float | None = None
     lost: int = 0
 
     @property

@@ -80,14 +80,16 @@ class ClusterView:
         return min((min(one.max_model_len, one.pool_tokens) for one in limits), default=1)
 
     def stats(self) -> EngineStats:
-        """Sums; counters hold what cells did that are gone by now."""
+        """Sums; counters hold what cells did that are silent or gone by now."""
         found = [link.status.stats for link in self._serving() if link.status]
+        known = [link.status.stats for link in list(self._links.values()) if link.status]
         sums = {}
         for field in dataclasses.fields(EngineStats):
             if field.name in _NOT_SUMMED:
                 continue
-            past = 0 if field.name in _GAUGES else self._past.get(field.name, 0)
-            sums[field.name] = past + sum(getattr(one, field.name) for one in found)
+            gauge = field.name in _GAUGES
+            past = 0 if gauge else self._past.get(field.name, 0)
+            sums[field.name] = past + sum(getattr(one, field.name) for one in (found if gauge else known))
         sums["page_size"] = found[0].page_size if found else 0
         return EngineStats(**sums)
 

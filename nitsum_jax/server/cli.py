@@ -20,11 +20,17 @@ class HelpRequested(Exception):  # noqa: N818  not an error
     """The user asked for help; the message is the help text."""
 
 
-def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
-    """Parses the flags of a tool, which takes no other arguments.
+def parse(values: flags.FlagValues, argv: Sequence[str], usage: str, *, others: bool = False) -> list[str]:
+    """Parses the flags of a tool, which takes no other arguments; returns its name and what was not parsed.
 
     Each tool has `FlagValues` of its own rather than absl's global ones: several tools can then be imported in one
     process, and `--help` lists the flags of the tool and no others.
+
+    Args:
+      values: takes them.
+      argv: the command line.
+      usage: stands before the list of the flags.
+      others: whether there may be more arguments, for somebody else to parse.
 
     Raises:
       HelpRequested: --help, -h or --helpfull is among the arguments.
@@ -33,15 +39,25 @@ def parse(values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
     if any(argument.lstrip("-") in ("help", "helpfull", "h") and argument.startswith("-") for argument in argv[1:]):
         raise HelpRequested(f"{usage}\n\nflags:\n{_describe(values)}")
     try:
-        rest = values(list(argv))
+        rest: list[str] = values(list(argv), known_only=others)
     except flags.Error as error:
         raise InvalidInputError(f"{one_line(str(error))} (--help lists the flags)") from None
-    if len(rest) > 1:
+    if len(rest) > 1 and not others:
         raise InvalidInputError(f"unexpected argument {rest[1]!r}: everything is given by flags (--help lists them)")
     for name in values:
         value = values[name].value
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidInputError(f"--{name}={value} is not a finite number: give one")
+    return rest
+
+
+def ended(name: str, why: Exception) -> int:
+    """Says why a tool ends without its work done, help or an error, and returns its exit status."""
+    if isinstance(why, HelpRequested):
+        out(str(why))
+        return EXIT_OK
+    err(f"{name}: {one_line(str(why))}")
+    return EXIT_USAGE
 
 
 def out(line: str) -> None:

@@ -25,8 +25,16 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def child(flags: Sequence[str], log: pathlib.Path, ready_s: float) -> AsyncIterator[str]:
-    """Runs nitsum-serve on a free port until the block ends; yields its address.
+async def child(
+    flags: Sequence[str], log: pathlib.Path, ready_s: float, module: str = "nitsum_jax.server.launch.main"
+) -> AsyncIterator[str]:
+    """Runs a server on a free port until the block ends; yields its address.
+
+    Args:
+      flags: of the server.
+      log: gets what it says.
+      ready_s: most seconds until it is ready.
+      module: of its tool; that of nitsum-serve by default.
 
     Raises:
       UnavailableError: it is not ready in time, or ended; its last words are in the log.
@@ -37,7 +45,7 @@ async def child(flags: Sequence[str], log: pathlib.Path, ready_s: float) -> Asyn
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "nitsum_jax.server.launch.main",
+            module,
             f"--port={port}",
             *flags,
             stdout=file,

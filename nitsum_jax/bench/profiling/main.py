@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nitsum_jax.bench.profiling.derive import check_all, derive_all
 from nitsum_jax.bench.profiling.options import read_options
-from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.profiles.shapes import MODELS, find_device, find_model
 from nitsum_jax.server import cli
 
@@ -29,11 +29,8 @@ def main(argv: Sequence[str]) -> int:
         models = MODELS if options.model is None else tuple(map(find_model, options.model.split(",")))
         assert options.out is not None
         derive_all(options.derive, options.out, models, devices, options.assumptions)
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-    except (NitsumError, OSError) as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError, OSError) as why:
+        return cli.ended(_NAME, why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     return cli.EXIT_OK

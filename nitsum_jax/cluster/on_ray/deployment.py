@@ -3,11 +3,13 @@
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED, CellEvents, CellFacts
+from nitsum_jax.cluster.on_ray.ray_cluster import LOOPBACK
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
@@ -33,6 +35,7 @@ class CellReplica:
         from nitsum_jax.server.launch.flags import read_options
         from nitsum_jax.server.operations import logs
 
+        _stay_on_loopback()
         try:
             options = read_options(argv)
             logs.configure(options.log_level, options.ops.log_format)
@@ -72,6 +75,20 @@ class CellReplica:
         host = getattr(self, "_host", None)
         if host is not None:
             host.close()
+
+
+def _stay_on_loopback() -> None:
+    """Serve opens a port of every replica, for calls that we do not make, on all addresses of the machine.
+
+    It has no setting for that, and opens it when the replica is made. Where all of Ray is on the loopback address, this
+    port is, too.
+    """
+    from ray.serve._private import replica
+
+    if ray.util.get_node_ip_address() != LOOPBACK or not hasattr(replica, "add_port_to_grpc_server"):
+        return
+    add = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from nitsum_jax.cluster.flags import ClusterOptions
@@ -14,14 +14,28 @@ from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
 
 APP = "nitsum"
+LOOPBACK = "127.0.0.1"
 _MISSING = "Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'"
 _REACH_S = 10.0
 _POLL_S = 0.25
-_LOG = logging.getLogger(__name__)
 
 
-def require_ray() -> None:
-    """Raises PreconditionError if Ray is not installed."""
+def prepare(options: ClusterOptions) -> None:
+    """Finds out what can be known before Ray and a model are loaded; before `connect`.
+
+    Raises:
+      PreconditionError: nobody listens at the address, or Ray is not installed.
+    """
+    if options.address is None:
+        # Ray reads this when it is imported. It has a mode in which its processes listen on the loopback address only,
+        # and this is the name of the switch on Linux, too; else it replaces 127.0.0.1 by an address of the machine.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    else:
+        with _joining(options.address):
+            _reach(options.address)
+    if not options.ray_usage:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     try:
         import ray.serve  # noqa: F401
     except ImportError:
@@ -32,12 +46,8 @@ def connect(options: ClusterOptions) -> None:
     """Joins the Ray cluster, or starts one on the loopback address; on a thread that lives as long as it.
 
     Raises:
-      PreconditionError: there is no Ray, or no cluster at the address.
+      PreconditionError: the cluster at the address cannot be joined.
     """
-    require_ray()
-    if not options.ray_usage:
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
@@ -52,17 +62,23 @@ def connect(options: ClusterOptions) -> None:
         ray.init(
             num_cpus=max(4, os.cpu_count() or 1),
             include_dashboard=options.ray_dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
+            dashboard_host=LOOPBACK,
+            _node_ip_address=LOOPBACK,
             **common,
         )
         return
-    try:
-        _reach(options.address)
+    with _joining(options.address):
         ray.init(address=options.address, **common)
+
+
+@contextlib.contextmanager
+def _joining(address: str) -> Iterator[None]:
+    """What goes wrong there, in a line that says what to do."""
+    try:
+        yield
     except (OSError, ValueError, RuntimeError) as error:
         raise PreconditionError(
-            f"there is no Ray cluster at --address={options.address} ({one_line(str(error), 160)}): start one with "
+            f"there is no Ray cluster at --address={address} ({one_line(str(error), 160)}): start one with "
             "ray start --head, or leave the flag out"
         ) from None
 
@@ -182,7 +198,7 @@ def reason_in(text: str) -> str | None:
 
 
 @contextlib.contextmanager
-def quiet() -> Any:
+def quiet() -> Iterator[None]:
     """Serve tells its progress at INFO, whatever the log level of this process."""
     logger = logging.getLogger("ray.serve")
     level = logger.level

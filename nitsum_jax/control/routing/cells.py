@@ -6,7 +6,6 @@ everything to the cell that reported itself idle nor avoids one for work that ha
 
 import collections
 import dataclasses
-from collections.abc import Iterable
 
 from nitsum_jax.control.routing.report import CellReport
 from nitsum_jax.control.tiers import Tier
@@ -114,8 +113,3 @@ class KnownCell:
     def room(self) -> float:
         """Tokens of KV cache that are free, if what was sent since has them."""
         return (0 if self.report is None else self.report.free_tokens) - sum(one.tokens for one in self._since)
-
-
-def known(reports: Iterable[CellReport]) -> list[KnownCell]:
-    """Cells of which a report is there and nothing else."""
-    return [KnownCell(report.cell, report) for report in reports]

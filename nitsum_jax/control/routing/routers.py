@@ -17,9 +17,6 @@ from typing import Protocol
 
 from nitsum_jax.control.routing.cells import KnownCell, RoutedRequest
 
-STALE_S = 0.5
-"""Reports older than this are old."""
-
 
 class CellRouter(Protocol):
     """Chooses cells."""
@@ -90,7 +87,7 @@ class PredictedConfig:
     affinity: float = 0.6
     ample: float = 0.5
     least_prefix: int = 64
-    stale_s: float = STALE_S
+    stale_s: float = 0.5
 
 
 class PredictedRouter:

@@ -62,12 +62,8 @@ async def main_async(argv: Sequence[str]) -> int:
         command, value = _command(words)
         async with open_channel(values.server, identity_flags.read(values)) as channel:
             answer = await _call(channel, command, value)
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(_NAME, why)
     except grpc.aio.AioRpcError as error:
         if error.code() is grpc.StatusCode.UNAVAILABLE:
             cli.err(f"{_NAME}: no server answers at {values.server}: {one_line(error.details() or '')}")

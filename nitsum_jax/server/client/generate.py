@@ -13,7 +13,7 @@ import grpc.aio
 from google.protobuf import json_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.errors import NitsumError
 from nitsum_jax.runtime.progress import ProgressLine, duration
 from nitsum_jax.server import cli
 from nitsum_jax.server.client.calls import CallOutcome, Failure, generate
@@ -48,12 +48,8 @@ async def main_async(argv: list[str]) -> int:
     """Like `main`, on a loop that is running."""
     try:
         return await _Client(read_options(argv)).run()
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(_NAME, why)
 
 
 class _Client:

@@ -31,6 +31,8 @@ from nitsum_jax.server.operations.routes import ops_routes
 
 if TYPE_CHECKING:
     from nitsum_jax.control.scheduling.forecast import TierForecast
+    from nitsum_jax.engine.batching.pacing import Pace
+    from nitsum_jax.models.loading import OpenModel
     from nitsum_jax.runtime.control.control_loop import ControlLoop
     from nitsum_jax.runtime.startup.scheduled_engine import Scheduled
     from nitsum_jax.server.http.server import HttpServer
@@ -55,12 +57,14 @@ class Loaded:
       model: that it serves.
       scheduled: its scheduling, if it schedules by tiers itself.
       forecasts: asked on its thread what a request of each tier would get; None: nobody knows.
+      pace: of other hardware, at which tokens come; None: they come at their own.
     """
 
     engine: ServingEngine
     model: ServedModel
     scheduled: "Scheduled | None" = None
     forecasts: "Callable[[], Sequence[TierForecast]] | None" = None
+    pace: "Pace | None" = None
 
 
 def run() -> None:
@@ -83,12 +87,8 @@ def main(argv: Sequence[str], load: Load | None = None, name: str = _NAME) -> in
         debug = options.log_level == "debug"
         logs.configure(options.log_level, options.ops.log_format)
         return asyncio.run(serve(options, load or load_engine, name))
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-        return cli.EXIT_OK
-    except NitsumError as error:
-        cli.err(f"{name}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(name, why)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
     except Exception as error:
@@ -152,14 +152,22 @@ def load_engine(options: LaunchOptions, sink: Sink, admitted: Admitted) -> Loade
     )
     line.clear()
     spare_the_collector()
-    served = served_model(
+    return Loaded(started.engine, served_of(options, model), started, started.scheduling.forecasts, started.pace)
+
+
+def served_of(options: LaunchOptions, model: "OpenModel") -> ServedModel:
+    """The model as front ends need it, by all flags that say something of that.
+
+    Raises:
+      InvalidInputError: its generation config cannot be used.
+    """
+    return served_model(
         model,
         options.served_model_name,
         options.generation_config,
         tool_parser=options.tool_parser,
         reasoning_parser=options.reasoning_parser,
     )
-    return Loaded(started.engine, served, started, started.scheduling.forecasts)
 
 
 async def serve(options: LaunchOptions, load: Load, name: str, signals: "StopSignals | None" = None) -> int:
@@ -206,8 +214,7 @@ async def serve(options: LaunchOptions, load: Load, name: str, signals: "StopSig
         backend = ports.open(
             loaded.engine, loaded.model, router, controller_of(options, scheduled), tiers, loaded.forecasts
         )
-        if loaded.scheduled is not None:
-            backend = dataclasses.replace(backend, pace=loaded.scheduled.pace)
+        backend = dataclasses.replace(backend, pace=loaded.pace)
         await server.serve(backend)
         await ports.serve(backend)
         _announce(server, http, loaded, ports, options)

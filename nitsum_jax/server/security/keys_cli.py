@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError, one_line
+from nitsum_jax.errors import InvalidInputError, NitsumError, PreconditionError
 from nitsum_jax.server import cli
 from nitsum_jax.server.security.keys import ApiKey, KeyRole, digest_of, entry, new_secret, parse_keys, read_keys
 
@@ -41,11 +41,8 @@ def main(argv: Sequence[str]) -> int:
             _list(values)
         else:
             raise InvalidInputError(f"unknown command {command!r}: use new or list")
-    except cli.HelpRequested as request:
-        cli.out(str(request))
-    except NitsumError as error:
-        cli.err(f"{_NAME}: {one_line(str(error))}")
-        return cli.EXIT_USAGE
+    except (cli.HelpRequested, NitsumError) as why:
+        return cli.ended(_NAME, why)
     return cli.EXIT_OK
 
 

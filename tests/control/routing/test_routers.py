@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nitsum_jax.control.plan import homogeneous
-from nitsum_jax.control.routing.cells import KnownCell, RoutedRequest, known
+from nitsum_jax.control.routing.cells import KnownCell, RoutedRequest
 from nitsum_jax.control.routing.report import GRID, CellReport, make_report
 from nitsum_jax.control.routing.routers import ROUTERS, PredictedRouter
 from nitsum_jax.control.scheduling.forecast import TierForecast
@@ -24,6 +25,11 @@ def report(name: str = "a", **fields: object) -> CellReport:
 
 def waiting(name: str, wait_s: float, tpot_s: float = 0.010, tightest_s: float = math.inf) -> CellReport:
     return report(name, tiers=(TierForecast("chat", wait_s + 0.05, tpot_s, wait_s, 1.0, tightest_s),))
+
+
+def known(reports: Iterable[CellReport]) -> list[KnownCell]:
+    """Cells of which a report is there and nothing else."""
+    return [KnownCell(one.cell, one) for one in reports]
 
 
 ASK = RoutedRequest(CHAT, 500)

@@ -34,6 +34,27 @@ class ClusterProcess:
         named = (int(pid) for pid, name in rows if name.startswith("ray::ServeReplica:nitsum:Cell"))
         return sorted(pid for pid in named if f"{MARK}={self.mark}".encode() in _environment_of(pid))
 
+    def listens_at(self) -> dict[str, str]:
+        """Addresses where its processes listen, those of Ray and of the cells, and the process of each."""
+        found: dict[str, str] = {}
+        listening = _listening()
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            if f"{MARK}={self.mark}".encode() not in _environment_of(int(folder.name)):
+                continue
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                name = (folder / "comm").read_text().strip()
+                sockets = {os.readlink(file) for file in (folder / "fd").iterdir()}
+                found |= {listening[socket]: name for socket in sockets & listening.keys()}
+        return found
+
+
+def _listening() -> dict[str, str]:
+    """Addresses in the kernel's hexadecimal form, by the socket's name in /proc."""
+    rows = [
+        line.split() for table in ("tcp", "tcp6") for line in pathlib.Path("/proc/net", table).read_text().splitlines()
+    ]
+    return {f"socket:[{row[9]}]": row[1] for row in rows if row[3] == "0A"}
+
 
 def _environment_of(pid: int) -> bytes:
     try:

@@ -14,7 +14,7 @@ from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta
-from nitsum_jax.errors import NitsumError
+from nitsum_jax.errors import NitsumError, OverloadedError
 from tests.server.fake_engine import FakeEngine, Script
 
 REPORT_S = 0.02
@@ -28,6 +28,7 @@ class FakeCell:
         self.taken: list[Request] = []
         self.hung = False
         self.dead = False
+        self.full = False
         self._version = version or nitsum_jax.__version__
         self._tiers = tiers
         self._queue: asyncio.Queue[CellEvents] | None = None
@@ -62,6 +63,8 @@ class FakeCell:
 
     async def submit(self, door: str, request: Request, left_s: float | None) -> NitsumError | None:
         await self._reach()
+        if self.full:
+            return OverloadedError("the queue is full")
         if left_s is not None:
             request = dataclasses.replace(request, deadline_s=time.monotonic() + left_s)
         try:

@@ -34,6 +34,7 @@ async def stream(router: StreamRouter, engine: "object", number: int) -> tuple[i
 async def main(argv: list[str]) -> None:
     """Scales, with streams all the time."""
     options = flags.read(argv)
+    ray_cluster.prepare(options)
     ray_cluster.connect(options)
     deployed = ray_cluster.Deployed(options)
     router = StreamRouter(asyncio.get_running_loop())

@@ -114,6 +114,13 @@ def test_health_metrics_and_layout_are_those_of_all_cells(running: ClusterProces
     asyncio.run(scenario())
 
 
+def test_nothing_of_it_listens_beyond_this_machine(running: ClusterProcess) -> None:
+    places = running.listens_at()
+    loopback = ("0100007F:", "0000000000000000FFFF00000100007F:", "00000000000000000000000001000000:")
+    assert len(places) >= 8  # front door, Ray's own processes, cells
+    assert {address: name for address, name in places.items() if not address.startswith(loopback)} == {}
+
+
 def test_a_cell_that_hangs_is_left_within_its_bound(
     running: ClusterProcess, undisturbed: list[tuple[int, ...]]
 ) -> None:

@@ -1,19 +1,17 @@
 """Flags of nitsum-cluster, and one line for each thing that it cannot do."""
 
-import importlib.util
 import subprocess
 import sys
 
 import pytest
 
 from nitsum_jax.cluster.flags import read
-from nitsum_jax.cluster.main import main
+from nitsum_jax.cluster.main import engine_of, loaded, main, model_of
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
 from nitsum_jax.errors import InvalidInputError, PreconditionError
+from nitsum_jax.runtime.tools.formats import ToolFormat
 from nitsum_jax.server.cli import HelpRequested
-
-HAS_RAY = importlib.util.find_spec("ray") is not None
 
 
 def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
@@ -35,11 +33,30 @@ def test_flags_of_the_server_go_to_front_door_and_cells() -> None:
         ("--report_ms=1", "report_ms"),
         ("--no_such_flag", "no_such_flag"),
         ("--silent_seconds=-1", "silent_seconds"),
+        ("--silent_seconds=nan", "silent_seconds=nan is not a finite number"),
+        ("--start_seconds=inf", "start_seconds=inf is not a finite number"),
     ],
 )
 def test_wrong_flags_are_named(flag: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InvalidInputError, match=says):
         read(["nitsum-cluster", flag])
+
+
+def test_the_front_door_parses_answers_as_the_flags_say() -> None:
+    flags = ("--model=tiny-random", "--tool_parser=hermes", "--reasoning_parser=think")
+    model = model_of(read(["nitsum-cluster", *flags]).serve)
+    assert (model.tools, model.thinks) == (ToolFormat.HERMES, True)
+
+
+def test_the_front_door_says_at_whose_pace_its_cells_run() -> None:
+    options = read(["nitsum-cluster", "--model=tiny-random", "--pace=llama-3.1-8b-h100", "--time_scale=4"])
+    engine = engine_of(options, options.serve, "tiny-random", lambda deltas: None, lambda name, now_s: None)
+    try:
+        pace = loaded(engine, model_of(options.serve), options.serve).pace
+    finally:
+        engine.close()
+    assert pace is not None
+    assert (pace.name, pace.time_scale) == ("llama-3.1-8b-h100", 4)
 
 
 def test_help_lists_the_flags_of_both() -> None:
@@ -49,15 +66,17 @@ def test_help_lists_the_flags_of_both() -> None:
     assert "--prefill_chunk" in str(told.value)
 
 
-@pytest.mark.skipif(HAS_RAY, reason="Ray is installed")
-def test_without_ray_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_ray_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("ray", "ray.serve"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails, whether it is installed or not
     assert main(["nitsum-cluster", "--model=tiny-random"]) == 2
     assert capsys.readouterr().err == (
         "nitsum-cluster: Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'\n"
     )
 
 
-@pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed (the extra ray)")
 def test_a_cluster_that_is_not_there_is_named() -> None:
     command = [
         sys.executable,

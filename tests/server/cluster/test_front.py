@@ -292,6 +292,71 @@ def test_cells_are_seen_as_one() -> None:
     asyncio.run(scenario())
 
 
+def test_counters_do_not_fall_while_a_cell_is_silent() -> None:
+    async def scenario() -> None:
+        async with cluster(2) as made:
+            await asyncio.gather(*(made.say(str(n)) for n in range(8)))
+            await until(lambda: made.engine.stats().tokens_generated == 8 * 50)
+            made.cells["cell-0"].hang()
+            await until(lambda: made.engine.cells()["cell-0"] == "silent")
+            stats = made.engine.stats()
+            assert stats.tokens_generated == 8 * 50
+            assert stats.queue_capacity == 64  # gauges are of the cells that serve
+            made.cells["cell-0"].hang(False)
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_no_cell_takes_is_given_up() -> None:
+    async def scenario() -> None:
+        async with cluster(2, settings={"wait_s": 0.5}) as made:
+            for cell in made.cells.values():
+                cell.full = True
+            _, finish, error = await made.say("nowhere")
+            assert finish is FinishReason.ERROR
+            assert error == "no cell could go on with this request within 0.5 s: try again"
+
+    asyncio.run(scenario())
+
+
+class _SlowToRead(dict[str, Any]):
+    """One that is read so slowly that others come between."""
+
+    def values(self) -> Any:
+        for value in super().values():
+            time.sleep(0.001)
+            yield value
+
+
+def test_requests_may_come_while_a_cell_goes() -> None:
+    """Front ends submit on their own thread, which adds to what the loop reads to move the streams of a cell."""
+
+    async def scenario() -> None:
+        async with cluster(2) as made:
+            made.engine._live = _SlowToRead()
+            streams = [asyncio.create_task(made.say(str(n), 300)) for n in range(32)]
+            await until(lambda: made.at()["cell-0"] > 5)
+            made.cells["cell-0"].die()
+            for n in range(32, 64):
+                streams.append(asyncio.create_task(made.say(str(n), 300)))
+                await asyncio.sleep(0.002)
+            assert await asyncio.gather(*streams) == [whole(300)] * 64
+
+    asyncio.run(scenario())
+
+
+def test_what_is_asked_of_a_cell_that_has_ended_is_unavailable() -> None:
+    async def scenario() -> None:
+        async with cluster(1) as made:
+            made.cells["cell-0"].dead = True  # no message tells of it yet
+            with pytest.raises(UnavailableError, match="the process was killed"):
+                await asyncio.wrap_future(made.engine.set_layout("tp1x2"))
+            with pytest.raises(UnavailableError, match="the process was killed"):
+                made.engine.lose_device(0)
+
+    asyncio.run(scenario())
+
+
 def test_draining_waits_for_streams_and_takes_no_more() -> None:
     async def scenario() -> None:
         async with cluster(2) as made:
