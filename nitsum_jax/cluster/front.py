@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from nitsum_jax.cluster.link import CellLink, LinkState
 from nitsum_jax.cluster.messages import CellCalls, CellEvents, CellGoneError
@@ -29,7 +29,15 @@ from nitsum_jax.errors import InvalidInputError, NitsumError, OverloadedError, U
 _LOG = logging.getLogger(__name__)
 _USUAL_OUTPUT = 128.0
 _CALL_S = 10.0  # a cell that lives answers a call within
+_MOST_PAUSE_S = 60.0
 T = TypeVar("T")
+
+
+class _Lost(NamedTuple):
+    """A cell that is gone, though it is still listed."""
+
+    retry_s: float  # when it is tried again
+    pause_s: float  # twice as long after each failure
 
 
 class ClusterEngine(ClusterView):
@@ -73,6 +81,8 @@ class ClusterEngine(ClusterView):
         self._silent_s, self._wait_s, self._join_s = silent_s, wait_s, join_s
         self._on_close = on_close
         self._door = uuid.uuid4().hex[:12]
+        self._wanted: dict[str, CellCalls] = {}
+        self._lost: dict[str, _Lost] = {}
         self._live: dict[str, LiveStream] = {}
         self._homeless: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -158,19 +168,35 @@ class ClusterEngine(ClusterView):
     # ---- cells, on the loop
 
     def _set_cells(self, cells: Mapping[str, CellCalls]) -> None:
+        self._wanted = dict(cells)
+        self._lost = {name: lost for name, lost in self._lost.items() if name in cells}
         for name, link in list(self._links.items()):
             if name not in cells:
                 _LOG.info("cell %s is taken away: its streams go on elsewhere", name)
                 self._leave(link, LinkState.GONE, crashed=False)
-        for name, calls in cells.items():
-            if name not in self._links:
-                link = CellLink(name, calls, on_events=self._take, on_gone=self._gone)
-                self._links[name] = link
-                link.task = self._start(link.run(self._door, lambda: self._expected, self._join_s))
+        for name in cells:
+            if name not in self._links and name not in self._lost:
+                self._join(name)
+
+    def _join(self, name: str) -> None:
+        link = CellLink(name, self._wanted[name], on_events=self._take, on_gone=self._gone)
+        self._links[name] = link
+        link.task = self._start(link.run(self._door, lambda: self._expected, self._join_s))
+
+    def _join_lost(self) -> None:
+        """Tries cells again that are still listed: perhaps only the network was away."""
+        now = time.monotonic()
+        for name, lost in self._lost.items():
+            if name not in self._links and now >= lost.retry_s:
+                self._join(name)
 
     def _gone(self, link: CellLink, why: str) -> None:
         if self._links.get(link.name) is link:
             _LOG.warning("cell %s is gone (%s)", link.name, why)
+            before = self._lost.get(link.name)
+            served = link.status is not None
+            pause_s = self._silent_s if before is None or served else min(2 * before.pause_s, _MOST_PAUSE_S)
+            self._lost[link.name] = _Lost(time.monotonic() + pause_s, pause_s)
             self._leave(link, LinkState.GONE, crashed=True)
 
     def _leave(self, link: CellLink, state: LinkState, *, crashed: bool) -> None:
@@ -207,6 +233,7 @@ class ClusterEngine(ClusterView):
                         "cell %s says nothing for %.1f s: its streams go on elsewhere", link.name, self._silent_s
                     )
                     self._leave(link, LinkState.SILENT, crashed=True)
+            self._join_lost()
             self._place_homeless()
 
     # ---- requests, on the loop

@@ -9,10 +9,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingP
 
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED, CellEvents, CellFacts
-from nitsum_jax.cluster.on_ray.ray_cluster import LOOPBACK
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
+from nitsum_jax.server.address import DEFAULT_HOST
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.switching.switch import SwitchReport
@@ -85,10 +85,10 @@ def _stay_on_loopback() -> None:
     """
     from ray.serve._private import replica
 
-    if ray.util.get_node_ip_address() != LOOPBACK or not hasattr(replica, "add_port_to_grpc_server"):
+    if ray.util.get_node_ip_address() != DEFAULT_HOST or not hasattr(replica, "add_port_to_grpc_server"):
         return
     add = replica.add_port_to_grpc_server
-    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
+    replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", DEFAULT_HOST))
 
 
 def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:

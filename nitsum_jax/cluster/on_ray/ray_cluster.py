@@ -12,9 +12,9 @@ from typing import Any
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
+from nitsum_jax.server.address import DEFAULT_HOST
 
 APP = "nitsum"
-LOOPBACK = "127.0.0.1"
 _MISSING = "Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'"
 _REACH_S = 10.0
 _POLL_S = 0.25
@@ -62,8 +62,8 @@ def connect(options: ClusterOptions) -> None:
         ray.init(
             num_cpus=max(4, os.cpu_count() or 1),
             include_dashboard=options.ray_dashboard,
-            dashboard_host=LOOPBACK,
-            _node_ip_address=LOOPBACK,
+            dashboard_host=DEFAULT_HOST,
+            _node_ip_address=DEFAULT_HOST,
             **common,
         )
         return

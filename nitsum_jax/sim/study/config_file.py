@@ -46,7 +46,7 @@ def check_known(values: Mapping[str, Any], known: Collection[str]) -> None:
 
 
 def check_positive(**values: object) -> None:
-    """Refuses what is no number above 0, and sequences that are empty or hold such."""
+    """Refuses values that must be numbers above 0 and are not, alone or in a sequence, and empty sequences."""
     for name, value in values.items():
         numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
         if not numbers:

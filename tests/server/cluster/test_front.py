@@ -128,6 +128,19 @@ def test_a_cell_that_hung_and_comes_back_says_nothing_twice() -> None:
     asyncio.run(scenario())
 
 
+def test_a_cell_that_was_not_reached_for_a_while_serves_again() -> None:
+    async def scenario() -> None:
+        async with cluster(2) as made:
+            made.cells["cell-0"].die()
+            await until(lambda: made.engine.cells() == {"cell-1": "serving"})
+            made.cells["cell-0"].dead = False  # only the network was: nobody lists the cells anew
+            await until(lambda: made.engine.cells().get("cell-0") == "serving")
+            assert await asyncio.gather(*(made.say(str(n)) for n in range(8))) == [whole()] * 8
+            assert made.cells["cell-0"].taken
+
+    asyncio.run(scenario())
+
+
 def test_a_request_that_ends_cells_is_given_up_after_two() -> None:
     async def scenario() -> None:
         async with cluster(4) as made:
