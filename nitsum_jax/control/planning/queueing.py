@@ -3,8 +3,8 @@
 **Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so
 many prompt tokens in such a step; against what it computes with none decoding, that is its room (an instance that
 only decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of
-it, where b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is
-full at 1.
+it, where b is what one more sequence takes from a step, and a short prompt takes its share of a full step.  So the load
+of an instance is linear in its requests; it is full at 1.
 
 **Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one
 queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  A request that
@@ -13,8 +13,8 @@ a queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which 
 1 - 1/load beyond it.  Beyond full load the longest prompts are given up, if more of the others are in time then, as the
 scheduler does.
 
-What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
-planner's what-if rollouts are for.
+What it leaves out (tiers using what others leave, how long a queue takes to build) is what the planner's what-if
+rollouts are for.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from nitsum_jax.control.tiers import Tier
 
 _BATCH = 32  # sequences at which the marginal decode time is taken
 _LEAST_ROOM = 0.04
+_FULL = 4096  # prompt tokens of a step in which what it costs whatever is in it no longer matters
 _BURSTS = 6.0  # dispersion beyond which arrivals come in bursts longer than this estimate's queues; replays see these
 
 
@@ -50,8 +51,9 @@ class Prediction:
 class _Work:
     """What requests of one tier cost at one TP."""
 
-    prefill_s: tuple[float, ...]  # at the quantiles of its prompts
-    mean_s: float
+    prefill_s: tuple[float, ...]  # at the quantiles of its prompts, in steps of their own
+    work_s: tuple[float, ...]  # what they take of an instance with enough to do, whose steps are full
+    mean_s: float  # of these
     square_s: float
     decode_s: float  # of one more sequence in a step
     alone_s: float  # a step of one sequence
@@ -153,17 +155,29 @@ class QueueingModel:
         prompt = sum(load.prompts) / len(load.prompts)
         context = prompt + load.output / 2
         seconds = tuple(self._cost.prefill_s(tp, -(-tokens // 64) * 64, 8192) for tokens in load.prompts)
+        work = tuple(self._work_s(tp, tokens, alone_s) for tokens, alone_s in zip(load.prompts, seconds, strict=True))
         alone = self._cost.step_s(tp, 1, int(context))
         many = self._cost.step_s(tp, _BATCH, int(_BATCH * context))
         return _Work(
             prefill_s=seconds,
-            mean_s=sum(seconds) / len(seconds),
-            square_s=sum(s * s for s in seconds) / len(seconds),
+            work_s=work,
+            mean_s=sum(work) / len(work),
+            square_s=sum(s * s for s in work) / len(work),
             decode_s=(many - alone) / (_BATCH - 1),
             alone_s=alone,
             context=context,
             prompt=prompt,
         )
+
+    def _work_s(self, tp: int, tokens: int, alone_s: float) -> float:
+        """What a prompt takes of a busy instance: short ones share steps, and what a step costs whatever is in it."""
+        if tokens >= _FULL or not self._cost.profile.mixed_steps:
+            return alone_s
+        return min(alone_s, tokens * self._token_s(tp))
+
+    def _token_s(self, tp: int) -> float:
+        """A prompt's token in a full step."""
+        return self._cost.step_s(tp, 0, 0, ((_FULL, 0),)) / _FULL
 
     def _tpot_s(self, names: Sequence[str]) -> float:
         return min((self._tiers[name].tpot_ms / 1000 for name in names), default=math.inf)
@@ -186,7 +200,7 @@ class QueueingModel:
         key = shape.tp, tpot_s, name
         found = self._rooms.get(key)
         if found is None:
-            tokens_s = self._cost.step_s(shape.tp, 0, 0, ((4096, 0),)) / 4096
+            tokens_s = self._token_s(shape.tp)
 
             def share(batch: int) -> float:
                 context = int(batch * work.context)
@@ -302,13 +316,14 @@ class QueueingModel:
             free = max(_LEAST_ROOM, room - used)
             best = best_used = best_moment = 0.0
             for keep in range(1, len(work.prefill_s) + 1):
-                kept = work.prefill_s[:keep]
-                rate = whole * keep / len(work.prefill_s)
+                kept = work.work_s[:keep]
+                rate = whole * keep / len(work.work_s)
                 busy = rate * (sum(kept) / keep + decode_s)
                 speed = max(_LEAST_ROOM, free - rate * decode_s)
                 more = rate * sum(s * s for s in kept) / keep
                 scale_s = self._scale_s(name, (moment + more) / (used + busy), count) / speed
-                met = self._met(name, kept, speed, busy / free, scale_s, count) * keep / len(work.prefill_s)
+                met = self._met(name, work.prefill_s[:keep], speed, busy / free, scale_s, count)
+                met *= keep / len(work.prefill_s)
                 if met > best:
                     best, best_used, best_moment = met, min(busy, free), more
             shares[name] = best
