@@ -1,6 +1,7 @@
 """The queueing estimate against the model of a cell, and what it must get right by itself."""
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -28,12 +29,14 @@ def loads(chat: float, code: float) -> tuple[TierLoad, ...]:
     return TierLoad("chat", chat, 1.0, CHAT_PROMPTS, 200.0), TierLoad("code", code, 1.0, CODE_PROMPTS, 30.0)
 
 
-def simulated(shapes: Shapes, offered: tuple[TierLoad, ...], seconds: float = 30.0) -> float:
+def simulated(
+    shapes: Shapes, offered: tuple[TierLoad, ...], tiers: Mapping[str, Tier] = TIERS, seconds: float = 30.0
+) -> float:
     """Share of the requests that meet both targets in the model of a cell."""
     generator = np.random.default_rng(7)
     jobs = []
     for load in offered:
-        tier = TIERS[load.tier]
+        tier = tiers[load.tier]
         for time_s in generator.uniform(0, seconds, generator.poisson(load.rate * seconds)):
             output = 1 + int(generator.exponential(load.output))
             jobs.append((time_s, tier, int(generator.choice(load.prompts)), output))
@@ -45,7 +48,7 @@ def simulated(shapes: Shapes, offered: tuple[TierLoad, ...], seconds: float = 30
             self.met += job.met()
 
     tally = Tally()
-    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tuple(tiers.values()))
     for load in offered:
         scheduler.expect_output(load.tier, load.output)
     cell = CellModel(COST, scheduler, place(shapes, 8), recorder=tally)
@@ -108,6 +111,15 @@ def test_short_prompts_share_steps(plan: str) -> None:
     load = TierLoad("code", 1800.0, 1.0, (30, 40, 60, 80, 100, 120, 160, 200), 10.0)
     assert QueueingModel(COST, TIERS, (load,)).predict(PLANS[plan]).attainment["code"] > 0.95
     assert simulated(PLANS[plan], (load,), seconds=2.0) > 0.95
+
+
+@pytest.mark.parametrize("rate", [170.0, 220.0, 260.0, 350.0])
+def test_a_decode_instance_that_is_too_full(rate: float) -> None:
+    """It has room for 215 requests a second; those that waited for it have no time left to be slowed down."""
+    load = TierLoad("code", rate, 1.0, (100, 150, 200, 250, 300, 350, 400, 450), 300.0)
+    tiers = {"code": Tier("code", ttft_ms=2000, tpot_ms=9)}
+    share = QueueingModel(COST, tiers, (load,)).predict(PLANS["split"]).attainment["code"]
+    assert share == pytest.approx(simulated(PLANS["split"], (load,), tiers, seconds=8.0), abs=0.12)
 
 
 @pytest.mark.parametrize(("chat", "code"), [(60, 160), (160, 60), (160, 200)])
