@@ -4,6 +4,8 @@ import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from nitsum_jax.engine.request import FinishReason, TokenDelta, TokenLogprob
 from nitsum_jax.errors import UnavailableError
 from nitsum_jax.runtime.backend import TextStream
@@ -75,6 +77,8 @@ class Output:
         """Of the tokens of the prompt behind its first, if it is scored, as soon as there is a piece."""
         self.cached_tokens = 0
         """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
+        self.embedding: np.ndarray | None = None
+        """f32[D], of the prompt, if it was asked for, with the last piece."""
 
     def take(self, deltas: Sequence[TokenDelta]) -> Piece:
         """The next piece; none may be asked for after one with an end.
@@ -89,6 +93,7 @@ class Output:
         for whole in deltas:
             delta = self._behind_prompt(whole) if self._given or self._call.silent else whole
             self.cached_tokens = delta.cached_tokens
+            self.embedding = delta.embedding
             taken, piece = self._push(delta)
             self.times.add(len(taken), delta.time_s)
             ids += taken
