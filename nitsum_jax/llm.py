@@ -21,8 +21,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import EngineStats, start_engine
@@ -47,7 +45,7 @@ from nitsum_jax.runtime.progress import TICK_S, ProgressLine, StartProgress, Wai
 from nitsum_jax.runtime.startup.compile_cache import OFF, enable
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
-from nitsum_jax.runtime.streams.output import Output, Piece
+from nitsum_jax.runtime.streams.output import Output, Piece, Vectors, vectors_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
@@ -161,7 +159,7 @@ class LLM:
         """
         return [job.completion() for job in self._run(self._calls(prompts, sampling, wanted))]
 
-    def embed(self, texts: Sequence[str | Sequence[int]], **wanted: Any) -> np.ndarray:
+    def embed(self, texts: Sequence[str | Sequence[int]], **wanted: Any) -> Vectors:
         """Vectors of texts or lists of token ids, f32[texts, D], each of length 1.
 
         The model's files must say how it makes them, or the setting `pooling` ("last" or "mean").
@@ -177,8 +175,7 @@ class LLM:
         if self._model.pooling is None:
             raise PreconditionError("this model gives no embeddings: make the LLM with pooling='last' or 'mean'")
         jobs = self._run(self._calls(texts, None, {**wanted, "max_tokens": 1, "pooling": self._model.pooling}))
-        vectors = [job.output.embedding for job in jobs if job.output is not None]
-        return np.array(vectors, np.float32).reshape(len(jobs), self._engine.model_config.d_model)
+        return vectors_of([job.output for job in jobs if job.output], self._engine.model_config.d_model)
 
     def _run(self, calls: Sequence[Call]) -> "list[_PromptJob]":
         """Runs calls to their ends, as many at a time as fit."""

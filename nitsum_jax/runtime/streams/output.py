@@ -3,6 +3,7 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from nitsum_jax.runtime.backend import TextStream
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.runtime.streams.stops import StopMatcher
+
+Vectors: TypeAlias = np.ndarray
+"""f32[texts, D]."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,6 +145,11 @@ class Output:
         while self._waiting and (whole or self._waiting[0].start < self._text.shown):
             told.append(self._waiting.popleft())
         return told
+
+
+def vectors_of(outputs: Sequence[Output], width: int) -> Vectors:
+    """The embeddings of the prompts of outputs that have ended; D is `width`."""
+    return np.array([output.embedding for output in outputs], np.float32).reshape(len(outputs), width)
 
 
 class OutputText:

@@ -16,7 +16,7 @@ from tests.engine.harness import Harness, tiny_model
 from tests.models.golden import tiny_models
 
 VARIANT = "qwen3"
-LAYOUTS = ("tp1x4", "tp2x2", "tp4")
+LAYOUTS = ("tp1x4", "tp4")
 CHUNK = 16  # prompts of 24 tokens take two steps
 GOLDEN = Path(tiny_models.__file__).parent / "tiny_logits.npz"
 
@@ -81,7 +81,7 @@ def test_beside_streams_and_through_a_switch(engine: Harness) -> None:
     engine.switch("tp1x4")
     streams = [engine.submit(prompt, 40) for prompt in prompts()]
     engine.wait_for_tokens(streams[0], 3)
-    moved = engine.switch_when(streams[0], 6, "tp2x2")
+    moved = engine.switch_when(streams[0], 6, "tp4")
     many = embed(engine, prompts() * 8)
     moved.result()
     np.testing.assert_allclose(many, np.tile(expected(pooling_of(engine)), (8, 1)), atol=2e-5)

@@ -105,13 +105,13 @@ def test_what_cannot_be_done_is_told() -> None:
             error = the_error(await run.client.post(PATH, json={"model": "fake", "input": "hello"}), 400)
             assert "gives no embeddings" in error["message"]
             assert "--pooling=last" in error["message"]
-        async with serving(says("x"), pooling=Pooling.MEAN, max_queue=4, context=64) as run:
-            async with run.openai() as client:
-                with pytest.raises(openai.BadRequestError, match="at most 4 requests may wait"):
-                    await client.embeddings.create(model="fake", input=["hello"] * 9)
-                with pytest.raises(openai.BadRequestError, match="the prompt has 200 tokens"):
-                    await client.embeddings.create(model="fake", input="hello" * 40)
-                with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
-                    await client.embeddings.create(model="other", input="hello")
+        small = serving(says("x"), pooling=Pooling.MEAN, max_queue=4, context=64)
+        async with small as run, run.openai() as client:
+            with pytest.raises(openai.BadRequestError, match="at most 4 requests may wait"):
+                await client.embeddings.create(model="fake", input=["hello"] * 9)
+            with pytest.raises(openai.BadRequestError, match="the prompt has 200 tokens"):
+                await client.embeddings.create(model="fake", input="hello" * 40)
+            with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
+                await client.embeddings.create(model="other", input="hello")
 
     asyncio.run(scenario())

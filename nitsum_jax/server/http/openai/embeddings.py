@@ -44,27 +44,29 @@ class EmbeddingRequest(Strict):
     service_tier: str | None = Field(None, max_length=MAX_TIER_CHARS, description="The latency tier.")
 
 
-class _Exact(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class EmbeddingObject(_Exact):
+class EmbeddingObject(BaseModel):
     """The vector of a text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class EmbeddingUsage(_Exact):
+class EmbeddingUsage(BaseModel):
     """Tokens of all texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     prompt_tokens: int
     total_tokens: int
 
 
-class EmbeddingResponse(_Exact):
+class EmbeddingResponse(BaseModel):
     """The vectors, in the order of the texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     object: Literal["list"]
     data: list[EmbeddingObject]
