@@ -11,7 +11,6 @@ from tests.engine.harness import Harness, eventually
 from tests.engine.reference import random_prompts
 from tests.models.golden import tiny_models
 
-
 VOCAB = 93
 LONG = [prompt for size in (2048, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]
 SHORT = random_prompts(6, (5, 60), VOCAB, seed=3)

@@ -11,7 +11,6 @@ from nitsum_jax.engine.request import FinishReason
 from tests.engine.harness import Harness, tiny_model
 from tests.engine.reference import random_prompts
 
-
 LIVE, ROUNDS = 256, 6
 WALK = ("tp2x2", "tp4", "tp1x4")
 
