@@ -141,8 +141,10 @@ def squares_by_integers(x: jax.Array) -> jax.Array:
     scaled = (scaled - high) * limb
     middle = jnp.round(scaled)
     low = jnp.round((scaled - middle) * limb)
-    h, m, l = (part.astype(jnp.int32) for part in (high, middle, low))
-    parts = (h * h, h * m, 2 * h * l + m * m, 2 * m * l + ((l * l) >> _LIMB_BITS))
+    high, middle, low = (part.astype(jnp.int32) for part in (high, middle, low))
+    crossed = 2 * high * low + middle * middle
+    small = 2 * middle * low + ((low * low) >> _LIMB_BITS)
+    parts = (high * high, high * middle, crossed, small)
     weights = (1.0, 2.0 ** (1 - _LIMB_BITS), 2.0 ** (-2 * _LIMB_BITS), 2.0 ** (-3 * _LIMB_BITS))
     # Sums apart, not one of a stack: then XLA makes them in one go, and writes no products.
     first, *rest = (_blockwise_sum(part) * jnp.float32(weight) for part, weight in zip(parts, weights, strict=True))
