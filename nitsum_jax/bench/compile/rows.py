@@ -12,7 +12,7 @@ from nitsum_jax.engine.step.forms import AttentionForm
 DEPTHS = (1, 2)
 # Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by chip, page size and KV heads
 # of a virtual shard, from the compiler's schedule (docs/inside/attention.md); one takes a cycle.
-_BUNDLES = {
+KERNEL_BUNDLES = {
     "v5e": {(16, 1): 144, (64, 1): 90, (128, 1): 86, (16, 2): 305, (16, 4): 488},
     "v6e": {(16, 1): 117, (64, 1): 79, (128, 1): 74, (16, 2): 234, (16, 4): 421},
 }
@@ -118,7 +118,7 @@ def _kernel_cycles(case: StepCase, context: int) -> float:
     if case.target.chip.platform != "tpu" or case.shape.is_prefill:
         return 0.0
     programs = case.shape.parts[-1].batch * case.vshards // case.tp
-    bundles = _BUNDLES[case.target.name.split(":")[0]].get((case.page_size, case.program.pool.kv_heads))
+    bundles = KERNEL_BUNDLES[case.target.name.split(":")[0]].get((case.page_size, case.program.pool.kv_heads))
     if bundles is None:
         return 0.0
     return programs * (_PROGRAM_BUNDLES + -(-context // _TILE_TOKENS) * bundles) / len(case.shape.parts)
