@@ -190,14 +190,14 @@ class ClusterEngine(ClusterView):
             if name not in self._links and now >= lost.retry_s:
                 self._join(name)
 
-    def _gone(self, link: CellLink, why: str) -> None:
+    def _gone(self, link: CellLink, why: str, left: bool) -> None:
         if self._links.get(link.name) is link:
-            _LOG.warning("cell %s is gone (%s)", link.name, why)
+            _LOG.log(logging.INFO if left else logging.WARNING, "cell %s is gone (%s)", link.name, why)
             before = self._lost.get(link.name)
             served = link.status is not None
             pause_s = self._silent_s if before is None or served else min(2 * before.pause_s, _MOST_PAUSE_S)
             self._lost[link.name] = _Lost(time.monotonic() + pause_s, pause_s)
-            self._leave(link, LinkState.GONE, crashed=True)
+            self._leave(link, LinkState.GONE, crashed=not left)
 
     def _leave(self, link: CellLink, state: LinkState, *, crashed: bool) -> None:
         """A cell gets nothing any more; what it had goes on elsewhere."""
@@ -264,7 +264,8 @@ class ClusterEngine(ClusterView):
         deadline_s = stream.request.deadline_s
         left_s = None if deadline_s is None else deadline_s - time.monotonic()
         try:
-            error = await asyncio.wait_for(link.calls.submit(self._door, sent, left_s), _CALL_S)
+            async with asyncio.timeout(_CALL_S):
+                error = await link.calls.submit(self._door, sent, left_s)
         except (CellGoneError, TimeoutError) as problem:
             if self._is_at(stream, link, sent.id):
                 _LOG.warning("cell %s did not take a request: %s", link.name, one_line(str(problem), 120))
@@ -388,7 +389,8 @@ class ClusterEngine(ClusterView):
 
         async def bounded() -> None:
             with contextlib.suppress(TimeoutError, NitsumError):
-                await asyncio.wait_for(call, _CALL_S)
+                async with asyncio.timeout(_CALL_S):
+                    await call
 
         self._start(bounded())
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _MOST_PREFIXES = 2048
 _ENDED = 256  # requests whose attainment is told to the autoscaler
+_RECENT_S = 60.0  # and for how long
 
 
 class CellHost:
@@ -51,7 +52,7 @@ class CellHost:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._doors: dict[str, asyncio.Queue[CellEvents]] = {}
         self._door_of: dict[str, str] = {}
-        self._met: collections.deque[bool] = collections.deque(maxlen=_ENDED)
+        self._met: collections.deque[tuple[float, bool]] = collections.deque(maxlen=_ENDED)
         self._status: CellStatus | None = None
         loaded: Loaded = load_engine(options, self._sink, self._admitted)
         assert loaded.scheduled is not None
@@ -136,7 +137,8 @@ class CellHost:
 
     def pressure(self) -> CellPressure:
         """How far it is from missing its targets, for the autoscaler."""
-        met = list(self._met)
+        since_s = time.monotonic() - _RECENT_S  # what was missed in a rush keeps no cell for ever
+        met = [met for ended_s, met in list(self._met) if ended_s >= since_s]
         tiers = () if self._status is None else self._status.report.tiers
         return pressure_of(self._scheduled.tiers, tiers, met)
 
@@ -164,7 +166,7 @@ class CellHost:
                 self._loop.call_soon_threadsafe(self._tell_admitted, request_id)
 
     def _ended(self, now_s: float, job: JobView) -> None:
-        self._met.append(job.met)
+        self._met.append((time.monotonic(), job.met))
 
     def _look(self) -> CellStatus:
         engine, scheduling = self._engine, self._scheduled.scheduling

@@ -86,6 +86,10 @@ class CellGoneError(UnavailableError):
     """The process of a cell has ended, or cannot be reached."""
 
 
+class CellLeavesError(CellGoneError):
+    """A cell is taken away, and says so: nothing is wrong with it or with its requests."""
+
+
 class CellCalls(Protocol):
     """How a front door calls one cell; everything raises CellGoneError once it is gone."""
 

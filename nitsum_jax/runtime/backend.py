@@ -101,6 +101,34 @@ class ServingEngine(Protocol):
     def close(self) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellView:
+    """One of the cells behind an engine that has several.
+
+    Attributes:
+      name: of the cell.
+      state: "joining", "serving" or "silent".
+      layout: in force, text form; empty while nobody knows.
+      devices: their numbers among those of all cells; empty while it does not serve.
+      stats: its own; None while nobody knows.
+      lately: by tier, how many of the last minute's requests ended there, and how many of these met both targets.
+    """
+
+    name: str
+    state: str
+    layout: str
+    devices: tuple[int, ...]
+    stats: ServingStats | None
+    lately: Mapping[str, tuple[int, int]]
+
+
+class ManyCells(Protocol):
+    """What an engine with several cells has besides."""
+
+    def cell_views(self) -> Sequence[CellView]: ...
+    def cell_notes(self) -> tuple[Sequence["LayoutChoice"], Sequence["SwitchNote"]]: ...  # of all cells
+
+
 class TextStream(Protocol):
     """Incremental detokenizer of one output."""
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import nitsum_jax
-from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellGoneError, CellStatus
+from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellGoneError, CellLeavesError, CellStatus
 from nitsum_jax.control.routing.report import GRID, CellReport
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet
@@ -28,6 +28,7 @@ class FakeCell:
         self.taken: list[Request] = []
         self.hung = False
         self.dead = False
+        self.left = False
         self.full = False
         self._version = version or nitsum_jax.__version__
         self._tiers = tiers
@@ -39,6 +40,14 @@ class FakeCell:
     def die(self) -> None:
         """As kill -9: nothing more is said, calls fail."""
         self.dead = True
+        self._wake()
+
+    def leave(self) -> None:
+        """As one that is taken away: it says so."""
+        self.left = True
+        self.die()
+
+    def _wake(self) -> None:
         if self._loop is not None and self._queue is not None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, CellEvents())
 
@@ -91,7 +100,7 @@ class FakeCell:
         while self.hung and not self.dead:
             await asyncio.sleep(0.005)
         if self.dead:
-            raise CellGoneError("the process was killed")
+            raise CellLeavesError("it is taken away") if self.left else CellGoneError("the process was killed")
 
     def _sink(self, deltas: Sequence[TokenDelta]) -> None:
         if self._loop is not None and self._queue is not None:

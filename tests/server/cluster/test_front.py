@@ -46,7 +46,9 @@ class Cluster:
         found: list[int] = []
         with self.router.stream(self.engine, request) as stream:
             while True:
-                for delta in await asyncio.wait_for(stream.next(), TIMEOUT_S):
+                async with asyncio.timeout(TIMEOUT_S):
+                    deltas = await stream.next()
+                for delta in deltas:
                     found += delta.token_ids
                     if delta.finish_reason is not None:
                         return found, delta.finish_reason, delta.error
@@ -162,6 +164,19 @@ def test_a_request_that_ends_cells_is_given_up_after_two() -> None:
             assert error == "2 cells ended while they worked on this request: it is not tried again"
             assert sum(cell.dead for cell in made.cells.values()) == 2
             assert await made.say("fine") == whole()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_may_outlive_more_cells_that_are_taken_away() -> None:
+    async def scenario() -> None:
+        async with cluster(4) as made:
+            stream = asyncio.create_task(made.say("long", 400))
+            for left in range(3):
+                await until(lambda: any(cell.engine.stats().running for cell in made.cells.values() if not cell.dead))
+                next(c for c in made.cells.values() if not c.dead and c.engine.stats().running).leave()
+                await until(lambda left=left: len(made.engine.cells()) == 3 - left)  # type: ignore[misc]
+            assert await stream == whole(400)
 
     asyncio.run(scenario())
 
