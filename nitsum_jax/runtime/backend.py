@@ -9,7 +9,7 @@ without a model, and so that another engine can stand behind the same front ends
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.meshes.layout import Layout
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.runtime.control.control_loop import ControlLoop
+    from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
     from nitsum_jax.runtime.structured.compiler import FormCompiler
 
 T = TypeVar("T")
@@ -122,6 +123,7 @@ class CellView:
     lately: Mapping[str, tuple[int, int]]
 
 
+@runtime_checkable
 class ManyCells(Protocol):
     """What an engine with several cells has besides."""
 

@@ -15,6 +15,7 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta
 from nitsum_jax.errors import NitsumError, OverloadedError
+from nitsum_jax.runtime.control.layout_log import LayoutChoice
 from tests.server.fake_engine import FakeEngine, Script
 
 REPORT_S = 0.02
@@ -29,6 +30,8 @@ class FakeCell:
         self.hung = False
         self.dead = False
         self.left = False
+        self.lately: dict[str, tuple[int, int]] = {}
+        self.decisions: tuple[LayoutChoice, ...] = ()
         self.full = False
         self._version = version or nitsum_jax.__version__
         self._tiers = tiers
@@ -122,4 +125,14 @@ class FakeCell:
         names = {field.name for field in dataclasses.fields(EngineStats)} & {f.name for f in dataclasses.fields(stats)}
         counted = EngineStats(sent_back=0, **{name: getattr(stats, name) for name in names})
         limits = RequestLimits(257, DEFAULT_TIERS.names, 10_000, 10_000)
-        return CellStatus(report, limits, counted, "tp1x2", ("tp1x2",), (), self.engine.compiling())
+        return CellStatus(
+            report,
+            limits,
+            counted,
+            "tp1x2",
+            ("tp1x2",),
+            (),
+            self.engine.compiling(),
+            lately=self.lately,
+            decisions=self.decisions,
+        )

@@ -12,6 +12,7 @@ from nitsum_jax.cluster.front import ClusterEngine
 from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.errors import InvalidInputError, OverloadedError, UnavailableError
+from nitsum_jax.runtime.control.layout_log import LayoutChoice
 from nitsum_jax.runtime.streams.router import StreamRouter
 from tests.server.cluster.fake_cells import FakeCell
 
@@ -316,6 +317,28 @@ def test_cells_are_seen_as_one() -> None:
             made.cells["cell-0"].die()
             await until(lambda: len(engine.cells()) == 1)
             assert engine.stats().tokens_generated == tokens + 50  # a counter never falls
+
+    asyncio.run(scenario())
+
+
+def test_each_cell_is_seen_by_itself() -> None:
+    async def scenario() -> None:
+        async with cluster(2) as made:
+            cell = made.cells["cell-1"]
+            cell.decisions = (LayoutChoice(1.0, "tp2", "why not"),)
+            cell.lately = {"standard": (4, 3)}
+            await until(lambda: made.engine.cell_views()[1].lately == {"standard": (4, 3)})
+            views = made.engine.cell_views()
+            assert [(view.name, view.state, view.layout) for view in views] == [
+                ("cell-0", "serving", "tp1x2"),
+                ("cell-1", "serving", "tp1x2"),
+            ]
+            assert [view.devices for view in views] == [(0, 1), (2, 3)]
+            assert made.engine.cell_notes() == ([LayoutChoice(1.0, "tp2", "why not", cell="cell-1")], [])
+            made.cells["cell-0"].hang()
+            await until(lambda: made.engine.cell_views()[0].state == "silent")
+            assert [view.devices for view in made.engine.cell_views()] == [(), (0, 1)]  # as in the layout of all
+            made.cells["cell-0"].hang(False)
 
     asyncio.run(scenario())
 
