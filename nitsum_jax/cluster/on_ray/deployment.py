@@ -1,5 +1,6 @@
 """Cells as replicas of a Ray Serve deployment."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +8,7 @@ import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
+import nitsum_jax
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED, CellFacts
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
@@ -97,6 +99,12 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     return cells_wanted(context.target_num_replicas, pressures, least, most), {}
 
 
+def _version(options: ClusterOptions) -> str:
+    """Differs where cells do: a change of their number is none of theirs."""
+    told = (nitsum_jax.__version__, options.cell_argv, options.report_s)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
 def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Application:
     """The deployment of the cells.
 
@@ -137,5 +145,6 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
         )
     else:
         common["num_replicas"] = options.cells
-    deployment = serve.deployment(**common)(CellReplica)
+    # Serve would take what is deployed again for something new, and replace all cells to add one.
+    deployment = serve.deployment(**common)(CellReplica).options(version=_version(options), _internal=True)
     return deployment.bind(options.cell_argv, options.report_s)

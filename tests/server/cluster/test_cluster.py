@@ -196,9 +196,11 @@ def test_one_cell_becomes_three_and_one_again_by_itself(
     running: ClusterProcess, undisturbed: list[tuple[int, ...]]
 ) -> None:
     """By what cells predict: in one that is full a request of the tier `tight` would miss its target."""
+    first = set(running.cells())
     running.deploy(cells=1)
     asyncio.run(under_load(running, undisturbed, 4, lambda: serving(running) == 1))
     running.deploy(least=1, most=3, up_s=0.5, down_s=2.0)
     asyncio.run(under_load(running, undisturbed, 48, lambda: serving(running) == 3))
+    assert len(first & set(running.cells())) == 1  # another number of cells replaces none
     wait_for_cells(running, 1)  # nothing is left to do
     assert asyncio.run(many(running, 8)) == undisturbed[:8]

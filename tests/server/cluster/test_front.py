@@ -35,7 +35,7 @@ class Cluster:
             DEFAULT_TIERS,
             self.router.sink,
             self.router.admitted,
-            **{"silent_s": 0.4, "wait_s": 2.0, **settings},
+            **{"silent_s": 0.4, "wait_s": 2.0, "missing_s": 0.1, **settings},
         )
         self.engine.set_cells(self.cells)
 
@@ -215,6 +215,34 @@ def test_cells_come_and_go_under_load() -> None:
                 made.engine.set_cells({name: made.cells[name] for name in names})
             assert await asyncio.gather(*streams) == [whole(400)] * 24
             await until(lambda: made.engine.cells() == {"cell-2": "serving"})
+
+    asyncio.run(scenario())
+
+
+def test_a_cell_that_is_left_out_for_a_moment_is_not_taken_away() -> None:
+    async def scenario() -> None:
+        async with cluster(1, settings={"missing_s": 1.0}) as made:
+            stream = asyncio.create_task(made.say("long", 300))
+            await until(lambda: made.engine.stats().tokens_generated > 20)
+            made.engine.set_cells({})
+            await asyncio.sleep(0.1)
+            assert await made.say("meanwhile") == whole()
+            made.engine.set_cells(made.cells)
+            assert await stream == whole(300)
+            assert [one.generated for one in made.cells["cell-0"].taken] == [(), ()]
+
+    asyncio.run(scenario())
+
+
+def test_a_cell_that_is_listed_no_more_and_ends_is_forgotten() -> None:
+    async def scenario() -> None:
+        async with cluster(2, settings={"missing_s": 5.0}) as made:
+            made.engine.set_cells({"cell-1": made.cells["cell-1"]})
+            made.cells["cell-0"].leave()
+            await until(lambda: made.engine.cells() == {"cell-1": "serving"})
+            await asyncio.sleep(0.6)  # longer than a cell that is listed is left alone
+            assert made.engine.cells() == {"cell-1": "serving"}
+            assert await made.say("fine") == whole()
 
     asyncio.run(scenario())
 
