@@ -45,7 +45,7 @@ from nitsum_jax.runtime.progress import TICK_S, ProgressLine, StartProgress, Wai
 from nitsum_jax.runtime.startup.compile_cache import OFF, enable
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
-from nitsum_jax.runtime.streams.output import Output, Piece
+from nitsum_jax.runtime.streams.output import Output, Piece, Vectors, vectors_of
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """A text, token ids, or the messages of a chat, each with "role" and "content"."""
@@ -128,7 +128,7 @@ class LLM:
         if cache_dir != OFF:
             enable(cache_dir)
         opened = open_model(model)
-        self._model = served_model(opened, None, generation_config)
+        self._model = served_model(opened, None, generation_config, pooling=config.pooling)
         self._lock = threading.Lock()
         self._takers: dict[str, _Take] = {}
         self._progress = progress
@@ -157,8 +157,30 @@ class LLM:
         Raises:
           NitsumError: a prompt or a parameter is wrong, or does not fit the model.
         """
+        return [job.completion() for job in self._run(self._calls(prompts, sampling, wanted))]
+
+    def embed(self, texts: Sequence[str | Sequence[int]], **wanted: Any) -> Vectors:
+        """Vectors of texts or lists of token ids, f32[texts, D], each of length 1.
+
+        The model's files must say how it makes them, or the setting `pooling` ("last" or "mean").
+
+        Args:
+          texts: with what the model expects before them, such as an instruction.
+          **wanted: tier, ttft_ms, tpot_ms.
+
+        Raises:
+          PreconditionError: the model gives no embeddings.
+          NitsumError: a text is wrong, or does not fit.
+        """
+        if self._model.pooling is None:
+            raise PreconditionError("this model gives no embeddings: make the LLM with pooling='last' or 'mean'")
+        jobs = self._run(self._calls(texts, None, {**wanted, "max_tokens": 1, "pooling": self._model.pooling}))
+        return vectors_of([job.output for job in jobs if job.output], self._engine.model_config.d_model)
+
+    def _run(self, calls: Sequence[Call]) -> "list[_PromptJob]":
+        """Runs calls to their ends, as many at a time as fit."""
         events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-        jobs = [_PromptJob(self, call) for call in self._calls(prompts, sampling, wanted)]
+        jobs = [_PromptJob(self, call) for call in calls]
         waiting, alive = deque(jobs), dict[str, _PromptJob]()
         try:
             while waiting or alive:
@@ -166,7 +188,7 @@ class LLM:
                 self._feed(alive, events.get())
         finally:
             self._drop(alive)
-        return [job.completion() for job in jobs]
+        return jobs
 
     def chat(
         self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any

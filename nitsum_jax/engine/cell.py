@@ -35,6 +35,7 @@ from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.models.pack import cut_bytes
+from nitsum_jax.models.pooling import Pooling, chosen_pooling
 
 _LOG = logging.getLogger(__name__)
 # What all vshards of a device may take of its memory before a higher least TP is chosen.
@@ -192,7 +193,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
       NitsumError: devices, layout, lengths or memory do not fit.
     """
     site = _choose_layout(model.config, config)
-    plan = _plan_memory(model.config, config, site)
+    plan = _plan_memory(model.config, config, site, chosen_pooling(config.pooling, model.pooling))
     # Compiling starts before the weights are read: both take seconds, and neither needs the other.
     executables = _compile(config, site, plan, on_ready)
     bank = _load(model, site, plan)
@@ -275,7 +276,7 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     )
 
 
-def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Placement:
+def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling: Pooling | None) -> _Placement:
     """Second step: which weights stay, and how large the KV pool is."""
     count, vshards, min_tp = len(site.devices), site.vmap.num_vshards, site.vmap.min_tp
     if site.allowed:
@@ -327,6 +328,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site) -> _Plac
         max_model_len=site.max_model_len,
         forms=checked(forms, config.attention, memory.pool, q_heads=q_heads, device=site.devices[0]),
         fast_sums=config.reduction == "fast",
+        pooling=pooling,
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 

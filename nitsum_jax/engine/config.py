@@ -7,6 +7,7 @@ from nitsum_jax.engine.batching.pacing import Pace
 from nitsum_jax.engine.step.forms import ATTENTIONS, FUSED_STEPS, fuses
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.pooling import POOLINGS
 
 REDUCTIONS = ("fixed", "fast")
 _DTYPES = ("auto", "float32", "bfloat16")
@@ -51,6 +52,8 @@ class EngineConfig:
       fused_steps: whether a prompt's chunk and the sequences that decode share a step: "on", "off" or "auto" (on
         accelerators, and in a paced cell if its target does that).  Never in deterministic mode, where all steps of a
         phase have one shape.
+      pooling: what a prompt's embedding is made of, for requests that want one: "last" (token), "mean" (of all tokens),
+        "none" (there are no embeddings) or "auto" (as the model's files say, if they do).
       tps: the TPs that layouts may have, of those that fit; None: all.
       tier_names: tiers that requests may name.
       pace: delivers results at the pace of other hardware (see `engine.batching.pacing`); None: without delay.
@@ -77,6 +80,7 @@ class EngineConfig:
     attention: str = "auto"
     reduction: str = "fixed"
     fused_steps: str = "auto"
+    pooling: str = "auto"
     tps: tuple[int, ...] | None = None
     tier_names: tuple[str, ...] = ("interactive", "standard", "batch")
     pace: Pace | None = None
@@ -89,6 +93,8 @@ class EngineConfig:
             raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
         if self.reduction not in REDUCTIONS:
             raise InvalidInputError(f"reduction={self.reduction} is not known: give one of {', '.join(REDUCTIONS)}")
+        if self.pooling not in POOLINGS:
+            raise InvalidInputError(f"pooling={self.pooling} is not known: give one of {', '.join(POOLINGS)}")
         if self.deterministic and self.reduction == "fast":
             raise InvalidInputError(
                 "reduction=fast cannot go with deterministic mode, where no switch may change a token: leave one out"

@@ -273,7 +273,8 @@ class Engine:
     def request_limits(self) -> RequestLimits:
         """What a request must keep to be taken, at the layout in force."""
         vocab_size, longest = self.model_config.vocab_size, self._cell.program.max_model_len
-        return RequestLimits(vocab_size, self.tier_names, longest, self._pool_tokens())
+        pooling = self._cell.program.pooling
+        return RequestLimits(vocab_size, self.tier_names, longest, self._pool_tokens(), pooling)
 
     def context_limit(self) -> int:
         """Most tokens that prompt and output of one request may have together, at the layout in force."""

@@ -85,7 +85,7 @@ class Instance:
         self._history: jax.Array | None = None
         self._no_masks: dict[int, jax.Array] = {}  # by rows; on the devices, so that steps without masks bring none
         self._claim_pool()  # late: nothing behind it fails
-        self._results: queue.SimpleQueue[tuple[Step, tuple[jax.Array, ...]] | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[Step, dict[str, jax.Array]] | None] = queue.SimpleQueue()
         self._on_step = on_step
         name = "nitsum-read-" + "-".join(map(str, spec.devices))
         self._reader = threading.Thread(target=self._read, name=name, daemon=True)
@@ -284,7 +284,7 @@ class Instance:
 
     def _dispatch_prefill(self, choice: PrefillChoice, make_room: MakeRoom) -> bool:
         sequence = choice.sequence
-        if self._prefixes is not None:
+        if self._prefixes is not None and not sequence.counts_every_token:
             before = sequence.cached
             self._prefixes.catch_up(sequence, self.device_of)
             if sequence.cached > before:
@@ -381,12 +381,16 @@ class Instance:
             masks = self._idle_masks(step.shape) if packer.masks is None else packer.masks
             state, results = executable(self._leaves, StepState(self._array, self.history), step.packed, masks)
             self._array, self._history = state.pool, state.history
-            wanted = (results.tokens, results.token_logprobs) if step.with_logprobs else (results.tokens,)
-            for result in wanted:
+            wanted = {"tokens": results.tokens}
+            if step.with_logprobs:
+                wanted["token_logprobs"] = results.token_logprobs
+            if step.pools and results.pooled is not None:
+                wanted["pooled"] = results.pooled
+            for result in wanted.values():
                 result.copy_to_host_async()
         except Exception as error:  # as a step that fails later: the reader hands it on in its turn
             step.error = error
-            self._results.put((step, ()))
+            self._results.put((step, {}))
         else:
             self._results.put((step, wanted))
 
@@ -403,9 +407,8 @@ class Instance:
                 # Each rank writes to its pool after the last exchange with the others: that one has its tokens does not
                 # say that the others are done.
                 jax.block_until_ready(results)
-                if len(results) > 1:
-                    step.token_logprobs = np.asarray(results[1])
-                step.tokens = np.asarray(results[0]) if results else None
+                for name, result in reversed(results.items()):
+                    setattr(step, name, np.asarray(result))
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error
             step.ready_s = time.monotonic()

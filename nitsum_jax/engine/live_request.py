@@ -10,6 +10,7 @@ from nitsum_jax.engine.batching.allowed import AllowedTokens
 from nitsum_jax.engine.request import FinishReason, Request, TokenLogprob
 from nitsum_jax.engine.step.packing import sampling_columns, steering
 from nitsum_jax.meshes.layout import InstanceSpec
+from nitsum_jax.models.pooling import Pooling
 
 
 class Home(Protocol):
@@ -47,6 +48,7 @@ class LiveRequest:
       shared: tokens of its prompt that the prefix cache had when it was computed for the first time.
       finish: why it ended; None while it lives.
       home: the instance it is in, or None.
+      starts: how often it was started over.
       epoch: results of steps that were dispatched in an earlier epoch count for nothing.
       arrival_s: when it was submitted (time.monotonic).
       ready_s: its KV cache is on its way to its instance until then, in a paced cell; it decodes no earlier.
@@ -74,6 +76,7 @@ class LiveRequest:
     shared: int = 0
     finish: FinishReason | None = None
     home: "Home | None" = None
+    starts: int = 0
     epoch: int = 0
     arrival_s: float = dataclasses.field(default_factory=time.monotonic)
     ready_s: float = 0.0
@@ -100,6 +103,7 @@ class LiveRequest:
         steered = bool(forbidden or request.sampling.logit_bias)
         self.steering = steering(request.sampling, forbidden) if steered else None
         self._logprobs: list[TokenLogprob] = []  # of output tokens that have not gone out yet
+        self._pooled: np.ndarray | None = None  # f64[D], of what steps have told of its prompt
 
     @property
     def prompt_len(self) -> int:
@@ -156,6 +160,8 @@ class LiveRequest:
             self.keys.clear()
         self.cached = 0
         self.entered = 0
+        self.starts += 1
+        self._pooled = None
         self.target = len(self.tokens)
 
     def found(self, tokens: int) -> None:
@@ -187,6 +193,27 @@ class LiveRequest:
             if len(self.tokens) >= self.limit:
                 self.finish = FinishReason.LENGTH
         return self.finish
+
+    @property
+    def counts_every_token(self) -> bool:
+        """Whether steps must compute all of its prompt, and nothing may be taken over from others."""
+        return self.request.pooling is Pooling.MEAN
+
+    def pool(self, told: np.ndarray, start: int) -> None:
+        """Takes in what a step told of a chunk of its prompt, see `pool_tokens`; not if it was started over since."""
+        if start != self.starts:
+            return
+        if self.counts_every_token and self._pooled is not None:
+            self._pooled += told
+        else:
+            self._pooled = told.astype(np.float64)
+
+    def embedding(self) -> np.ndarray | None:
+        """f32[D], of length 1, if it was asked for; scaling to that length makes a mean of a sum."""
+        if self._pooled is None:
+            return None
+        length = np.linalg.norm(self._pooled)
+        return (self._pooled / (length or 1.0)).astype(np.float32)
 
     def broken_logits(self) -> str:
         """What to tell its user when the model had no number to choose its next token by."""

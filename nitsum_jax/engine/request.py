@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from nitsum_jax.errors import ContextLengthError, InvalidInputError, PreconditionError
+from nitsum_jax.models.pooling import Pooling
 
 MAX_SEED = 2**32 - 1
 MAX_LOGIT_BIAS = 300  # entries of one request
@@ -104,6 +105,7 @@ class Request:
       tpot_ms: target for the time per output token, milliseconds; None: that of its tier.
       generated: output that another engine has made of it already; it goes on from there. It counts as output (of
         max_tokens, min_tokens and the penalties) and is not sent again.
+      pooling: how its prompt becomes an embedding, which comes with its one token; None: none is wanted.
     """
 
     id: str
@@ -120,6 +122,7 @@ class Request:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     generated: tuple[int, ...] = ()
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,12 +134,14 @@ class RequestLimits:
       tier_names: tiers that there are.
       max_model_len: most tokens of prompt and output together.
       pool_tokens: tokens of KV cache that an instance holds.
+      pooling: how embeddings are made; None: none are.
     """
 
     vocab_size: int
     tier_names: tuple[str, ...]
     max_model_len: int
     pool_tokens: int
+    pooling: Pooling | None = None
 
 
 def check_request(request: Request, limits: RequestLimits) -> None:
@@ -164,6 +169,7 @@ def check_request(request: Request, limits: RequestLimits) -> None:
         raise InvalidInputError(
             f"{len(request.stop_token_ids)} stop token ids are too many with min_tokens: give at most {MAX_STOP_IDS}"
         )
+    _check_pooling(request, limits)
     if request.logprobs is not None and not 0 <= request.logprobs <= MAX_TOP_LOGPROBS:
         raise InvalidInputError(f"logprobs={request.logprobs} is out of range: give 0 to {MAX_TOP_LOGPROBS}")
     if len(request.generated) >= request.max_tokens:
@@ -199,6 +205,20 @@ def check_request(request: Request, limits: RequestLimits) -> None:
             f"prompt and max_tokens come to {tokens} tokens, and the KV cache of an instance holds {pool} in the "
             "present layout: shorten the prompt, or ask for fewer tokens"
         )
+
+
+def _check_pooling(request: Request, limits: RequestLimits) -> None:
+    if request.pooling is None:
+        return
+    if limits.pooling is None:
+        raise PreconditionError(
+            "this model gives no embeddings: serve one whose files say how it makes them, or start with --pooling=last "
+            "or mean"
+        )
+    if request.pooling is not limits.pooling:
+        raise PreconditionError(f"embeddings are made by pooling={limits.pooling} here, not {request.pooling}")
+    if request.max_tokens != 1 or request.form is not None or request.forced_ids:
+        raise InvalidInputError("a request for an embedding makes one token, of no form: give max_tokens=1")
 
 
 class FinishReason(enum.StrEnum):
@@ -240,6 +260,7 @@ class TokenDelta:
       logprobs: one for each of token_ids if the request asked for them, else empty.
       cached_tokens: tokens of the prompt that the prefix cache had; known from the first token on, the same in all
         deltas that follow.
+      embedding: f32[D], of length 1, with the last delta of a request that asked for it.
     """
 
     request_id: str
@@ -249,6 +270,7 @@ class TokenDelta:
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    embedding: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:

@@ -19,6 +19,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import add_generation_config
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.pack import checkpoint_shapes, matrix_dtype
+from nitsum_jax.models.pooling import write_pooling
 
 FORMATS = ("orbax", "safetensors")
 DEFAULT_VSHARDS = 8
@@ -48,6 +49,7 @@ def convert(src: str, dst: str, to: str, *, vshards: int = DEFAULT_VSHARDS, dtyp
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(folder)
     add_generation_config(folder, model.generation)
+    write_pooling(folder, model.pooling)
     if to == "orbax":
         save_orbax(folder, model.config, cut, model.weights(cut, wanted), wanted)
     else:

@@ -23,6 +23,7 @@ from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import generation_of_gguf, read_generation_config
 from nitsum_jax.models.pack import check_tensors, pack
+from nitsum_jax.models.pooling import Pooling, pooling_of_gguf, read_pooling
 from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.text.special_ids import valid_ids
 from nitsum_jax.models.text.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class OpenModel:
       source: its tensors.
       vshards: the checkpoint if it holds vshards already (Orbax), else None.
       generation: what it says about how it is to be sampled, as in generation_config.json.
+      pooling: how it makes a vector of a text, if it says so.
     """
 
     name: str
@@ -53,6 +55,7 @@ class OpenModel:
     source: TensorSource
     vshards: "OrbaxCheckpoint | None" = None
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pooling: Pooling | None = None
 
     def with_layers(self, count: int) -> "OpenModel":
         """The model without the layers behind the first `count`: it talks nonsense, and its steps cost less.
@@ -149,7 +152,9 @@ def _open_gguf(path: Path, name: str) -> OpenModel:
     config = config_from_gguf(file, name)
     reader: Any = file  # has what the tokenizer asks of a gguf.GGUFReader
     said = generation_of_gguf(file.fields)
-    return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said)
+    opened = _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said)
+    pooling = file.get_field(f"{config.architecture}.pooling_type")
+    return dataclasses.replace(opened, pooling=None if pooling is None else pooling_of_gguf(pooling.contents()))
 
 
 def _open_hf(folder: Path, name: str) -> OpenModel:
@@ -163,7 +168,8 @@ def _open_hf(folder: Path, name: str) -> OpenModel:
         raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
     config = config_from_hf(config_json, name)
     said = read_generation_config(folder)
-    return _finished(name, config, Tokenizer.from_file(folder), SafetensorsSource(folder), said)
+    opened = _finished(name, config, Tokenizer.from_file(folder), SafetensorsSource(folder), said)
+    return dataclasses.replace(opened, pooling=read_pooling(folder))
 
 
 def _open_orbax(folder: Path, name: str) -> OpenModel:
@@ -172,7 +178,8 @@ def _open_orbax(folder: Path, name: str) -> OpenModel:
 
     checkpoint = OrbaxCheckpoint(folder)
     said = read_generation_config(folder)
-    return _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, said, checkpoint)
+    opened = _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, said, checkpoint)
+    return dataclasses.replace(opened, pooling=read_pooling(folder))
 
 
 def _finished(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 from nitsum_jax.engine.request import Request
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.runtime.tools.formats import ToolFormat
@@ -164,6 +165,7 @@ class ServedModel:
       forms: compiles what outputs are held to; None where that is not possible.
       tools: how it writes calls of tools; None: it knows none.
       thinks: whether its answers begin with thoughts in <think> tags.
+      pooling: what its embeddings are made of; None: it gives none.
     """
 
     name: str
@@ -175,6 +177,7 @@ class ServedModel:
     forms: "FormCompiler | None" = None
     tools: ToolFormat | None = None
     thinks: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

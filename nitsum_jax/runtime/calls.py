@@ -15,6 +15,7 @@ from nitsum_jax.control.tiers import LEAST_TARGET_MS, MOST_TARGET_MS
 from nitsum_jax.engine.request import MAX_SEED, OutputForm, Request, SamplingParams
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import Backend, ServedModel
 from nitsum_jax.runtime.callers import current_caller
@@ -82,6 +83,7 @@ class Wanted:
       shown: special tokens that are spelled even if the others are not.
       score_prompt: whether the tokens of the prompt are told with how likely each was; needs `logprobs`.
       ttft_ms, tpot_ms: targets of its own, milliseconds; None: those of its tier.
+      pooling: how the prompt becomes an embedding; None: none is wanted.
     """
 
     sampling: SamplingParams = SamplingParams()
@@ -100,6 +102,7 @@ class Wanted:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     shown: frozenset[str] = frozenset()
+    pooling: Pooling | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -270,6 +273,7 @@ def make_call(
         forced_ids=given,
         ttft_ms=wanted.ttft_ms,
         tpot_ms=wanted.tpot_ms,
+        pooling=wanted.pooling,
     )
     stops = tuple(dict.fromkeys(wanted.stops))
     return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0, wanted.shown)

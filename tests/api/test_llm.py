@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import nitsum_jax
@@ -57,6 +59,23 @@ def test_many_prompts_come_back_in_order(llm: LLM, answers: list[Completion]) ->
     assert len({answer.token_ids for answer in answers}) > 1
     many = llm.generate(TEXTS * 3, max_tokens=20, ignore_eos=True)  # more than the queue takes at once
     assert [answer.token_ids for answer in many] == [answer.token_ids for answer in answers] * 3
+
+
+def test_vectors_of_texts(tmp_path: Path) -> None:
+    folder = str(tiny_models.write_hf_folder("llama_odd", tmp_path / "llama_odd"))
+    with LLM(folder, "tp1", devices=1, max_batch=1, max_model_len=64, dtype="float32", pooling="mean") as llm:
+        ids = tiny_models.tokenizer().encode(TEXTS[0]).ids
+        vectors = llm.embed([TEXTS[0], "another", ids])
+        assert vectors.shape == (3, 54)
+        assert np.array_equal(vectors[0], vectors[2])
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+        assert vectors[0] @ vectors[1] < 0.999
+        assert llm.embed([]).shape == (0, 54)
+
+
+def test_a_model_without_vectors_says_what_to_do(llm: LLM) -> None:
+    with pytest.raises(PreconditionError, match="make the LLM with pooling='last' or 'mean'"):
+        llm.embed(["hello"])
 
 
 def test_a_layout_that_compiles_is_not_waited_for_in_silence(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import Engine, start_engine
 from nitsum_jax.engine.executables import compiling
@@ -92,6 +94,12 @@ class Recorder:
         """Tokens of the prompt that the prefix cache had, which all deltas of a request agree on."""
         (cached,) = {delta.cached_tokens for delta in list(self._deltas[name])}
         return cached
+
+    def embedding(self, name: str) -> np.ndarray:
+        """What came with the end of a request."""
+        with self._changed:
+            (found,) = [delta.embedding for delta in self._deltas[name] if delta.embedding is not None]
+        return found
 
     def finished(self, name: str) -> bool:
         """Whether the last delta of a request has come."""

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
+
 from nitsum_jax.engine.executables.progress import CompileProgress, LayoutProgress, Making
 from nitsum_jax.engine.request import FinishReason, Request, TokenDelta, TokenLogprob
 from nitsum_jax.errors import (
@@ -76,6 +78,12 @@ class _Live:
 def fake_logprob(token: int, top: int) -> TokenLogprob:
     """Of token t: -t / 1000; the most likely tokens are t, t - 1, t - 2 ... down to 0, in this order."""
     return TokenLogprob(-token / 1000, tuple((other, -other / 1000) for other in range(token, -1, -1)[:top]))
+
+
+def fake_embedding(ids: Sequence[int]) -> np.ndarray:
+    """Of a text: how often each of 0 to 7 is the rest of an id by 8, f32[8], of length 1."""
+    counts = np.bincount(np.array(ids) % 8, minlength=8).astype(np.float32)
+    return counts / np.linalg.norm(counts)
 
 
 class FakeEngine:
@@ -338,8 +346,15 @@ class FakeEngine:
         self._counts["tokens_generated"] += len(ids)
         logprobs = () if live.request.logprobs is None else tuple(fake_logprob(i, live.request.logprobs) for i in ids)
         cached = self._cached(live.request)
+        wanted = live.request.pooling is not None and reason is not None
         return TokenDelta(
-            live.request.id, tuple(ids), time.monotonic(), reason, logprobs=logprobs, cached_tokens=cached
+            live.request.id,
+            tuple(ids),
+            time.monotonic(),
+            reason,
+            logprobs=logprobs,
+            cached_tokens=cached,
+            embedding=fake_embedding(live.request.prompt_ids) if wanted else None,
         )
 
     def _end(self, live: _Live, reason: FinishReason) -> TokenDelta:

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from nitsum_jax.engine.request import Request
 from nitsum_jax.engine.step.masks import mask_words
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.models.text.chat import render_chat
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.models.text.tokenizer import Tokenizer
@@ -48,7 +49,10 @@ FORMS = FormCompiler(TOKENIZER, TOKENIZER.vocab_size, TOKENIZER.eos_ids)
 
 
 def served_model(
-    chat: bool = True, defaults: GenerationDefaults = GenerationDefaults(), template: str = TEMPLATE
+    chat: bool = True,
+    defaults: GenerationDefaults = GenerationDefaults(),
+    template: str = TEMPLATE,
+    pooling: Pooling | None = None,
 ) -> ServedModel:
     def render(messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
         return render_chat(template, messages, options)
@@ -63,6 +67,7 @@ def served_model(
         FORMS,
         format_of(template),
         thinks(template),
+        pooling,
     )
 
 
@@ -114,6 +119,7 @@ async def running(
     chat: bool = True,
     defaults: GenerationDefaults = GenerationDefaults(),
     template: str = TEMPLATE,
+    pooling: Pooling | None = None,
     **options: Any,
 ) -> AsyncIterator[Running]:
     server = GrpcServer("127.0.0.1", 0)
@@ -121,7 +127,7 @@ async def running(
     router = StreamRouter(asyncio.get_running_loop())
     engine = FakeEngine(router.sink, script, **options)
     try:
-        await server.serve(Backend(engine, served_model(chat, defaults, template), router))
+        await server.serve(Backend(engine, served_model(chat, defaults, template, pooling), router))
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             yield Running(server, engine, router, channel, nitsum_pb2_grpc.GenerationServiceStub(channel))
     finally:

@@ -170,7 +170,9 @@ class Admission:
         return prefixes.here(prefix, instance.device_of)
 
     def _prefix(self, sequence: LiveRequest) -> Prefix | None:
-        return None if self._cell.prefixes is None else self._cell.prefixes.find(sequence)
+        if self._cell.prefixes is None or sequence.counts_every_token:
+            return None
+        return self._cell.prefixes.find(sequence)
 
     def _seat(
         self,

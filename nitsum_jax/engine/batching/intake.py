@@ -99,6 +99,8 @@ class Intake:
             instance.abandon()
 
     def _accept(self, step: Step, results: np.ndarray, now: float) -> None:
+        if step.pooled is not None:
+            step.sequences[0].pool(step.pooled[0], step.start)
         tokens = results[: len(step.sequences)].tolist()  # what is behind belongs to padding
         steps = zip(step.sequences, step.emits, step.epochs, tokens, strict=True)
         for index, (sequence, emits, epoch, token) in enumerate(steps):
@@ -125,7 +127,15 @@ class Intake:
                 self._admission.await_again(sequence)  # sent back while this step ran
             if new or finish is not None:
                 self._say(
-                    TokenDelta(sequence.request.id, new, now, finish, logprobs=logprobs, cached_tokens=sequence.shared)
+                    TokenDelta(
+                        sequence.request.id,
+                        new,
+                        now,
+                        finish,
+                        logprobs=logprobs,
+                        cached_tokens=sequence.shared,
+                        embedding=None if finish is None else sequence.embedding(),
+                    )
                 )
 
     def _follow(self, allowed: AllowedTokens, token: int) -> None:

@@ -41,6 +41,8 @@ class Step:
       paced_s: its results are not delivered before; see `pacing`.
       tokens: i32[B], when they are read.
       token_logprobs: i32[B, columns], when they are read, if somebody asked for log probabilities.
+      pooled: f32[B, D], when it is read, if the prompt of its chunk becomes an embedding.
+      start: how often that prompt had been started over.
       error: why it failed.
     """
 
@@ -61,10 +63,13 @@ class Step:
     packed: np.ndarray | None = None
     tokens: np.ndarray | None = None
     token_logprobs: np.ndarray | None = None
+    pooled: np.ndarray | None = None
+    start: int = 0
     error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.epochs = [sequence.epoch for sequence in self.sequences]
+        self.start = self.sequences[0].starts if self.sequences else 0
 
     @property
     def decoding(self) -> int:
@@ -84,6 +89,11 @@ class Step:
             emits and sequence.request.logprobs is not None
             for sequence, emits in zip(self.sequences, self.emits, strict=True)
         )
+
+    @property
+    def pools(self) -> bool:
+        """Whether the prompt of its chunk becomes an embedding."""
+        return self.chunk is not None and self.sequences[0].request.pooling is not None
 
     def page_table(self, vshards: int, pages: int) -> np.ndarray:
         """Block tables that it was given, i32[rows, K, P]; columns that a sequence does not use are 0."""

@@ -17,11 +17,13 @@ from nitsum_jax.engine.step.attention import PoolShape, contained, paged_attenti
 from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.engine.step.masks import mask_words, no_masks
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, split, unpack
+from nitsum_jax.engine.step.pooling import pool_tokens
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.reduction import Ranks
+from nitsum_jax.models.pooling import Pooling
 
 
 @jax.tree_util.register_dataclass
@@ -47,11 +49,13 @@ class StepResults:
       tokens: i32[rows], sampled; NO_TOKEN where a logit is NaN or infinite.
       token_logprobs: i32[rows, columns], `logprobs.token_logprobs` where rows ask for them, else zeros.
       logits: f32[rows, V padded], of each row's last new token, from a step that was compiled with them.
+      pooled: f32[B, D] of a step with a chunk, if the program pools: what `pool_tokens` makes of its new tokens.
     """
 
     tokens: jax.Array
     token_logprobs: jax.Array
     logits: jax.Array | None = None
+    pooled: jax.Array | None = None
 
 
 StepFunction = Callable[[tuple[jax.Array, ...], StepState, jax.Array, jax.Array], tuple[StepState, StepResults]]
@@ -87,6 +91,7 @@ class Program:
       max_model_len: longest prompt and output together, in tokens.
       forms: in which it is written.
       fast_sums: sums over devices in whatever order and in bfloat16, see `Ranks`.
+      pooling: how prompts become embeddings; None: they do not.
     """
 
     config: ModelConfig
@@ -97,6 +102,7 @@ class Program:
     max_model_len: int
     forms: StepForms = StepForms()
     fast_sums: bool = False
+    pooling: Pooling | None = None
 
     @property
     def pages(self) -> int:
@@ -110,6 +116,10 @@ class Program:
         The last row is the dummy of padding rows.
         """
         return self.max_batch + 1, self.max_model_len + 1 + STEERING
+
+    def pools(self, shape: StepShape) -> bool:
+        """Whether a step tells what is pooled of its new tokens."""
+        return self.pooling is not None and not shape.is_decode
 
     def ranks(self, tp: int) -> Ranks:
         """The devices that run a step together."""
@@ -201,6 +211,9 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
             for rows, part in zip(_apart(x, shape), parts, strict=True)
         ]
         logits = model.logits(_stacked(*last))
+        pooled = None
+        if program.pools(shape):
+            pooled = pool_tokens(model.normed, _apart(x, shape)[0], parts[0].new_tokens, program.pooling)
         if not shape.is_decode:
             history = _note_prompt(history, parts[0], tokens[0])
         whole = jax.tree.map(_stacked, *(SampledRows(p.row, p.emit, p.logprobs, p.sampling) for p in parts))
@@ -215,7 +228,7 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
             pool = write_tokens(pool, written, table, part.context + tie, part.new_tokens, program.pool)
         history = _note_sampled(history, whole, sampled)
         return StepState(pool, history), StepResults(
-            sampled, token_logprobs, ranks.concat_last(logits) if with_logits else None
+            sampled, token_logprobs, ranks.concat_last(logits) if with_logits else None, pooled
         )
 
     return step
@@ -262,7 +275,12 @@ def compile_step(
         in_specs=(tuple(parameter.spec for parameter in parameters), state(along, everywhere), everywhere, everywhere),
         out_specs=(
             state(along, everywhere),
-            results(everywhere, everywhere, everywhere if with_logits else None),
+            results(
+                everywhere,
+                everywhere,
+                everywhere if with_logits else None,
+                everywhere if program.pools(shape) else None,
+            ),
         ),
         check_vma=False,
     )

@@ -15,6 +15,7 @@ from nitsum_jax.models.checkpoint.source import is_harmless, missing_tensor
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_BARE_EMBEDDING, _BODY, _HEAD = "embed_tokens.weight", "model.", "lm_head."
 
 
 class SafetensorsSource:
@@ -39,7 +40,10 @@ class SafetensorsSource:
                     raise self._contradiction(f"tensor '{tensor}' is both in {other} and in {name}")
         if index is not None:
             self._check_index(index, holders)
-        self._file_of = {tensor: files[name] for tensor, name in holders.items()}
+        # Models for embeddings are often saved without what a head would have around them.
+        bare = _BARE_EMBEDDING in holders
+        self._stored = {_whole_name(name) if bare else name: name for name in holders}
+        self._file_of = {name: files[holders[stored]] for name, stored in self._stored.items()}
 
     def names(self) -> Iterable[str]:
         """All tensor names."""
@@ -85,12 +89,17 @@ class SafetensorsSource:
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise missing_tensor(name, self._folder)
-        found = self._file_of[name].get_slice(name)
+        found = self._file_of[name].get_slice(self._stored[name])
         if found.get_dtype() not in _FLOATS:
             raise InvalidInputError(
                 f"checkpoint tensor '{name}' is of type {found.get_dtype()}; supported are float32, bfloat16, float16"
             )
         return found
+
+
+def _whole_name(name: str) -> str:
+    """The name of a tensor of a model that was saved without its head, as one with a head calls it."""
+    return name if name.startswith((_BODY, _HEAD)) else _BODY + name
 
 
 def has_safetensors(folder: Path) -> bool:

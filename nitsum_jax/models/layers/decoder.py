@@ -81,7 +81,7 @@ class Decoder(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """`f32[R, D] -> f32[R, S * V/K]`: this device's slice of the vocabulary; rows that pad V are -inf."""
-        x = rms_norm(x, self.final_norm[...], self.config.norm_eps)
+        x = self.normed(x)
         table = self.embed if self.config.tied_head else self.head
         parts = [column_parallel(x, slot[...], self.matmul) for slot in table.table]
         logits = jnp.concatenate(parts, axis=-1)
@@ -89,6 +89,10 @@ class Decoder(nnx.Module):
             return logits
         ids = self.vocab_offset() + jnp.arange(logits.shape[-1], dtype=jnp.int32)
         return jnp.where(ids[None, :] < self.config.vocab_size, logits, -jnp.inf)
+
+    def normed(self, x: jax.Array) -> jax.Array:
+        """`f32[R, D] -> f32[R, D]`, the final norm."""
+        return rms_norm(x, self.final_norm[...], self.config.norm_eps)
 
     def vocab_offset(self) -> jax.Array:
         """First vocabulary id of this device's slice, i32[]."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from nitsum_jax.engine.request import SamplingParams
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
+from nitsum_jax.models.pooling import chosen_pooling
 from nitsum_jax.models.text.chat_options import ChatOptions
 from nitsum_jax.runtime.backend import ServedModel
 from nitsum_jax.runtime.tools.formats import ToolFormat, format_of, thinks
@@ -26,6 +27,7 @@ def served_model(
     *,
     tool_parser: str = AUTO,
     reasoning_parser: str = AUTO,
+    pooling: str = AUTO,
 ) -> ServedModel:
     """What front ends need of a model.
 
@@ -36,6 +38,7 @@ def served_model(
         ignored.
       tool_parser: one of TOOL_PARSERS; "auto": as the chat template teaches.
       reasoning_parser: one of REASONING_PARSERS, likewise.
+      pooling: one of POOLINGS, as that of the engine; "auto": as the model's files say.
 
     Raises:
       InvalidInputError: the generation config cannot be used.
@@ -60,6 +63,7 @@ def served_model(
         forms=FormCompiler(tokenizer, model.config.vocab_size, model.config.eos_ids),
         tools=_tool_format(tool_parser, tokenizer.chat_template),
         thinks=thinks(tokenizer.chat_template) if reasoning_parser == AUTO else reasoning_parser != NONE,
+        pooling=chosen_pooling(pooling, model.pooling),
     )
 
 

@@ -3,6 +3,9 @@
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import numpy as np
 
 from nitsum_jax.engine.request import FinishReason, TokenDelta, TokenLogprob
 from nitsum_jax.errors import UnavailableError
@@ -10,6 +13,9 @@ from nitsum_jax.runtime.backend import TextStream
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.runtime.streams.stops import StopMatcher
+
+Vectors: TypeAlias = np.ndarray
+"""f32[texts, D]."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class Output:
         """Of the tokens of the prompt behind its first, if it is scored, as soon as there is a piece."""
         self.cached_tokens = 0
         """Tokens of the prompt that the prefix cache had, as soon as there is a piece."""
+        self.embedding: np.ndarray | None = None
+        """f32[D], of the prompt, if it was asked for, with the last piece."""
 
     def take(self, deltas: Sequence[TokenDelta]) -> Piece:
         """The next piece; none may be asked for after one with an end.
@@ -89,6 +97,7 @@ class Output:
         for whole in deltas:
             delta = self._behind_prompt(whole) if self._given or self._call.silent else whole
             self.cached_tokens = delta.cached_tokens
+            self.embedding = delta.embedding
             taken, piece = self._push(delta)
             self.times.add(len(taken), delta.time_s)
             ids += taken
@@ -136,6 +145,11 @@ class Output:
         while self._waiting and (whole or self._waiting[0].start < self._text.shown):
             told.append(self._waiting.popleft())
         return told
+
+
+def vectors_of(outputs: Sequence[Output], width: int) -> Vectors:
+    """The embeddings of the prompts of outputs that have ended; D is `width`."""
+    return np.array([output.embedding for output in outputs], np.float32).reshape(len(outputs), width)
 
 
 class OutputText:

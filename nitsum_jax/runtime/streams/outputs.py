@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from nitsum_jax.engine.request import TokenLogprob
 from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import Call
+from nitsum_jax.runtime.errors import GenerationError
 from nitsum_jax.runtime.streams.output import Output, Piece
 from nitsum_jax.runtime.streams.router import DeltaStream
 
@@ -77,6 +80,17 @@ class Outputs:
     def prompt_logprobs(self, index: int) -> list[TokenLogprob]:
         """Of an output that has begun: how likely the tokens of its prompt were, behind the first."""
         return self._outputs[index].prompt_logprobs
+
+    def embedding(self, index: int) -> np.ndarray:
+        """Of an output that has ended: the embedding of its prompt, f32[D].
+
+        Raises:
+          GenerationError: none came.
+        """
+        found = self._outputs[index].embedding
+        if found is None:
+            raise GenerationError("the engine made no embedding of this text: try again")
+        return found
 
     def leave(self) -> None:
         """The client has left: the next call of `next` says so."""

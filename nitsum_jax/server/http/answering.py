@@ -41,16 +41,21 @@ class Whole:
         self.end = piece.end
 
 
-class AnswerWriter(Protocol):
-    """How one API writes the outputs of one request."""
+class WholeWriter(Protocol):
+    """How one API writes the outputs of one request, when all are there."""
 
     # ruff: noqa: D102
+    def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]: ...
+
+
+class EventWriter(Protocol):
+    """How one API writes them as a stream."""
+
     def note(self, outputs: Outputs) -> None: ...  # looks at them, before the next events are asked for
     def opening(self) -> str: ...  # events before the first piece
     def events(self, index: int, piece: Piece) -> str: ...
     def closing(self, outputs: Outputs) -> str: ...  # events behind the last piece
     def failure(self, error: ApiError) -> str: ...  # the last events of a stream that fails
-    def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,12 +65,12 @@ class Planned:
     Attributes:
       calls: outputs to be made.
       writer: of the answer.
-      stream: whether it is a stream.
+      events: writes it as a stream instead; None: it is sent whole.
     """
 
     calls: Sequence[Call]
-    writer: AnswerWriter
-    stream: bool
+    writer: WholeWriter
+    events: EventWriter | None = None
 
 
 class Endpoint(abc.ABC, Generic[_Request]):
@@ -91,9 +96,9 @@ class Endpoint(abc.ABC, Generic[_Request]):
         backend = self._state.admitting()
         with Outputs(planned.calls, backend, arrival_s) as outputs:
             async with _watched(receive, outputs):
-                if planned.stream:
+                if planned.events is not None:
                     what = f"{scope['method']} {scope['path']}"
-                    await _stream(outputs, planned.writer, send, what, backend)
+                    await _stream(outputs, planned.events, send, what, backend)
                 else:
                     await _whole(outputs, planned.writer, len(planned.calls), send)
 
@@ -145,7 +150,7 @@ async def _send_json(send: Send, answer: dict[str, Any]) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-async def _whole(outputs: Outputs, writer: AnswerWriter, count: int, send: Send) -> None:
+async def _whole(outputs: Outputs, writer: WholeWriter, count: int, send: Send) -> None:
     wholes = [Whole() for _ in range(count)]
     while outputs.alive:
         for index, piece in await outputs.next():
@@ -153,7 +158,7 @@ async def _whole(outputs: Outputs, writer: AnswerWriter, count: int, send: Send)
     await _send_json(send, writer.whole(wholes, outputs))
 
 
-async def _stream(outputs: Outputs, writer: AnswerWriter, send: Send, what: str, backend: Backend) -> None:
+async def _stream(outputs: Outputs, writer: EventWriter, send: Send, what: str, backend: Backend) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": _EVENTS})
     writer.note(outputs)
     opening = writer.opening()

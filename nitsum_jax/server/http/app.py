@@ -16,6 +16,7 @@ from nitsum_jax.server.http.answering import JsonEndpoint, check_model
 from nitsum_jax.server.http.anthropic.endpoint import Messages, count_tokens
 from nitsum_jax.server.http.anthropic.requests import CountRequest
 from nitsum_jax.server.http.errors import ApiError, of_exception
+from nitsum_jax.server.http.openai.embeddings import Embeddings
 from nitsum_jax.server.http.openai.endpoints import ChatCompletions, Completions
 from nitsum_jax.server.http.openapi import openapi
 from nitsum_jax.server.http.responding.endpoint import Responses
@@ -70,6 +71,7 @@ def build_app(
             Route("/v1/models/{model:path}", model),
             Route("/v1/completions", Completions(state), methods=["POST"]),
             Route("/v1/chat/completions", ChatCompletions(state), methods=["POST"]),
+            Route("/v1/embeddings", Embeddings(state), methods=["POST"]),
             Route("/v1/responses", Responses(state), methods=["POST"]),
             Route("/v1/messages", Messages(state), methods=["POST"]),
             Route("/v1/messages/count_tokens", JsonEndpoint(state, CountRequest, count_tokens), methods=["POST"]),

@@ -14,6 +14,7 @@ from nitsum_jax.server.http.anthropic.requests import CountRequest, MessagesRequ
 from nitsum_jax.server.http.anthropic.responses import AnthropicError, MessageObject, TokenCount
 from nitsum_jax.server.http.fields import TOKEN_ID
 from nitsum_jax.server.http.openai import requests, responses
+from nitsum_jax.server.http.openai.embeddings import EmbeddingRequest, EmbeddingResponse
 from nitsum_jax.server.http.openai.tiers import accepted
 from nitsum_jax.server.http.responding.requests import ResponseRequest
 from nitsum_jax.server.http.responding.responses import ResponseObject
@@ -36,6 +37,8 @@ _MODELS = (
     AnthropicError,
     responses.ChatResponse,
     responses.CompletionResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
     responses.ModelList,
     responses.Model,
     responses.Health,
@@ -106,6 +109,12 @@ def _document() -> dict[str, Any]:
             },
             "/v1/completions": {
                 "post": _generation("Continues texts.", requests.CompletionRequest, responses.CompletionResponse)
+            },
+            "/v1/embeddings": {
+                "post": {
+                    **_plain("Vectors of texts.", EmbeddingRequest, EmbeddingResponse),
+                    "parameters": list(HEADER_PARAMETERS),
+                }
             },
             "/v1/responses": {"post": _generation("Answers, statelessly.", ResponseRequest, ResponseObject)},
             "/v1/messages": {

@@ -96,6 +96,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "attention": values.attention,
             "reduction": values.reduction,
             "fused_steps": values.fused_steps,
+            "pooling": values.pooling,
             "wide_prefill_tokens": values.wide_prefill_tokens,
             "layouts": _layouts(values.layouts),
         },
@@ -157,6 +158,14 @@ def _define() -> flags.FlagValues:
         ["auto", "none", "think"],
         "think: answers may begin with thoughts in <think> tags, which are told apart; auto: if the template knows "
         "these tags",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "pooling",
+        "auto",
+        ["auto", "none", "last", "mean"],
+        "what /v1/embeddings makes a text's vector of: the last token or the mean of all; auto: as the model's files "
+        "say, and none if they do not",
         flag_values=values,
     )
     count("devices", None, "devices of the cell; emulated on the CPU where there is no accelerator; all if not given")

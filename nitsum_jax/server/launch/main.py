@@ -167,6 +167,7 @@ def served_of(options: LaunchOptions, model: "OpenModel") -> ServedModel:
         options.generation_config,
         tool_parser=options.tool_parser,
         reasoning_parser=options.reasoning_parser,
+        pooling=options.engine["pooling"],
     )
 
 

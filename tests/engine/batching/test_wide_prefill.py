@@ -12,7 +12,7 @@ from tests.engine.reference import random_prompts
 from tests.models.golden import tiny_models
 
 VOCAB = 93
-LONG = [prompt for size in (4096, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]
+LONG = [prompt for size in (2048, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]
 SHORT = random_prompts(6, (5, 60), VOCAB, seed=3)
 
 
@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
 
 def engine(model: OpenModel, wide: int | None) -> Harness:
     return Harness(
-        model, deterministic=True, max_model_len=4352, layouts=None, wide_prefill_tokens=wide, prefill_chunk=64
+        model, deterministic=True, max_model_len=2176, layouts=None, wide_prefill_tokens=wide, prefill_chunk=32
     )
 
 

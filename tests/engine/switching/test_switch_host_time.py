@@ -29,8 +29,14 @@ def test_the_host_part_of_a_switch_of_256_sequences_is_no_matter_of_seconds(
         return outcome
 
     monkeypatch.setattr(loop, "perform_switch", timed)
-    prompts = random_prompts(LIVE, (128, 128), 93, seed=9)
-    settings = {"max_batch": LIVE, "max_queue": LIVE, "prefill_chunk": 128, "layouts": ("tp1x4", "tp2x2", "tp4")}
+    prompts = random_prompts(LIVE, (32, 32), 93, seed=9)
+    settings = {
+        "max_batch": LIVE,
+        "max_queue": LIVE,
+        "prefill_chunk": 32,
+        "page_size": 4,
+        "layouts": ("tp1x4", "tp2x2", "tp4"),
+    }
     with Harness(tiny_model("llama_odd", tmp_path), deterministic=True, **settings) as harness:
         harness.engine.wait_for_layouts()
         with harness.paused():

@@ -22,7 +22,8 @@ class Messages(Endpoint[MessagesRequest]):
     async def plan(self, request: MessagesRequest, backend: Backend, asked: GatewayHeaders) -> Planned:
         """See plan_chat and MessageShape."""
         plan = await as_chat(request.chat(), _OURS, lambda chat: plan_chat(chat, backend, asked))
-        return Planned(plan.calls, MessageShape(plan), bool(request.stream))
+        shape = MessageShape(plan)
+        return Planned(plan.calls, shape, shape if request.stream else None)
 
 
 async def count_tokens(request: CountRequest, backend: Backend) -> TokenCount:

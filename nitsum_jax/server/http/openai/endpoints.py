@@ -18,7 +18,7 @@ class Completions(Endpoint[CompletionRequest]):
         plan = await plan_completion(request, backend, asked)
         read = backend.model.tokenizer.token_bytes
         shape = CompletionShape(plan, read, request.logprobs, _streamed_usage(request))
-        return Planned(plan.calls, shape, bool(request.stream))
+        return Planned(plan.calls, shape, shape if request.stream else None)
 
 
 class ChatCompletions(Endpoint[ChatRequest]):
@@ -31,7 +31,7 @@ class ChatCompletions(Endpoint[ChatRequest]):
         plan = await plan_chat(request, backend, asked)
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         shape = ChatShape(plan, backend.model.tokenizer.token_bytes, logprobs, _streamed_usage(request))
-        return Planned(plan.calls, shape, bool(request.stream))
+        return Planned(plan.calls, shape, shape if request.stream else None)
 
 
 def _streamed_usage(request: Generation) -> StreamedUsage:

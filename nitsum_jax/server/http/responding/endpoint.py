@@ -24,4 +24,4 @@ class Responses(Endpoint[ResponseRequest]):
         """See plan_chat and ResponseShape."""
         plan = await as_chat(request.chat(), _OURS, lambda chat: plan_chat(chat, backend, asked))
         shape = ResponseShape(request, plan, backend.model.tokenizer.token_bytes)
-        return Planned(plan.calls, shape, bool(request.stream))
+        return Planned(plan.calls, shape, shape if request.stream else None)

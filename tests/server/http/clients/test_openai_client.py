@@ -297,7 +297,7 @@ def test_errors_are_the_exceptions_of_the_client() -> None:
             with pytest.raises(openai.NotFoundError):
                 await client.models.retrieve("gpt-4o")
             with pytest.raises(openai.NotFoundError, match="Unknown request URL"):
-                await client.embeddings.create(model="fake", input="x")
+                await client.moderations.create(input="x")
             run.engine.hold()
             waiting = asyncio.create_task(client.completions.create(model="fake", prompt="p"))
             await until(lambda: run.engine.stats().waiting == 1)

@@ -1,0 +1,134 @@
+"""POST /v1/embeddings: a vector of length 1 for each text."""
+
+import base64
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from nitsum_jax.runtime.backend import Backend
+from nitsum_jax.runtime.calls import Wanted, check, check_outputs, encode, make_call
+from nitsum_jax.runtime.streams.outputs import Outputs
+from nitsum_jax.server.gateway import GatewayHeaders
+from nitsum_jax.server.http.answering import Endpoint, Planned, Whole, check_model
+from nitsum_jax.server.http.errors import ApiError
+from nitsum_jax.server.http.fields import MAX_TIER_CHARS, PromptField, Strict, Unsupported
+from nitsum_jax.server.http.openai.tiers import choose_tier
+
+_LITTLE_ENDIAN = np.dtype("<f4")
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings."""
+
+    harmless: ClassVar[Mapping[str, str]] = {
+        "user": "names the caller",
+        "priority": "the latency tier decides who goes first: service_tier",
+        "request_id": "the header x-request-id is used",
+    }
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {
+        "dimensions": Unsupported("vectors have the width of the model: cut them, and scale them to length 1 again"),
+        "truncate_prompt_tokens": Unsupported("texts are not cut: send shorter ones"),
+        "add_special_tokens": Unsupported("texts get what the model expects; ids are used as given", (True,)),
+        "input_type": Unsupported("write the instruction of the model before the text"),
+        "normalize": Unsupported("vectors are of length 1", (True,)),
+    }
+
+    model: str = Field(max_length=4096, description="The id that /v1/models lists.")
+    input: PromptField
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="base64: little-endian float32; float, a list of numbers, if not given."
+    )
+    service_tier: str | None = Field(None, max_length=MAX_TIER_CHARS, description="The latency tier.")
+
+
+class EmbeddingObject(BaseModel):
+    """The vector of a text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(BaseModel):
+    """Tokens of all texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(BaseModel):
+    """The vectors, in the order of the texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Embeddings(Endpoint[EmbeddingRequest]):
+    """/v1/embeddings."""
+
+    kind = EmbeddingRequest
+
+    async def plan(self, request: EmbeddingRequest, backend: Backend, asked: GatewayHeaders) -> Planned:
+        """One call per text, each with one token that nobody sees.
+
+        Raises:
+          ApiError: model or tier are not known.
+          NitsumError: a text does not fit, there are too many, or the model gives no embeddings.
+        """
+        model, tiers = backend.model, backend.engine.tier_names
+        check_model(request.model, model)
+        if model.pooling is None:
+            message = (
+                f"The model `{model.name}` gives no embeddings: serve one whose files say how it makes them, or start "
+                "the server with --pooling=last or mean"
+            )
+            raise ApiError(400, message, param="model")
+        check_outputs(len(request.input), backend, f"{len(request.input)} texts")
+        tier, told = choose_tier(request.service_tier, tiers)
+        if told == "default" and (objective := asked.tier(tiers)) is not None:
+            tier = objective
+        wanted = Wanted(max_tokens=0, tier=tier, ttft_ms=asked.ttft_ms, tpot_ms=asked.tpot_ms, pooling=model.pooling)
+        check(wanted, model.vocab_size, least_tokens=0)
+        name = f"embd-{uuid.uuid4().hex}"
+        encoded = await encode(request.input, model)
+        calls = [make_call(wanted, ids, model, tiers, f"{name}-{index}") for index, ids in enumerate(encoded)]
+        writer = _Writer(model.name, sum(map(len, encoded)), in_base64=request.encoding_format == "base64")
+        return Planned(calls, writer)
+
+
+class _Writer:
+    """The answer of one request."""
+
+    def __init__(self, model: str, prompt_tokens: int, *, in_base64: bool) -> None:
+        self._model = model
+        self._prompt_tokens = prompt_tokens
+        self._in_base64 = in_base64
+
+    def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
+        """See EmbeddingResponse."""
+        return {
+            "object": "list",
+            "data": [
+                {"object": "embedding", "index": index, "embedding": self._written(outputs.embedding(index))}
+                for index in range(len(wholes))
+            ],
+            "model": self._model,
+            "usage": {"prompt_tokens": self._prompt_tokens, "total_tokens": self._prompt_tokens},
+        }
+
+    def _written(self, vector: np.ndarray) -> list[float] | str:
+        if self._in_base64:
+            return base64.b64encode(vector.astype(_LITTLE_ENDIAN).tobytes()).decode()
+        numbers: list[float] = vector.tolist()
+        return numbers
