@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import dataclasses
+import pickle
 from collections.abc import AsyncIterator, Sequence
 
+import numpy as np
 import pytest
 
 from nitsum_jax.cluster import wire
@@ -164,4 +166,12 @@ def test_a_cell_that_is_not_there_is_named() -> None:
 
 def test_packed_events_are_the_same_events() -> None:
     events = CellEvents(DELTAS, ("x",))
-    assert wire.unpack(wire.pack(events)) == events
+    assert wire.unpack(pickle.loads(pickle.dumps(wire.pack(events)))) == events
+
+
+def test_embeddings_travel_too() -> None:
+    vector = np.arange(4, dtype=np.float32)
+    packed = wire.pack(CellEvents((TokenDelta("e", (), 1.0, FinishReason.STOP, embedding=vector),)))
+    (delta,) = wire.unpack(pickle.loads(pickle.dumps(packed))).deltas
+    assert delta.embedding is not None
+    assert delta.embedding.tobytes() == vector.tobytes()
