@@ -100,8 +100,11 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 
 def _version(options: ClusterOptions) -> str:
-    """Differs where cells do: a change of their number is none of theirs."""
-    told = (nitsum_jax.__version__, options.cell_argv, options.report_s)
+    """Differs where cells do: a change of their number is none of theirs.
+
+    A replica tells of its load only if it was started with autoscaling.
+    """
+    told = (nitsum_jax.__version__, options.cell_argv, options.report_s, options.scales)
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

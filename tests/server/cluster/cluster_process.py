@@ -85,6 +85,7 @@ def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
         env=environment() | {MARK: mark},
     )
     said: list[str] = []
+    reading = None
     try:
         text = read_until(process, ("nitsum-generate", "nitsum-cluster:"))
         ready = re.search(r"is ready on (\S+),", text)
@@ -101,6 +102,14 @@ def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
             process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
+            process.wait()
+        if reading is not None:
+            reading.join(30)  # until its children have ended, too
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        if reading is None or not reading.is_alive():
+            process.stdout.close()
         print(*(line for line in said if "nitsum_jax.requests" not in line), sep="")  # shown where a test has failed
         assert died is None, f"the front door has ended by itself with {died}"
 

@@ -20,6 +20,7 @@ from tests.server.operations.http import fetch
 pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")
 
 TOKENS = 160
+NEVER_S = 100_000.0
 TIERS = TierSet((Tier("batch", 60_000, 1_000), Tier("tight", 1, 1_000)))
 
 
@@ -27,7 +28,9 @@ TIERS = TierSet((Tier("batch", 60_000, 1_000), Tier("tight", 1, 1_000)))
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
     tiers = tmp_path_factory.mktemp("tiers") / "tiers.toml"
     tiers.write_text(tiers_toml(TIERS))
-    with started("--silent_seconds=3", "--log_level=info", f"--tiers={tiers}") as process:
+    # Autoscaling is on, and takes its time until a test says otherwise.
+    scaling = ("--min_cells=1", "--max_cells=3", f"--scale_up_seconds={NEVER_S}", f"--scale_down_seconds={NEVER_S}")
+    with started("--silent_seconds=3", "--log_level=info", f"--tiers={tiers}", *scaling) as process:
         yield process
 
 
@@ -197,10 +200,11 @@ def test_one_cell_becomes_three_and_one_again_by_itself(
 ) -> None:
     """By what cells predict: in one that is full a request of the tier `tight` would miss its target."""
     first = set(running.cells())
-    running.deploy(cells=1)
-    asyncio.run(under_load(running, undisturbed, 4, lambda: serving(running) == 1))
-    running.deploy(least=1, most=3, up_s=0.5, down_s=2.0)
+    running.deploy(down_s=1.0)
+    wait_for_cells(running, 1)  # nothing is to be done
+    running.deploy(up_s=0.5, down_s=NEVER_S)
     asyncio.run(under_load(running, undisturbed, 48, lambda: serving(running) == 3))
     assert len(first & set(running.cells())) == 1  # another number of cells replaces none
-    wait_for_cells(running, 1)  # nothing is left to do
+    running.deploy(up_s=NEVER_S, down_s=1.0)
+    wait_for_cells(running, 1)
     assert asyncio.run(many(running, 8)) == undisturbed[:8]
