@@ -27,6 +27,7 @@ class ClusterOptions:
       devices_per_cell: of every cell; None: all that its process sees.
       address: of a Ray cluster; None: one of its own is started.
       least, most: cells that autoscaling may have; equal: it is off.
+      up_s, down_s: seconds for which more or fewer cells must be wanted.
       report_s: seconds between two reports of a cell.
       silent_s: a cell that says nothing for so long is left.
       start_s: most seconds until all cells serve.
@@ -40,6 +41,8 @@ class ClusterOptions:
     address: str | None
     least: int
     most: int
+    up_s: float
+    down_s: float
     report_s: float
     silent_s: float
     start_s: float
@@ -81,6 +84,8 @@ def read(argv: Sequence[str]) -> ClusterOptions:
         values.address,
         least,
         most,
+        values.scale_up_seconds,
+        values.scale_down_seconds,
         values.report_ms / 1000,
         values.silent_seconds,
         values.start_seconds,
@@ -120,6 +125,8 @@ def _define() -> flags.FlagValues:
     )
     count("min_cells", None, "fewest cells that autoscaling keeps; --cells if not given")
     count("max_cells", None, "most cells that autoscaling makes; --cells if not given")
+    seconds("scale_up_seconds", 5.0, "for so long more cells must be wanted before autoscaling adds one")
+    seconds("scale_down_seconds", 60.0, "for so long fewer cells must be wanted before autoscaling takes one away")
     flags.DEFINE_integer(
         "report_ms", 200, "milliseconds between two reports of a cell to the router", 50, 10_000, flag_values=values
     )

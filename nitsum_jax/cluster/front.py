@@ -56,6 +56,7 @@ class ClusterEngine(ClusterView):
         silent_s: float = 5.0,
         wait_s: float = 30.0,
         join_s: float = 60.0,
+        missing_s: float = 2.0,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         """Has no cells yet; see `set_cells`.
@@ -70,6 +71,7 @@ class ClusterEngine(ClusterView):
           silent_s: a cell that says nothing for so long is left.
           wait_s: how long a request waits for a cell when there is none.
           join_s: most seconds until a new cell tells its facts.
+          missing_s: a cell that is not listed for so long is taken away.
           on_close: called at the end.
         """
         super().__init__(tiers)
@@ -79,10 +81,12 @@ class ClusterEngine(ClusterView):
         self._told_admitted = admitted
         self._router = router or PredictedRouter()
         self._silent_s, self._wait_s, self._join_s = silent_s, wait_s, join_s
+        self._missing_s = missing_s
         self._on_close = on_close
         self._door = uuid.uuid4().hex[:12]
         self._wanted: dict[str, CellCalls] = {}
         self._lost: dict[str, _Lost] = {}
+        self._missing: dict[str, float] = {}  # links to cells that are listed no more, and since when
         self._live: dict[str, LiveStream] = {}
         self._homeless: dict[str, LiveStream] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -156,7 +160,7 @@ class ClusterEngine(ClusterView):
     # ---- for whoever knows which cells there are
 
     def set_cells(self, cells: Mapping[str, CellCalls]) -> None:
-        """Says which cells there are now, on any thread: new ones are joined, those that are left out are drained."""
+        """Says which cells there are now, on any thread: new ones are joined, those that stay away are drained."""
         found = dict(cells)
         self._post(lambda: self._set_cells(found))
 
@@ -170,13 +174,24 @@ class ClusterEngine(ClusterView):
     def _set_cells(self, cells: Mapping[str, CellCalls]) -> None:
         self._wanted = dict(cells)
         self._lost = {name: lost for name, lost in self._lost.items() if name in cells}
-        for name, link in list(self._links.items()):
-            if name not in cells:
-                _LOG.info("cell %s is taken away: its streams go on elsewhere", name)
-                self._leave(link, LinkState.GONE, crashed=False)
+        now = time.monotonic()
+        self._missing = {name: self._missing.get(name, now) for name in self._links if name not in cells}
         for name in cells:
             if name not in self._links and name not in self._lost:
                 self._join(name)
+
+    def _leave_missing(self) -> None:
+        """Leaves cells that are listed no more: not at once, as Ray leaves some out while it changes their settings.
+
+        One that is really taken away says so itself.
+        """
+        now = time.monotonic()
+        for name, since_s in list(self._missing.items()):
+            if now - since_s > self._missing_s:
+                del self._missing[name]
+                if (link := self._links.get(name)) is not None:
+                    _LOG.info("cell %s is taken away: its streams go on elsewhere", name)
+                    self._leave(link, LinkState.GONE, crashed=False)
 
     def _join(self, name: str) -> None:
         link = CellLink(name, self._wanted[name], on_events=self._take, on_gone=self._gone)
@@ -190,14 +205,16 @@ class ClusterEngine(ClusterView):
             if name not in self._links and now >= lost.retry_s:
                 self._join(name)
 
-    def _gone(self, link: CellLink, why: str) -> None:
+    def _gone(self, link: CellLink, why: str, left: bool) -> None:
         if self._links.get(link.name) is link:
-            _LOG.warning("cell %s is gone (%s)", link.name, why)
+            left = left or link.name not in self._wanted
+            _LOG.log(logging.INFO if left else logging.WARNING, "cell %s is gone (%s)", link.name, why)
             before = self._lost.get(link.name)
             served = link.status is not None
             pause_s = self._silent_s if before is None or served else min(2 * before.pause_s, _MOST_PAUSE_S)
-            self._lost[link.name] = _Lost(time.monotonic() + pause_s, pause_s)
-            self._leave(link, LinkState.GONE, crashed=True)
+            if link.name in self._wanted:
+                self._lost[link.name] = _Lost(time.monotonic() + pause_s, pause_s)
+            self._leave(link, LinkState.GONE, crashed=not left)
 
     def _leave(self, link: CellLink, state: LinkState, *, crashed: bool) -> None:
         """A cell gets nothing any more; what it had goes on elsewhere."""
@@ -226,13 +243,14 @@ class ClusterEngine(ClusterView):
     async def _watch(self) -> None:
         """Leaves cells that are silent, and gives up requests that find none."""
         while True:
-            await asyncio.sleep(min(0.2, self._silent_s / 4))
+            await asyncio.sleep(min(0.2, self._silent_s / 4, self._missing_s / 4))
             for link in list(self._links.values()):
                 if link.state is LinkState.SERVING and link.silent_s() > self._silent_s:
                     _LOG.warning(
                         "cell %s says nothing for %.1f s: its streams go on elsewhere", link.name, self._silent_s
                     )
                     self._leave(link, LinkState.SILENT, crashed=True)
+            self._leave_missing()
             self._join_lost()
             self._place_homeless()
 
@@ -264,7 +282,8 @@ class ClusterEngine(ClusterView):
         deadline_s = stream.request.deadline_s
         left_s = None if deadline_s is None else deadline_s - time.monotonic()
         try:
-            error = await asyncio.wait_for(link.calls.submit(self._door, sent, left_s), _CALL_S)
+            async with asyncio.timeout(_CALL_S):
+                error = await link.calls.submit(self._door, sent, left_s)
         except (CellGoneError, TimeoutError) as problem:
             if self._is_at(stream, link, sent.id):
                 _LOG.warning("cell %s did not take a request: %s", link.name, one_line(str(problem), 120))
@@ -388,7 +407,8 @@ class ClusterEngine(ClusterView):
 
         async def bounded() -> None:
             with contextlib.suppress(TimeoutError, NitsumError):
-                await asyncio.wait_for(call, _CALL_S)
+                async with asyncio.timeout(_CALL_S):
+                    await call
 
         self._start(bounded())
 

@@ -8,6 +8,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import pathlib
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.switching.switch import SwitchReport
 
 _MOST_PREFIXES = 2048
-_ENDED = 256  # requests whose attainment is told to the autoscaler
+_RECENT_S = 60.0  # for how long the end of a request counts
+_MOST_ENDS = 4096
+_JUDGED = 256  # latest ends by which the autoscaler judges
+_TOLD = 10  # decisions and switches
 
 
 class CellHost:
@@ -51,7 +55,8 @@ class CellHost:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._doors: dict[str, asyncio.Queue[CellEvents]] = {}
         self._door_of: dict[str, str] = {}
-        self._met: collections.deque[bool] = collections.deque(maxlen=_ENDED)
+        self._ends: collections.deque[tuple[float, str, bool]] = collections.deque(maxlen=_MOST_ENDS)
+        self._log = LayoutLog()
         self._status: CellStatus | None = None
         loaded: Loaded = load_engine(options, self._sink, self._admitted)
         assert loaded.scheduled is not None
@@ -60,9 +65,9 @@ class CellHost:
         self._forms = loaded.model.forms
         self._scheduled.scheduling.finished_listeners.append(self._ended)
         self._control = None
-        make = controller_of(options, self._scheduled)
+        make = controller_of(with_own_log(options, name), self._scheduled)
         if make is not None:
-            self._control = make(self._engine, LayoutLog())
+            self._control = make(self._engine, self._log)
             self._control.start()
 
     async def facts(self) -> CellFacts:
@@ -136,7 +141,7 @@ class CellHost:
 
     def pressure(self) -> CellPressure:
         """How far it is from missing its targets, for the autoscaler."""
-        met = list(self._met)
+        met = [met for _, met in self._recent()][-_JUDGED:]
         tiers = () if self._status is None else self._status.report.tiers
         return pressure_of(self._scheduled.tiers, tiers, met)
 
@@ -164,7 +169,19 @@ class CellHost:
                 self._loop.call_soon_threadsafe(self._tell_admitted, request_id)
 
     def _ended(self, now_s: float, job: JobView) -> None:
-        self._met.append(job.met)
+        self._ends.append((time.monotonic(), job.tier, job.met))
+
+    def _recent(self) -> list[tuple[str, bool]]:
+        """Tiers of the requests that ended lately, and whether they met their targets."""
+        since_s = time.monotonic() - _RECENT_S  # what was missed in a rush keeps no cell for ever
+        return [(tier, met) for ended_s, tier, met in list(self._ends) if ended_s >= since_s]
+
+    def _lately(self) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for tier, met in self._recent():
+            counted, good = found.get(tier, (0, 0))
+            found[tier] = counted + 1, good + met
+        return found
 
     def _look(self) -> CellStatus:
         engine, scheduling = self._engine, self._scheduled.scheduling
@@ -182,6 +199,9 @@ class CellHost:
             engine.loads(),
             engine.compiling(),
             engine.lost_devices(),
+            self._lately(),
+            self._log.decisions()[-_TOLD:],
+            self._log.switches()[-_TOLD:],
         )
 
     # ---- on the event loop
@@ -213,6 +233,16 @@ class CellHost:
         queue = self._doors.get(door)
         if queue is not None:
             queue.put_nowait(events)
+
+
+def with_own_log(options: LaunchOptions, cell: str) -> LaunchOptions:
+    """The options with a decision log of this cell alone: a replay knows one cell, and several may share a folder."""
+    control = options.control
+    if control.log is None:
+        return options
+    path = pathlib.Path(control.log)
+    log = str(path.with_name(f"{path.stem}.{cell}{path.suffix}"))
+    return dataclasses.replace(options, control=dataclasses.replace(control, log=log))
 
 
 def _merged(found: Sequence[CellEvents]) -> CellEvents:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 import nitsum_jax
-from nitsum_jax.cluster.messages import CellCalls, CellEvents, CellFacts, CellGoneError, CellStatus
+from nitsum_jax.cluster.messages import CellCalls, CellEvents, CellFacts, CellGoneError, CellLeavesError, CellStatus
 from nitsum_jax.control.routing.cells import KnownCell
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import UnavailableError, one_line
@@ -34,7 +34,7 @@ class CellLink:
         calls: CellCalls,
         *,
         on_events: Callable[["CellLink", CellEvents], None],
-        on_gone: Callable[["CellLink", str], None],
+        on_gone: Callable[["CellLink", str, bool], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Knows nothing of the cell yet; see `run`.
@@ -43,7 +43,7 @@ class CellLink:
           name: of the cell.
           calls: reach it.
           on_events: takes its messages.
-          on_gone: told once when it is gone, and why.
+          on_gone: told once when it is gone, why, and whether it left by itself.
           clock: monotonic seconds.
         """
         self.name = name
@@ -66,9 +66,10 @@ class CellLink:
           expected: model and tiers that a cell must have; no tiers: any.
           join_s: most seconds until it tells its facts.
         """
-        why = "it has ended"
+        why, left = "it has ended", False
         try:
-            self.facts = await asyncio.wait_for(self.calls.facts(), join_s)
+            async with asyncio.timeout(join_s):  # wait_for of Python 3.11 can lose that the task is cancelled
+                self.facts = await self.calls.facts()
             check_facts(self.name, self.facts, *expected())
             async for events in self.calls.events(door):
                 self.heard_s = self._clock()
@@ -76,7 +77,7 @@ class CellLink:
                     self._heard(events.status)
                 self._on_events(self, events)
         except CellGoneError as error:
-            why = one_line(str(error), 120)
+            why, left = one_line(str(error), 120), isinstance(error, CellLeavesError)
         except TimeoutError:
             why = f"it told nothing within {join_s:g} s"
         except UnavailableError as error:
@@ -85,7 +86,7 @@ class CellLink:
         finally:
             if self.state is not LinkState.GONE:
                 self.state = LinkState.GONE
-                self._on_gone(self, why)
+                self._on_gone(self, why, left)
 
     def _heard(self, status: CellStatus) -> None:
         self.status = status

@@ -1,7 +1,7 @@
 """What a cell and a front door say to each other."""
 
 import dataclasses
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from nitsum_jax.control.routing.report import CellReport
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.engine import EngineStats
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.engine.switching.switch import SwitchReport
+    from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 
 FAILED = "nitsum-cell cannot start: "
 """Stands before the line that says why, in what Ray passes on of a cell's process."""
@@ -55,6 +56,9 @@ class CellStatus:
       loads: of its instances.
       compiling: what is being compiled.
       lost_devices: indices.
+      lately: by tier, how many of the last minute's requests ended there, and how many of these met both targets.
+      decisions: of its planner, the last ones, oldest first.
+      switches: that these came to, likewise.
     """
 
     report: CellReport
@@ -65,6 +69,9 @@ class CellStatus:
     loads: "tuple[InstanceLoad, ...]"
     compiling: "CompileProgress"
     lost_devices: tuple[int, ...] = ()
+    lately: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    decisions: "tuple[LayoutChoice, ...]" = ()
+    switches: "tuple[SwitchNote, ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,6 +91,10 @@ class CellEvents:
 
 class CellGoneError(UnavailableError):
     """The process of a cell has ended, or cannot be reached."""
+
+
+class CellLeavesError(CellGoneError):
+    """A cell is taken away, and says so: nothing is wrong with it or with its requests."""
 
 
 class CellCalls(Protocol):

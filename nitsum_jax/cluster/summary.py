@@ -10,6 +10,8 @@ from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.executables.progress import CompileProgress
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout, parse_layout
+from nitsum_jax.runtime.backend import CellView
+from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.batching.load import InstanceLoad
@@ -118,6 +120,34 @@ class ClusterView:
     def cells(self) -> dict[str, str]:
         """State of every cell by its name."""
         return {name: link.state.value for name, link in list(self._links.items())}
+
+    def cell_views(self) -> tuple[CellView, ...]:
+        """Every cell by itself."""
+        views, offset = [], 0
+        for link in list(self._links.values()):
+            status, count = link.status, 0
+            if link.state is LinkState.SERVING and link.facts is not None:
+                count = len(link.facts.device_names)
+            views.append(
+                CellView(
+                    link.name,
+                    link.state.value,
+                    "" if status is None else status.layout,
+                    tuple(range(offset, offset + count)),
+                    None if status is None else status.stats,
+                    {} if status is None else status.lately,
+                )
+            )
+            offset += count
+        return tuple(views)
+
+    def cell_notes(self) -> tuple[list[LayoutChoice], list[SwitchNote]]:
+        """Decisions and switches of the cells' planners, each with the name of its cell."""
+        known = [(link.name, link.status) for link in list(self._links.values()) if link.status]
+        return (
+            [dataclasses.replace(one, cell=name) for name, status in known for one in status.decisions],
+            [dataclasses.replace(one, cell=name) for name, status in known for one in status.switches],
+        )
 
     def _serving(self) -> list[CellLink]:
         return [link for link in list(self._links.values()) if link.state is LinkState.SERVING and link.status]

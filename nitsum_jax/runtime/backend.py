@@ -9,7 +9,7 @@ without a model, and so that another engine can stand behind the same front ends
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from nitsum_jax.engine.request import Request
 from nitsum_jax.meshes.layout import Layout
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nitsum_jax.engine.batching.pacing import Pace
     from nitsum_jax.engine.executables.progress import CompileProgress
     from nitsum_jax.runtime.control.control_loop import ControlLoop
+    from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
     from nitsum_jax.runtime.structured.compiler import FormCompiler
 
 T = TypeVar("T")
@@ -100,6 +101,35 @@ class ServingEngine(Protocol):
     def loads(self) -> Sequence[ServingLoad]: ...
     def drain(self, timeout_s: float) -> bool: ...
     def close(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CellView:
+    """One of the cells behind an engine that has several.
+
+    Attributes:
+      name: of the cell.
+      state: "joining", "serving" or "silent".
+      layout: in force, text form; empty while nobody knows.
+      devices: their numbers among those of all cells; empty while it does not serve.
+      stats: its own; None while nobody knows.
+      lately: by tier, how many of the last minute's requests ended there, and how many of these met both targets.
+    """
+
+    name: str
+    state: str
+    layout: str
+    devices: tuple[int, ...]
+    stats: ServingStats | None
+    lately: Mapping[str, tuple[int, int]]
+
+
+@runtime_checkable
+class ManyCells(Protocol):
+    """What an engine with several cells has besides."""
+
+    def cell_views(self) -> Sequence[CellView]: ...
+    def cell_notes(self) -> tuple[Sequence["LayoutChoice"], Sequence["SwitchNote"]]: ...  # of all cells
 
 
 class TextStream(Protocol):

@@ -13,7 +13,7 @@ from nitsum_jax.control.plan import homogeneous
 from nitsum_jax.control.routing.routers import ROUTERS
 from nitsum_jax.control.tiers import Tier, TierSet, read_tiers
 from nitsum_jax.errors import InvalidInputError, NitsumError
-from nitsum_jax.meshes.layout import Layout
+from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
 from nitsum_jax.sim.cluster.run import ClusterSetting, router_table
@@ -100,7 +100,14 @@ def _cluster(given: SimulateOptions, setting: Setting) -> int:
         (policy,) = policies_named(setting, given.policies[0])
         plan = policy.plan
     workload = _workload(given, setting.tiers)
-    cluster = ClusterSetting(given.cells, plan, given.report_s, given.doors, given.continued, given.seed)
+    dedicated = {}
+    for tier, count, text in given.dedicate:
+        setting.tiers.get(tier)  # or say which there are
+        dedicated[tier] = (count, plan if text is None else parse_layout(text, given.devices))
+    shared = [name for name in setting.tiers.names if name not in dedicated]
+    if shared and sum(count for count, _ in dedicated.values()) == given.cells:
+        raise InvalidInputError(f"--dedicate leaves no cell for tier {shared[0]}: name it, too, or give more --cells")
+    cluster = ClusterSetting(given.cells, plan, given.report_s, given.doors, given.continued, given.seed, dedicated)
     made = {name: ROUTERS[name](given.seed) for name in given.routers}
     for line in router_table(workload, setting.tiers, setting.cost, cluster, made):
         _out(line)

@@ -54,6 +54,7 @@ class SimulateOptions:
     report_s: float = 0.1
     continued: float = 0.5
     doors: int = 1
+    dedicate: tuple[tuple[str, int, str | None], ...] = ()
 
 
 class UsageRequested(Exception):  # noqa: N818  not an error
@@ -144,6 +145,13 @@ def _define() -> flags.FlagValues:
         lower_bound=0.0,
         upper_bound=1.0,
     )
+    add(
+        flags.DEFINE_list,
+        "dedicate",
+        None,
+        "With --cells: TIER:CELLS or TIER:CELLS:LAYOUT, cells that take the requests of one tier and no others; the"
+        " other tiers share the rest.",
+    )
     add(flags.DEFINE_bool, "capacity", False, "Find the highest rate at which 90 % meet both targets, by bisection.")
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
     add(flags.DEFINE_bool, "progress", True, "Show a bar on long runs.")
@@ -197,7 +205,30 @@ def _options(values: flags.FlagValues) -> SimulateOptions:
     if len(set(policies)) < len(policies):
         raise InvalidInputError(f"--policies={','.join(policies)}: a policy is named twice")
     plain: dict[str, Any] = {name: values[name].value for name in _PLAIN}
-    return SimulateOptions(trace=tuple(values.trace or DEFAULT_TRACES), policies=policies, routers=routers, **plain)
+    return SimulateOptions(
+        trace=tuple(values.trace or DEFAULT_TRACES),
+        policies=policies,
+        routers=routers,
+        dedicate=_dedicated(values.dedicate or (), values.cells),
+        **plain,
+    )
+
+
+def _dedicated(texts: Sequence[str], cells: int) -> tuple[tuple[str, int, str | None], ...]:
+    """Tier, number and layout of the cells that take one tier alone."""
+    found: dict[str, tuple[str, int, str | None]] = {}
+    for text in texts:
+        tier, _, rest = text.partition(":")
+        count, _, layout = rest.partition(":")
+        if not tier or not count.isdecimal() or int(count) < 1:
+            raise InvalidInputError(f"--dedicate={text}: give TIER:CELLS or TIER:CELLS:LAYOUT, such as chat:3")
+        if tier in found:
+            raise InvalidInputError(f"--dedicate names tier {tier} twice")
+        found[tier] = (tier, int(count), layout or None)
+    asked = sum(count for _, count, _ in found.values())
+    if asked > cells:
+        raise InvalidInputError(f"--dedicate takes {asked} cells, and --cells={cells} there are: give more cells")
+    return tuple(found.values())
 
 
 def _routers(values: flags.FlagValues) -> tuple[str, ...]:
@@ -205,6 +236,8 @@ def _routers(values: flags.FlagValues) -> tuple[str, ...]:
     if values.cells == 1:
         if values.router:
             raise InvalidInputError("--router needs --cells: a router chooses between cells")
+        if values.dedicate:
+            raise InvalidInputError("--dedicate needs --cells: one cell takes every tier")
         return ()
     if values.policies or values.capacity or values.out or values.replay:
         raise InvalidInputError("--cells compares routers: leave --policies, --capacity, --out and --replay out")

@@ -1,20 +1,22 @@
 """Cells as replicas of a Ray Serve deployment."""
 
-from collections.abc import AsyncIterator, Sequence
+import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
 
+import nitsum_jax
 from nitsum_jax.cluster.flags import ClusterOptions
-from nitsum_jax.cluster.messages import FAILED, CellEvents, CellFacts
+from nitsum_jax.cluster.messages import FAILED, CellFacts
 from nitsum_jax.control.routing.scaling import CellPressure, cells_wanted
-from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
 from nitsum_jax.server.address import DEFAULT_HOST
 
 if TYPE_CHECKING:
+    from nitsum_jax.cluster.wire import CellAddress
     from nitsum_jax.engine.switching.switch import SwitchReport
 
 CELL = "Cell"
@@ -32,6 +34,7 @@ class CellReplica:
     def __init__(self, argv: Sequence[str], report_s: float) -> None:
         # Here rather than at the top: Serve's controller imports this module, and has no use for JAX.
         from nitsum_jax.cluster.host import CellHost
+        from nitsum_jax.cluster.wire import CellPort
         from nitsum_jax.server.launch.flags import read_options
         from nitsum_jax.server.operations import logs
 
@@ -40,21 +43,15 @@ class CellReplica:
             options = read_options(argv)
             logs.configure(options.log_level, options.ops.log_format)
             self._host = CellHost(serve.get_replica_context().replica_id.unique_id, options, report_s)
+            self._port = CellPort(self._host, ray.util.get_node_ip_address())
         except NitsumError as error:
             raise RuntimeError(f"{FAILED}{one_line(str(error))}") from None
 
     async def facts(self, _cell: str) -> CellFacts:
         return await self._host.facts()
 
-    async def events(self, _cell: str, door: str) -> AsyncIterator[CellEvents]:
-        async for events in self._host.events(door):
-            yield events
-
-    async def submit(self, _cell: str, door: str, request: Request, left_s: float | None) -> NitsumError | None:
-        return await self._host.submit(door, request, left_s)
-
-    async def cancel(self, _cell: str, ids: Sequence[str]) -> None:
-        await self._host.cancel(ids)
+    async def listen(self, _cell: str) -> "CellAddress":
+        return await self._port.open()
 
     async def set_layout(self, _cell: str, layout: str, prepare: bool) -> "SwitchReport":
         return await self._host.set_layout(layout, prepare)
@@ -72,7 +69,9 @@ class CellReplica:
         return {"pressure": pressure.pressure, "attainment": pressure.attainment}
 
     async def __del__(self) -> None:
-        host = getattr(self, "_host", None)
+        port, host = getattr(self, "_port", None), getattr(self, "_host", None)
+        if port is not None:
+            await port.leave()
         if host is not None:
             host.close()
 
@@ -98,6 +97,15 @@ def wanted_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
     pressures = [CellPressure(value, attainment.get(name, 1.0)) for name, value in measured.get("pressure", {}).items()]
     least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
     return cells_wanted(context.target_num_replicas, pressures, least, most), {}
+
+
+def _version(options: ClusterOptions) -> str:
+    """Differs where cells do: a change of their number is none of theirs.
+
+    A replica tells of its load only if it was started with autoscaling.
+    """
+    told = (nitsum_jax.__version__, options.cell_argv, options.report_s, options.scales)
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Application:
@@ -132,13 +140,14 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
             min_replicas=options.least,
             initial_replicas=options.cells,
             max_replicas=options.most,
-            upscale_delay_s=5.0,
-            downscale_delay_s=60.0,
-            metrics_interval_s=1.0,
-            look_back_period_s=5.0,
+            upscale_delay_s=options.up_s,
+            downscale_delay_s=options.down_s,
+            metrics_interval_s=min(1.0, options.up_s / 2),
+            look_back_period_s=min(5.0, options.up_s),
             policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.on_ray.deployment:wanted_replicas"),
         )
     else:
         common["num_replicas"] = options.cells
-    deployment = serve.deployment(**common)(CellReplica)
+    # Serve would take what is deployed again for something new, and replace all cells to add one.
+    deployment = serve.deployment(**common)(CellReplica).options(version=_version(options), _internal=True)
     return deployment.bind(options.cell_argv, options.report_s)

@@ -30,6 +30,8 @@ def prepare(options: ClusterOptions) -> None:
         # Ray reads this when it is imported. It has a mode in which its processes listen on the loopback address only,
         # and this is the name of the switch on Linux, too; else it replaces 127.0.0.1 by an address of the machine.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Ray gives its workers the niceness of work in the background, 15; a cell would wait for all else that runs.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     else:
         with _joining(options.address):
             _reach(options.address)

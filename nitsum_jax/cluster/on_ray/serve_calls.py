@@ -1,5 +1,6 @@
-"""A front door's calls to a cell, as calls of a Ray Serve handle."""
+"""A front door's calls to a cell: what is seldom as calls of a Ray Serve handle, what is frequent over a socket."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,11 +10,14 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellGoneError
+from nitsum_jax.cluster.wire import CellConnection, connect
 from nitsum_jax.engine.request import Request
 from nitsum_jax.errors import NitsumError, one_line
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.switching.switch import SwitchReport
+
+_LISTEN_S = 30.0
 
 
 @contextlib.contextmanager
@@ -21,6 +25,8 @@ def _reached() -> Iterator[None]:
     """What Ray says about a replica that is no more, as the front door understands it."""
     try:
         yield
+    except TimeoutError:
+        raise CellGoneError("it does not answer") from None
     except (RayError, RayServeException) as error:
         cause = getattr(error, "cause", None)
         if isinstance(cause, NitsumError):
@@ -35,29 +41,28 @@ class ServeCell:
     def __init__(self, name: str, handle: "DeploymentHandle[Any]") -> None:
         self._name = name
         self._handle = handle
-        self._streams = handle.options(stream=True)
+        self._connection: CellConnection | None = None
 
     async def facts(self) -> CellFacts:
         with _reached():
             return await self._handle.facts.remote(self._name)
 
     async def events(self, door: str) -> AsyncIterator[CellEvents]:
-        response = self._streams.events.remote(self._name, door)
+        with _reached():
+            async with asyncio.timeout(_LISTEN_S):
+                address = await self._handle.listen.remote(self._name)
+        connection = self._connection = await connect(address, door)
         try:
-            with _reached():
-                async for events in response:
-                    yield events
+            async for events in connection.events():
+                yield events
         finally:
-            response.cancel()
-        raise CellGoneError("it has ended")
+            connection.close()
 
     async def submit(self, door: str, request: Request, left_s: float | None) -> NitsumError | None:
-        with _reached():
-            return await self._handle.submit.remote(self._name, door, request, left_s)
+        return await self._connected().submit(request, left_s)
 
     async def cancel(self, ids: Sequence[str]) -> None:
-        with _reached():
-            await self._handle.cancel.remote(self._name, tuple(ids))
+        self._connected().cancel(ids)
 
     async def set_layout(self, layout: str, prepare: bool) -> "SwitchReport":
         with _reached():
@@ -66,3 +71,8 @@ class ServeCell:
     async def set_device(self, device: int, lost: bool) -> None:
         with _reached():
             await self._handle.set_device.remote(self._name, device, lost)
+
+    def _connected(self) -> CellConnection:
+        if self._connection is None:
+            raise CellGoneError("there is no connection to it")
+        return self._connection

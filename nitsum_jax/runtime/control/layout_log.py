@@ -23,12 +23,14 @@ class LayoutChoice:
       choice: the layout chosen, in text form.
       reason: why, one line.
       plan_s: how long planning took; None where nothing was planned.
+      cell: in which of several cells; empty: in the only one, or in all.
     """
 
     time_s: float
     choice: str
     reason: str
     plan_s: float | None = None
+    cell: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class SwitchNote:
       weight_bytes: likewise.
       requeued: sequences to be computed anew.
       error: why it failed; None if it did not.
+      cell: in which of several cells; empty: in the only one, or in all.
     """
 
     time_s: float
@@ -56,6 +59,7 @@ class SwitchNote:
     weight_bytes: int = 0
     requeued: int = 0
     error: str | None = None
+    cell: str = ""
 
 
 class LayoutObserver(Protocol):

@@ -11,16 +11,16 @@ import nitsum_jax
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.runtime.backend import ServingEngine, ServingStats
-from nitsum_jax.runtime.control.layout_log import LayoutLog
+from nitsum_jax.runtime.backend import CellView, ManyCells, ServingEngine, ServingStats
+from nitsum_jax.runtime.control.layout_log import KEPT, LayoutLog
 from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.operations.dashboard.feed import Feed
-from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot, InstanceView, TierView, Totals
+from nitsum_jax.server.operations.dashboard.snapshot import CellBox, DashboardSnapshot, InstanceView, TierView, Totals
 from nitsum_jax.server.operations.logs import log_request
 from nitsum_jax.server.operations.metrics.cell import CellCollector, SwitchMetrics
 from nitsum_jax.server.operations.metrics.requests import RequestMetrics
-from nitsum_jax.server.operations.metrics.window import Windows
+from nitsum_jax.server.operations.metrics.window import WINDOW_S, Windows
 from nitsum_jax.server.operations.tracing import RequestTracer
 from nitsum_jax.server.security.engine_access import access_checked
 from nitsum_jax.server.security.guard import REASONS
@@ -110,6 +110,7 @@ class Operations:
     def snapshot(self) -> DashboardSnapshot:
         """The cell now."""
         stats = self._engine.stats()
+        decisions, switches = self._engine.cell_notes() if isinstance(self._engine, ManyCells) else ((), ())
         return DashboardSnapshot(
             time_s=time.time(),
             model=self._model,
@@ -122,8 +123,8 @@ class Operations:
                 for load in self._engine.loads()
             ),
             tiers=self._tier_views(),
-            switches=self.layout_log.switches(),
-            decisions=self.layout_log.decisions(),
+            switches=tuple(sorted([*self.layout_log.switches(), *switches], key=lambda one: one.time_s)[-KEPT:]),
+            decisions=tuple(sorted([*self.layout_log.decisions(), *decisions], key=lambda one: one.time_s)[-KEPT:]),
             totals=Totals(
                 waiting=stats.waiting,
                 running=stats.running,
@@ -136,6 +137,7 @@ class Operations:
                 prefix_share=_prefix_share(stats),
             ),
             compiling=self._engine.compiling(),
+            cells=tuple(map(_box, self._engine.cell_views())) if isinstance(self._engine, ManyCells) else (),
         )
 
     def close(self) -> None:
@@ -168,6 +170,21 @@ class Operations:
                 )
             )
         return tuple(views)
+
+
+def _box(view: CellView) -> CellBox:
+    stats = view.stats
+    return CellBox(
+        view.name,
+        view.state,
+        view.layout,
+        view.devices,
+        stats.waiting if stats else 0,
+        stats.running if stats else 0,
+        1 - stats.blocks_free / stats.blocks_total if stats and stats.blocks_total else 0.0,
+        stats.tokens_generated if stats else 0,
+        {tier: (met / counted, round(met / WINDOW_S, 4)) for tier, (counted, met) in view.lately.items() if counted},
+    )
 
 
 def _prefix_share(stats: ServingStats) -> float | None:

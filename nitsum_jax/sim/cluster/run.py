@@ -37,6 +37,8 @@ class ClusterSetting:
       doors: routers that know nothing of each other; requests come to them in turn.
       continued: share of the requests that go on with an earlier one.
       seed: of conversations.
+      dedicated: by tier, how many of the cells take its requests and no others, and the layout of these; tiers that are
+        not named share the rest.
     """
 
     cells: int
@@ -45,6 +47,20 @@ class ClusterSetting:
     doors: int = 1
     continued: float = 0.5
     seed: int = 0
+    dedicated: Mapping[str, tuple[int, Layout]] = dataclasses.field(default_factory=dict)
+
+    def plans(self) -> list[Layout]:
+        """The layout of every cell: those of dedicated ones first."""
+        own = [plan for count, plan in self.dedicated.values() for _ in range(count)]
+        return own + [self.plan] * (self.cells - len(own))
+
+    def places(self, tiers: TierSet) -> dict[str, range]:
+        """Which cells take the requests of each tier."""
+        found, first = {}, 0
+        for tier, (count, _) in self.dedicated.items():
+            found[tier] = range(first, first + count)
+            first += count
+        return {name: found.get(name, range(first, self.cells)) for name in tiers.names}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,9 +164,13 @@ def simulate_cluster(
       setting: the cells.
       router: chooses, at every door.
     """
-    cells = [_Cell(number, cost, tiers, setting.plan, setting.doors) for number in range(setting.cells)]
+    cells = [_Cell(number, cost, tiers, plan, setting.doors) for number, plan in enumerate(setting.plans())]
     by_name = {cell.known[0].name: cell for cell in cells}
-    known = [[cell.known[door] for cell in cells] for door in range(setting.doors)]
+    places = setting.places(tiers)
+    known = [
+        {tier: [cells[place].known[door] for place in its] for tier, its in places.items()}
+        for door in range(setting.doors)
+    ]
     # Cells report in turn, not all at once.
     due = collections.deque((setting.report_s * (n + 1) / len(cells), cell) for n, cell in enumerate(cells))
     for cell in cells:
@@ -168,10 +188,10 @@ def simulate_cluster(
         for cell in cells:  # a router learns at once which of its own requests have ended
             cell.model.run_until(now_s)
         tier = tiers.get(request.tier)
-        usual = cells[0].scheduler.expected_output(request.tier)
+        usual = cells[places[tier.name][0]].scheduler.expected_output(request.tier)
         routed = RoutedRequest(tier, request.prompt_tokens, usual, prefixes)
         door = number % setting.doors
-        chosen = router.choose(routed, known[door], now_s)
+        chosen = router.choose(routed, known[door][tier.name], now_s)
         chosen.sent(routed, now_s)
         held += by_name[chosen.name].take(number, request, tiers, prefixes, door)
     for cell in cells:

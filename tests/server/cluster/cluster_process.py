@@ -1,7 +1,8 @@
-"""A nitsum-cluster of two cells of tiny-random in its own process, for tests that have Ray."""
+"""A nitsum-cluster of cells of tiny-random in its own process, for tests that have Ray."""
 
 import contextlib
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -9,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,12 @@ class ClusterProcess:
     http: str
     grpc: str
     mark: str
+
+    def deploy(self, **changes: object) -> None:
+        """Has it deploy anew, with other options; returns at once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(changes).encode() + b"\n")
+        self.process.stdin.flush()
 
     def cells(self) -> list[int]:
         """Ids of the processes that hold a cell: they have inherited a variable of its environment."""
@@ -66,33 +74,55 @@ def _environment_of(pid: int) -> bytes:
 @contextlib.contextmanager
 def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
     """Starts it, and ends it with all that belongs to it."""
-    command = [sys.executable, "-m", "nitsum_jax.cluster.main", *CELLS, f"--cells={cells}", "--port=0", "--http_port=0"]
+    module = "tests.server.cluster.told_cluster"
+    command = [sys.executable, "-m", module, *CELLS, f"--cells={cells}", "--port=0", "--http_port=0", *flags]
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment() | {MARK: mark}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment() | {MARK: mark},
     )
+    said: list[str] = []
+    reading = None
     try:
         text = read_until(process, ("nitsum-generate", "nitsum-cluster:"))
         ready = re.search(r"is ready on (\S+),", text)
         assert ready is not None, text
         web = re.search(r"HTTP: (\S+)/v1", text)
         assert web is not None, text
+        reading = threading.Thread(target=_keep, args=(process, said), daemon=True)  # else it stops at a full pipe
+        reading.start()
         yield ClusterProcess(process, web[1], ready[1], mark)
     finally:
         died = process.poll()
         process.send_signal(signal.SIGTERM)
         try:
-            rest, _ = process.communicate(timeout=60)
+            process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             process.kill()
-            rest, _ = process.communicate()
-        print(rest.decode(errors="replace"))  # pytest shows it where a test has failed
+            process.wait()
+        if reading is not None:
+            reading.join(30)  # until its children have ended, too
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        if reading is None or not reading.is_alive():
+            process.stdout.close()
+        print(*(line for line in said if "nitsum_jax.requests" not in line), sep="")  # shown where a test has failed
         assert died is None, f"the front door has ended by itself with {died}"
 
 
 def environment() -> dict[str, str]:
     """Of this process, without a proxy."""
     return {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+
+
+def _keep(process: "subprocess.Popen[bytes]", said: list[str]) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        said.append(line.decode(errors="replace"))
 
 
 def read_until(process: "subprocess.Popen[bytes]", words: Sequence[str]) -> str:

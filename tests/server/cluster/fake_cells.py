@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import nitsum_jax
-from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellGoneError, CellStatus
+from nitsum_jax.cluster.messages import CellEvents, CellFacts, CellGoneError, CellLeavesError, CellStatus
 from nitsum_jax.control.routing.report import GRID, CellReport
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta
 from nitsum_jax.errors import NitsumError, OverloadedError
+from nitsum_jax.runtime.control.layout_log import LayoutChoice
 from tests.server.fake_engine import FakeEngine, Script
 
 REPORT_S = 0.02
@@ -28,6 +29,9 @@ class FakeCell:
         self.taken: list[Request] = []
         self.hung = False
         self.dead = False
+        self.left = False
+        self.lately: dict[str, tuple[int, int]] = {}
+        self.decisions: tuple[LayoutChoice, ...] = ()
         self.full = False
         self._version = version or nitsum_jax.__version__
         self._tiers = tiers
@@ -39,6 +43,14 @@ class FakeCell:
     def die(self) -> None:
         """As kill -9: nothing more is said, calls fail."""
         self.dead = True
+        self._wake()
+
+    def leave(self) -> None:
+        """As one that is taken away: it says so."""
+        self.left = True
+        self.die()
+
+    def _wake(self) -> None:
         if self._loop is not None and self._queue is not None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, CellEvents())
 
@@ -91,7 +103,7 @@ class FakeCell:
         while self.hung and not self.dead:
             await asyncio.sleep(0.005)
         if self.dead:
-            raise CellGoneError("the process was killed")
+            raise CellLeavesError("it is taken away") if self.left else CellGoneError("the process was killed")
 
     def _sink(self, deltas: Sequence[TokenDelta]) -> None:
         if self._loop is not None and self._queue is not None:
@@ -113,4 +125,14 @@ class FakeCell:
         names = {field.name for field in dataclasses.fields(EngineStats)} & {f.name for f in dataclasses.fields(stats)}
         counted = EngineStats(sent_back=0, **{name: getattr(stats, name) for name in names})
         limits = RequestLimits(257, DEFAULT_TIERS.names, 10_000, 10_000)
-        return CellStatus(report, limits, counted, "tp1x2", ("tp1x2",), (), self.engine.compiling())
+        return CellStatus(
+            report,
+            limits,
+            counted,
+            "tp1x2",
+            ("tp1x2",),
+            (),
+            self.engine.compiling(),
+            lately=self.lately,
+            decisions=self.decisions,
+        )

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc.aio
@@ -12,6 +12,7 @@ import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from nitsum_jax.control.tiers import Tier, TierSet, tiers_toml
 from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 from tests.server.cluster.cluster_process import ClusterProcess, started
 from tests.server.operations.http import fetch
@@ -19,11 +20,17 @@ from tests.server.operations.http import fetch
 pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")
 
 TOKENS = 160
+NEVER_S = 100_000.0
+TIERS = TierSet((Tier("batch", 60_000, 1_000), Tier("tight", 1, 1_000)))
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[ClusterProcess]:
-    with started("--silent_seconds=3") as process:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ClusterProcess]:
+    tiers = tmp_path_factory.mktemp("tiers") / "tiers.toml"
+    tiers.write_text(tiers_toml(TIERS))
+    # Autoscaling is on, and takes its time until a test says otherwise.
+    scaling = ("--min_cells=1", "--max_cells=3", f"--scale_up_seconds={NEVER_S}", f"--scale_down_seconds={NEVER_S}")
+    with started("--silent_seconds=3", "--log_level=info", f"--tiers={tiers}", *scaling) as process:
         yield process
 
 
@@ -60,16 +67,21 @@ async def many(running: ClusterProcess, count: int, disturb: Any = None) -> list
         return await asyncio.gather(*streams)
 
 
-def wait_for_cells(running: ClusterProcess, count: int, timeout_s: float = 120.0) -> None:
-    """Until so many cells are known to the front door."""
+def serving(running: ClusterProcess) -> int:
+    """Cells that the front door sends requests to."""
 
     async def instances() -> int:
         async with grpc.aio.insecure_channel(running.grpc) as channel:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             return len((await stub.GetLayout(nitsum_pb2.GetLayoutRequest())).instances)
 
+    return asyncio.run(instances())
+
+
+def wait_for_cells(running: ClusterProcess, count: int, timeout_s: float = 120.0) -> None:
+    """Until so many cells are known to the front door."""
     end = time.monotonic() + timeout_s
-    while asyncio.run(instances()) != count:
+    while serving(running) != count:
         assert time.monotonic() < end, f"there are not {count} cells"
         time.sleep(0.2)
 
@@ -107,7 +119,7 @@ def test_health_metrics_and_layout_are_those_of_all_cells(running: ClusterProces
         assert layout.layout == "tp1x2"
         assert len(layout.devices) == 2
         text = (await fetch(f"{running.http}/metrics")).text
-        assert 'nitsum_predicted_ttft_seconds{model_name="tiny-random",tier="interactive"}' in text
+        assert 'nitsum_predicted_ttft_seconds{model_name="tiny-random",tier="tight"}' in text
         assert 'nitsum_total_queued_requests{model_name="tiny-random"} 0.0' in text
         assert (await fetch(f"{running.http}/readyz")).status == 200
 
@@ -119,6 +131,13 @@ def test_nothing_of_it_listens_beyond_this_machine(running: ClusterProcess) -> N
     loopback = ("0100007F:", "0000000000000000FFFF00000100007F:", "00000000000000000000000001000000:")
     assert len(places) >= 8  # front door, Ray's own processes, cells
     assert {address: name for address, name in places.items() if not address.startswith(loopback)} == {}
+
+
+def test_cells_do_not_run_in_the_background(running: ClusterProcess) -> None:
+    """Ray would have them wait for whatever else runs on the machine."""
+    niceness = [os.getpriority(os.PRIO_PROCESS, pid) for pid in (running.process.pid, *running.cells())]
+    assert len(niceness) == 3
+    assert len(set(niceness)) == 1
 
 
 def test_a_cell_that_hangs_is_left_within_its_bound(
@@ -143,3 +162,49 @@ def test_a_cell_that_is_killed_loses_nothing(running: ClusterProcess, undisturbe
     assert asyncio.run(many(running, 32, lambda: os.kill(killed, signal.SIGKILL))) == undisturbed
     wait_for_cells(running, 2)  # Ray starts another
     assert killed not in running.cells()
+
+
+async def under_load(
+    running: ClusterProcess, expected: list[tuple[int, ...]], streams: int, done: Callable[[], bool]
+) -> None:
+    """So many streams all the time, each of which comes whole, until something has happened."""
+
+    async def client(number: int) -> None:
+        while not over.is_set():
+            assert await generate(stub, number % 32) == expected[number % 32]
+
+    over = asyncio.Event()
+    async with grpc.aio.insecure_channel(running.grpc) as channel, asyncio.timeout(300):
+        stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+        async with asyncio.TaskGroup() as clients:
+            for number in range(streams):
+                clients.create_task(client(number))
+            while not await asyncio.to_thread(done):
+                await asyncio.sleep(0.1)
+            over.set()
+
+
+def test_a_rolling_update_is_not_noticed(running: ClusterProcess, undisturbed: list[tuple[int, ...]]) -> None:
+    old = set(running.cells())
+
+    def updated() -> bool:
+        now = set(running.cells())
+        return len(now) == 2 and not now & old and serving(running) == 2
+
+    running.deploy(report_s=0.15)  # cells that differ are new cells
+    asyncio.run(under_load(running, undisturbed, 4, updated))
+
+
+def test_one_cell_becomes_three_and_one_again_by_itself(
+    running: ClusterProcess, undisturbed: list[tuple[int, ...]]
+) -> None:
+    """By what cells predict: in one that is full a request of the tier `tight` would miss its target."""
+    first = set(running.cells())
+    running.deploy(down_s=1.0)
+    wait_for_cells(running, 1)  # nothing is to be done
+    running.deploy(up_s=0.5, down_s=NEVER_S)
+    asyncio.run(under_load(running, undisturbed, 48, lambda: serving(running) == 3))
+    assert len(first & set(running.cells())) == 1  # another number of cells replaces none
+    running.deploy(up_s=NEVER_S, down_s=1.0)
+    wait_for_cells(running, 1)
+    assert asyncio.run(many(running, 8)) == undisturbed[:8]

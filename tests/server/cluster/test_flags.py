@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from nitsum_jax.cluster.flags import read
+from nitsum_jax.cluster.host import with_own_log
 from nitsum_jax.cluster.main import engine_of, loaded, main, model_of
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
@@ -99,6 +100,14 @@ def test_cells_need_their_devices() -> None:
     assert resource_of(options, {"TPU": 16.0}) == "TPU"
     with pytest.raises(PreconditionError, match="need 12 GPUs, and the cluster has 8"):
         resource_of(options, {"GPU": 8.0})
+
+
+def test_each_cell_writes_its_own_decision_log() -> None:
+    options = read(["nitsum-cluster", "--planner=on", "--decision_log=folder/plans.jsonl"]).serve
+    assert with_own_log(options, "abc").control.log == "folder/plans.abc.jsonl"
+    assert options.control.log == "folder/plans.jsonl"
+    bare = read(["nitsum-cluster"]).serve
+    assert with_own_log(bare, "abc") is bare
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from nitsum_jax.cluster.front import ClusterEngine
 from nitsum_jax.control.tiers import DEFAULT_TIERS, Tier, TierSet
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.errors import InvalidInputError, OverloadedError, UnavailableError
+from nitsum_jax.runtime.control.layout_log import LayoutChoice
 from nitsum_jax.runtime.streams.router import StreamRouter
 from tests.server.cluster.fake_cells import FakeCell
 
@@ -34,7 +35,7 @@ class Cluster:
             DEFAULT_TIERS,
             self.router.sink,
             self.router.admitted,
-            **{"silent_s": 0.4, "wait_s": 2.0, **settings},
+            **{"silent_s": 0.4, "wait_s": 2.0, "missing_s": 0.1, **settings},
         )
         self.engine.set_cells(self.cells)
 
@@ -46,7 +47,9 @@ class Cluster:
         found: list[int] = []
         with self.router.stream(self.engine, request) as stream:
             while True:
-                for delta in await asyncio.wait_for(stream.next(), TIMEOUT_S):
+                async with asyncio.timeout(TIMEOUT_S):
+                    deltas = await stream.next()
+                for delta in deltas:
                     found += delta.token_ids
                     if delta.finish_reason is not None:
                         return found, delta.finish_reason, delta.error
@@ -166,6 +169,19 @@ def test_a_request_that_ends_cells_is_given_up_after_two() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_may_outlive_more_cells_that_are_taken_away() -> None:
+    async def scenario() -> None:
+        async with cluster(4) as made:
+            stream = asyncio.create_task(made.say("long", 400))
+            for left in range(3):
+                await until(lambda: any(cell.engine.stats().running for cell in made.cells.values() if not cell.dead))
+                next(c for c in made.cells.values() if not c.dead and c.engine.stats().running).leave()
+                await until(lambda left=left: len(made.engine.cells()) == 3 - left)  # type: ignore[misc]
+            assert await stream == whole(400)
+
+    asyncio.run(scenario())
+
+
 def test_a_request_waits_for_a_cell_and_not_for_ever() -> None:
     async def scenario() -> None:
         async with cluster(1, settings={"wait_s": 0.5}) as made:
@@ -199,6 +215,34 @@ def test_cells_come_and_go_under_load() -> None:
                 made.engine.set_cells({name: made.cells[name] for name in names})
             assert await asyncio.gather(*streams) == [whole(400)] * 24
             await until(lambda: made.engine.cells() == {"cell-2": "serving"})
+
+    asyncio.run(scenario())
+
+
+def test_a_cell_that_is_left_out_for_a_moment_is_not_taken_away() -> None:
+    async def scenario() -> None:
+        async with cluster(1, settings={"missing_s": 1.0}) as made:
+            stream = asyncio.create_task(made.say("long", 300))
+            await until(lambda: made.engine.stats().tokens_generated > 20)
+            made.engine.set_cells({})
+            await asyncio.sleep(0.1)
+            assert await made.say("meanwhile") == whole()
+            made.engine.set_cells(made.cells)
+            assert await stream == whole(300)
+            assert [one.generated for one in made.cells["cell-0"].taken] == [(), ()]
+
+    asyncio.run(scenario())
+
+
+def test_a_cell_that_is_listed_no_more_and_ends_is_forgotten() -> None:
+    async def scenario() -> None:
+        async with cluster(2, settings={"missing_s": 5.0}) as made:
+            made.engine.set_cells({"cell-1": made.cells["cell-1"]})
+            made.cells["cell-0"].leave()
+            await until(lambda: made.engine.cells() == {"cell-1": "serving"})
+            await asyncio.sleep(0.6)  # longer than a cell that is listed is left alone
+            assert made.engine.cells() == {"cell-1": "serving"}
+            assert await made.say("fine") == whole()
 
     asyncio.run(scenario())
 
@@ -301,6 +345,28 @@ def test_cells_are_seen_as_one() -> None:
             made.cells["cell-0"].die()
             await until(lambda: len(engine.cells()) == 1)
             assert engine.stats().tokens_generated == tokens + 50  # a counter never falls
+
+    asyncio.run(scenario())
+
+
+def test_each_cell_is_seen_by_itself() -> None:
+    async def scenario() -> None:
+        async with cluster(2) as made:
+            cell = made.cells["cell-1"]
+            cell.decisions = (LayoutChoice(1.0, "tp2", "why not"),)
+            cell.lately = {"standard": (4, 3)}
+            await until(lambda: made.engine.cell_views()[1].lately == {"standard": (4, 3)})
+            views = made.engine.cell_views()
+            assert [(view.name, view.state, view.layout) for view in views] == [
+                ("cell-0", "serving", "tp1x2"),
+                ("cell-1", "serving", "tp1x2"),
+            ]
+            assert [view.devices for view in views] == [(0, 1), (2, 3)]
+            assert made.engine.cell_notes() == ([LayoutChoice(1.0, "tp2", "why not", cell="cell-1")], [])
+            made.cells["cell-0"].hang()
+            await until(lambda: made.engine.cell_views()[0].state == "silent")
+            assert [view.devices for view in made.engine.cell_views()] == [(), (0, 1)]  # as in the layout of all
+            made.cells["cell-0"].hang(False)
 
     asyncio.run(scenario())
 

@@ -63,6 +63,7 @@ async def opened(
     script: Script = echo,
     host: str = "127.0.0.1",
     forecasts: Callable[[], Sequence[TierForecast]] | None = None,
+    make: type[FakeEngine] = FakeEngine,
     **engine_options: Any,
 ) -> AsyncIterator[Open]:
     """As nitsum-serve does it, around a fake engine."""
@@ -75,7 +76,7 @@ async def opened(
     await web.start()
     await ports.start()
     router = StreamRouter(asyncio.get_running_loop())
-    engine = FakeEngine(router.sink, script, admitted=router.admitted, **engine_options)
+    engine = make(router.sink, script, admitted=router.admitted, **engine_options)
     try:
         backend = ports.open(engine, served_model(), router, forecasts=forecasts)
         await server.serve(backend)

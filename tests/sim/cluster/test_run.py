@@ -69,6 +69,19 @@ def test_a_conversation_contains_what_was_said_before() -> None:
     assert not any(conversations(requests, 0.0, 0))
 
 
+def test_dedicated_cells_take_one_tier_and_have_their_layout() -> None:
+    tiers = TierSet((Tier("chat", 500, 25), Tier("code", 5000, 100)))
+    requests = [TraceRequest(n / 20, 1000, 20, "code" if n % 4 else "chat") for n in range(100)]
+    workload = Workload(tuple(requests), "mixed", 5.0)
+    own = {"chat": (2, homogeneous(2, 2))}
+    setting = ClusterSetting(3, homogeneous(2, 1), dedicated=own)
+    assert setting.places(tiers) == {"chat": range(2), "code": range(2, 3)}
+    assert [str(plan.unplaced) for plan in setting.plans()] == ["tp2", "tp2", "tp1x2"]
+    outcome = simulate_cluster(workload, tiers, COST, setting, ROUTERS["ours"](0))
+    assert outcome.offered == 100
+    assert outcome.fullest == 75 / (100 / 3)  # all code requests in the one cell that is left
+
+
 def test_the_tool_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--profile=llama-3.1-8b-h100", "--cells=2", "--devices=1", "--policy=tp1", "--seconds=5"]
     assert main(["nitsum-simulate", *flags, "--router=round_robin,ours"]) == 0
@@ -83,6 +96,12 @@ def test_the_tool_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         (["--router=ours"], "--router needs --cells"),
         (["--cells=2", "--router=best"], "--router=best is not known"),
         (["--cells=2", "--capacity"], "--cells compares routers"),
+        (["--cells=2", "--dedicate=chat"], "--dedicate=chat: give TIER:CELLS"),
+        (["--cells=2", "--dedicate=chat:3"], "--dedicate takes 3 cells, and --cells=2"),
+        (["--cells=2", "--dedicate=chat:1,chat:1"], "names tier chat twice"),
+        (["--cells=2", "--dedicate=chat:2"], "leaves no cell for tier code"),
+        (["--cells=2", "--dedicate=none:1"], "unknown tier 'none'"),
+        (["--dedicate=chat:1"], "--dedicate needs --cells"),
     ],
 )
 def test_wrong_flags_are_named(flags: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,30 @@ class Totals:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CellBox:
+    """One of several cells.
+
+    Attributes:
+      name: of the cell.
+      state: "joining", "serving" or "silent".
+      layout: in force, text form.
+      devices: indices among those of all cells.
+      waiting, running, kv_use, tokens: of this cell; as of `Totals`.
+      tiers: by name, (attainment, goodput) of the last minute.
+    """
+
+    name: str
+    state: str
+    layout: str
+    devices: tuple[int, ...]
+    waiting: int
+    running: int
+    kv_use: float
+    tokens: int
+    tiers: dict[str, tuple[float, float]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class DashboardSnapshot:
     """The cell at one moment.
 
@@ -73,6 +97,7 @@ class DashboardSnapshot:
       decisions: likewise.
       totals: of the cell.
       compiling: what is being compiled, and the layouts that are waited for.
+      cells: of a front door; empty of a server that is one cell.
     """
 
     time_s: float
@@ -87,6 +112,7 @@ class DashboardSnapshot:
     decisions: tuple[LayoutChoice, ...]
     totals: Totals
     compiling: CompileProgress = CompileProgress()
+    cells: tuple[CellBox, ...] = ()
 
     def as_json(self) -> str:
         """One line of JSON with the fields as they are named here."""
@@ -102,8 +128,11 @@ class StatusSource(Protocol):
 
 def point(snapshot: DashboardSnapshot) -> dict[str, object]:
     """The part of a snapshot that is kept for the curves."""
-    return {
+    kept: dict[str, object] = {
         "t": round(snapshot.time_s, 3),
         "tokens": snapshot.totals.tokens,
         "tiers": {tier.name: (tier.attainment, round(tier.goodput, 4)) for tier in snapshot.tiers},
     }
+    if snapshot.cells:
+        kept["cells"] = {cell.name: {"tokens": cell.tokens, "tiers": cell.tiers} for cell in snapshot.cells}
+    return kept

@@ -10,10 +10,11 @@ from prometheus_client.registry import Collector
 
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
-from nitsum_jax.runtime.backend import ServingEngine, ServingStats
+from nitsum_jax.runtime.backend import ManyCells, ServingEngine, ServingStats
 from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.server.operations.metrics import buckets
+from nitsum_jax.server.operations.metrics.cells import each_cell
 from nitsum_jax.server.operations.metrics.window import Windows
 
 _FROM_STATS: Final = (
@@ -78,6 +79,8 @@ class CellCollector(Collector):
         yield from self._lately()
         yield from self._predicted()
         yield from self._cell()
+        if isinstance(self._engine, ManyCells):
+            yield from each_cell(self._model, self._engine.cell_views())
 
     def _requests(self) -> Iterator[Metric]:
         waiting: Tally[str] = Tally()
