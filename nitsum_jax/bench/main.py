@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from nitsum_jax.bench import switch
 from nitsum_jax.bench.compile import main as compile_steps
 from nitsum_jax.bench.demo import main as demo
+from nitsum_jax.bench.evals import main as evals
 from nitsum_jax.bench.gpu_check import main as gpu_check
 from nitsum_jax.bench.serve import main as serve
 from nitsum_jax.errors import NitsumError
@@ -17,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "serve": ("TTFT, TPOT and goodput of a server under a trace or a synthetic load", serve.run),
     "demo": ("adaptive control against static layouts, live in a paced cell of 8 devices", demo.run),
     "compile": ("what the compilers of accelerators make of a step, without the accelerators", compile_steps.run),
+    "evals": ("whether a served model is the model: likelihoods of texts beside those of transformers", evals.run),
     "gpu-check": ("whether an accelerator computes what it should, and how near the limit", gpu_check.run),
 }
 

@@ -1,7 +1,11 @@
 """The attention kernels compiled for TPUs and GPUs that are not there: the pool is read where it lies."""
 
 import dataclasses
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nitsum_jax.bench.compile.rows import KERNEL_BUNDLES
 from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import step_forms
@@ -111,3 +116,22 @@ def test_the_kernel_compiles_and_copies_no_pool(target: str, name: str) -> None:
         found = re.search(r"= \w+\[([\d,]+)\]\S* (\S+?)\(", line)
         if found and int(np.prod([int(n) for n in found[1].split(",")], dtype=np.int64)) in sizes:
             assert found[2] in ("parameter", "bitcast"), line[:200]
+
+
+@pytest.mark.parametrize(("name", "page_size"), [("decode", 16), ("decode-pages-of-64", 64)])
+@pytest.mark.parametrize("target", ["v5e:2x4", "v6e:2x4"])
+def test_estimates_count_the_cycles_of_the_compilers_schedule(
+    target: str, name: str, page_size: int, tmp_path: pathlib.Path
+) -> None:
+    skip_without_compiler(target)
+    # libtpu writes what it makes of a kernel down if it is told so before it is loaded.
+    env = dict(os.environ) | {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={tmp_path} --xla_jf_dump_llo_text=true"}
+    compiling = f"{__file__}::{test_the_kernel_compiles_and_copies_no_pool.__name__}[{target}-{name}]"
+    subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", compiling], env=env, check=True)
+    (schedule,) = (path for path in tmp_path.glob("*paged_attention*final_bundles.txt") if "analysis" not in path.name)
+    lines = re.findall(r"^ *0x([0-9a-f]+) +(LB|PF): (>+) ", schedule.read_text(), re.MULTILINE)
+    # The last loop within that over programs is the one over tiles; what follows it lies in the outer one again.
+    start = max(i for i, (_, kind, depth) in enumerate(lines) if (kind, depth) == ("LB", ">>"))
+    end = next(int(at, 16) for at, _, depth in lines[start:] if depth == ">")
+    counted = KERNEL_BUNDLES[target.split(":")[0]][page_size, 1]
+    assert 0.95 * counted <= end - int(lines[start][0], 16) <= 1.05 * counted

@@ -89,3 +89,12 @@ def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None
     assert len(list(kernel.kernels())) == count
     assert kernel.kernel_bytes == once or not step.case.shape.is_decode
     assert (read, written) == (count * kernel.kernel_bytes, 0)
+
+
+def test_a_norm_is_a_handful_of_operations(step: CompiledStep) -> None:
+    # Each takes a TPU about a microsecond, however little it does.
+    if step.case.target.chip.platform != "tpu":
+        return
+    norms = 2 * step.case.config.num_layers + 1
+    made = [one for one, _, _ in reading(step, CONTEXT).instructions() if "/jit(rms_norm)/" in one.attributes]
+    assert norms <= len(made) <= 5 * norms

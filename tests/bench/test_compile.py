@@ -9,10 +9,11 @@ import textwrap
 import pytest
 
 from nitsum_jax.bench.compile import main as compile_steps
+from nitsum_jax.bench.compile.explain import costs, costs_table
 from nitsum_jax.bench.compile.hlo import Buffer, parse
 from nitsum_jax.bench.compile.report import table
-from nitsum_jax.bench.compile.rows import StepEstimate, exchanged_bytes
-from nitsum_jax.bench.compile.steps import StepCase
+from nitsum_jax.bench.compile.rows import StepEstimate, exchanged_bytes, reading
+from nitsum_jax.bench.compile.steps import CompiledStep, StepCase
 from nitsum_jax.bench.compile.targets import CHIPS, Chip, Target
 from nitsum_jax.bench.compile.work import Reading, Work, Written
 from nitsum_jax.bench.gpu_check import shapes
@@ -147,6 +148,50 @@ def test_a_loop_counts_as_often_as_it_runs_and_of_branches_the_cheapest() -> Non
     assert work.seconds(GPU) == pytest.approx(5 * 8192 / GPU.bytes_per_s)
 
 
+def test_what_runs_is_listed_one_by_one() -> None:
+    found = [(one.name, work.bytes, times) for one, work, times in read(LOOP.replace("{TRIPS}", "")).instructions()]
+    assert sum(work * times for _, work, times in found) == read(LOOP.replace("{TRIPS}", "")).work().bytes
+    assert found == [("y", 8192, 1)]  # nothing of the branch that copies
+    assert [times for *_, times in read(LOOP.replace("{TRIPS}", ""), trips=5).instructions()] == [5]
+
+
+LAYER = """\
+    %y{N} = f32[1024]{0} negate(%x), metadata={op_name="jit(step)/shard_map/mlp/neg"}, {"estimated_cycles":"1500000"}
+"""
+
+
+def test_costs_are_those_of_all_layers_and_the_costliest_come_first() -> None:
+    case = StepCase(Target.parse("v5e:2x4"), shapes.LLAMA_8B, 8, StepShape(32, 1), 1024, 1 << 15)
+
+    def step(layers: int) -> CompiledStep:
+        body = "".join(LAYER.replace("{N}", str(layer)) for layer in range(layers))
+        text = f"""\
+ENTRY %main (x: f32[1024]) -> f32[2048] {{
+    %x = f32[1024]{{0}} parameter(0)
+{body}
+    ROOT %h = f32[2048]{{0}} custom-call(%y0), custom_call_target="head"
+}}
+"""
+        config = dataclasses.replace(case.config, num_layers=layers)
+        return CompiledStep(dataclasses.replace(case, config=config), text, 0, 0, 0, 1.0)
+
+    first, second = found = costs(case, (step(1), step(2)), 512)
+    assert (first.place, first.opcode, first.gives, first.times) == ("mlp/neg", "negate", "f32[1024]", 32)
+    assert first.ms == pytest.approx(32)  # 1.5 million cycles each, at 1.5 GHz
+    assert (second.place, second.times, second.bytes) == ("", 1, 4096 + 8192)
+    text = costs_table("TP 8", found, 1)
+    assert "| 32.000 | 48000 | 0.3 | 32 | negate | f32[1024] | mlp/neg |" in text
+    assert text.endswith("| 0.000 | 0 | 0.0 | 1 |  |  | 1 other kinds |")
+
+
+def test_the_cycles_of_a_tpus_kernel_are_those_of_its_chip() -> None:
+    for name, bundles in (("v5e:2x4", 144), ("v6e:2x4", 117)):
+        case = StepCase(Target.parse(name), shapes.LLAMA_8B, 4, StepShape(32, 1), 2048, 1 << 16)
+        step = CompiledStep(case, "ENTRY %main () -> f32[] {\n}\n", 0, 0, 0, 1.0)
+        # 32 sequences of 2 virtual shards, in tiles of 256 tokens.
+        assert reading(step, 2048).kernel_cycles == 32 * 2 * (120 + 8 * bundles)
+
+
 def test_time_is_linear_in_the_layers_where_bytes_and_cycles_change_places() -> None:
     head, layer = Work(straight_bytes=8.19e9, straight_cycles=1e6), Work(straight_bytes=819, straight_cycles=3e6)
     whole = head.plus(layer, 32)
@@ -217,6 +262,7 @@ def test_targets_are_read_and_others_refused() -> None:
 
 def test_flags_are_read() -> None:
     options = compile_steps.read_options(["c", "--target=h100x8", "--tps=1,8", "--batch=1", "--prefill=512"])
+    assert options.explain == 0
     assert (options.tps, options.batches, options.contexts, options.prefill) == ((1, 8), (1,), (1024, 2048), 512)
     with pytest.raises(InvalidInputError, match="--tps=two must be whole numbers"):
         compile_steps.read_options(["c", "--tps=two"])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nitsum_jax.bench.evals.reference import read_reference
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, TokenLogprob
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.models.loading import OpenModel, open_model
@@ -91,6 +92,16 @@ def test_likelihoods_at_the_end_of_a_prompt(at_tp_1: list[Spoken], prompts: list
             assert set(ids) >= {token for token in np.argsort(-expected) if expected[token] > min(found) + 4e-3}
             compared += 1
     assert compared >= 3
+
+
+def test_texts_are_as_likely_as_nitsum_bench_evals_says(harness: Harness) -> None:
+    """Token by token, as its client asks; within the tolerance that it has for float32."""
+    texts = read_reference(None).texts
+    names = [harness.submit(text.ids[:1], len(text.ids) - 1, forced_ids=text.ids[1:], logprobs=0) for text in texts]
+    harness.collect(names)
+    for name, text in zip(names, texts, strict=True):
+        found = [one.logprob for one in harness.recorder.logprobs(name)]
+        np.testing.assert_allclose(found, text.logprobs, rtol=0, atol=1e-3)
 
 
 def test_a_higher_degree_of_parallelism_says_the_same_with_the_same_bits(

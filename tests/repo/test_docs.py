@@ -12,7 +12,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 WIDTH = 120
 GENERATED = {"goodput.md", "ladder.md"}  # by studies, whose sentences have the figures of a cell in one line
-FOREIGN_FLAGS = {"build", "help", "rm"}  # of Docker, and of all tools
+FOREIGN_FLAGS = {"build", "help", "rm"} | {"backend", "config_file", "data", "endpoint", "streaming", "tokenizer"}
+"""Of Docker, of all tools, and of load generators of others."""
 _FLAG = re.compile(r"(?<![\w-])--(no)?([a-z]\w*)")
 _LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)[^)]*\)|!\[[^\]]*\]\(([^)\s]+)\)")
 

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
+from nitsum_jax.bench.compile.explain import costs, costs_table
 from nitsum_jax.bench.compile.report import SCHEMA, table
-from nitsum_jax.bench.compile.rows import StepEstimate, estimates
+from nitsum_jax.bench.compile.rows import StepEstimate, compiled, estimate
 from nitsum_jax.bench.compile.steps import StepCase
 from nitsum_jax.bench.compile.targets import Target
 from nitsum_jax.bench.gpu_check import shapes
@@ -49,6 +50,7 @@ class CompileOptionsRead:
     attention: str
     forms: str
     reduction: str
+    explain: int
     json: str | None
 
 
@@ -84,6 +86,13 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
         flag_values=values,
     )
     flags.DEFINE_enum("reduction", "fixed", ["fixed", "fast"], "as nitsum-serve --reduction", flag_values=values)
+    flags.DEFINE_integer(
+        "explain",
+        0,
+        "lists what takes the time of each step: so many kinds of instructions, the costliest first",
+        0,
+        flag_values=values,
+    )
     flags.DEFINE_string("json", None, "file for all results as JSON", flag_values=values)
     cli.parse(values, argv, __doc__ or "")
     return CompileOptionsRead(
@@ -99,6 +108,7 @@ def read_options(argv: Sequence[str]) -> CompileOptionsRead:
         values.attention,
         values.forms,
         values.reduction,
+        values.explain,
         values.json,
     )
 
@@ -116,20 +126,25 @@ def run(argv: Sequence[str]) -> None:
     options.target.devices()
     rows: list[StepEstimate] = []
     refused: list[str] = []
+    explained: list[str] = []
     for tp, shape in itertools.product(options.tps, _shapes(options)):
         case = _case(options, tp, shape)
         try:
-            rows += estimates(case, options.contexts)
+            steps = compiled(case)
         except jax.errors.JaxRuntimeError as error:
             refused.append(f"TP {tp}, {_named(shape)}: {one_line(str(error))}")
             cli.err(refused[-1])
             continue
+        rows += [estimate(case, steps, context) for context in options.contexts]
+        if options.explain:
+            title = f"TP {tp}, {_named(shape)}, context {options.contexts[-1]}"
+            explained.append(costs_table(title, costs(case, steps, options.contexts[-1]), options.explain))
         cli.err(f"TP {tp}, {_named(shape)}: compiled in {rows[-1].compile_s:.0f} s")
         if options.json is not None:  # after each, for those who cannot wait for all
             _write(options.json, rows, refused)
     if not rows:
         raise PreconditionError("nothing could be compiled: " + "; ".join(refused))
-    cli.out(table(rows, options.target.chip))
+    cli.out("\n\n".join([table(rows, options.target.chip), *explained]))
 
 
 def _shapes(options: CompileOptionsRead) -> list[StepShape]:

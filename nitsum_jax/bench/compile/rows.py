@@ -10,10 +10,14 @@ from nitsum_jax.bench.gpu_check.shapes import slice_of, with_layers
 from nitsum_jax.engine.step.forms import AttentionForm
 
 DEPTHS = (1, 2)
-# Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by page size and KV heads of a
-# virtual shard, from the compiler's schedule for a v5e (docs/inside/attention.md); one takes a cycle.
-_BUNDLES = {(16, 1): 220, (64, 1): 134, (128, 1): 114, (16, 2): 381, (16, 4): 608}
+# Bundles of instructions of the TPU kernel's inner loop for a tile of 256 old tokens, by chip, page size and KV heads
+# of a virtual shard, from the compiler's schedule (docs/inside/attention.md); one takes a cycle.
+KERNEL_BUNDLES = {
+    "v5e": {(16, 1): 144, (64, 1): 90, (128, 1): 86, (16, 2): 305, (16, 4): 488},
+    "v6e": {(16, 1): 117, (64, 1): 79, (128, 1): 74, (16, 2): 234, (16, 4): 421},
+}
 _TILE_TOKENS = 256
+_PROGRAM_BUNDLES = 120  # of a sequence and virtual shard, beside its tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,16 +82,16 @@ class StepEstimate:
         return self.estimate_ms / self.roofline_ms
 
 
-def estimates(case: StepCase, contexts: tuple[int, ...], depths: tuple[int, int] = DEPTHS) -> list[StepEstimate]:
-    """Compiles a step at two depths, and extrapolates to all layers of its model, for several lengths of context.
+def compiled(case: StepCase, depths: tuple[int, int] = DEPTHS) -> tuple[CompiledStep, CompiledStep]:
+    """A step of the model with fewer layers, at two depths.
 
     Raises:
       PreconditionError: there is no compiler for the target.
     """
-    steps = [
+    shallow, deep = (
         compile_case(dataclasses.replace(case, config=with_layers(case.config, depth))) for depth in sorted(depths)
-    ]
-    return [_estimate(case, steps, context) for context in contexts]
+    )
+    return shallow, deep
 
 
 def work_of(step: CompiledStep, context: int) -> Work:
@@ -113,9 +117,11 @@ def _kernel_cycles(case: StepCase, context: int) -> float:
     """Cycles of a TPU's kernel for rows that decode; 0 where they are not known.  A mixed step's are shared by both."""
     if case.target.chip.platform != "tpu" or case.shape.is_prefill:
         return 0.0
-    rows = case.shape.parts[-1].batch
-    tiles = rows * (case.vshards // case.tp) * -(-context // _TILE_TOKENS)
-    return tiles * _BUNDLES.get((case.page_size, case.program.pool.kv_heads), 0) / len(case.shape.parts)
+    programs = case.shape.parts[-1].batch * case.vshards // case.tp
+    bundles = KERNEL_BUNDLES[case.target.name.split(":")[0]].get((case.page_size, case.program.pool.kv_heads))
+    if bundles is None:
+        return 0.0
+    return programs * (_PROGRAM_BUNDLES + -(-context // _TILE_TOKENS) * bundles) / len(case.shape.parts)
 
 
 def _kernel_bytes(case: StepCase, context: int) -> float:
@@ -164,7 +170,8 @@ def exchanged_bytes(case: StepCase, *, fast: bool) -> float:
     return float(sums * per_sum)
 
 
-def _estimate(case: StepCase, steps: list[CompiledStep], context: int) -> StepEstimate:
+def estimate(case: StepCase, steps: tuple[CompiledStep, CompiledStep], context: int) -> StepEstimate:
+    """Extrapolates from a step at two depths to all layers of its model."""
     shallow, deep = (work_of(step, context) for step in steps)
     layers = [step.case.config.num_layers for step in steps]
     layer = deep.plus(shallow, -1)

@@ -161,21 +161,41 @@ class Reading:
         """Of the whole program."""
         return self._of(self.module.computations[self.module.entry])
 
+    def instructions(self) -> Iterator[tuple[Instruction, Work, float]]:
+        """What the program does one by one: an instruction, its work, and how often it runs."""
+        yield from self._each(self.module.computations[self.module.entry])
+
+    def _each(self, computation: Computation) -> Iterator[tuple[Instruction, Work, float]]:
+        for one in computation.instructions:
+            if one.opcode == "while":
+                for inner, work, times in self._each(self._body(one)):
+                    yield inner, work, times * self._trips(one)
+            elif one.opcode in ("conditional", "call"):
+                yield from self._each(self._body(one))
+            elif one.opcode not in _NOTHING:
+                yield one, self._one(one, computation), 1.0
+
+    def _body(self, one: Instruction) -> Computation:
+        """What a loop or a call runs, or of the branches of a conditional the cheapest."""
+        names = one.called("body") + one.called("to_apply")
+        names = names or one.called("branch_computations")
+        names = names or one.called("true_computation") + one.called("false_computation")
+        bodies = [self.module.computations[name] for name in names]
+        if len(bodies) == 1:
+            return bodies[0]
+        works = [self._of(body) for body in bodies]
+        return bodies[min(range(len(bodies)), key=lambda i: (works[i].bytes + works[i].received, works[i].cycles))]
+
+    def _trips(self, loop: Instruction) -> float:
+        return self.trips if loop.trips is None else loop.trips
+
     def _of(self, computation: Computation) -> Work:
         total = Work()
         for one in computation.instructions:
             if one.opcode == "while":
-                (body,) = one.called("body")
-                trips = self.trips if one.trips is None else one.trips
-                total = total.plus(self._of(self.module.computations[body]).inner(self.chip), trips)
-            elif one.opcode == "conditional":
-                names = one.called("branch_computations")
-                names = names or one.called("true_computation") + one.called("false_computation")
-                branches = [self._of(self.module.computations[name]) for name in names]
-                total = total.plus(min(branches, key=lambda work: (work.bytes + work.received, work.cycles)))
-            elif one.opcode == "call":
-                (body,) = one.called("to_apply")
-                total = total.plus(self._of(self.module.computations[body]))
+                total = total.plus(self._of(self._body(one)).inner(self.chip), self._trips(one))
+            elif one.opcode in ("conditional", "call"):
+                total = total.plus(self._of(self._body(one)))
             elif one.opcode not in _NOTHING:
                 work = self._one(one, computation)
                 kernel = one.opcode == "custom-call" and self._reads_pool(one, computation)

@@ -3,8 +3,8 @@
 **Work is additive.**  An instance that must give every decoding request a token each `tpot` seconds can compute so
 many prompt tokens in such a step; against what it computes with none decoding, that is its room (an instance that
 only decodes has what reading the weights leaves of the time).  A request takes `prefill time + output tokens * b` of
-it, where b is what one more sequence takes from a step.  So the load of an instance is linear in its requests; it is
-full at 1.
+it, where b is what one more sequence takes from a step, and a short prompt takes its share of a full step.  So the load
+of an instance is linear in its requests; it is full at 1.
 
 **Waiting.**  Prompts queue for what decodes leave of the time.  The instances that serve the same tiers share one
 queue: an M/G/m estimate with the arrivals' burstiness (Allen and Cunneen) and priority by TTFT target.  A request that
@@ -13,8 +13,8 @@ a queue after a fixed time (M/M/1+D; Baccelli, Boyer and Hebuterne 1984), which 
 1 - 1/load beyond it.  Beyond full load the longest prompts are given up, if more of the others are in time then, as the
 scheduler does.
 
-What it leaves out (batching of prompts, tiers using what others leave, how long a queue takes to build) is what the
-planner's what-if rollouts are for.
+What it leaves out (tiers using what others leave, how long a queue takes to build) is what the planner's what-if
+rollouts are for.
 """
 
 import dataclasses
@@ -27,7 +27,9 @@ from nitsum_jax.control.planning.estimate import TierLoad
 from nitsum_jax.control.tiers import Tier
 
 _BATCH = 32  # sequences at which the marginal decode time is taken
+_LARGEST = 1024  # sequences of a batch
 _LEAST_ROOM = 0.04
+_FULL = 4096  # prompt tokens of a step in which what it costs whatever is in it no longer matters
 _BURSTS = 6.0  # dispersion beyond which arrivals come in bursts longer than this estimate's queues; replays see these
 
 
@@ -50,8 +52,9 @@ class Prediction:
 class _Work:
     """What requests of one tier cost at one TP."""
 
-    prefill_s: tuple[float, ...]  # at the quantiles of its prompts
-    mean_s: float
+    prefill_s: tuple[float, ...]  # at the quantiles of its prompts, in steps of their own
+    work_s: tuple[float, ...]  # what they take of an instance with enough to do, whose steps are full
+    mean_s: float  # of these
     square_s: float
     decode_s: float  # of one more sequence in a step
     alone_s: float  # a step of one sequence
@@ -91,6 +94,7 @@ class QueueingModel:
         self._margin = tpot_margin
         self._work = {(tp, name): self._work_of(tp, self._loads[name]) for tp in cost.tps for name in self._loads}
         self._rooms: dict[tuple[int, float, str], tuple[float, float]] = {}
+        self._fullest: dict[tuple[int, float, str], int] = {}
 
     @property
     def tiers(self) -> tuple[str, ...]:
@@ -153,17 +157,29 @@ class QueueingModel:
         prompt = sum(load.prompts) / len(load.prompts)
         context = prompt + load.output / 2
         seconds = tuple(self._cost.prefill_s(tp, -(-tokens // 64) * 64, 8192) for tokens in load.prompts)
+        work = tuple(self._work_s(tp, tokens, alone_s) for tokens, alone_s in zip(load.prompts, seconds, strict=True))
         alone = self._cost.step_s(tp, 1, int(context))
         many = self._cost.step_s(tp, _BATCH, int(_BATCH * context))
         return _Work(
             prefill_s=seconds,
-            mean_s=sum(seconds) / len(seconds),
-            square_s=sum(s * s for s in seconds) / len(seconds),
+            work_s=work,
+            mean_s=sum(work) / len(work),
+            square_s=sum(s * s for s in work) / len(work),
             decode_s=(many - alone) / (_BATCH - 1),
             alone_s=alone,
             context=context,
             prompt=prompt,
         )
+
+    def _work_s(self, tp: int, tokens: int, alone_s: float) -> float:
+        """What a prompt takes of a busy instance: short ones share steps, and what a step costs whatever is in it."""
+        if tokens >= _FULL or not self._cost.profile.mixed_steps:
+            return alone_s
+        return min(alone_s, tokens * self._token_s(tp))
+
+    def _token_s(self, tp: int) -> float:
+        """A prompt's token in a full step."""
+        return self._cost.step_s(tp, 0, 0, ((_FULL, 0),)) / _FULL
 
     def _tpot_s(self, names: Sequence[str]) -> float:
         return min((self._tiers[name].tpot_ms / 1000 for name in names), default=math.inf)
@@ -186,7 +202,7 @@ class QueueingModel:
         key = shape.tp, tpot_s, name
         found = self._rooms.get(key)
         if found is None:
-            tokens_s = self._cost.step_s(shape.tp, 0, 0, ((4096, 0),)) / 4096
+            tokens_s = self._token_s(shape.tp)
 
             def share(batch: int) -> float:
                 context = int(batch * work.context)
@@ -231,31 +247,64 @@ class QueueingModel:
 
     def _held(self, group: _Group) -> float:
         """Share of the requests of a decoding group whose time per token holds."""
-        # Where prompts are computed too, an overload makes these wait, and no time per token longer.
-        held = min(1.0, 1 / group.load) if group.load > 0 and group.shape.role == DECODE else 1.0
         if not group.rates:
-            return held
+            return 1.0
+        if group.shape.role == DECODE:
+            return self._admitted(group)
+        # Where prompts are computed too, an overload makes these wait, and no time per token longer.
         tp = group.shape.tp
-        total = sum(group.rates.values())
-        admitted = 1 / max(1.0, group.load) / group.count
-        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) * admitted
-        context = sum(rate * self._work[tp, name].context for name, rate in group.rates.items()) / total
-        alone = max(self._work[tp, name].alone_s for name in group.rates)
-        marginal = sum(rate * self._work[tp, name].decode_s for name, rate in group.rates.items()) / total
+        tokens, context, marginal, alone = self._decoding(group, 1 / max(1.0, group.load))
         room = 1.0
-        if group.shape.role != DECODE:
-            room -= sum(rate * self._work[tp, name].mean_s for name, rate in group.rates.items()) * admitted
+        for name, rate in group.rates.items():
+            room -= rate * self._work[tp, name].mean_s / max(1.0, group.load) / group.count
         speed = max(1e-9, room - marginal * tokens) / alone  # decode steps a second
         tpot_s = self._tpot_s(list(group.rates)) * self._margin
         batch = tokens * min(1 / speed, tpot_s)
         most = (tpot_s - alone) / marginal if marginal > 0 else math.inf
-        capacity = self._cost.kv_capacity_tokens(tp, self._resident_tp)
-        most = min(most, capacity / max(1.0, context))
+        most = min(most, self._cost.kv_capacity_tokens(tp, self._resident_tp) / max(1.0, context))
         if batch <= 0:
-            return held
+            return 1.0
         spread = math.sqrt(batch) + 1.0
-        full = 0.5 * math.erfc((most + 0.5 - batch) / spread / math.sqrt(2))
-        return held * (1 - 0.5 * full)
+        return 1 - 0.25 * math.erfc((most + 0.5 - batch) / spread / math.sqrt(2))
+
+    def _admitted(self, group: _Group) -> float:
+        """Share of the requests handed to instances that only decode that keep their time per token.
+
+        So many fit that a step takes as long as the tightest time per token, which is a mean over a request's tokens:
+        what an emptier step was faster makes up for a fuller one.  For so many there is room: Erlang's loss formula in
+        its normal approximation, which tends to most / offered beyond full load, with Hayward's correction for bursts.
+        Of those let in as many again are lost, since they have waited for room until they had no time to spare.
+        """
+        tp = group.shape.tp
+        tokens, context, _, _ = self._decoding(group)
+        tpot_s = self._tpot_s(list(group.rates))
+        shares = {name: rate * self._loads[name].output for name, rate in group.rates.items()}
+        most = sum(shares.values()) / sum(share / self._most(tp, tpot_s, name) for name, share in shares.items())
+        most = min(most, self._cost.kv_capacity_tokens(tp, self._resident_tp) / max(1.0, context))
+        bursts = max(1 + min(_BURSTS, self._loads[name].dispersion) for name in group.rates) / 2
+        return (1 - _no_room(tokens * tpot_s, most, bursts)) ** 2
+
+    def _most(self, tp: int, tpot_s: float, name: str) -> int:
+        """Sequences of a tier of which a decode step takes at most so long; one at the least."""
+        key = tp, tpot_s, name
+        found = self._fullest.get(key)
+        if found is None:
+            context = self._work[tp, name].context
+            low, high = 1, _LARGEST
+            while high - low > 1:
+                middle = (low + high) // 2
+                fits = self._cost.step_s(tp, middle, int(middle * context)) <= tpot_s
+                low, high = (middle, high) if fits else (low, middle)
+            found = self._fullest[key] = low
+        return found
+
+    def _decoding(self, group: _Group, admitted: float = 1.0) -> tuple[float, float, float, float]:
+        """Tokens a second of an instance; context of a request; seconds of one more in a step, and of one alone."""
+        tp, total = group.shape.tp, sum(group.rates.values())
+        tokens = sum(rate * self._loads[name].output for name, rate in group.rates.items()) * admitted / group.count
+        context = sum(rate * self._work[tp, name].context for name, rate in group.rates.items()) / total
+        marginal = sum(rate * self._work[tp, name].decode_s for name, rate in group.rates.items()) / total
+        return tokens, context, marginal, max(self._work[tp, name].alone_s for name in group.rates)
 
     def _attained(self, group: _Group) -> dict[str, float]:
         """Share of each tier of a group whose both targets hold."""
@@ -302,13 +351,14 @@ class QueueingModel:
             free = max(_LEAST_ROOM, room - used)
             best = best_used = best_moment = 0.0
             for keep in range(1, len(work.prefill_s) + 1):
-                kept = work.prefill_s[:keep]
-                rate = whole * keep / len(work.prefill_s)
+                kept = work.work_s[:keep]
+                rate = whole * keep / len(work.work_s)
                 busy = rate * (sum(kept) / keep + decode_s)
                 speed = max(_LEAST_ROOM, free - rate * decode_s)
                 more = rate * sum(s * s for s in kept) / keep
                 scale_s = self._scale_s(name, (moment + more) / (used + busy), count) / speed
-                met = self._met(name, kept, speed, busy / free, scale_s, count) * keep / len(work.prefill_s)
+                met = self._met(name, work.prefill_s[:keep], speed, busy / free, scale_s, count)
+                met *= keep / len(work.prefill_s)
                 if met > best:
                     best, best_used, best_moment = met, min(busy, free), more
             shares[name] = best
@@ -328,6 +378,18 @@ class QueueingModel:
             left_s = self._tiers[name].ttft_ms / 1000 * 0.97 - seconds / speed
             met += 0.0 if left_s < 0 else 1 - _lost(load, left_s / scale_s, count)
         return met / len(prefill_s)
+
+
+def _no_room(offered: float, most: float, bursts: float) -> float:
+    """Share of customers who find all of `most` servers busy if there would be `offered` customers with no limit."""
+    spread = math.sqrt(offered * bursts)
+    if most - offered > 6 * spread:
+        return 0.0
+    if offered - most > 6 * spread:
+        return 1 - most / offered
+    above = (most - offered) / spread
+    density = math.exp(-above * above / 2) / math.sqrt(2 * math.pi)
+    return min(1.0, density / (0.5 * math.erfc(-above / math.sqrt(2))) * bursts / spread)
 
 
 def _lost(load: float, patience: float, servers: int) -> float:

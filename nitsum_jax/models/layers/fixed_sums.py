@@ -22,13 +22,15 @@ import numpy as np
 _WINDOW = 32
 # Upper half of the bits of a float32's significand, with sign and exponent.
 _UPPER_HALF = 0xFFFFF000
-# Bits of each of the two integers that a number becomes in `sum_of_squares`.
-_LIMB_BITS = 11
-# So many products of two such integers fit in an i32.
-_BLOCK = 1 << (31 - 2 * _LIMB_BITS)
+# Bits of each of the three integers that a number becomes in `sum_of_squares`.
+_LIMB_BITS = 8
+# So many sums of products of such integers fit in an i32.
+_BLOCK = 1 << 14
 _EXPONENT_MASK = 0x7F800000
-# Least scale of `sum_of_squares`: 2**11 over it is still finite.
-_TINY = 2.0**-100
+_EXPONENT_BIT = 23
+_EXPONENT_ZERO = 127
+# Least exponent of a scale in `sum_of_squares`, with the bias of a float32: 2**8 over it is still finite.
+_TINY = 27
 
 
 def sum_of_weights(x: jax.Array) -> jax.Array:
@@ -47,7 +49,7 @@ def sum_of_squares(x: jax.Array) -> jax.Array:
 
     That is far below what a norm adds to it, its epsilon.
     """
-    return jax.lax.platform_dependent(x, cpu=_squares_in_order, default=_squares_by_integers)
+    return jax.lax.platform_dependent(x, cpu=_squares_in_order, default=squares_by_integers)
 
 
 def largest(x: jax.Array) -> jax.Array:
@@ -112,39 +114,51 @@ def _weights_by_integers(x: jax.Array) -> jax.Array:
     return jnp.sum(whole, axis=-1).astype(jnp.float32) * jnp.float32(1 / scale)
 
 
-def _squares_by_integers(x: jax.Array) -> jax.Array:
+def squares_by_integers(x: jax.Array) -> jax.Array:
     """`sum_of_squares` of integers.
 
-    Each x becomes (h + l 2**-11) p 2**-10, where p is the power of two below the largest |x|, and h and l are integers
-    of 11 bits and a sign, that is, x is rounded to 2**-22 p.  A square is then h h + 2 h l 2**-11 + l l 2**-22.
+    Each x becomes (h + m 2**-8 + l 2**-16) p 2**-7, where p is the power of two below the largest |x|, and h, m and l
+    are integers of 8 bits and a sign: x is rounded to 2**-24 p.  A square is then h h + 2 h m 2**-8 +
+    (2 h l + m m) 2**-16 + (2 m l + l l 2**-8) 2**-24, the last of which is taken without its fraction.
     """
-    top = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
-    power = jax.lax.bitcast_convert_type(
-        jax.lax.bitcast_convert_type(top, jnp.uint32) & jnp.uint32(_EXPONENT_MASK), jnp.float32
-    )
-    power = jnp.maximum(power, jnp.float32(_TINY))
-    # Every step is exact: products with powers of two, and a difference of numbers that are close.
-    half = jnp.float32(1 << (_LIMB_BITS - 1))
-    scaled = x * (half / power)
-    high = scaled.astype(jnp.int32)
-    low = jnp.round((scaled - high.astype(jnp.float32)) * jnp.float32(1 << _LIMB_BITS)).astype(jnp.int32)
-    sums = _blockwise_sums(jnp.stack([high * high, high * low, low * low], axis=-2))
-    squares, crossed, small = sums[..., 0], sums[..., 1], sums[..., 2]
-    total = squares + crossed * jnp.float32(2.0 ** (1 - _LIMB_BITS)) + small * jnp.float32(2.0 ** (-2 * _LIMB_BITS))
-    unit = power[..., 0] / half
-    return total * unit * unit
+    # The largest exponent as an integer: among floats a NaN may get lost.
+    exponents = jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(_EXPONENT_MASK)
+    exponent = jnp.maximum(jnp.max(exponents, axis=-1), jnp.int32(_TINY << _EXPONENT_BIT))
+
+    def power_of_two(bits: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    # Exponents are added and subtracted as integers: a division would not be fused with what it scales.
+    head = (_LIMB_BITS - 1) << _EXPONENT_BIT
+    inverse = power_of_two(jnp.int32(2 * _EXPONENT_ZERO << _EXPONENT_BIT) - exponent + jnp.int32(head))
+    # An infinity where a number is broken, so that this cannot pass for a sum.
+    broken = exponent == jnp.int32(_EXPONENT_MASK)
+    unit = jnp.where(broken, jnp.float32(jnp.inf), power_of_two(exponent - jnp.int32(head)))
+    # Every step is exact: products with powers of two, and differences of numbers that are close.
+    limb = jnp.float32(1 << _LIMB_BITS)
+    scaled = x * inverse[..., None]
+    high = jnp.round(scaled)
+    scaled = (scaled - high) * limb
+    middle = jnp.round(scaled)
+    low = jnp.round((scaled - middle) * limb)
+    high, middle, low = (part.astype(jnp.int32) for part in (high, middle, low))
+    crossed = 2 * high * low + middle * middle
+    small = 2 * middle * low + ((low * low) >> _LIMB_BITS)
+    parts = (high * high, high * middle, crossed, small)
+    weights = (1.0, 2.0 ** (1 - _LIMB_BITS), 2.0 ** (-2 * _LIMB_BITS), 2.0 ** (-3 * _LIMB_BITS))
+    # Sums apart, not one of a stack: then XLA makes them in one go, and writes no products.
+    first, *rest = (_blockwise_sum(part) * jnp.float32(weight) for part, weight in zip(parts, weights, strict=True))
+    for part in rest:
+        first = first + part
+    return first * unit * unit
 
 
-def _blockwise_sums(x: jax.Array) -> jax.Array:
-    """`i32[..., n] -> f32[...]`: sums over the last axis in blocks that an i32 holds, which are then added in order."""
+def _blockwise_sum(x: jax.Array) -> jax.Array:
+    """`i32[..., n] -> f32[...]`: the sum over the last axis, in blocks that an i32 holds, which are added in order."""
     size = x.shape[-1]
-    blocks = -(-size // (_BLOCK - 1))
-    while size % blocks:
-        blocks += 1
-    sums = jnp.sum(x.reshape(*x.shape[:-1], blocks, size // blocks), axis=-1).astype(jnp.float32)
-    total = sums[..., 0]
-    for block in range(1, blocks):
-        total = total + sums[..., block]
+    total = jnp.sum(x[..., :_BLOCK], axis=-1).astype(jnp.float32)
+    for start in range(_BLOCK, size, _BLOCK):
+        total = total + jnp.sum(x[..., start : start + _BLOCK], axis=-1).astype(jnp.float32)
     return total
 
 

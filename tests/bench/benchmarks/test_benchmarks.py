@@ -4,7 +4,15 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from benchmarks.engine import compiling, decode, decode_table, matmul_forms, reference_worker, startup
+from benchmarks.engine import (
+    activation_types,
+    compiling,
+    decode,
+    decode_table,
+    matmul_forms,
+    reference_worker,
+    startup,
+)
 from benchmarks.engine.decode_table import BARE, ENGINE, TRANSFORMERS, Sample
 from nitsum_jax.bench.compile.operations import OperationCounts
 from nitsum_jax.errors import InvalidInputError, PreconditionError
@@ -106,6 +114,14 @@ def test_the_worker_says_what_it_lacks(tmp_path: pathlib.Path, monkeypatch: pyte
 def test_a_reference_that_does_not_start(tmp_path: pathlib.Path) -> None:
     with pytest.raises(PreconditionError, match="does not start"):
         decode.Reference(str(tmp_path / "python"), tmp_path)
+
+
+def test_activations_in_bfloat16_cost_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert activation_types.main(["activation_types", "--layers=2"]) == 0
+    _, wide, narrow = capsys.readouterr().out.splitlines()
+    assert (wide.split()[0], narrow.split()[0]) == ("float32", "bfloat16")
+    assert 0 < float(wide.split()[1]) < float(narrow.split()[1]) < 0.1
+    assert activation_types.main(["activation_types", "--layers=0"]) == 2
 
 
 def test_matmul_forms_on_a_tiny_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

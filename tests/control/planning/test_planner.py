@@ -132,11 +132,11 @@ def test_hysteresis_keeps_a_plan_that_is_nearly_as_good() -> None:
 
 
 def test_a_replay_that_ends_before_the_queue_is_full_does_not_outvote_the_estimate() -> None:
-    """200 requests/s and 60 of them replayed: in 0.3 s no plan shows what it does to requests that may wait for 2 s."""
+    """240 requests/s and 48 of them replayed: in 0.2 s no plan shows what it does to requests that may wait for 2 s."""
     short = Planner(COST, TIERS, PlannerConfig(replayed=48))
     whole = Planner(COST, TIERS, PlannerConfig(replayed=49))  # as if these were all that came
     apart = place([*[Shape(1, "prefill")] * 4, Shape(4, "decode")], 8)
-    crowded = inputs(140, 60, apart)
+    crowded = inputs(120, 120, apart)
     present, *others = short.decide(crowded).candidates
     best = max(others, key=lambda other: other.score)
     assert best.score > present.score + 0.1

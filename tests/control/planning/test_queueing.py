@@ -1,6 +1,7 @@
 """The queueing estimate against the model of a cell, and what it must get right by itself."""
 
 import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -28,11 +29,14 @@ def loads(chat: float, code: float) -> tuple[TierLoad, ...]:
     return TierLoad("chat", chat, 1.0, CHAT_PROMPTS, 200.0), TierLoad("code", code, 1.0, CODE_PROMPTS, 30.0)
 
 
-def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -> float:
+def simulated(
+    shapes: Shapes, offered: tuple[TierLoad, ...], tiers: Mapping[str, Tier] = TIERS, seconds: float = 30.0
+) -> float:
     """Share of the requests that meet both targets in the model of a cell."""
     generator = np.random.default_rng(7)
     jobs = []
-    for load, tier in zip(loads(chat, code), TIERS.values(), strict=True):
+    for load in offered:
+        tier = tiers[load.tier]
         for time_s in generator.uniform(0, seconds, generator.poisson(load.rate * seconds)):
             output = 1 + int(generator.exponential(load.output))
             jobs.append((time_s, tier, int(generator.choice(load.prompts)), output))
@@ -44,8 +48,8 @@ def simulated(shapes: Shapes, chat: float, code: float, seconds: float = 30.0) -
             self.met += job.met()
 
     tally = Tally()
-    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tuple(TIERS.values()))
-    for load in loads(chat, code):
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tuple(tiers.values()))
+    for load in offered:
         scheduler.expect_output(load.tier, load.output)
     cell = CellModel(COST, scheduler, place(shapes, 8), recorder=tally)
     for i, (time_s, tier, prompt, output) in enumerate(sorted(jobs, key=lambda job: job[0])):
@@ -74,13 +78,13 @@ PLANS: dict[str, Shapes] = {
 def test_light_load_is_met_wherever_the_time_per_token_can_be(plan: str) -> None:
     can = any(COST.step_s(shape.tp, 1, 1000) < CHAT.tpot_ms / 1000 * 0.92 for shape in PLANS[plan])
     assert predicted(PLANS[plan], 1, 1) == pytest.approx(1.0 if can else 0.5, abs=0.05)
-    assert simulated(PLANS[plan], 1, 1) == pytest.approx(1.0 if can else 0.5, abs=0.12)
+    assert simulated(PLANS[plan], loads(1, 1)) == pytest.approx(1.0 if can else 0.5, abs=0.12)
 
 
 @pytest.mark.parametrize(("chat", "code"), [(10, 40), (60, 5), (40, 40)])
 def test_the_plan_it_ranks_first_is_nearly_the_best(chat: float, code: float) -> None:
     best = max(PLANS, key=lambda plan: predicted(PLANS[plan], chat, code))
-    truth = {plan: simulated(shapes, chat, code) for plan, shapes in PLANS.items()}
+    truth = {plan: simulated(shapes, loads(chat, code)) for plan, shapes in PLANS.items()}
     assert truth[best] >= 0.93 * max(truth.values()), (best, truth)
 
 
@@ -98,13 +102,30 @@ def test_overload_serves_the_shortest_prompts() -> None:
     assert prediction.load > 1.5
     share = prediction.attainment["code"]
     assert share > 1.2 / prediction.load  # all alike would be served one time in `load`
-    assert share == pytest.approx(simulated((Shape(1),) * 8, 0, 400, seconds=10.0), abs=0.15)
+    assert share == pytest.approx(simulated((Shape(1),) * 8, loads(0, 400), seconds=10.0), abs=0.15)
+
+
+@pytest.mark.parametrize("plan", ["tp1x8", "tp2x4", "tp4x2"])
+def test_short_prompts_share_steps(plan: str) -> None:
+    """A step with a prompt of 30 to 200 tokens costs as much as one with 400: a busy instance never runs one alone."""
+    load = TierLoad("code", 1800.0, 1.0, (30, 40, 60, 80, 100, 120, 160, 200), 10.0)
+    assert QueueingModel(COST, TIERS, (load,)).predict(PLANS[plan]).attainment["code"] > 0.95
+    assert simulated(PLANS[plan], (load,), seconds=2.0) > 0.95
+
+
+@pytest.mark.parametrize("rate", [170.0, 220.0, 260.0, 350.0])
+def test_a_decode_instance_that_is_too_full(rate: float) -> None:
+    """It has room for 215 requests a second; those that waited for it have no time left to be slowed down."""
+    load = TierLoad("code", rate, 1.0, (100, 150, 200, 250, 300, 350, 400, 450), 300.0)
+    tiers = {"code": Tier("code", ttft_ms=2000, tpot_ms=9)}
+    share = QueueingModel(COST, tiers, (load,)).predict(PLANS["split"]).attainment["code"]
+    assert share == pytest.approx(simulated(PLANS["split"], (load,), tiers, seconds=8.0), abs=0.12)
 
 
 @pytest.mark.parametrize(("chat", "code"), [(60, 160), (160, 60), (160, 200)])
 def test_far_into_overload_the_plan_that_it_ranks_first_is_nearly_the_best(chat: float, code: float) -> None:
     best = max(PLANS, key=lambda plan: predicted(PLANS[plan], chat, code))
-    truth = {plan: simulated(shapes, chat, code, seconds=10.0) for plan, shapes in PLANS.items()}
+    truth = {plan: simulated(shapes, loads(chat, code), seconds=10.0) for plan, shapes in PLANS.items()}
     assert truth[best] >= 0.9 * max(truth.values()), (best, truth)
 
 

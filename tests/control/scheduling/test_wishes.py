@@ -151,6 +151,29 @@ def test_many_tiers_meet_more_targets_than_first_come_first_served() -> None:
     assert len(short) <= 2
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from((0.9, 1.5, 3.0)))
+def test_a_request_that_is_late_waits_no_longer_than_a_bound(seed: int, load: float) -> None:
+    """Beside a stream of others for as long as that lasts: after its patience (30 s) it gets every eighth turn."""
+    draw = random.Random(seed)
+    tiers = (Tier("kept", 10 ** draw.uniform(2.5, 4), 10 ** draw.uniform(1.5, 3)), Tier("hopeless", 1, 1))
+    plan = _plan(draw, tiers)
+    stream: list[ModelJob] = []
+    while not stream or (stream[-1].arrival_s < 60 and len(stream) < 2000):
+        start_s = stream[-1].arrival_s if stream else 0.0
+        for job in _jobs(draw, tiers[:1], sum(shape.tp for shape in plan.shapes), load, 100):
+            stream.append(dataclasses.replace(job, id=str(len(stream)), arrival_s=start_s + job.arrival_s))
+    late = ModelJob("late", tiers[1], 0.5 * stream[-1].arrival_s * draw.random(), draw.randint(1, 4000), 5)
+    scheduler: Scheduler[ModelJob, ModelWorker] = Scheduler(COST, tiers)
+    cell = SwitchingCell(COST, scheduler, plan, recorder=Steps())
+    for job in sorted([*stream, late], key=lambda job: job.arrival_s):
+        cell.run_until(job.arrival_s)
+        cell.add(job)
+    cell.run_until(math.inf)
+    assert late.first_token_s is not None
+    assert late.first_token_s - late.arrival_s < 1.5 * scheduler.config.patience_s
+
+
 @pytest.mark.parametrize("load", LOADS)
 @pytest.mark.parametrize("devices", [1, 4])
 def test_targets_that_cannot_be_kept_cost_no_throughput(devices: int, load: float) -> None:

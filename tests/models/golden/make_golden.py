@@ -1,6 +1,6 @@
 """Writes the golden files with Hugging Face transformers; see README.md for the environment and the command.
 
-Nothing of nitsum_jax is used, so that the files are evidence from outside.
+Nothing of nitsum_jax but the texts of its evals is used, so that the files are evidence from outside.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from tests.models.golden import smollm2_prompts, tiny_models  # noqa: E402  found through the line above
+from nitsum_jax.bench.evals.texts import TEXTS  # noqa: E402  found through the line above
+from tests.models.golden import smollm2_prompts, tiny_models  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 NUM_STEPS = 48
@@ -50,8 +51,8 @@ def make_tiny() -> None:
     _save("tiny_logits.npz", arrays)
 
 
-def make_smollm2(path: Path) -> None:
-    """smollm2_135m.json and smollm2_135m.npz: greedy continuations of the demo model and their logits."""
+def load_smollm2(path: Path) -> tuple[Any, Any]:
+    """Tokenizer and model of the demo model's GGUF file."""
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     # transformers reads GGUF's "smollm" as GPT-2; the published tokenizer.json of SmolLM2 splits digits first.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -64,6 +65,28 @@ def make_smollm2(path: Path) -> None:
         path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     _check_weights(model, path)
+    return tokenizer, model
+
+
+def make_evals(path: Path) -> None:
+    """smollm2-135m.json of nitsum-bench evals: how likely the tokens of its texts are."""
+    tokenizer, model = load_smollm2(path)
+    texts = []
+    for name, text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            likely = torch.log_softmax(model(torch.tensor([ids])).logits[0].double(), -1)
+        logprobs = likely[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
+        texts.append({"name": name, "text": text, "ids": ids, "logprobs": [float(f"{one:.7g}") for one in logprobs]})
+        print(name, len(ids), "tokens, perplexity", np.exp(-np.mean(logprobs)))
+    made_by = f"transformers {version('transformers')}, torch {version('torch')}, float32"
+    whole = {"schema": "nitsum-evals/1", "model": "smollm2-135m", "made_by": made_by, "texts": texts}
+    (ROOT / "nitsum_jax/bench/evals/smollm2-135m.json").write_text(json.dumps(whole) + "\n", encoding="utf-8")
+
+
+def make_smollm2(path: Path) -> None:
+    """smollm2_135m.json and smollm2_135m.npz: greedy continuations of the demo model and their logits."""
+    tokenizer, model = load_smollm2(path)
     entries: list[dict[str, Any]] = []
     arrays: dict[str, list[np.ndarray]] = {"top_ids": [], "top_logits": [], "gaps": []}
     full: dict[str, np.ndarray] = {}
@@ -161,13 +184,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tiny", action="store_true", help="write tiny_logits.npz")
     parser.add_argument("--smollm2", type=Path, metavar="GGUF", help="write smollm2_135m.json and .npz from this file")
+    parser.add_argument("--evals", type=Path, metavar="GGUF", help="write smollm2-135m.json of nitsum-bench evals")
     args = parser.parse_args()
-    if not args.tiny and args.smollm2 is None:
-        parser.error("nothing to do: give --tiny, --smollm2 GGUF, or both")
+    if not args.tiny and args.smollm2 is None and args.evals is None:
+        parser.error("nothing to do: give --tiny, --smollm2 GGUF or --evals GGUF")
     if args.tiny:
         make_tiny()
     if args.smollm2 is not None:
         make_smollm2(args.smollm2)
+    if args.evals is not None:
+        make_evals(args.evals)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nitsum_jax.models.layers.fixed_sums import largest, sum_of_squares, sum_of_weights
+from nitsum_jax.models.layers.fixed_sums import largest, squares_by_integers, sum_of_squares, sum_of_weights
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 33, 128, 1000])
@@ -46,12 +46,12 @@ def test_the_largest_is_found_in_every_place(size: int) -> None:
     assert (np.asarray(jax.jit(largest)(jnp.asarray(x, jnp.float32))) == 5).all()
 
 
-@pytest.mark.parametrize("function", [sum_of_squares, sum_of_weights])
+@pytest.mark.parametrize("function", [sum_of_squares, squares_by_integers, sum_of_weights])
 @pytest.mark.parametrize("size", [64, 576])
 def test_a_broken_number_is_not_hidden(function: Callable[[jax.Array], jax.Array], size: int) -> None:
     x = np.ones((size, size), np.float32)
     np.fill_diagonal(x, np.nan)
-    assert np.isnan(jax.jit(function)(jnp.asarray(x))).all()
+    assert not np.isfinite(jax.jit(function)(jnp.asarray(x))).any()
 
 
 @pytest.mark.parametrize(
@@ -64,23 +64,37 @@ def test_it_is_one_loop_for_the_compiler(function: Callable[[jax.Array], jax.Arr
 
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 128, 511, 512, 576, 1022, 4096])
 @pytest.mark.parametrize("scale", [1e-12, 1e-3, 1.0, 3e4, 1e15])
-def test_squares_add_up(size: int, scale: float) -> None:
+@pytest.mark.parametrize("function", [sum_of_squares, squares_by_integers])
+def test_squares_add_up(function: Callable[[jax.Array], jax.Array], size: int, scale: float) -> None:
     rng = np.random.default_rng(size)
     x = (rng.standard_normal((40, size)) * scale).astype(np.float32)
     x[0] *= rng.exponential(100, size).astype(np.float32)  # a few features far above the others
-    total = np.asarray(jax.jit(sum_of_squares)(jnp.asarray(x)))
+    total = np.asarray(jax.jit(function)(jnp.asarray(x)))
     np.testing.assert_allclose(total, (x.astype(np.float64) ** 2).sum(-1), rtol=1e-6)
 
 
-def test_squares_at_the_ends_of_the_range() -> None:
-    largest = np.float32(2 - 2**-23)  # all bits of both integers are set
+def test_squares_by_integers_do_not_depend_on_the_order_and_lose_no_more_than_float32() -> None:
+    x = np.random.default_rng(3).standard_normal((8, 40_000)).astype(np.float32)  # more than one sum of i32 holds
+    x[:, 7] = 4000  # beside it, most of each number is in the lower integers
+    for size in (4096, 40_000):
+        rows = x[:, :size]
+        total = np.asarray(jax.jit(squares_by_integers)(jnp.asarray(rows)))
+        np.testing.assert_allclose(total, (rows.astype(np.float64) ** 2).sum(-1), rtol=2e-7)
+    rows = x[:, :4096]
+    turned = np.asarray(jax.jit(squares_by_integers)(jnp.asarray(rows[:, ::-1])))
+    np.testing.assert_array_equal(turned, np.asarray(jax.jit(squares_by_integers)(jnp.asarray(rows))))
+
+
+@pytest.mark.parametrize("function", [sum_of_squares, squares_by_integers])
+def test_squares_at_the_ends_of_the_range(function: Callable[[jax.Array], jax.Array]) -> None:
+    largest = np.float32(2 - 2**-23)  # all bits of the integers are set
     x = np.stack([np.zeros(512, np.float32), np.full(512, largest), np.full(512, -largest), np.full(512, np.nan)])
-    total = np.asarray(jax.jit(sum_of_squares)(jnp.asarray(x)))
+    total = np.asarray(jax.jit(function)(jnp.asarray(x)))
     np.testing.assert_allclose(total[:3], [0, 512 * 4, 512 * 4], rtol=1e-6)
     assert not np.isfinite(total[3])
 
 
-@pytest.mark.parametrize("function", [sum_of_squares, sum_of_weights])
+@pytest.mark.parametrize("function", [sum_of_squares, squares_by_integers, sum_of_weights])
 def test_bits_depend_neither_on_batch_nor_on_what_comes_before(function: Callable[[jax.Array], jax.Array]) -> None:
     parts = np.random.default_rng(0).random((4, 40, 576), np.float32) / 4
     whole = (parts[0] + parts[1]) + (parts[2] + parts[3])

@@ -72,7 +72,8 @@ def _tile_pages(plan: Plan) -> int:
 def _buffers(plan: Plan, pages: int) -> int:
     shape = plan.shape
     size = pages * shape.block_bytes // shape.layers
-    return max(2, min(_MOST_BUFFERS, _RING_BYTES // size))
+    fit = max(2, min(_MOST_BUFFERS, _RING_BYTES // size))
+    return 1 << (fit.bit_length() - 1)  # a power of two, for whose remainder a program need not divide
 
 
 def _view(pool: jax.Array, plan: Plan) -> jax.Array:
@@ -120,28 +121,25 @@ def attend(
     view = _view(pool, plan)
     last = programs * tiles - 1
 
-    def of_program(step: int) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (1, 1, page_table.shape[1]),
-            lambda i, *_: (jnp.minimum(i + step, last) // tiles, 0, 0),
-            memory_space=pltpu.SMEM,
-        )
-
     def whole(tokens: int) -> pl.BlockSpec:
         # One buffer where there is much: it changes with the sequence only.
         mode = pl.Buffered(1) if tokens > 1 else None
         return pl.BlockSpec((1, groups, tokens, width), lambda i, *_: (i // tiles, 0, 0, 0), pipeline_mode=mode)
 
-    table = page_table[:, None, :]
+    # Each row's pages, in whole tiles, and those of the row after it: a program asks for pages of both, and has one
+    # place to look them up.  The same for all layers.
+    missing = -page_table.shape[1] % pages
+    own = jnp.pad(page_table, ((0, 0), (0, missing)))
+    table = jnp.concatenate([own, jnp.roll(own, -1, axis=0)], axis=1)[:, None, :]
+    table_spec = pl.BlockSpec((1, 1, table.shape[2]), lambda i, *_: (i // tiles, 0, 0), memory_space=pltpu.SMEM)
     tile_spec = pl.BlockSpec((1, groups, 1, rows, width), lambda i, *_: (i // tiles, 0, i % tiles, 0, 0))
     return pl.pallas_call(
-        functools.partial(_program, plan=plan, last=last, pages=pages, buffers=buffers, unroll=not interpret),
+        functools.partial(_program, plan=plan, last=last, pages=pages, buffers=buffers),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(programs * tiles,),
             in_specs=[
-                of_program(0),
-                of_program(1),
+                table_spec,
                 tile_spec,
                 whole(k.shape[2]),
                 whole(v.shape[2]),
@@ -162,14 +160,13 @@ def attend(
         ),
         interpret=interpret,
         name="paged_attention",
-    )(layer, context, table, table, q, k, v, view)
+    )(layer, context, table, q, k, v, view)
 
 
 def _program(
     layer_ref: Ref,
     context_ref: Ref,
     table_ref: Ref,
-    next_table_ref: Ref,
     q_ref: Ref,
     k_ref: Ref,
     v_ref: Ref,
@@ -183,7 +180,6 @@ def _program(
     last: int,
     pages: int,
     buffers: int,
-    unroll: bool,
 ) -> None:
     groups = plan.shape.kv_heads
     tokens = pages * plan.shape.page_size
@@ -202,27 +198,28 @@ def _program(
     following = jnp.minimum(number + 1, last)
     next_first, next_count = extent(following)
     next_count = jnp.where(number < last, next_count, 0)
+    next_page = jnp.where(tile == plan.tiles - 1, table_ref.shape[2] // 2, 0) + (next_first - count) * jnp.int32(pages)
     ahead = buffers - 1
+    layer = pool_ref.at[:, layer_ref[0]]
+
+    def buffer_of(index: jax.Array) -> jax.Array:
+        """Where the tile so many after the first of this program lies; the buffers are used in turn by all programs."""
+        return (taken_ref[0] + index) & jnp.int32(buffers - 1)
 
     def ask(index: jax.Array) -> None:
-        """Asks for the tile so many after the first of this program, be it this one's or the next one's.
-
-        The buffers are used in turn, from one program to the next.
-        """
+        """Asks for the tile so many after the first of this program, be it this one's or the next one's."""
         own = index < count
-        start = jnp.where(own, first + index, next_first + index - count) * jnp.int32(pages)
-        buffer = (taken_ref[0] + index) % buffers
-
-        def page(number: jax.Array, _: None) -> None:
-            # Behind the context the table holds any valid block: it is read and not seen.
-            at = jnp.minimum(start + number, table_ref.shape[2] - 1)
-            block = jnp.where(own, table_ref[0, 0, at], next_table_ref[0, 0, at])
-            source = pool_ref.at[block, layer_ref[0]]
-            pltpu.make_async_copy(source, ring.at[buffer, number], arrived.at[buffer]).start()
+        start = jnp.where(own, first * jnp.int32(pages), next_page) + index * jnp.int32(pages)
+        # What is there behind the last tile is looked up and not asked for, so that nothing but copies is conditional.
+        start = jnp.minimum(start, table_ref.shape[2] - pages)
+        # Behind the context the table holds any valid block: it is read and not seen.
+        blocks = [table_ref[0, 0, start + page] for page in range(pages)]
+        buffer = buffer_of(index)
 
         @pl.when(own | (index - count < next_count))
         def _() -> None:
-            jax.lax.fori_loop(0, pages, page, None, unroll=unroll)
+            for page, block in enumerate(blocks):
+                pltpu.make_async_copy(layer.at[block], ring.at[buffer, page], arrived.at[buffer]).start()
 
     @pl.when(number == 0)
     def _() -> None:
@@ -235,9 +232,8 @@ def _program(
     states = [_new_tokens(plan, tile, q, k_ref.at[0, group], v_ref.at[0, group]) for group, q in enumerate(queries)]
 
     def old_tokens(index: jax.Array, states: list[Softmax]) -> list[Softmax]:
-        ask(index + ahead)
-        tile_of_pool = ring.at[(taken_ref[0] + index) % buffers]
-        done = arrived.at[(taken_ref[0] + index) % buffers]
+        tile_of_pool = ring.at[buffer_of(index)]
+        done = arrived.at[buffer_of(index)]
         pltpu.make_async_copy(tile_of_pool, tile_of_pool, done).wait()  # for as many bytes as the copies of its pages
         start = (first + index) * tokens
         key = start + jax.lax.broadcasted_iota(jnp.int32, (plan.rows, tokens), 1)
@@ -246,6 +242,7 @@ def _program(
         for group, (q, state) in enumerate(zip(queries, states, strict=True)):
             k, v = _heads(tile_of_pool, group, plan)
             found.append(softmax.seen_keys(state, q, k, v, seen, plan.soft_cap))
+        ask(index + ahead)
         return found
 
     states = jax.lax.fori_loop(0, count, old_tokens, states)

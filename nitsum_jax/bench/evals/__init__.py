@@ -1,0 +1,1 @@
+"""Whether a served model is the model: likelihoods of texts beside those of transformers."""
