@@ -1,7 +1,7 @@
 """What the front door of nitsum-cluster costs, and what more cells are worth.
 
     python benchmarks/server/cluster.py [--streams=64] [--tokens=100] [--rounds=5]
-    python benchmarks/server/cluster.py --goodput [--cells=1,2,3] [--rate=6] [--seconds=15] [--time_scale=8]
+    python benchmarks/server/cluster.py --goodput [--cells=1,2,3] [--rate=12] [--seconds=8] [--time_scale=24]
 
 The first measures one cell behind a front door against the same server directly, in turn: tokens per second of so many
 streams at once, and the time to the first token of a request alone. Both serve tiny-random, whose steps take almost
@@ -35,7 +35,7 @@ SERVERS = {
 TIERS = TierSet((Tier("chat", 500, 20), Tier("code", 5000, 100)))
 PACED = (
     *("--model=tiny-random", "--pace=llama-3.1-8b-h100", "--devices_per_cell=1", "--layout=tp1", "--layouts=tp1"),
-    *("--max_batch=32", "--prefill_chunk=256", "--page_size=128", "--max_model_len=4096", "--planner=off"),
+    *("--max_batch=32", "--prefill_chunk=256", "--page_size=64", "--max_model_len=2048", "--planner=off"),
     *("--max_queue=100000", "--noprefix_cache"),
 )
 
@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--goodput", action="store_true", help="of paced cells, instead of the cost")
     parser.add_argument("--cells", default="1,2,3", help="with --goodput: numbers of cells")
-    parser.add_argument("--rate", type=float, default=6.0, help="with --goodput: requests per second and cell")
-    parser.add_argument("--seconds", type=float, default=15.0, help="with --goodput: of the load, on the paced clock")
-    parser.add_argument("--time_scale", type=float, default=8.0, help="with --goodput: seconds here for one of a cell")
+    parser.add_argument("--rate", type=float, default=12.0, help="with --goodput: requests per second and cell")
+    parser.add_argument("--seconds", type=float, default=8.0, help="with --goodput: of the load, on the paced clock")
+    parser.add_argument("--time_scale", type=float, default=24.0, help="with --goodput: seconds here for one of a cell")
     given = parser.parse_args()
     asyncio.run(goodput(given) if given.goodput else cost(given))
 
@@ -106,7 +106,7 @@ async def goodput(given: argparse.Namespace) -> None:
     first = None
     for cells in map(int, given.cells.split(",")):
         phase = DemoPhase("steady", 0.8 * given.rate * cells, 0.2 * given.rate * cells)
-        workload = capped(demo_load(given.seconds, 1.0, 1, (phase,)), 3072, 256)
+        workload = capped(demo_load(given.seconds, 1.0, 1, (phase,)), 1024, 128)
         with tempfile.TemporaryDirectory() as name:
             tiers = pathlib.Path(name, "tiers.toml")
             tiers.write_text(tiers_toml(TIERS), encoding="utf-8")

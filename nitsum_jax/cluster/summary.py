@@ -10,7 +10,7 @@ from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.executables.progress import CompileProgress
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.meshes.layout import Layout, parse_layout
-from nitsum_jax.runtime.backend import CellView
+from nitsum_jax.runtime.backend import OneCell
 from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class ClusterView:
         """State of every cell by its name."""
         return {name: link.state.value for name, link in list(self._links.items())}
 
-    def cell_views(self) -> tuple[CellView, ...]:
+    def cell_views(self) -> tuple[OneCell, ...]:
         """Every cell by itself."""
         views, offset = [], 0
         for link in list(self._links.values()):
@@ -129,7 +129,7 @@ class ClusterView:
             if link.state is LinkState.SERVING and link.facts is not None:
                 count = len(link.facts.device_names)
             views.append(
-                CellView(
+                OneCell(
                     link.name,
                     link.state.value,
                     "" if status is None else status.layout,

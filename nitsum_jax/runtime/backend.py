@@ -104,7 +104,7 @@ class ServingEngine(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class CellView:
+class OneCell:
     """One of the cells behind an engine that has several.
 
     Attributes:
@@ -128,7 +128,7 @@ class CellView:
 class ManyCells(Protocol):
     """What an engine with several cells has besides."""
 
-    def cell_views(self) -> Sequence[CellView]: ...
+    def cell_views(self) -> Sequence[OneCell]: ...
     def cell_notes(self) -> tuple[Sequence["LayoutChoice"], Sequence["SwitchNote"]]: ...  # of all cells
 
 

@@ -11,7 +11,7 @@ import nitsum_jax
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.runtime.backend import CellView, ManyCells, ServingEngine, ServingStats
+from nitsum_jax.runtime.backend import ManyCells, OneCell, ServingEngine, ServingStats
 from nitsum_jax.runtime.control.layout_log import KEPT, LayoutLog
 from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.runtime.streams.router import StreamRouter
@@ -172,7 +172,7 @@ class Operations:
         return tuple(views)
 
 
-def _box(view: CellView) -> CellBox:
+def _box(view: OneCell) -> CellBox:
     stats = view.stats
     return CellBox(
         view.name,

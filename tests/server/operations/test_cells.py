@@ -1,40 +1,19 @@
 """Several cells behind one server: a box for each on the dashboard, and metrics with its name."""
 
 import asyncio
-from collections.abc import Sequence
 
 import pytest
 
-from nitsum_jax.runtime.backend import CellView
-from nitsum_jax.runtime.control.layout_log import LayoutChoice, SwitchNote
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.operations.dashboard.snapshot import point
 from nitsum_jax.server.proto import nitsum_pb2
-from tests.server.fake_engine import FakeEngine, FakeStats
 from tests.server.harness import ask, says
+from tests.server.operations.fake_cells import FakeCells
 from tests.server.operations.http import fetch
 from tests.server.operations.ports import opened
 from tools.browser import VARIABLE, Browser, find_chromium
 
 CHROMIUM = find_chromium()
-
-
-class FakeCells(FakeEngine):
-    """An engine that says to be two cells of two devices, of which one does not answer to everything."""
-
-    def cell_views(self) -> Sequence[CellView]:
-        stats = FakeStats(1, 3, 8, 25, 100, 1234, 10, 0)
-        return (
-            CellView("left", "serving", "tp2", (0, 1), stats, {"interactive": (4, 3), "standard": (2, 2)}),
-            CellView("right", "serving", "tp1x2", (2, 3), FakeStats(0, 0, 8, 100, 100, 66, 5, 0), {}),
-            CellView("new", "joining", "", (), None, {}),
-        )
-
-    def cell_notes(self) -> tuple[Sequence[LayoutChoice], Sequence[SwitchNote]]:
-        return (
-            (LayoutChoice(5.0, "tp2", "chat needs it", cell="left"), LayoutChoice(2.0, "tp1x2", "first", cell="right")),
-            (SwitchNote(5.1, "tp1x2", "tp2", cell="left"),),
-        )
 
 
 def test_metrics_have_the_name_of_the_cell() -> None:

@@ -14,6 +14,7 @@ from nitsum_jax.server.security import keys_cli
 from nitsum_jax.server.security.guard import Need
 from nitsum_jax.server.security.http_guard import HEALTH_PATHS, need_of
 from tests.server.harness import ask, until
+from tests.server.operations.fake_cells import FakeCells
 from tests.server.operations.ports import opened
 from tests.server.operations.test_metrics import of
 
@@ -41,7 +42,7 @@ def test_every_flag_of_the_server_and_the_client_is_on_the_serving_page() -> Non
 
 def test_every_metric_of_the_page_is_one_and_none_is_left_out() -> None:
     async def samples() -> set[str]:
-        async with opened(OpsOptions()) as open_:
+        async with opened(OpsOptions(), make=FakeCells) as open_:
             await ask(open_.run.stub)
             await until(lambda: open_.run.router.open_streams == 0)
             return {key[0] for key in of(open_.ports.views.present().registry)}

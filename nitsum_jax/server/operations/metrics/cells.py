@@ -5,7 +5,7 @@ from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from nitsum_jax.runtime.backend import CellView, ServingStats
+from nitsum_jax.runtime.backend import OneCell, ServingStats
 
 _LABELS = ("model_name", "cell")
 _GAUGES: Final[tuple[tuple[str, str, Callable[[ServingStats], float]], ...]] = (
@@ -19,7 +19,7 @@ _GAUGES: Final[tuple[tuple[str, str, Callable[[ServingStats], float]], ...]] = (
 )
 
 
-def each_cell(model: str, views: Sequence[CellView]) -> Iterator[Metric]:
+def each_cell(model: str, views: Sequence[OneCell]) -> Iterator[Metric]:
     """All families, with the values of now.
 
     Args:
