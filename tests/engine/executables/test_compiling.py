@@ -248,8 +248,10 @@ def test_it_is_told_how_far_a_layout_is(program: Program, workshop: Workshop) ->
     wanted = WantedLayout(parse_layout("tp2x2", 4), groups, time.monotonic())
     assert executables.progress([]) == CompileProgress()
     executables.want(groups, 0)
-    while not (progress := executables.progress([wanted, wanted])).making:
-        time.sleep(0.001)  # until the thread is at the gate
+    progress = executables.progress([wanted, wanted])
+    while not any(one.activity == "compiling" for one in progress.making):
+        time.sleep(0.001)  # until the thread has looked in the store, and is at the gate
+        progress = executables.progress([wanted, wanted])
     (layout,) = progress.layouts  # once, whoever asks for it
     assert (layout.layout, layout.stage, layout.needed, layout.compiled, layout.ready) == (
         "tp2x2",
