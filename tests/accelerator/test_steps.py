@@ -93,8 +93,10 @@ def test_attention_reads_each_old_key_and_value_once(step: CompiledStep) -> None
 
 def test_a_norm_is_a_handful_of_operations(step: CompiledStep) -> None:
     # Each takes a TPU about a microsecond, however little it does.  That counts in decode steps; the arrays of a chunk
-    # of a prompt are larger, and XLA takes eight operations for them.
-    if step.case.target.chip.platform != "tpu" or not step.case.shape.is_decode:
+    # of a prompt are larger, and XLA takes eight operations for them.  Sums of a single row are scalars, for which it
+    # takes 23: see docs/accelerators.md.
+    shape = step.case.shape
+    if step.case.target.chip.platform != "tpu" or not shape.is_decode or shape.batch == 1:
         return
     norms = 2 * step.case.config.num_layers + 1
     made = [one for one, _, _ in reading(step, CONTEXT).instructions() if "/jit(rms_norm)/" in one.attributes]
