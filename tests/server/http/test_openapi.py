@@ -110,7 +110,9 @@ def _try_many(
     )
     def one(case: schemathesis.Case) -> None:
         response = case.call(base_url=url, session=session, timeout=20)
-        case.validate_response(response, checks=checks)
+        # A body that is too long is refused, too, though not in a way that this check knows.
+        known = [check for check in checks if response.status_code != 413 or "negative_data" not in check.__name__]
+        case.validate_response(response, checks=known)
         seen[response.status_code] += 1
 
     one()
