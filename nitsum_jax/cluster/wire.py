@@ -84,33 +84,35 @@ class CellPort:
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            async with asyncio.timeout(_HELLO_S):
-                if not hmac.compare_digest(await reader.readexactly(_SECRET_BYTES), self._secret):
-                    return
-                door = await _read(reader)
-            self._writers.add(writer)
-            self._idle.clear()
-            _keep_alive(writer)
-            if self._leaving:
-                _write(writer, (_LEAVE,))
-            async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(self._tell(door, writer))
-                try:
-                    while True:
-                        kind, *rest = await _read(reader)
-                        if kind == _SUBMIT:
-                            tasks.create_task(self._submit(door, writer, *rest))
-                        else:
-                            await self._cell.cancel(*rest)
-                except (EOFError, OSError):
-                    telling.cancel()
-        except (EOFError, OSError, TimeoutError):
-            pass  # the front door has ended
+            with contextlib.suppress(EOFError, OSError, TimeoutError):  # the front door has ended
+                await self._serve_door(reader, writer)
         finally:
             self._writers.discard(writer)
             if not self._writers:
                 self._idle.set()
             writer.close()
+
+    async def _serve_door(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with asyncio.timeout(_HELLO_S):
+            if not hmac.compare_digest(await reader.readexactly(_SECRET_BYTES), self._secret):
+                return
+            door = await _read(reader)
+        self._writers.add(writer)
+        self._idle.clear()
+        _keep_alive(writer)
+        if self._leaving:
+            _write(writer, (_LEAVE,))
+        async with asyncio.TaskGroup() as tasks:
+            telling = tasks.create_task(self._tell(door, writer))
+            try:
+                while True:
+                    kind, *rest = await _read(reader)
+                    if kind == _SUBMIT:
+                        tasks.create_task(self._submit(door, writer, *rest))
+                    else:
+                        await self._cell.cancel(*rest)
+            except (EOFError, OSError):
+                telling.cancel()
 
     async def _tell(self, door: str, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):  # whoever reads learns of it, too

@@ -407,7 +407,7 @@ class Instance:
                 # Each rank writes to its pool after the last exchange with the others: that one has its tokens does not
                 # say that the others are done.
                 jax.block_until_ready(results)
-                for name, result in reversed(results.items()):
+                for name, result in reversed(results.items()):  # tokens last: a step that has them is whole
                     setattr(step, name, np.asarray(result))
             except Exception as error:  # a failed step is the engine's to deal with, not this thread's
                 step.error = error

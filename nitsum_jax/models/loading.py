@@ -152,9 +152,9 @@ def _open_gguf(path: Path, name: str) -> OpenModel:
     config = config_from_gguf(file, name)
     reader: Any = file  # has what the tokenizer asks of a gguf.GGUFReader
     said = generation_of_gguf(file.fields)
-    opened = _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said)
-    pooling = file.get_field(f"{config.architecture}.pooling_type")
-    return dataclasses.replace(opened, pooling=None if pooling is None else pooling_of_gguf(pooling.contents()))
+    field = file.get_field(f"{config.architecture}.pooling_type")
+    pooling = None if field is None else pooling_of_gguf(field.contents())
+    return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said, pooling)
 
 
 def _open_hf(folder: Path, name: str) -> OpenModel:
@@ -168,8 +168,8 @@ def _open_hf(folder: Path, name: str) -> OpenModel:
         raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
     config = config_from_hf(config_json, name)
     said = read_generation_config(folder)
-    opened = _finished(name, config, Tokenizer.from_file(folder), SafetensorsSource(folder), said)
-    return dataclasses.replace(opened, pooling=read_pooling(folder))
+    source = SafetensorsSource(folder)
+    return _finished(name, config, Tokenizer.from_file(folder), source, said, read_pooling(folder))
 
 
 def _open_orbax(folder: Path, name: str) -> OpenModel:
@@ -178,8 +178,8 @@ def _open_orbax(folder: Path, name: str) -> OpenModel:
 
     checkpoint = OrbaxCheckpoint(folder)
     said = read_generation_config(folder)
-    opened = _finished(name, checkpoint.config, Tokenizer.from_file(folder), checkpoint, said, checkpoint)
-    return dataclasses.replace(opened, pooling=read_pooling(folder))
+    tokenizer, pooling = Tokenizer.from_file(folder), read_pooling(folder)
+    return _finished(name, checkpoint.config, tokenizer, checkpoint, said, pooling, checkpoint)
 
 
 def _finished(
@@ -188,13 +188,14 @@ def _finished(
     tokenizer: Tokenizer,
     source: TensorSource,
     generation: Mapping[str, Any],
+    pooling: Pooling | None,
     vshards: "OrbaxCheckpoint | None" = None,
 ) -> OpenModel:
     config = with_own_head(config, source)
     check_tensors(config, source)
     refuse_leftovers(config, source)
     config = dataclasses.replace(config, name=name, eos_ids=_end_ids(config, tokenizer))
-    return OpenModel(name, config, tokenizer, source, vshards, generation)
+    return OpenModel(name, config, tokenizer, source, vshards, generation, pooling)
 
 
 def _end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -77,9 +77,9 @@ def test_nobody_there_and_files_that_are_none(tmp_path: pathlib.Path) -> None:
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(InvalidInputError, match="is not a file of this tool"):
             read_reference(str(tmp_path / "bad.json"))
-    short = write(tmp_path / "short.json", logprobs=[-1.0])
-    with pytest.raises(InvalidInputError, match="texts are missing, or their likelihoods"):
-        read_reference(short)
+    for short in ({"logprobs": [-1.0]}, {"ids": [5], "logprobs": []}):
+        with pytest.raises(InvalidInputError, match="texts are missing, or their likelihoods"):
+            read_reference(write(tmp_path / "short.json", **short))
 
 
 def test_a_reference_can_be_written_and_read(tmp_path: pathlib.Path) -> None:

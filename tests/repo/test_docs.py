@@ -12,8 +12,11 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
 WIDTH = 120
 GENERATED = {"goodput.md", "ladder.md"}  # by studies, whose sentences have the figures of a cell in one line
-FOREIGN_FLAGS = {"build", "help", "rm"} | {"backend", "config_file", "data", "endpoint", "streaming", "tokenizer"}
-"""Of Docker, of all tools, and of load generators of others."""
+_OF_DOCKER, _OF_ALL = {"build", "rm"}, {"help"}
+_OF_LOAD_GENERATORS = set(
+    ["backend", "config_file", "constraint", "data", "endpoint", "request", "streaming", "synthetic", "tokenizer"]
+)
+FOREIGN_FLAGS = _OF_DOCKER | _OF_ALL | _OF_LOAD_GENERATORS
 _FLAG = re.compile(r"(?<![\w-])--(no)?([a-z]\w*)")
 _LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)[^)]*\)|!\[[^\]]*\]\(([^)\s]+)\)")
 

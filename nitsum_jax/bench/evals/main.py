@@ -134,4 +134,9 @@ async def _score(stub: nitsum_pb2_grpc.GenerationServiceStub, text: ScoredText) 
             f"the server's tokenizer is another: of {text.name} it makes {len(ids)} tokens, the reference "
             f"{len(text.ids)}, and they differ at token {where}"
         )
+    if len(logprobs) != len(text.logprobs):
+        raise PreconditionError(
+            f"the server told {len(logprobs)} likelihoods of {text.name}, where {len(text.logprobs)} were asked for: "
+            "it is of another version"
+        )
     return compare(text, logprobs)

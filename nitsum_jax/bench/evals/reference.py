@@ -61,7 +61,7 @@ class Reference:
             ScoredText(str(one["name"]), str(one["text"]), tuple(one["ids"]), tuple(map(float, one["logprobs"])))
             for one in data["texts"]
         ]
-        if not texts or any(len(one.ids) != len(one.logprobs) + 1 for one in texts):
+        if not texts or any(not one.logprobs or len(one.ids) != len(one.logprobs) + 1 for one in texts):
             raise ValueError("texts are missing, or their likelihoods")
         return cls(str(data["model"]), str(data["made_by"]), tuple(texts))
 

@@ -14,7 +14,7 @@ from nitsum_jax.server.http.anthropic.requests import CountRequest, MessagesRequ
 from nitsum_jax.server.http.anthropic.responses import AnthropicError, MessageObject, TokenCount
 from nitsum_jax.server.http.fields import TOKEN_ID
 from nitsum_jax.server.http.openai import requests, responses
-from nitsum_jax.server.http.openai.embeddings import EmbeddingRequest, EmbeddingResponse
+from nitsum_jax.server.http.openai.embeddings import EmbeddingRequest
 from nitsum_jax.server.http.openai.tiers import accepted
 from nitsum_jax.server.http.responding.requests import ResponseRequest
 from nitsum_jax.server.http.responding.responses import ResponseObject
@@ -38,7 +38,7 @@ _MODELS = (
     responses.ChatResponse,
     responses.CompletionResponse,
     EmbeddingRequest,
-    EmbeddingResponse,
+    responses.EmbeddingResponse,
     responses.ModelList,
     responses.Model,
     responses.Health,
@@ -112,7 +112,7 @@ def _document() -> dict[str, Any]:
             },
             "/v1/embeddings": {
                 "post": {
-                    **_plain("Vectors of texts.", EmbeddingRequest, EmbeddingResponse),
+                    **_plain("Vectors of texts.", EmbeddingRequest, responses.EmbeddingResponse),
                     "parameters": list(HEADER_PARAMETERS),
                 }
             },

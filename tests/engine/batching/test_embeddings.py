@@ -3,16 +3,19 @@
 The tiny models have more tokens than dimensions, so the output of the last layer follows from the logits and the head.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nitsum_jax.engine.request import Request, check_request
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.models.pooling import Pooling
 from tests.engine.harness import Harness, tiny_model
+from tests.engine.quick import compiling_quickly
 from tests.models.golden import tiny_models
 
 VARIANT = "qwen3"
@@ -93,7 +96,7 @@ def test_prompts_that_are_started_over_are_counted_once(model: OpenModel) -> Non
     # Room for two of the sequences: they send each other back in the middle of their prompts.
     blocks = {"max_model_len": 64, "kv_cache_gib": 2 * 64 * model.config.num_layers * 2 * 3 * 16 * 4 / 2**30}
     settings = {"devices": 1, "layouts": ("tp1",), "prefill_chunk": 2, "prefix_cache": False, "pooling": "mean"}
-    with Harness(model, **(settings | blocks)) as harness:
+    with compiling_quickly(), Harness(model, **(settings | blocks)) as harness:
         streams = [harness.submit(prompt[:10], 50) for prompt in prompts()]
         found = embed(harness, prompts() * 4)
         harness.collect(streams)
@@ -102,14 +105,13 @@ def test_prompts_that_are_started_over_are_counted_once(model: OpenModel) -> Non
 
 
 def test_wrong_requests_are_refused(engine: Harness, model: OpenModel) -> None:
-    pooling = pooling_of(engine)
+    limits, pooling = engine.engine.request_limits(), pooling_of(engine)
     with pytest.raises(InvalidInputError, match="give max_tokens=1"):
         engine.submit([1, 2], 2, pooling=pooling)
     other = next(kind for kind in Pooling if kind is not pooling)
     with pytest.raises(PreconditionError, match=f"pooling={pooling} here, not {other}"):
         engine.submit([1, 2], 1, pooling=other)
-    unpooled = Harness(model, devices=1, layouts=("tp1",))
-    with unpooled, pytest.raises(PreconditionError, match=r"this model gives no embeddings: .* --pooling=last"):
-        unpooled.submit([1, 2], 1, pooling=pooling)
+    with pytest.raises(PreconditionError, match=r"this model gives no embeddings: .* --pooling=last"):
+        check_request(Request("r", (1, 2), 1, pooling=pooling), dataclasses.replace(limits, pooling=None))
     with pytest.raises(InvalidInputError, match="pooling=cls is not known: give one of auto, none, last, mean"):
         Harness(model, pooling="cls")

@@ -11,7 +11,8 @@ import openai
 import pytest
 
 from nitsum_jax.models.pooling import Pooling
-from nitsum_jax.server.http.openai.embeddings import EmbeddingRequest, EmbeddingResponse
+from nitsum_jax.server.http.openai.embeddings import EmbeddingRequest
+from nitsum_jax.server.http.openai.responses import EmbeddingResponse
 from tests.server.fake_engine import fake_embedding
 from tests.server.harness import TOKENIZER, says
 from tests.server.http.harness import serving, the_error

@@ -2,18 +2,15 @@
 
 import asyncio
 
-import pytest
-
 from nitsum_jax.server.launch.ops_flags import OpsOptions
 from nitsum_jax.server.operations.dashboard.snapshot import point
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.harness import ask, says
+from tests.server.operations.chromium import CHROMIUM, needs_chromium
 from tests.server.operations.fake_cells import FakeCells
 from tests.server.operations.http import fetch
 from tests.server.operations.ports import opened
-from tools.browser import VARIABLE, Browser, find_chromium
-
-CHROMIUM = find_chromium()
+from tools.browser import Browser
 
 
 def test_metrics_have_the_name_of_the_cell() -> None:
@@ -65,7 +62,7 @@ def test_decisions_of_all_cells_are_one_list_in_the_order_of_time() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium is found: install it, or name it in {VARIABLE}")
+@needs_chromium
 def test_a_person_sees_all_cells_and_then_one() -> None:
     def work(url: str) -> None:
         assert CHROMIUM is not None

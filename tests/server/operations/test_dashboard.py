@@ -17,16 +17,13 @@ from nitsum_jax.server.operations.dashboard.feed import Feed
 from nitsum_jax.server.operations.dashboard.snapshot import DashboardSnapshot
 from nitsum_jax.server.proto import nitsum_pb2
 from tests.server.harness import ask, says, until
+from tests.server.operations.chromium import CHROMIUM, needs_chromium
 from tests.server.operations.http import fetch
 from tests.server.operations.ports import Open, opened
-from tools.browser import VARIABLE, Browser, find_chromium
+from tools.browser import Browser
 from tools.sample_cell import sample
 
 PAGE = Path(feeds.__file__).parent / "page.html"
-CHROMIUM = find_chromium()
-needs_chromium = pytest.mark.skipif(
-    CHROMIUM is None, reason=f"no Chromium is found: install the package chromium, or name it in {VARIABLE}"
-)
 
 
 class Film:

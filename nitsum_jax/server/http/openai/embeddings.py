@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from nitsum_jax.runtime.backend import Backend
 from nitsum_jax.runtime.calls import Wanted, check, check_outputs, encode, make_call
@@ -15,6 +15,7 @@ from nitsum_jax.server.gateway import GatewayHeaders
 from nitsum_jax.server.http.answering import Endpoint, Planned, Whole, check_model
 from nitsum_jax.server.http.errors import ApiError
 from nitsum_jax.server.http.fields import MAX_TIER_CHARS, PromptField, Strict, Unsupported
+from nitsum_jax.server.http.openai.known import HARMLESS
 from nitsum_jax.server.http.openai.tiers import choose_tier
 
 _LITTLE_ENDIAN = np.dtype("<f4")
@@ -23,11 +24,7 @@ _LITTLE_ENDIAN = np.dtype("<f4")
 class EmbeddingRequest(Strict):
     """POST /v1/embeddings."""
 
-    harmless: ClassVar[Mapping[str, str]] = {
-        "user": "names the caller",
-        "priority": "the latency tier decides who goes first: service_tier",
-        "request_id": "the header x-request-id is used",
-    }
+    harmless: ClassVar[Mapping[str, str]] = {name: HARMLESS[name] for name in ("user", "priority", "request_id")}
     unsupported: ClassVar[Mapping[str, Unsupported]] = {
         "dimensions": Unsupported("vectors have the width of the model: cut them, and scale them to length 1 again"),
         "truncate_prompt_tokens": Unsupported("texts are not cut: send shorter ones"),
@@ -42,36 +39,6 @@ class EmbeddingRequest(Strict):
         None, description="base64: little-endian float32; float, a list of numbers, if not given."
     )
     service_tier: str | None = Field(None, max_length=MAX_TIER_CHARS, description="The latency tier.")
-
-
-class EmbeddingObject(BaseModel):
-    """The vector of a text."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    object: Literal["embedding"]
-    index: int
-    embedding: list[float] | str
-
-
-class EmbeddingUsage(BaseModel):
-    """Tokens of all texts."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt_tokens: int
-    total_tokens: int
-
-
-class EmbeddingResponse(BaseModel):
-    """The vectors, in the order of the texts."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    object: Literal["list"]
-    data: list[EmbeddingObject]
-    model: str
-    usage: EmbeddingUsage
 
 
 class Embeddings(Endpoint[EmbeddingRequest]):
@@ -95,9 +62,7 @@ class Embeddings(Endpoint[EmbeddingRequest]):
             )
             raise ApiError(400, message, param="model")
         check_outputs(len(request.input), backend, f"{len(request.input)} texts")
-        tier, told = choose_tier(request.service_tier, tiers)
-        if told == "default" and (objective := asked.tier(tiers)) is not None:
-            tier = objective
+        tier, _ = choose_tier(request.service_tier, tiers, asked)
         wanted = Wanted(max_tokens=0, tier=tier, ttft_ms=asked.ttft_ms, tpot_ms=asked.tpot_ms, pooling=model.pooling)
         check(wanted, model.vocab_size, least_tokens=0)
         name = f"embd-{uuid.uuid4().hex}"
@@ -116,7 +81,7 @@ class _Writer:
         self._in_base64 = in_base64
 
     def whole(self, wholes: Sequence[Whole], outputs: Outputs) -> dict[str, Any]:
-        """See EmbeddingResponse."""
+        """See `responses.EmbeddingResponse`."""
         return {
             "object": "list",
             "data": [

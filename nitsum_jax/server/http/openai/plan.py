@@ -141,9 +141,7 @@ async def _plan(
         check_outputs(len(prompts) * outputs, backend, several)
     except InvalidInputError as error:
         raise ApiError(400, str(error), param="n") from None
-    tier, told_tier = choose_tier(request.service_tier, tiers)
-    if told_tier == "default" and (objective := asked.tier(tiers)) is not None:
-        tier = told_tier = objective
+    tier, told_tier = choose_tier(request.service_tier, tiers, asked)
     wanted = Wanted(
         sampling=request.sampling(model.vocab_size, model.defaults),
         max_tokens=_UNLIMITED if limit is None else limit,

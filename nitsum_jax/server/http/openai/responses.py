@@ -131,6 +131,30 @@ class CompletionResponse(_Response):
     choices: list[CompletionChoice]
 
 
+class EmbeddingObject(_Exact):
+    """The vector of a text."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(_Exact):
+    """Tokens of all texts."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingResponse(_Exact):
+    """The vectors, in the order of the texts."""
+
+    object: Literal["list"]
+    data: list[EmbeddingObject]
+    model: str
+    usage: EmbeddingUsage
+
+
 class Model(_Exact):
     """The model that is served."""
 
