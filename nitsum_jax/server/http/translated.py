@@ -47,7 +47,7 @@ async def as_chat(
 
 
 class PartsWriter(abc.ABC):
-    """Writes the one answer of a plan by its parts; see AnswerWriter."""
+    """Writes the one answer of a plan by its parts; see `WholeWriter` and `EventWriter`."""
 
     def __init__(self, plan: RequestPlan) -> None:
         """Begins the answer."""
