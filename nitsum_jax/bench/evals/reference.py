@@ -24,7 +24,7 @@ class ScoredText:
     Attributes:
       name: for people.
       text: as it is sent.
-      ids: of its tokens, without any that a model puts before it.
+      ids: of its tokens, with those that the tokenizer puts before it.
       logprobs: natural logarithms of the probabilities of all tokens but the first.
     """
 

@@ -12,10 +12,10 @@ from nitsum_jax.bench.serve.plot import save_plot
 from nitsum_jax.bench.serve.results import Results, write_json
 from nitsum_jax.bench.serve.session import Progress, Session, capped, drive
 from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet, read_tiers
-from nitsum_jax.errors import InvalidInputError, UnavailableError, one_line
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server import cli
 from nitsum_jax.server.client import identity_flags
-from nitsum_jax.server.client.channel import open_channel
+from nitsum_jax.server.client.channel import does_not_serve, open_channel
 from nitsum_jax.sim.runs.records import REQUESTS, to_line
 from nitsum_jax.sim.workloads.workload_flags import workload_of
 
@@ -92,9 +92,7 @@ async def run_async(argv: Sequence[str]) -> Results:
         async with open_channel(values.server, identity_flags.read(values)) as channel:
             results = await drive(channel, session, progress_line(len(workload.requests)))
     except grpc.aio.AioRpcError as error:
-        raise UnavailableError(
-            f"{values.server} does not serve: {error.code().name}: {one_line(error.details() or '')}"
-        ) from None
+        raise does_not_serve(values.server, error) from None
     cli.out(results.table())
     if values.json is not None:
         write_json(results, values.json)

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.errors import InvalidInputError, UnavailableError, one_line
 
 KEY_VARIABLE = "NITSUM_API_KEY"
 _OPTIONS = (
@@ -59,6 +59,11 @@ def read_identity(api_key_file: str | None, ca: str | None, cert: str | None, ke
         None if cert is None else _read("tls_cert", cert),
         None if key is None else _read("tls_key", key),
     )
+
+
+def does_not_serve(server: str, error: grpc.aio.AioRpcError) -> UnavailableError:
+    """What a tool says of a server that did not answer a call."""
+    return UnavailableError(f"{server} does not serve: {error.code().name}: {one_line(error.details() or '')}")
 
 
 def open_channel(server: str, identity: Identity) -> grpc.aio.Channel:

@@ -16,7 +16,7 @@ from nitsum_jax.server.http.translated import PartsWriter
 
 
 class MessageShape(PartsWriter):
-    """One message; see AnswerWriter."""
+    """One message; see `answering.WholeWriter` and `EventWriter`."""
 
     def __init__(self, plan: RequestPlan) -> None:
         """Begins the answer of a plan for one output."""

@@ -17,7 +17,7 @@ from nitsum_jax.server.http.translated import PartsWriter
 
 
 class ResponseShape(PartsWriter):
-    """One response; see AnswerWriter."""
+    """One response; see `answering.WholeWriter` and `EventWriter`."""
 
     def __init__(self, request: ResponseRequest, plan: RequestPlan, token_bytes: TokenBytes) -> None:
         """Begins.
