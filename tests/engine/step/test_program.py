@@ -75,6 +75,7 @@ class Promise:
     decodes: tuple[Steps, ...]
     prefills: tuple[Steps, ...] = ()
     draws: bool = False
+    kv_dtype: str | None = None
 
 
 ALL = (1, 2, 4, 8)
@@ -87,18 +88,19 @@ PROMISES = [
     Promise("llama_gqa_tied", "bfloat16", (Steps(1, 1, (2, 4)), Steps(16, 16, (1, 8))), (Steps(32, 32, ALL),)),
     Promise("qwen3", "bfloat16", (Steps(4, 3, (1, 8)),)),
     Promise("qwen2_mha", "float32", (Steps(16, 11, (2, 8)),)),
+    Promise("llama_odd", "bfloat16", (Steps(8, 5, (1, 8)),), (Steps(32, 20, (2, 4)),), kv_dtype="int8"),
 ]
 
 
 @functools.cache
-def promised(variant: str, dtype: str) -> StepRig:
+def promised(variant: str, dtype: str, kv_dtype: str | None = None) -> StepRig:
     """Compiled as users compile it, once for all tests here."""
-    return StepRig(variant, dtype)
+    return StepRig(variant, dtype, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: f"{promise.variant}-{promise.dtype}")
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda p: f"{p.variant}-{p.dtype}-{p.kv_dtype or 'same'}")
 def test_every_degree_of_parallelism_gives_the_same_bits(promise: Promise) -> None:
-    rig, draws = promised(promise.variant, promise.dtype), promise.draws
+    rig, draws = promised(promise.variant, promise.dtype, promise.kv_dtype), promise.draws
     vocab = rig.cut.config.vocab_size
     cases = [(StepShape(one.bucket, 1), decode_rows(one.used, vocab, draws), one.tps) for one in promise.decodes]
     for context in (0, 100, 250):
