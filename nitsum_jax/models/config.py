@@ -9,7 +9,6 @@ import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -55,7 +54,7 @@ class ModelConfig:
 
     Attributes:
       name: for people; never decides anything.
-      architecture: one of ARCHITECTURES.
+      architecture: `model_type` of its family, see `families`.
       num_layers: L.
       d_model: D.
       d_mlp: F.
@@ -97,10 +96,6 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Raises InvalidInputError if the numbers cannot belong to a model."""
-        if self.architecture not in ARCHITECTURES:
-            raise InvalidInputError(
-                f"model architecture '{self.architecture}' is not supported; supported are {', '.join(ARCHITECTURES)}"
-            )
         sizes = "num_layers d_model d_mlp num_heads num_kv_heads head_dim vocab_size max_context"
         for field in sizes.split():
             if getattr(self, field) < 1:

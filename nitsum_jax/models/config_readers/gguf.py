@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_readers.keys import says_nothing
 from nitsum_jax.models.config_readers.rope import rope_of_gguf
-from nitsum_jax.models.config_readers.values import positive, readable, shown, unsupported
+from nitsum_jax.models.config_readers.values import positive, readable, says_nothing, shown, unsupported
+from nitsum_jax.models.families.registry import GGUF_FAMILIES
 from nitsum_jax.models.text.special_ids import ids_of_gguf
 
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files call themselves llama
 # Keys that are read here, without the architecture in front.
 _USED = """
     context_length embedding_length block_count feed_forward_length expert_count attention.head_count
@@ -65,8 +64,9 @@ def config_from_gguf(reader: GgufReader, name: str = "") -> ModelConfig:
 
 def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     architecture = str(gguf_field(reader, "general.architecture", "of unknown type"))
-    if architecture not in GGUF_ARCHITECTURES:
-        raise unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_ARCHITECTURES))
+    if architecture not in GGUF_FAMILIES:
+        raise unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_FAMILIES))
+    family, form = GGUF_FAMILIES[architecture]
     if int(gguf_field(reader, "split.count", 1)) > 1:
         raise unsupported("a GGUF file in several parts", "one file; join them with `llama-gguf-split --merge`")
 
@@ -106,7 +106,7 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     special = ids_of_gguf(lambda key: gguf_field(reader, key), known, warn=False)
     return ModelConfig(
         name=name or str(gguf_field(reader, "general.name", "")),
-        architecture=architecture,
+        architecture=family.architecture,
         num_layers=int(get("block_count", required=True)),
         d_model=d_model,
         d_mlp=int(d_mlp),
@@ -119,11 +119,10 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=float(f"{eps:.7g}"),
         tied_head="output.weight" not in tensors,
-        qkv_bias=architecture == "qwen2" or (architecture == "llama" and "blk.0.attn_q.bias" in tensors),
-        qk_norm=architecture == "qwen3",
         eos_ids=special.ends,
         bos_id=special.bos,
         dtype={"F16": "float16", "BF16": "bfloat16"}.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
+        **form.differences(get, tensors),
     )
 
 

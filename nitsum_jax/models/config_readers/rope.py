@@ -11,8 +11,7 @@ import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import RopeScaling
-from nitsum_jax.models.config_readers.keys import says_nothing
-from nitsum_jax.models.config_readers.values import positive, shown, unsupported
+from nitsum_jax.models.config_readers.values import positive, says_nothing, shown, unsupported
 
 _DEFAULT_THETA = 10000.0  # of transformers and of llama.cpp alike
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
