@@ -1,4 +1,4 @@
-"""Writes the table in docs/models.md from the families and from what tests them: `python -m tools.make_models_table`."""
+"""Writes the table in docs/models.md from the families and their tests: `python -m tools.make_models_table`."""
 
 import collections
 from pathlib import Path
@@ -22,9 +22,8 @@ def table() -> str:
     for family in FAMILIES.values():
         form = "no" if family.gguf is None else f"`{family.gguf.architecture}`"
         cells = [family.title, f"`{family.architecture}`", form, family.variants or "nothing"]
-        rows.append(
-            "| " + " | ".join([*cells, str(tiny[family.architecture]), _REAL.get(family.architecture, "")]) + " |"
-        )
+        cells += [str(tiny[family.architecture]), _REAL.get(family.architecture, "")]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
