@@ -8,7 +8,8 @@ Shapes of one vshard, Hk and Gk being its query and KV heads:
 `embed.table`, `head.table` [V/K, D]; `layers.{l}.attn.qkv` [(Hk + 2 Gk) A, D], rows of q, then k, then v;
 `layers.{l}.attn.qkv_bias` [(Hk + 2 Gk) A]; `layers.{l}.attn.out` [Hk A, D]; `layers.{l}.mlp.gate_up` [2 F/K, D];
 `layers.{l}.mlp.down` [F/K, D].  Replicated: `final_norm`, `layers.{l}.attn.norm`, `layers.{l}.mlp.norm` [D];
-`layers.{l}.attn.q_norm`, `layers.{l}.attn.k_norm` [A].
+`layers.{l}.attn.q_norm`, `layers.{l}.attn.k_norm` [A], unless that norm is over all heads (then cut: [Hk A]).
+Some families lack norms or have `attn.post_norm` and `mlp.post_norm`.
 """
 
 import dataclasses
@@ -200,10 +201,16 @@ def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedPa
     def norm(name: str) -> PlannedParam:
         return _replicated(f"{target}.{name}", parts[name].tensor, *parts[name].shape)
 
-    yield norm("attn.norm")
+    if config.pre_norms:
+        yield norm("attn.norm")
     if config.qk_norm:
-        yield norm("attn.q_norm")
-        yield norm("attn.k_norm")
+        for which, heads in (("q", cut.q_head_of), ("k", cut.kv_head_of)):
+            name, part = f"{target}.attn.{which}_norm", parts[f"attn.{which}_norm"]
+            if not config.wide_qk_norm:
+                yield _replicated(name, part.tensor, a)
+                continue
+            for k in vshards:
+                yield PlannedParam(name, k, (len(heads[k]) * a,), tuple(_heads(part, heads[k], a, 0)))
     rows = (cut.q_heads + 2 * cut.kv_heads) * a
     for k in vshards:
         yield PlannedParam(f"{target}.attn.qkv", k, (rows, d), _qkv(parts, "", a, cut, k))
@@ -213,7 +220,10 @@ def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedPa
     for k in vshards:
         pieces = tuple(_heads(parts["attn.out"], cut.q_head_of[k], a, 0, transposed=True))
         yield PlannedParam(f"{target}.attn.out", k, (cut.q_heads * a, d), pieces)
-    yield norm("mlp.norm")
+    if config.post_norms:
+        yield norm("attn.post_norm")
+    if config.pre_norms:
+        yield norm("mlp.norm")
     for k in vshards:
         span = cut.mlp_range(k)
         gate, up = _span(parts["mlp.gate"], span, 0), _span(parts["mlp.up"], span, cut.d_mlp)
@@ -221,6 +231,8 @@ def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedPa
     for k in vshards:
         pieces = _span(parts["mlp.down"], cut.mlp_range(k), 0, transposed=True)
         yield PlannedParam(f"{target}.mlp.down", k, (cut.d_mlp, d), pieces)
+    if config.post_norms:
+        yield norm("mlp.post_norm")
 
 
 def _replicated(name: str, tensor: str, width: int) -> PlannedParam:

@@ -24,15 +24,18 @@ _TOP = {
 _PARTS = {
     "attn_norm": "attn.norm",
     "attn_q": "attn.q",
+    "attn_qkv": "attn.q",
     "attn_k": "attn.k",
     "attn_v": "attn.v",
     "attn_output": "attn.out",
     "attn_q_norm": "attn.q_norm",
     "attn_k_norm": "attn.k_norm",
+    "post_attention_norm": "attn.post_norm",
     "ffn_norm": "mlp.norm",
     "ffn_gate": "mlp.gate",
     "ffn_up": "mlp.up",
     "ffn_down": "mlp.down",
+    "post_ffw_norm": "mlp.post_norm",
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
@@ -54,6 +57,7 @@ class GgufSource:
         """
         self._file = file
         self._head_dim = config.head_dim
+        self._norm_offset = config.norm_offset
         family = family_of(config.architecture)
         self._unpermute = family.gguf is not None and family.gguf.interleaved
         self._tensors: dict[str, GgufTensor] = {}
@@ -99,6 +103,11 @@ class GgufSource:
         return self._tensors[name]
 
     def _values(self, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
+        if self._norm_offset and tensor.name.endswith("norm.weight"):  # which llama.cpp has added already
+            return np.asarray(self._stored(tensor, data).astype(np.float32) - np.float32(self._norm_offset))
+        return self._stored(tensor, data)
+
+    def _stored(self, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
         match tensor.tensor_type.name:
             case "F32" | "F16" | "F64":
                 return data

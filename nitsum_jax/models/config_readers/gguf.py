@@ -76,13 +76,10 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
             raise InvalidInputError(f"GGUF file has no '{architecture}.{key}'; convert the model again")
         return value
 
-    _refuse_unknown_keys(reader, architecture)
+    _refuse_unknown_keys(reader, architecture, form.keys)
     if int(get("expert_count", 0)) > 0:
         raise unsupported("mixture of experts", "dense models")
     max_context = int(get("context_length", required=True))
-    window = int(get("attention.sliding_window", 0))
-    if 0 < window < max_context:
-        raise unsupported(f"sliding window attention ({window} tokens)", "full attention")
     d_model, num_heads = int(get("embedding_length", required=True)), get("attention.head_count", required=True)
     num_kv_heads, d_mlp = get("attention.head_count_kv", num_heads), get("feed_forward_length", required=True)
     for what, value in (("heads", num_heads), ("KV heads", num_kv_heads), ("MLP width", d_mlp)):
@@ -92,19 +89,21 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         raise InvalidInputError(f"GGUF file has {architecture}.attention.head_count={num_heads}; convert it again")
     head_dim = int(get("attention.key_length", d_model // int(num_heads)))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if int(get(key, head_dim)) != head_dim:
+        turns_in_part = key == "rope.dimension_count" and family.partial_rotary
+        if int(get(key, head_dim)) != head_dim and not turns_in_part:
             raise unsupported(f"{key}={get(key)} with head width {head_dim}", "one width for q, k, v and RoPE")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InvalidInputError("GGUF file has no tensor 'token_embd.weight'; it is cut short or not a whole model")
-    theta, scaling = rope_of_gguf(get, tensors, architecture, head_dim, max_context)
+    turning = int(get("rope.dimension_count", head_dim))
+    theta, scaling = rope_of_gguf(get, tensors, architecture, turning, max_context, family.default_theta)
     # llama.cpp refuses a file without this key, too; in the file it is a float32.
     eps = positive(get("attention.layer_norm_rms_epsilon", required=True), "attention.layer_norm_rms_epsilon")
     rows = int(tensors["token_embd.weight"].shape[1])
     # The tokenizer warns of ids that are beyond its vocabulary.
     known = min(rows, len(gguf_field(reader, "tokenizer.ggml.tokens") or range(rows)))
     special = ids_of_gguf(lambda key: gguf_field(reader, key), known, warn=False)
-    return ModelConfig(
+    config = ModelConfig(
         name=name or str(gguf_field(reader, "general.name", "")),
         architecture=family.architecture,
         num_layers=int(get("block_count", required=True)),
@@ -124,6 +123,12 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         dtype={"F16": "float16", "BF16": "bfloat16"}.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
         **form.differences(get, tensors),
     )
+    window = int(get("attention.sliding_window", 0))
+    if 0 < window < max_context and config.window is None:
+        raise unsupported(
+            f"sliding window attention ({window} tokens) in a file of {architecture}", "full attention there"
+        )
+    return config
 
 
 def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
@@ -132,11 +137,11 @@ def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _refuse_unknown_keys(reader: GgufReader, architecture: str) -> None:
+def _refuse_unknown_keys(reader: GgufReader, architecture: str, more: frozenset[str]) -> None:
     """Refuses keys of the model (not of the file or the tokenizer) that may change what it computes."""
     for key in reader.fields:
         family, _, rest = key.partition(".")
-        if family != architecture or rest in _UNDERSTOOD:
+        if family != architecture or rest in _UNDERSTOOD or rest in more:
             continue
         value = gguf_field(reader, key)
         if not (value in _NEUTRAL[rest] if rest in _NEUTRAL else says_nothing(value)):

@@ -20,10 +20,12 @@ LLAMA_PARTS: PartNames = {
     "attn.q_norm": "self_attn.q_norm",
     "attn.k_norm": "self_attn.k_norm",
     "attn.out": "self_attn.o_proj",
+    "attn.post_norm": "",  # Llama has none
     "mlp.norm": "post_attention_layernorm",
     "mlp.gate": "mlp.gate_proj",
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
+    "mlp.post_norm": "",
 }
 # What every config class of transformers has, with its default where one is common to all.
 COMMON_KEYS: Mapping[str, Any] = {
@@ -54,12 +56,14 @@ class GgufForm:
     Attributes:
       architecture: `general.architecture` there.
       interleaved: rows of q and k lie in the order of interleaved RoPE, and are put back.
+      keys: of the file, without the architecture, that `differences` reads.
       differences: from (key without the architecture, default) -> value, and the file's tensors by name, to the fields
         of `ModelConfig` that differ from Llama's.
     """
 
     architecture: str
     interleaved: bool = False
+    keys: frozenset[str] = frozenset()
     differences: Callable[[Callable[..., Any], Mapping[str, Any]], dict[str, Any]] = _no_differences
 
 
@@ -76,6 +80,9 @@ class Family:
         missing.  Any other key is refused, unless it is harmless or says nothing.
       differences: from a config.json with its defaults to the fields of `ModelConfig` that differ from Llama's.
       written: from a config to the keys of config.json that say these differences.
+      default_theta: base of the rotary frequencies where nothing is said.
+      partial_rotary: `partial_rotary_factor` may be less than 1.
+      activation_key: what names the activation.
       parts: names of the tensors.
       gguf: None: there are no such files, or none are read.
     """
@@ -87,5 +94,8 @@ class Family:
     defaults: Mapping[str, Any]
     differences: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_differences
     written: Callable[[ModelConfig], dict[str, Any]] = _no_differences
+    default_theta: float = 10000.0
+    partial_rotary: bool = False
+    activation_key: str = "hidden_act"
     parts: PartNames = dataclasses.field(default_factory=lambda: LLAMA_PARTS)
     gguf: GgufForm | None = None

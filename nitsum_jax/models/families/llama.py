@@ -1,6 +1,7 @@
 """Llama 2 and 3, SmolLM2 and what else calls itself llama; Mistral, which has a window where nothing is said."""
 
 from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_readers.layers import full_attention, window_everywhere
 from nitsum_jax.models.families.family import COMMON_KEYS, Family, GgufForm
 
 LLAMA = Family(
@@ -14,6 +15,7 @@ LLAMA = Family(
         "intermediate_size": 11008,
         "max_position_embeddings": 2048,
     },
+    differences=full_attention,
     # Mistral's files call themselves llama, too, and some have biases.
     gguf=GgufForm(
         architecture="llama",
@@ -23,14 +25,14 @@ LLAMA = Family(
 )
 
 
-def _mistral_written(_: ModelConfig) -> dict[str, object]:
-    return {"sliding_window": None}  # transformers' own default is a window of 4096
+def _mistral_written(config: ModelConfig) -> dict[str, object]:
+    return {"sliding_window": config.window}  # transformers' own default is a window of 4096
 
 
 MISTRAL = Family(
     architecture="mistral",
     title="Mistral",
-    variants="",
+    variants="a window in every layer, or none",
     hf_class="MistralForCausalLM",
     defaults={
         **COMMON_KEYS,
@@ -40,5 +42,6 @@ MISTRAL = Family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
+    differences=window_everywhere,
     written=_mistral_written,
 )

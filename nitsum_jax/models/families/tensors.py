@@ -53,16 +53,22 @@ def _shapes(config: ModelConfig) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """(part, weight or bias, shape) of everything in a layer."""
     d, f, a = config.d_model, config.d_mlp, config.head_dim
     widths = {"q": config.num_heads * a, "k": config.num_kv_heads * a, "v": config.num_kv_heads * a}
-    yield "attn.norm", "weight", (d,)
+    if config.pre_norms:
+        yield "attn.norm", "weight", (d,)
     for which, width in widths.items():
         yield f"attn.{which}", "weight", (width, d)
         if config.qkv_bias:
             yield f"attn.{which}", "bias", (width,)
     if config.qk_norm:
-        yield "attn.q_norm", "weight", (a,)
-        yield "attn.k_norm", "weight", (a,)
+        yield "attn.q_norm", "weight", (widths["q"] if config.wide_qk_norm else a,)
+        yield "attn.k_norm", "weight", (widths["k"] if config.wide_qk_norm else a,)
     yield "attn.out", "weight", (d, widths["q"])
-    yield "mlp.norm", "weight", (d,)
+    if config.post_norms:
+        yield "attn.post_norm", "weight", (d,)
+    if config.pre_norms:
+        yield "mlp.norm", "weight", (d,)
     yield "mlp.gate", "weight", (f, d)
     yield "mlp.up", "weight", (f, d)
     yield "mlp.down", "weight", (d, f)
+    if config.post_norms:
+        yield "mlp.post_norm", "weight", (d,)

@@ -8,9 +8,10 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
-from nitsum_jax.models.config import ModelConfig, RopeScaling
+from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.gguf import config_from_gguf
 from nitsum_jax.models.config_readers.rope import rope_of_hf, rope_scaling_to_hf
+from nitsum_jax.models.layers.rope_scaling import RopeScaling
 from tests.models.checkpoint.helpers import random_tensors, tiny_config, write_gguf
 
 LLAMA3 = {

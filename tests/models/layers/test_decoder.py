@@ -10,7 +10,8 @@ from flax import nnx
 
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.decoder import Decoder, rms_norm
+from nitsum_jax.models.layers.decoder import Decoder
+from nitsum_jax.models.layers.norms import rms_norm
 from nitsum_jax.models.layers.reduction import Ranks
 from tests.engine.reference import causal_attend, decoder_logits, split_decoder, tiny_config, tiny_params
 from tests.models.golden import tiny_models
