@@ -9,7 +9,7 @@ from typing import Any
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.keys import EXPERTS, QUANTISATION, refuse_unknown_keys
-from nitsum_jax.models.config_readers.rope import rope_of_hf, rope_scaling_to_hf
+from nitsum_jax.models.config_readers.rope import ORIGINAL_CONTEXT, rope_of_hf, rope_scaling_to_hf
 from nitsum_jax.models.config_readers.values import flag, positive, readable, shown, unsupported, whole
 from nitsum_jax.models.families.registry import family_of
 from nitsum_jax.models.text.special_ids import ids_of_json
@@ -54,7 +54,9 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     d_model, num_heads = whole(complete, "hidden_size"), whole(complete, "num_attention_heads")
     max_context = whole(complete, "max_position_embeddings")
     num_layers = whole(complete, "num_hidden_layers")
-    theta, scaling = rope_of_hf(config, max_context, family.default_theta, partial=family.partial_rotary)
+    # Phi's config class has an original context even where the file says nothing.
+    said = {key: value for key, value in complete.items() if key in config or key == ORIGINAL_CONTEXT}
+    theta, scaling = rope_of_hf(said, max_context, family.default_theta, partial=family.partial_rotary)
     vocab_size = whole(complete, "vocab_size")
     special = ids_of_json(config, vocab_size, "config.json")
     return ModelConfig(

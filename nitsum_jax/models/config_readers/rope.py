@@ -17,14 +17,14 @@ from nitsum_jax.models.layers.rope_scaling import AnyScaling, LongRopeScaling, R
 
 _DEFAULT_THETA = 10000.0  # of transformers and of llama.cpp alike
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention", "linear_attention"}
-_CONTEXT = "original_max_position_embeddings"
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
 _KEYS = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
-    "yarn": ("factor", _CONTEXT),
-    "longrope": ("short_factor", "long_factor", _CONTEXT),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_CONTEXT),
+    "yarn": ("factor", ORIGINAL_CONTEXT),
+    "longrope": ("short_factor", "long_factor", ORIGINAL_CONTEXT),
 }
 _OPTIONAL = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -84,7 +84,7 @@ def sliding_rope_of_hf(config: Mapping[str, Any], max_context: int, default_thet
 def rope_scaling_to_hf(scaling: AnyScaling) -> dict[str, Any]:
     """The `rope_scaling` that `rope_of_hf` and transformers read back."""
     if isinstance(scaling, YarnScaling):
-        return {"rope_type": "yarn", _CONTEXT: scaling.original_max_context} | {
+        return {"rope_type": "yarn", ORIGINAL_CONTEXT: scaling.original_max_context} | {
             key: getattr(scaling, key) for key in ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate")
         }
     if isinstance(scaling, LongRopeScaling):
@@ -93,7 +93,7 @@ def rope_scaling_to_hf(scaling: AnyScaling) -> dict[str, Any]:
             "short_factor": list(scaling.short),
             "long_factor": list(scaling.long),
             "attention_factor": scaling.attention_factor,
-            _CONTEXT: scaling.original_max_context,
+            ORIGINAL_CONTEXT: scaling.original_max_context,
         }
     if scaling.is_linear:
         return {"rope_type": "linear", "factor": scaling.factor}
@@ -211,7 +211,7 @@ def _rope_of_table(key: str, table: Mapping[str, Any], config: Mapping[str, Any]
     low, high = numbers["low_freq_factor"], numbers["high_freq_factor"]
     if low >= high:
         raise InvalidInputError(f"{key} in config.json has low_freq_factor={low:g}, not less than high_freq_factor")
-    return theta, RopeScaling(numbers["factor"], low, high, int(numbers[_CONTEXT]))
+    return theta, RopeScaling(numbers["factor"], low, high, int(numbers[ORIGINAL_CONTEXT]))
 
 
 def _yarn(key: str, numbers: Mapping[str, float], table: Mapping[str, Any]) -> YarnScaling:
@@ -228,7 +228,7 @@ def _yarn(key: str, numbers: Mapping[str, float], table: Mapping[str, Any]) -> Y
     if not isinstance(truncate, bool):
         raise InvalidInputError(f"{key} in config.json has truncate={shown(truncate)}; give true or false")
     fast, slow = optional("beta_fast") or 32.0, optional("beta_slow") or 1.0
-    return YarnScaling(numbers["factor"], int(numbers[_CONTEXT]), attention, fast, slow, truncate)
+    return YarnScaling(numbers["factor"], int(numbers[ORIGINAL_CONTEXT]), attention, fast, slow, truncate)
 
 
 def _longrope(key: str, table: Mapping[str, Any], max_context: int) -> LongRopeScaling:
@@ -238,7 +238,7 @@ def _longrope(key: str, table: Mapping[str, Any], max_context: int) -> LongRopeS
         if not isinstance(values, list):
             raise InvalidInputError(f"{key} of type 'longrope' has {name}={shown(values)}; give a list of numbers")
         sets.append(tuple(positive(value, f"{name} of {key} in config.json") for value in values))
-    original = int(positive(table[_CONTEXT], f"{_CONTEXT} of {key} in config.json"))
+    original = int(positive(table[ORIGINAL_CONTEXT], f"{ORIGINAL_CONTEXT} of {key} in config.json"))
     factor = table.get("factor")
     factor = max_context / original if factor is None else positive(factor, f"factor of {key} in config.json")
     attention = table.get("attention_factor")
@@ -260,7 +260,7 @@ def _refuse_partial(config: Mapping[str, Any]) -> None:
 
 def _refuse_unused(key: str, kind: str, table: Mapping[str, Any]) -> None:
     """Refuses settings that this kind does not use, unless they ask for nothing."""
-    understood = {"type", "rope_type", "rope_theta", "partial_rotary_factor", _CONTEXT}
+    understood = {"type", "rope_type", "rope_theta", "partial_rotary_factor", ORIGINAL_CONTEXT}
     understood.update(_KEYS[kind], _OPTIONAL.get(kind, ()))
     for name, value in table.items():
         nothing = says_nothing(value) or (name in ("factor", "attention_factor") and value == 1)
@@ -276,14 +276,14 @@ def _with_context(
 ) -> dict[str, Any]:
     """The settings of a table with the original context, which may be beside it, or be that of the model."""
     values = {name: value for name, value in table.items() if value is not None}
-    if _CONTEXT in _KEYS[kind]:
-        beside = config.get(_CONTEXT)
-        if beside is not None and values.setdefault(_CONTEXT, beside) != beside:
+    if ORIGINAL_CONTEXT in _KEYS[kind]:
+        beside = config.get(ORIGINAL_CONTEXT)
+        if beside is not None and values.setdefault(ORIGINAL_CONTEXT, beside) != beside:
             raise InvalidInputError(
-                f"config.json has {_CONTEXT}={shown(beside)}, and {shown(values[_CONTEXT])} in {key}; "
+                f"config.json has {ORIGINAL_CONTEXT}={shown(beside)}, and {shown(values[ORIGINAL_CONTEXT])} in {key}; "
                 "remove the one that is wrong"
             )
-        values.setdefault(_CONTEXT, max_context)
+        values.setdefault(ORIGINAL_CONTEXT, max_context)
     return values
 
 

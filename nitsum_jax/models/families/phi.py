@@ -27,7 +27,9 @@ def _turning(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _written(config: ModelConfig) -> dict[str, Any]:
-    return {"sliding_window": config.window, "partial_rotary_factor": config.rotary_width / config.head_dim}
+    long, share = config.rope_scaling, config.rotary_width / config.head_dim
+    context = {"original_max_position_embeddings": long.original_max_context} if long is not None else {}
+    return {"sliding_window": config.window, "partial_rotary_factor": share, **context}
 
 
 def _gguf(get: Callable[..., Any], _: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,6 +53,7 @@ PHI3 = Family(
         "intermediate_size": 8192,
         "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
+        "original_max_position_embeddings": 4096,
     },
     differences=_phi3,
     written=_written,
