@@ -9,7 +9,12 @@ from typing import Any
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.keys import EXPERTS, QUANTISATION, refuse_unknown_keys
-from nitsum_jax.models.config_readers.rope import ORIGINAL_CONTEXT, rope_of_hf, rope_scaling_to_hf
+from nitsum_jax.models.config_readers.rope import (
+    ORIGINAL_CONTEXT,
+    refuse_other_local_rope,
+    rope_of_hf,
+    rope_scaling_to_hf,
+)
 from nitsum_jax.models.config_readers.values import flag, positive, readable, shown, unsupported, whole
 from nitsum_jax.models.families.registry import family_of
 from nitsum_jax.models.text.special_ids import ids_of_json
@@ -59,7 +64,7 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     theta, scaling = rope_of_hf(said, max_context, family.default_theta, partial=family.partial_rotary)
     vocab_size = whole(complete, "vocab_size")
     special = ids_of_json(config, vocab_size, "config.json")
-    return ModelConfig(
+    made = ModelConfig(
         name=name or str(config.get("_name_or_path", "")),
         architecture=architecture,
         num_layers=num_layers,
@@ -80,6 +85,9 @@ def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
         **family.differences(complete),
     )
+    if made.window is not None and made.local_rope is None:
+        refuse_other_local_rope(said, max_context, (theta, scaling))
+    return made
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -81,6 +81,14 @@ def sliding_rope_of_hf(config: Mapping[str, Any], max_context: int, default_thet
     return _rope_of_table("rope_parameters", own or {}, config, max_context)
 
 
+def refuse_other_local_rope(config: Mapping[str, Any], max_context: int, found: ThetaAndScaling) -> None:
+    """Raises InvalidInputError if layers with a window turn otherwise than `found`, in a family that has one way."""
+    table = config.get("rope_parameters")
+    own = table.get("sliding_attention") if isinstance(table, Mapping) else None
+    if isinstance(own, Mapping) and _rope_of_table("rope_parameters", own, config, max_context) != found:
+        raise unsupported("rope_parameters of sliding_attention that differ from full_attention", "one RoPE here")
+
+
 def rope_scaling_to_hf(scaling: AnyScaling) -> dict[str, Any]:
     """The `rope_scaling` that `rope_of_hf` and transformers read back."""
     if isinstance(scaling, YarnScaling):
@@ -131,6 +139,8 @@ def rope_of_gguf(
     """
     theta = positive(get("rope.freq_base", default_theta), f"{architecture}.rope.freq_base")
     kind = get("rope.scaling.type", "linear")
+    if kind == "longrope" and "rope_factors_long.weight" in tensors:
+        kind = "none"
     if kind not in ("none", "linear"):
         raise unsupported(f"GGUF rope scaling '{kind}'", "none, linear, and Llama 3 by rope_freqs.weight")
     factors = [(key, get(key)) for key in ("rope.scaling.factor", "rope.scale_linear")]

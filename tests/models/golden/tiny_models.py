@@ -80,7 +80,7 @@ _LONG_ROPE = {
     "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
 }
 # Keys of Gemma alone; windows of 8 tokens in the first of two layers.
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     "tied": True,
     "head_dim": 16,
     "hidden_activation": "gelu_pytorch_tanh",
