@@ -21,7 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from benchmarks.engine.decode_table import align
 from nitsum_jax.errors import NitsumError
-from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config import ModelConfig, Rope
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
 from nitsum_jax.models.layers.rope import inverse_frequencies, rotations
@@ -43,14 +43,15 @@ def attend(_: int, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 def logits(model: Decoder, tokens: jax.Array, kept: Callable[[jax.Array], jax.Array]) -> np.ndarray:
     """f64[tokens, V]; `kept` is what becomes of an activation before the next product takes it."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    cos, sin = rotations(positions, inverse_frequencies(model.config))
+    config = model.config
+    rotation = rotations(positions, inverse_frequencies(Rope(config.rope_theta, config.rope_scaling), config.head_dim))
     x = kept(model.embed.table[0][...][tokens].astype(jnp.float32))
     for layer, block in enumerate(model.layers):
 
         def of_layer(q: jax.Array, k: jax.Array, v: jax.Array, layer: int = layer) -> jax.Array:
             return attend(layer, q, k, v)
 
-        x = kept(x + kept(model.ranks.sum(block.attn(x, cos, sin, of_layer, model))))
+        x = kept(x + kept(model.ranks.sum(block.attn(x, rotation, of_layer, model))))
         x = kept(x + kept(model.ranks.sum(block.mlp(x, model))))
     return np.asarray(model.logits(x.reshape(-1, x.shape[-1])), np.float64)
 

@@ -36,8 +36,8 @@ from benchmarks.engine.reference import Reference, default_python
 from nitsum_jax.bench.compile.operations import operations
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.errors import InvalidInputError, NitsumError
+from nitsum_jax.models.known.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.loading import OpenModel, open_model
-from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from nitsum_jax.runtime.startup import compile_cache
 from nitsum_jax.server import cli
 

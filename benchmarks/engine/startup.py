@@ -24,7 +24,7 @@ from absl import flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from nitsum_jax.errors import NitsumError, PreconditionError
-from nitsum_jax.models.registry import KNOWN_MODELS, fetch
+from nitsum_jax.models.known.registry import KNOWN_MODELS, fetch
 from nitsum_jax.server import cli
 
 COLD, WARM = "cold", "warm"

@@ -319,6 +319,8 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
     q_heads = site.cut.q_heads
     most_new = config.prefill_shapes()[-1].tokens
     forms = fitting(forms, config.attention, memory.pool, q_heads=q_heads, most_new_tokens=most_new)
+    model = model.served_up_to(site.max_model_len)
+    variants = dict.fromkeys(model.attention_of(layer) for layer in range(model.num_layers))
     program = Program(
         config=model,
         cut=site.cut,
@@ -326,7 +328,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
         pool=memory.pool,
         max_batch=config.max_batch,
         max_model_len=site.max_model_len,
-        forms=checked(forms, config.attention, memory.pool, q_heads=q_heads, device=site.devices[0]),
+        forms=checked(forms, config.attention, memory.pool, q_heads=q_heads, device=site.devices[0], variants=variants),
         fast_sums=config.reduction == "fast",
         pooling=pooling,
     )

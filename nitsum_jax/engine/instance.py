@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nitsum_jax.engine.kv.history import STEERED_BY, HistoryMover
 from nitsum_jax.engine.kv.kv_pool import KvPool
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
+from nitsum_jax.engine.kv.window import give_back
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.step.dispatched import Chunk, IncomingRequest, PrefillChoice, Step
 from nitsum_jax.engine.step.packing import Packer, StepShape
@@ -81,6 +82,7 @@ class Instance:
         self._histories = histories
         self._prefixes = prefixes
         self._slots = collections.Counter(self.device_of)
+        self._window = program.config.window_everywhere
         self._free_rows = list(range(program.max_batch - 1, -1, -1))
         self._history: jax.Array | None = None
         self._no_masks: dict[int, jax.Array] = {}  # by rows; on the devices, so that steps without masks bring none
@@ -243,6 +245,7 @@ class Instance:
     def _seat(self, sequence: LiveRequest) -> None:
         sequence.row = self._free_rows.pop()
         sequence.home = self
+        sequence.dropped = 0
         self.rows[sequence.row] = sequence
 
     # ---- steps
@@ -316,6 +319,7 @@ class Instance:
         step = Step(shape, [sequence, *beside], emits, chunk=chunk, joined=choice.joined, context=context)
         self._start(step, executables[shape], packer)
         self.note_pages(sequence)
+        self._give_back_behind_window(step.sequences)
         return True
 
     def _dispatch_decode(self, make_room: MakeRoom) -> bool:
@@ -330,7 +334,16 @@ class Instance:
         packer = self._packer(shape)
         context = self._add_decoding(packer, chosen)
         self._start(Step(shape, chosen, [True] * len(chosen), context=context), executables[shape], packer)
+        self._give_back_behind_window(chosen)
         return True
+
+    def _give_back_behind_window(self, sequences: Sequence[LiveRequest]) -> None:
+        if self._window is None:
+            return
+        allocators = [self._pool.allocators[device] for device in self.device_of]
+        for sequence in sequences:
+            entered_only = self._prefixes is not None
+            give_back(sequence, self._window, self.page_size, allocators, entered_only=entered_only)
 
     def _growing(self, ready: list[LiveRequest], make_room: MakeRoom) -> list[LiveRequest]:
         """Those of them that have room for another token."""

@@ -41,6 +41,7 @@ class LiveRequest:
       target: prefill reaches to here; the step that gets there samples the next token.
       page_table: i32[K, P]; the first `pages` columns are blocks, each on the device of its vshard.
       pages: pages held.
+      dropped: pages behind the window of its model, whose blocks were given back while it was in its present home.
       row: row in its instance's token history, or -1.
       delivered: output tokens that went out; they are not sent again when they are made a second time.
       admitted: order of admission, for choosing whom to send back.
@@ -69,6 +70,7 @@ class LiveRequest:
     pending: int = 0
     target: int = dataclasses.field(init=False)
     pages: int = 0
+    dropped: int = 0
     row: int = -1
     delivered: int = 0
     admitted: int = -1

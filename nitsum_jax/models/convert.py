@@ -16,9 +16,10 @@ from nitsum_jax.models.checkpoint.orbax_io import save_orbax
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsWriter
 from nitsum_jax.models.config_readers.hf import config_to_hf
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.families.tensors import checkpoint_shapes
 from nitsum_jax.models.generation import add_generation_config
 from nitsum_jax.models.loading import OpenModel, open_model
-from nitsum_jax.models.pack import checkpoint_shapes, matrix_dtype
+from nitsum_jax.models.pack import matrix_dtype
 from nitsum_jax.models.pooling import write_pooling
 
 FORMATS = ("orbax", "safetensors")

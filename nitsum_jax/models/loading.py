@@ -11,20 +11,20 @@ import jax
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models import tiny_random
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
 from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_head
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_readers.gguf import config_from_gguf
+from nitsum_jax.models.config_readers.gguf import config_from_gguf, gguf_field
 from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import generation_of_gguf, read_generation_config
+from nitsum_jax.models.known import tiny_random
+from nitsum_jax.models.known.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.pack import check_tensors, pack
 from nitsum_jax.models.pooling import Pooling, pooling_of_gguf, read_pooling
-from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.text.special_ids import valid_ids
 from nitsum_jax.models.text.tokenizer import Tokenizer
 
@@ -152,8 +152,8 @@ def _open_gguf(path: Path, name: str) -> OpenModel:
     config = config_from_gguf(file, name)
     reader: Any = file  # has what the tokenizer asks of a gguf.GGUFReader
     said = generation_of_gguf(file.fields)
-    field = file.get_field(f"{config.architecture}.pooling_type")
-    pooling = None if field is None else pooling_of_gguf(field.contents())
+    pooling_type = gguf_field(file, f"{gguf_field(file, 'general.architecture')}.pooling_type")
+    pooling = None if pooling_type is None else pooling_of_gguf(pooling_type)
     return _finished(name, config, Tokenizer.from_gguf(reader), GgufSource(file, config), said, pooling)
 
 

@@ -8,13 +8,14 @@ Shapes of one vshard, Hk and Gk being its query and KV heads:
 `embed.table`, `head.table` [V/K, D]; `layers.{l}.attn.qkv` [(Hk + 2 Gk) A, D], rows of q, then k, then v;
 `layers.{l}.attn.qkv_bias` [(Hk + 2 Gk) A]; `layers.{l}.attn.out` [Hk A, D]; `layers.{l}.mlp.gate_up` [2 F/K, D];
 `layers.{l}.mlp.down` [F/K, D].  Replicated: `final_norm`, `layers.{l}.attn.norm`, `layers.{l}.mlp.norm` [D];
-`layers.{l}.attn.q_norm`, `layers.{l}.attn.k_norm` [A].
+`layers.{l}.attn.q_norm`, `layers.{l}.attn.k_norm` [A], unless that norm is over all heads (then cut: [Hk A]).
+Some families lack norms or have `attn.post_norm` and `mlp.post_norm`.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +24,7 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.source import TensorSource
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.families.tensors import EMBEDDING, FINAL_NORM, HEAD, LayerPart, checkpoint_shapes, layer_parts
 
 _DTYPES = {
     "float32": np.dtype(np.float32),
@@ -68,40 +70,14 @@ def matrix_dtype(name: "str | np.dtype") -> np.dtype:
     return dtype
 
 
-def checkpoint_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors a Hugging Face checkpoint of this config has, in model order."""
-    d, f, a = config.d_model, config.d_mlp, config.head_dim
-    widths = {"q": config.num_heads * a, "k": config.num_kv_heads * a, "v": config.num_kv_heads * a}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, d)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (d,)
-        for which, width in widths.items():
-            shapes[f"{prefix}.self_attn.{which}_proj.weight"] = (width, d)
-            if config.qkv_bias:
-                shapes[f"{prefix}.self_attn.{which}_proj.bias"] = (width,)
-        if config.qk_norm:
-            shapes[f"{prefix}.self_attn.q_norm.weight"] = (a,)
-            shapes[f"{prefix}.self_attn.k_norm.weight"] = (a,)
-        shapes[f"{prefix}.self_attn.o_proj.weight"] = (d, widths["q"])
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (d,)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (f, d)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (f, d)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (d, f)
-    shapes["model.norm.weight"] = (d,)
-    if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab_size, d)
-    return shapes
-
-
 def plan(config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
     """All parameters in loading order: embedding, layer by layer, final norm, head; in each, vshard by vshard."""
-    yield from _table("embed.table", "model.embed_tokens.weight", config, cut)
+    yield from _table("embed.table", EMBEDDING, config, cut)
     for layer in range(config.num_layers):
         yield from _layer(layer, config, cut)
-    yield _replicated("final_norm", "model.norm.weight", config.d_model)
+    yield _replicated("final_norm", FINAL_NORM, config.d_model)
     if not config.tied_head:
-        yield from _table("head.table", "lm_head.weight", config, cut)
+        yield from _table("head.table", HEAD, config, cut)
 
 
 def cut_bytes(config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype") -> tuple[int, int]:
@@ -219,30 +195,44 @@ def _assemble(param: PlannedParam, source: TensorSource, dtype: np.dtype) -> np.
 
 
 def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
-    target, source, vshards = f"layers.{layer}", f"model.layers.{layer}", range(cut.num_vshards)
+    target, vshards, parts = f"layers.{layer}", range(cut.num_vshards), layer_parts(config, layer)
     d, a = config.d_model, config.head_dim
-    yield _replicated(f"{target}.attn.norm", f"{source}.input_layernorm.weight", d)
+
+    def norm(name: str) -> PlannedParam:
+        return _replicated(f"{target}.{name}", parts[name].tensor, *parts[name].shape)
+
+    if config.pre_norms:
+        yield norm("attn.norm")
     if config.qk_norm:
-        yield _replicated(f"{target}.attn.q_norm", f"{source}.self_attn.q_norm.weight", a)
-        yield _replicated(f"{target}.attn.k_norm", f"{source}.self_attn.k_norm.weight", a)
+        for which, heads in (("q", cut.q_head_of), ("k", cut.kv_head_of)):
+            name, part = f"{target}.attn.{which}_norm", parts[f"attn.{which}_norm"]
+            if not config.wide_qk_norm:
+                yield _replicated(name, part.tensor, a)
+                continue
+            for k in vshards:
+                yield PlannedParam(name, k, (len(heads[k]) * a,), tuple(_heads(part, heads[k], a, 0)))
     rows = (cut.q_heads + 2 * cut.kv_heads) * a
     for k in vshards:
-        yield PlannedParam(f"{target}.attn.qkv", k, (rows, d), _qkv(f"{source}.self_attn", "weight", a, cut, k))
+        yield PlannedParam(f"{target}.attn.qkv", k, (rows, d), _qkv(parts, "", a, cut, k))
     if config.qkv_bias:
         for k in vshards:
-            yield PlannedParam(f"{target}.attn.qkv_bias", k, (rows,), _qkv(f"{source}.self_attn", "bias", a, cut, k))
+            yield PlannedParam(f"{target}.attn.qkv_bias", k, (rows,), _qkv(parts, "_bias", a, cut, k))
     for k in vshards:
-        pieces = tuple(_heads(f"{source}.self_attn.o_proj.weight", cut.q_head_of[k], a, 0, transposed=True))
+        pieces = tuple(_heads(parts["attn.out"], cut.q_head_of[k], a, 0, transposed=True))
         yield PlannedParam(f"{target}.attn.out", k, (cut.q_heads * a, d), pieces)
-    yield _replicated(f"{target}.mlp.norm", f"{source}.post_attention_layernorm.weight", d)
+    if config.post_norms:
+        yield norm("attn.post_norm")
+    if config.pre_norms:
+        yield norm("mlp.norm")
     for k in vshards:
         span = cut.mlp_range(k)
-        gate = _span(f"{source}.mlp.gate_proj.weight", span, 0)
-        up = _span(f"{source}.mlp.up_proj.weight", span, cut.d_mlp)
+        gate, up = _span(parts["mlp.gate"], span, 0), _span(parts["mlp.up"], span, cut.d_mlp)
         yield PlannedParam(f"{target}.mlp.gate_up", k, (2 * cut.d_mlp, d), gate + up)
     for k in vshards:
-        pieces = _span(f"{source}.mlp.down_proj.weight", cut.mlp_range(k), 0, transposed=True)
+        pieces = _span(parts["mlp.down"], cut.mlp_range(k), 0, transposed=True)
         yield PlannedParam(f"{target}.mlp.down", k, (cut.d_mlp, d), pieces)
+    if config.post_norms:
+        yield norm("mlp.post_norm")
 
 
 def _replicated(name: str, tensor: str, width: int) -> PlannedParam:
@@ -250,30 +240,34 @@ def _replicated(name: str, tensor: str, width: int) -> PlannedParam:
 
 
 def _table(name: str, tensor: str, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
+    whole = LayerPart(name, tensor, 0, (config.vocab_size, config.d_model))
     for k in range(cut.num_vshards):
-        yield PlannedParam(name, k, (cut.vocab, config.d_model), _span(tensor, cut.vocab_range(k), 0))
+        yield PlannedParam(name, k, (cut.vocab, config.d_model), _span(whole, cut.vocab_range(k), 0))
 
 
-def _span(tensor: str, span: tuple[int, int], row: int, transposed: bool = False) -> tuple[TensorPiece, ...]:
+def _span(part: LayerPart, span: tuple[int, int], row: int, transposed: bool = False) -> tuple[TensorPiece, ...]:
     start, stop = span
-    return (TensorPiece(tensor, start, stop, row, transposed),) if stop > start else ()
+    return (TensorPiece(part.tensor, part.first + start, part.first + stop, row, transposed),) if stop > start else ()
 
 
-def _qkv(prefix: str, kind: str, head_dim: int, cut: ModelCut, vshard: int) -> tuple[TensorPiece, ...]:
+def _qkv(
+    parts: Mapping[str, LayerPart], kind: str, head_dim: int, cut: ModelCut, vshard: int
+) -> tuple[TensorPiece, ...]:
     q, kv = cut.q_head_of[vshard], cut.kv_head_of[vshard]
     return (
-        *_heads(f"{prefix}.q_proj.{kind}", q, head_dim, 0),
-        *_heads(f"{prefix}.k_proj.{kind}", kv, head_dim, len(q) * head_dim),
-        *_heads(f"{prefix}.v_proj.{kind}", kv, head_dim, (len(q) + len(kv)) * head_dim),
+        *_heads(parts[f"attn.q{kind}"], q, head_dim, 0),
+        *_heads(parts[f"attn.k{kind}"], kv, head_dim, len(q) * head_dim),
+        *_heads(parts[f"attn.v{kind}"], kv, head_dim, (len(q) + len(kv)) * head_dim),
     )
 
 
 def _heads(
-    tensor: str, heads: Sequence[int | None], head_dim: int, row: int, transposed: bool = False
+    part: LayerPart, heads: Sequence[int | None], head_dim: int, row: int, transposed: bool = False
 ) -> Iterator[TensorPiece]:
     """One piece for every run of neighbouring heads."""
     present = [(slot, head) for slot, head in enumerate(heads) if head is not None]
     for _, run in itertools.groupby(present, key=lambda pair: pair[1] - pair[0]):
         members = list(run)
         slot, head = members[0]
-        yield TensorPiece(tensor, head * head_dim, (head + len(members)) * head_dim, row + slot * head_dim, transposed)
+        start, stop = part.first + head * head_dim, part.first + (head + len(members)) * head_dim
+        yield TensorPiece(part.tensor, start, stop, row + slot * head_dim, transposed)

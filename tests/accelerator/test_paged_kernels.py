@@ -19,6 +19,7 @@ from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import step_forms
 from nitsum_jax.engine.step.paged.choice import fitting
 from nitsum_jax.engine.step.paged.kernels import paged_attention
+from nitsum_jax.models.config import AttentionVariant
 from tests.accelerator.cases import skip_without_compiler
 
 TARGETS = {"v5e:2x4": "tpu", "v6e:2x4": "tpu", "h100x8": "gpu"}
@@ -98,9 +99,8 @@ def test_the_kernel_compiles_and_copies_no_pool(target: str, name: str) -> None:
     )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *rest: jax.Array) -> jax.Array:
-        return paged_attention(
-            q, k, v, pool, 1, *rest, shape, kernel=str(forms.attention), window=asked.window, soft_cap=asked.soft_cap
-        )
+        variant = AttentionVariant(asked.window, asked.soft_cap)
+        return paged_attention(q, k, v, pool, 1, *rest, shape, variant, kernel=str(forms.attention))
 
     mapped = jax.shard_map(attend, mesh=mesh, in_specs=(everywhere,) * 6, out_specs=everywhere, check_vma=False)
     compiled = jax.jit(mapped).lower(*arguments).compile()

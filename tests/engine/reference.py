@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nitsum_jax.meshes.mesh import TP_AXIS
-from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config import AttentionVariant, ModelConfig
 from nitsum_jax.models.config_readers.hf import config_from_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
@@ -92,13 +92,16 @@ def split_decoder(cut: ModelCut, tp: int) -> tuple[nnx.GraphDef, nnx.State, list
     return graph, state, names
 
 
-def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, variant: AttentionVariant = AttentionVariant()
+) -> jax.Array:
     """Plain attention of T tokens over themselves: the form without a cache.
 
     Args:
       q: f32[B, T, S, H/K, A].
       k: f32[B, T, S, G/K, A].
       v: as k.
+      variant: what a token sees, and how its scores are made.
 
     Returns:
       f32[B, T, S, H/K, A].
@@ -106,8 +109,11 @@ def causal_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     batch, length, slots, heads, width = q.shape
     groups = k.shape[3]
     q = q.reshape(batch, length, slots, groups, heads // groups, width)
-    scores = jnp.einsum("btsgra,busga->bsgrtu", q, k) * jnp.float32(width**-0.5)
-    scores = jnp.where(jnp.tri(length, dtype=bool)[None, None, None, None], scores, -jnp.inf)
+    scores = jnp.einsum("btsgra,busga->bsgrtu", q, k) * jnp.float32(variant.scale_of(width))
+    if variant.soft_cap is not None:
+        scores = variant.soft_cap * jnp.tanh(scores / variant.soft_cap)
+    seen = jnp.tri(length, dtype=bool) & ~jnp.tri(length, k=-(variant.window or length), dtype=bool)
+    scores = jnp.where(seen[None, None, None, None], scores, -jnp.inf)
     out = jnp.einsum("bsgrtu,busga->btsgra", jax.nn.softmax(scores, axis=-1), v)
     return out.reshape(batch, length, slots, heads, width)
 
@@ -139,7 +145,7 @@ class _Forward:
         def forward(leaves: tuple[jax.Array, ...], tokens: jax.Array) -> jax.Array:
             model: Decoder = nnx.merge(graph, jax.tree.unflatten(jax.tree.structure(state), leaves))
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], tokens.shape)
-            x = model(tokens, positions, lambda _, q, k, v: causal_attend(q, k, v))
+            x = model(tokens, positions, lambda layer, q, k, v: causal_attend(q, k, v, cut.config.attention_of(layer)))
             logits = model.logits(x.reshape(-1, x.shape[-1]))
             return model.ranks.concat_last(logits).reshape(*tokens.shape, -1)
 

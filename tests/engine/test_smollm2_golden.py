@@ -12,8 +12,8 @@ import pytest
 from nitsum_jax.bench.evals.reference import read_reference
 from nitsum_jax.engine.request import MAX_TOP_LOGPROBS, TokenLogprob
 from nitsum_jax.errors import PreconditionError
+from nitsum_jax.models.known.registry import KNOWN_MODELS, fetch
 from nitsum_jax.models.loading import OpenModel, open_model
-from nitsum_jax.models.registry import KNOWN_MODELS, fetch
 from tests.engine.harness import Harness
 from tests.models.golden import tiny_models
 

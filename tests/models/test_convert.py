@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.config import RopeScaling
 from nitsum_jax.models.convert import convert
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import GenerationDefaults, generation_defaults
+from nitsum_jax.models.layers.rope_scaling import RopeScaling
 from nitsum_jax.models.loading import open_model
 from nitsum_jax.models.pack import pack
 from tests.models.checkpoint.helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf

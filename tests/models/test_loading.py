@@ -12,9 +12,9 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models import loading
 from nitsum_jax.models.convert import convert
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.known.registry import KnownModel
 from nitsum_jax.models.loading import OpenModel, open_model
 from nitsum_jax.models.pack import pack
-from nitsum_jax.models.registry import KnownModel
 from tests.models.checkpoint.helpers import CHAT_TEMPLATE, DictSource, random_tensors, tiny_config, write_gguf, write_hf
 
 CONFIG = tiny_config()

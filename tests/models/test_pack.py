@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.pack import checkpoint_shapes, cut_bytes, matrix_dtype, pack, plan, unpack
+from nitsum_jax.models.families.tensors import checkpoint_shapes
+from nitsum_jax.models.pack import cut_bytes, matrix_dtype, pack, plan, unpack
 from tests.models.checkpoint.helpers import DictSource, bf16, random_tensors, tiny_config
 
 VARIANTS: list[dict[str, Any]] = [

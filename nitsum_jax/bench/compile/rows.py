@@ -150,7 +150,7 @@ def _times_read(case: StepCase) -> int:
 
     heads = program.cut.q_heads // program.cut.kv_heads
     limits = KERNELS[str(program.forms.attention)].limits(program.pool)
-    return make_plan(program.pool, case.shape.tokens, heads, limits, None, None).tiles
+    return make_plan(program.pool, case.shape.tokens, heads, limits).tiles
 
 
 def exchanged_bytes(case: StepCase, *, fast: bool) -> float:

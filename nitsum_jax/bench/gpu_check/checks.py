@@ -24,8 +24,8 @@ from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
-from nitsum_jax.models import tiny_random
 from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.known import tiny_random
 from nitsum_jax.models.loading import open_model
 
 Found = tuple[bool, str]

@@ -95,7 +95,7 @@ class BlockAllocator:
             np.add.at(self._users, blocks, 1)
             raise ValueError("more blocks given back than there are: one was given twice")
         done = blocks[left == 0]
-        if self._index is not None:  # else no block is shared, and each is in one part
+        if self._index is not None:
             page = np.concatenate([np.arange(len(part)) for part in parts])[left == 0]
             done, first = np.unique(done, return_index=True)
             page = page[first]
@@ -103,6 +103,8 @@ class BlockAllocator:
             self._idle_since[done[kept]] = (self.clock << 20) - page[kept]
             self.idle += int(np.count_nonzero(kept))
             done = done[~kept]
+        else:  # a sequence may have a block several times, see `window`
+            done = done[np.sort(np.unique(done, return_index=True)[1])]
         self._push(done)
 
     def forget(self, blocks: np.ndarray | None = None) -> None:

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from nitsum_jax.engine.step.forms import PoolForm
+from nitsum_jax.models.config import AttentionVariant
+from nitsum_jax.models.layers.elementary import exp_nonpositive, soft_cap
 from nitsum_jax.models.layers.fixed_sums import largest, sum_of_weights
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
@@ -145,7 +147,7 @@ def _size_bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(0x7FFFFFFF)
 
 
-@functools.partial(jax.jit, static_argnames="shape")  # traced once for all layers
+@functools.partial(jax.jit, static_argnames=("shape", "variant"))  # traced once for all layers of a kind
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -155,6 +157,7 @@ def paged_attention(
     page_table: jax.Array,
     context: jax.Array,
     shape: PoolShape,
+    variant: AttentionVariant = AttentionVariant(),
 ) -> jax.Array:
     """Attends T new tokens per row to the row's context in the pool and, causally, to themselves.
 
@@ -167,6 +170,7 @@ def paged_attention(
       page_table: i32[B, S, P], blocks of each row and shard in order.
       context: i32[B], tokens in the pool per row.
       shape: the pool's shape.
+      variant: what a token sees, and how its scores are made.
 
     Returns:
       f32[B, T, S, H/K, A].
@@ -200,10 +204,11 @@ def paged_attention(
         return index * jnp.int32(tokens) + jnp.arange(tokens, dtype=jnp.int32)
 
     # A single new token is laid among the old ones, at its place in its chunk, where that is cheap: no products of its
-    # own.  An accelerator would write the whole chunk once more.
-    joins = length == 1 and not shape.form.by_rows
+    # own.  An accelerator would write the whole chunk once more.  With a window a row may see nothing of a chunk before
+    # it has seen something: it begins with itself.
+    joins = length == 1 and not shape.form.by_rows and variant.window is None
     rows = per_group * length
-    scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(width**-0.5)
+    scaled = q.reshape(batch, length, slots, groups, per_group, width) * jnp.float32(variant.scale_of(width))
     queries = merged(scaled.transpose(0, 2, 3, 4, 1, 5).reshape(batch, slots, groups, rows, width))
     if joins:
         # Every row sees a token in the first chunk, so that the running maximum is finite from then on.
@@ -216,10 +221,14 @@ def paged_attention(
         # product of single rows would be a sum to XLA, in an order that depends on how many there are: it gets a second
         # row.
         new_values = merged(v.transpose(0, 2, 3, 1, 4))
-        least = queries if rows > 1 else jnp.pad(queries, ((0, 0), (0, 1), (0, 0)))
-        scores = jnp.einsum("nra,nua->nru", least, merged(k.transpose(0, 2, 3, 1, 4)))[:, :rows]
+        at_least_two = queries if rows > 1 else jnp.pad(queries, ((0, 0), (0, 1), (0, 0)))
+        scores = jnp.einsum("nra,nua->nru", at_least_two, merged(k.transpose(0, 2, 3, 1, 4)))[:, :rows]
+        scores = soft_cap(scores, variant.soft_cap)
         if length > 1:
-            seen = jnp.tile(jnp.tri(length, dtype=bool), (per_group, 1))[None]
+            seen = jnp.tri(length, dtype=bool)
+            if variant.window is not None:
+                seen = seen & ~jnp.tri(length, k=-variant.window, dtype=bool)
+            seen = jnp.tile(seen, (per_group, 1))[None]
             scores = jnp.where(seen, scores, -jnp.inf)
             top = largest(scores)
             weights = exp_nonpositive(scores - top[..., None])
@@ -240,13 +249,31 @@ def paged_attention(
     page = (shape.page_size, row) if shape.form.by_rows else (shape.page_size * row,)
     flat = pool.reshape(shape.blocks * shape.layers * 2, *page)
     chunks = (jnp.max(reach) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
-    reach = jnp.broadcast_to(reach[:, None, None], (batch, slots, groups)).reshape(whole)
-    reach = jnp.concatenate([reach] * copies)[:, None, None]
+    first = jnp.int32(0)
+    if variant.window is not None:
+        # Rows without a context are padding, or see nothing but themselves.
+        start = jnp.where(context > 0, context + jnp.int32(1 - variant.window), jnp.max(reach))
+        first = jnp.minimum(jnp.maximum(jnp.min(start), 0) // jnp.int32(tokens), chunks)
+
+    def of_rows(x: jax.Array) -> jax.Array:
+        """`[B] -> [n, 1, 1]`."""
+        x = jnp.broadcast_to(x[:, None, None], (batch, slots, groups)).reshape(whole)
+        return jnp.concatenate([x] * copies)[:, None, None]
+
+    reach = of_rows(reach)
+    if variant.window is not None:  # the first position that each row sees, [n, rows, 1]
+        step = jnp.tile(jnp.arange(length, dtype=jnp.int32), per_group)
+        least = of_rows(context) + step[None, :, None] + jnp.int32(1 - variant.window)
 
     def attend_chunk(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, out = carry
         scores = jnp.einsum("nra,nta->nrt", queries, fetch(index, 0))
-        scores = jnp.where(positions(index)[None, None, :] < reach, scores, -jnp.inf)
+        scores = soft_cap(scores, variant.soft_cap)
+        position = positions(index)[None, None, :]
+        seen = position < reach
+        if variant.window is not None:
+            seen = seen & (position >= least)
+        scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, largest(scores))
         shrink = exp_nonpositive(top - new_top)
         weights = exp_nonpositive(scores - new_top[..., None])
@@ -254,27 +281,9 @@ def paged_attention(
         out = out * shrink[..., None] + jnp.einsum("nrt,nta->nra", weights, fetch(index, 1))
         return new_top, total, out
 
-    _, total, out = jax.lax.fori_loop(jnp.int32(0), chunks, attend_chunk, (top, total, out))
+    _, total, out = jax.lax.fori_loop(first, chunks, attend_chunk, (top, total, out))
     out = (out / total[..., None])[:whole].reshape(batch, slots, groups, per_group, length, width)
     return out.transpose(0, 4, 1, 2, 3, 5).reshape(batch, length, slots, heads, width)
-
-
-def exp_nonpositive(x: jax.Array) -> jax.Array:
-    """e**x for x <= 0 (-inf included) within 2 units in the last place; below -87 it is 0.
-
-    The exponential of XLA:CPU gives other bits in a large array than in a small one, because one loop is vectorised
-    and the other is not.  How large the arrays of a device are depends on the layout, so the softmax needs one of its
-    own: Cody-Waite reduction and the polynomial of Cephes' expf, made of operations that are rounded alike everywhere.
-    """
-    bounded = jnp.maximum(x, jnp.float32(-87.0))
-    power = jnp.floor(bounded * jnp.float32(1.44269504088896341) + jnp.float32(0.5))
-    r = bounded - power * jnp.float32(0.693359375) - power * jnp.float32(-2.12194440e-4)
-    y = jnp.full_like(r, 1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
-        y = y * r + jnp.float32(coefficient)
-    y = y * (r * r) + r + jnp.float32(1)
-    scale = jax.lax.bitcast_convert_type((power.astype(jnp.int32) + 127) << 23, jnp.float32)
-    return jnp.where(x < -87, jnp.float32(0), y * scale)
 
 
 def write_tokens(

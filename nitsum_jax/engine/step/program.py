@@ -199,7 +199,10 @@ def step_function(program: Program, shape: StepShape, tp: int, *, with_logits: b
             k, v = contained(k, v)
             new.append(jnp.stack([k, v], axis=3))
             apart = zip(_apart(q, shape), _apart(k, shape), _apart(v, shape), tables, parts, strict=True)
-            return _together([attention(*qkv, pool, layer, table, part.context) for *qkv, table, part in apart])
+            variant = program.config.attention_of(layer)
+            return _together(
+                [attention(*qkv, pool, layer, table, part.context, variant=variant) for *qkv, table, part in apart]
+            )
 
         positions = [
             part.context[:, None] + jnp.arange(of.tokens, dtype=jnp.int32)[None, :]

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from nitsum_jax.engine.kv.kv_pool import KvPool
+from nitsum_jax.engine.kv.window import dropped_columns
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.meshes.layout import InstanceSpec
 
@@ -383,12 +384,13 @@ def _remap(
             brought[start : start + done] = True
         copied[start + done : start + written_pages(sequence, pool)] = True
     unwritten = ~(brought | copied)
+    known = brought & ~dropped_columns(sequences)  # behind a window the table has another block than was copied
     # Pages in their order, whosesoever: the last are evicted first.
     by_page = np.argsort(np.arange(ends[-1]) - np.repeat(starts, np.diff([0, *ends])), kind="stable")
     for source, target, part in route.pairs:
         shards, was, comes = route.vshards[part], there[part], here[part]
-        each = np.repeat(shards, np.count_nonzero(brought))
-        pool.copied(each, source, was[:, brought].reshape(-1), target, comes[:, brought].reshape(-1))
+        each = np.repeat(shards, np.count_nonzero(known))
+        pool.copied(each, source, was[:, known].reshape(-1), target, comes[:, known].reshape(-1))
         sources, comes[:, copied], targets = _bring(pool, shards, source, target, was[:, copied])
         shape = comes[:, unwritten].shape
         comes[:, unwritten] = pool.allocators[target].take(shape[0] * shape[1]).reshape(shape)

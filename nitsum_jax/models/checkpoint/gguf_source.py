@@ -11,24 +11,31 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile, GgufTensor
 from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.families.family import PartNames
+from nitsum_jax.models.families.registry import family_of
+from nitsum_jax.models.families.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 _TOP = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
+    "token_embd.weight": EMBEDDING,
+    "output_norm.weight": FINAL_NORM,
+    "output.weight": HEAD,
 }
-_IN_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
+# What llama.cpp calls the parts of a layer.  A tensor of several is called like one of them.
+_PARTS = {
+    "attn_norm": "attn.norm",
+    "attn_q": "attn.q",
+    "attn_qkv": "attn.q",
+    "attn_k": "attn.k",
+    "attn_v": "attn.v",
+    "attn_output": "attn.out",
+    "attn_q_norm": "attn.q_norm",
+    "attn_k_norm": "attn.k_norm",
+    "post_attention_norm": "attn.post_norm",
+    "ffn_norm": "mlp.norm",
+    "ffn_gate": "mlp.gate",
+    "ffn_up": "mlp.up",
+    "ffn_down": "mlp.down",
+    "post_ffw_norm": "mlp.post_norm",
 }
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _PERMUTED = re.compile(r"blk\.\d+\.attn_[qk]\.(weight|bias)")
@@ -50,10 +57,12 @@ class GgufSource:
         """
         self._file = file
         self._head_dim = config.head_dim
-        self._unpermute = config.architecture == "llama"
+        self._norm_offset = config.norm_offset
+        family = family_of(config.architecture)
+        self._unpermute = family.gguf is not None and family.gguf.interleaved
         self._tensors: dict[str, GgufTensor] = {}
         for tensor in file.tensors:
-            if self._tensors.setdefault(_canonical(tensor.name), tensor) is not tensor:
+            if self._tensors.setdefault(_canonical(tensor.name, family.parts), tensor) is not tensor:
                 raise InvalidInputError(f"GGUF file {file.path} has tensor '{tensor.name}' twice: convert it again")
 
     def names(self) -> Iterable[str]:
@@ -94,6 +103,11 @@ class GgufSource:
         return self._tensors[name]
 
     def _values(self, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
+        if self._norm_offset and tensor.name.endswith("norm.weight"):  # which llama.cpp has added already
+            return np.asarray(self._stored(tensor, data).astype(np.float32) - np.float32(self._norm_offset))
+        return self._stored(tensor, data)
+
+    def _stored(self, tensor: GgufTensor, data: np.ndarray) -> np.ndarray:
         match tensor.tensor_type.name:
             case "F32" | "F16" | "F64":
                 return data
@@ -109,11 +123,11 @@ class GgufSource:
         return values
 
 
-def _canonical(name: str) -> str:
+def _canonical(name: str, parts: PartNames) -> str:
     """The Hugging Face name of a GGUF tensor; names without one are returned as they are."""
     found = _LAYER_NAME.fullmatch(name)
-    if found and found[2] in _IN_LAYER:
-        return f"model.layers.{found[1]}.{_IN_LAYER[found[2]]}.{found[3]}"
+    if found and found[2] in _PARTS:
+        return f"model.layers.{found[1]}.{parts[_PARTS[found[2]]]}.{found[3]}"
     return _TOP.get(name, name)
 
 

@@ -12,9 +12,8 @@ import numpy as np
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.source import TensorSource, is_harmless
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.pack import checkpoint_shapes
+from nitsum_jax.models.families.tensors import EMBEDDING, HEAD, checkpoint_shapes
 
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _ROWS = 4096
 _log = logging.getLogger(__name__)
 

@@ -26,14 +26,8 @@ from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.hf import config_from_hf, config_to_hf
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.pack import (
-    PlannedParam,
-    checkpoint_shapes,
-    matrix_dtype,
-    pieces_by_tensor,
-    plan,
-    unpack_tensor,
-)
+from nitsum_jax.models.families.tensors import checkpoint_shapes
+from nitsum_jax.models.pack import PlannedParam, matrix_dtype, pieces_by_tensor, plan, unpack_tensor
 
 META_FILE = "nitsum.json"
 CONFIG_FILE = "config.json"

@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face model folder (one safetensors file or many), and writing such a folder."""
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from nitsum_jax.models.checkpoint.source import is_harmless, missing_tensor
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+_log = logging.getLogger(__name__)
+_TEXT_PREFIXES = {"language_model.": "", "model.language_model.": "model."}
 _BARE_EMBEDDING, _BODY, _HEAD = "embed_tokens.weight", "model.", "lm_head."
 
 
@@ -42,7 +45,8 @@ class SafetensorsSource:
             self._check_index(index, holders)
         # Models for embeddings are often saved without what a head would have around them.
         bare = _BARE_EMBEDDING in holders
-        self._stored = {_whole_name(name) if bare else name: name for name in holders}
+        self._stored = {_whole_name(name) if bare else name: name for name in _text_part(holders)}
+        self._stored = {_without_prefix(name): stored for name, stored in self._stored.items()}
         self._file_of = {name: files[holders[stored]] for name, stored in self._stored.items()}
 
     def names(self) -> Iterable[str]:
@@ -100,6 +104,25 @@ class SafetensorsSource:
 def _whole_name(name: str) -> str:
     """The name of a tensor of a model that was saved without its head, as one with a head calls it."""
     return name if name.startswith((_BODY, _HEAD)) else _BODY + name
+
+
+def _text_part(names: Iterable[str]) -> list[str]:
+    """The tensors of the language model, where there are others beside it, for pictures."""
+    names = list(names)
+    text = [name for name in names if _without_prefix(name) != name]
+    if text and len(text) < len(names):
+        _log.warning(
+            "the checkpoint has %d tensors beside its language model: only text is served", len(names) - len(text)
+        )
+    return text or names
+
+
+def _without_prefix(name: str) -> str:
+    """The name of a tensor of a language model that is a part of a larger one, as it is called on its own."""
+    for prefix, plain in _TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return name
 
 
 def has_safetensors(folder: Path) -> bool:

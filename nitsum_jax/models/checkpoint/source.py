@@ -10,7 +10,9 @@ from nitsum_jax.errors import InvalidInputError
 
 # Rotary frequencies: older checkpoints keep them in every layer though they follow from the config, and transformers
 # ignores them; of a GGUF file, the config reader has taken them into account.
-_HARMLESS = re.compile(r".*rotary_emb\.inv_freq|(blk\.\d+\.)?attn_rot_embd(\.weight)?|rope_freqs\.weight")
+_HARMLESS = re.compile(
+    r".*rotary_emb\.inv_freq|(blk\.\d+\.)?attn_rot_embd(\.weight)?|rope_freqs\.weight|rope_factors_(long|short)\.weight"
+)
 
 
 class TensorSource(Protocol):

@@ -8,12 +8,11 @@ from typing import Any, Protocol
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.config import ModelConfig
-from nitsum_jax.models.config_readers.keys import says_nothing
 from nitsum_jax.models.config_readers.rope import rope_of_gguf
-from nitsum_jax.models.config_readers.values import positive, readable, shown, unsupported
+from nitsum_jax.models.config_readers.values import positive, readable, says_nothing, shown, unsupported
+from nitsum_jax.models.families.registry import GGUF_FAMILIES
 from nitsum_jax.models.text.special_ids import ids_of_gguf
 
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")  # Mistral files call themselves llama
 # Keys that are read here, without the architecture in front.
 _USED = """
     context_length embedding_length block_count feed_forward_length expert_count attention.head_count
@@ -65,8 +64,9 @@ def config_from_gguf(reader: GgufReader, name: str = "") -> ModelConfig:
 
 def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
     architecture = str(gguf_field(reader, "general.architecture", "of unknown type"))
-    if architecture not in GGUF_ARCHITECTURES:
-        raise unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_ARCHITECTURES))
+    if architecture not in GGUF_FAMILIES:
+        raise unsupported(f"GGUF architecture '{architecture}'", ", ".join(GGUF_FAMILIES))
+    family, form = GGUF_FAMILIES[architecture]
     if int(gguf_field(reader, "split.count", 1)) > 1:
         raise unsupported("a GGUF file in several parts", "one file; join them with `llama-gguf-split --merge`")
 
@@ -76,13 +76,10 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
             raise InvalidInputError(f"GGUF file has no '{architecture}.{key}'; convert the model again")
         return value
 
-    _refuse_unknown_keys(reader, architecture)
+    _refuse_unknown_keys(reader, architecture, form.keys)
     if int(get("expert_count", 0)) > 0:
         raise unsupported("mixture of experts", "dense models")
     max_context = int(get("context_length", required=True))
-    window = int(get("attention.sliding_window", 0))
-    if 0 < window < max_context:
-        raise unsupported(f"sliding window attention ({window} tokens)", "full attention")
     d_model, num_heads = int(get("embedding_length", required=True)), get("attention.head_count", required=True)
     num_kv_heads, d_mlp = get("attention.head_count_kv", num_heads), get("feed_forward_length", required=True)
     for what, value in (("heads", num_heads), ("KV heads", num_kv_heads), ("MLP width", d_mlp)):
@@ -92,21 +89,23 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         raise InvalidInputError(f"GGUF file has {architecture}.attention.head_count={num_heads}; convert it again")
     head_dim = int(get("attention.key_length", d_model // int(num_heads)))
     for key in ("attention.value_length", "rope.dimension_count"):
-        if int(get(key, head_dim)) != head_dim:
+        turns_in_part = key == "rope.dimension_count" and family.partial_rotary
+        if int(get(key, head_dim)) != head_dim and not turns_in_part:
             raise unsupported(f"{key}={get(key)} with head width {head_dim}", "one width for q, k, v and RoPE")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     if "token_embd.weight" not in tensors:
         raise InvalidInputError("GGUF file has no tensor 'token_embd.weight'; it is cut short or not a whole model")
-    theta, scaling = rope_of_gguf(get, tensors, architecture, head_dim, max_context)
+    turning = int(get("rope.dimension_count", head_dim))
+    theta, scaling = rope_of_gguf(get, tensors, architecture, turning, max_context, family.default_theta)
     # llama.cpp refuses a file without this key, too; in the file it is a float32.
     eps = positive(get("attention.layer_norm_rms_epsilon", required=True), "attention.layer_norm_rms_epsilon")
     rows = int(tensors["token_embd.weight"].shape[1])
     # The tokenizer warns of ids that are beyond its vocabulary.
     known = min(rows, len(gguf_field(reader, "tokenizer.ggml.tokens") or range(rows)))
     special = ids_of_gguf(lambda key: gguf_field(reader, key), known, warn=False)
-    return ModelConfig(
+    config = ModelConfig(
         name=name or str(gguf_field(reader, "general.name", "")),
-        architecture=architecture,
+        architecture=family.architecture,
         num_layers=int(get("block_count", required=True)),
         d_model=d_model,
         d_mlp=int(d_mlp),
@@ -119,12 +118,17 @@ def _config_from_gguf(reader: GgufReader, name: str) -> ModelConfig:
         rope_scaling=scaling,
         norm_eps=float(f"{eps:.7g}"),
         tied_head="output.weight" not in tensors,
-        qkv_bias=architecture == "qwen2" or (architecture == "llama" and "blk.0.attn_q.bias" in tensors),
-        qk_norm=architecture == "qwen3",
         eos_ids=special.ends,
         bos_id=special.bos,
         dtype={"F16": "float16", "BF16": "bfloat16"}.get(tensors["token_embd.weight"].tensor_type.name, "float32"),
+        **form.differences(get, tensors),
     )
+    window = int(get("attention.sliding_window", 0))
+    if 0 < window < max_context and config.window is None:
+        raise unsupported(
+            f"sliding window attention ({window} tokens) in a file of {architecture}", "full attention there"
+        )
+    return config
 
 
 def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
@@ -133,11 +137,11 @@ def gguf_field(reader: GgufReader, key: str, default: Any = None) -> Any:
     return default if field is None else field.contents()
 
 
-def _refuse_unknown_keys(reader: GgufReader, architecture: str) -> None:
+def _refuse_unknown_keys(reader: GgufReader, architecture: str, more: frozenset[str]) -> None:
     """Refuses keys of the model (not of the file or the tokenizer) that may change what it computes."""
     for key in reader.fields:
         family, _, rest = key.partition(".")
-        if family != architecture or rest in _UNDERSTOOD:
+        if family != architecture or rest in _UNDERSTOOD or rest in more:
             continue
         value = gguf_field(reader, key)
         if not (value in _NEUTRAL[rest] if rest in _NEUTRAL else says_nothing(value)):

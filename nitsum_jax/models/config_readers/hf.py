@@ -7,18 +7,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.config import ARCHITECTURES, ModelConfig
-from nitsum_jax.models.config_readers.keys import DEFAULTS, EXPERTS, QUANTISATION, refuse_unknown_keys
-from nitsum_jax.models.config_readers.rope import rope_of_hf, rope_scaling_to_hf
-from nitsum_jax.models.config_readers.values import positive, readable, shown, unsupported
+from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config_readers.keys import EXPERTS, QUANTISATION, refuse_unknown_keys
+from nitsum_jax.models.config_readers.rope import (
+    ORIGINAL_CONTEXT,
+    refuse_other_local_rope,
+    rope_of_hf,
+    rope_scaling_to_hf,
+)
+from nitsum_jax.models.config_readers.values import flag, positive, readable, shown, unsupported, whole
+from nitsum_jax.models.families.registry import family_of
 from nitsum_jax.models.text.special_ids import ids_of_json
 
-_HF_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+# Models of text and pictures -> their language model; and keys that are beside it.
+_WITH_TEXT = {"gemma3": "gemma3_text"}
+_OF_BOTH = ("_name_or_path", "bos_token_id", "eos_token_id", "dtype", "torch_dtype")
+# As config.json says it -> as `ModelConfig` does.
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def config_from_hf(config: Mapping[str, Any], name: str = "") -> ModelConfig:
@@ -32,45 +37,57 @@ def config_from_hf(config: Mapping[str, Any], name: str = "") -> ModelConfig:
       InvalidInputError: a feature the decoder lacks, or a missing or impossible value; it names the feature or key.
     """
     with readable("config.json"):
-        return _config_from_hf(config, name)
+        return _config_from_hf(text_part(config), name)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model in one that sees pictures too, or the config as it is."""
+    kind, inner = config.get("model_type"), config.get("text_config")
+    if kind not in _WITH_TEXT or not isinstance(inner, Mapping):
+        return config
+    outer = {key: config[key] for key in _OF_BOTH if config.get(key) is not None}
+    return {**inner, **outer, "model_type": _WITH_TEXT[str(kind)]}
 
 
 def _config_from_hf(config: Mapping[str, Any], name: str) -> ModelConfig:
     architecture = str(config.get("model_type", "of unknown type"))
-    if architecture not in ARCHITECTURES:
-        raise unsupported(f"model architecture '{architecture}'", ", ".join(ARCHITECTURES))
+    family = family_of(architecture)
     _refuse_other_models(config)
-    refuse_unknown_keys(config)
-    complete = DEFAULTS[architecture] | dict(config)
+    refuse_unknown_keys(config, family)
+    complete = {**family.defaults, **config}
     _refuse_features(complete)
-    d_model, num_heads = _whole(complete, "hidden_size"), _whole(complete, "num_attention_heads")
-    max_context = _whole(complete, "max_position_embeddings")
-    num_layers = _whole(complete, "num_hidden_layers")
-    _refuse_window(complete, num_layers, max_context, said="sliding_window" in config)
-    theta, scaling = rope_of_hf(config, max_context)
-    vocab_size = _whole(complete, "vocab_size")
+    d_model, num_heads = whole(complete, "hidden_size"), whole(complete, "num_attention_heads")
+    max_context = whole(complete, "max_position_embeddings")
+    num_layers = whole(complete, "num_hidden_layers")
+    # Phi's config class has an original context even where the file says nothing.
+    said = {key: value for key, value in complete.items() if key in config or key == ORIGINAL_CONTEXT}
+    theta, scaling = rope_of_hf(said, max_context, family.default_theta, partial=family.partial_rotary)
+    vocab_size = whole(complete, "vocab_size")
     special = ids_of_json(config, vocab_size, "config.json")
-    return ModelConfig(
+    made = ModelConfig(
         name=name or str(config.get("_name_or_path", "")),
         architecture=architecture,
         num_layers=num_layers,
         d_model=d_model,
-        d_mlp=_whole(complete, "intermediate_size"),
+        d_mlp=whole(complete, "intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=num_heads if complete["num_key_value_heads"] is None else _whole(complete, "num_key_value_heads"),
-        head_dim=_head_dim(complete, d_model, num_heads),
+        num_kv_heads=num_heads if complete["num_key_value_heads"] is None else whole(complete, "num_key_value_heads"),
+        head_dim=_head_dim(complete, d_model, num_heads, needed=family.defaults["head_dim"] is not None),
         vocab_size=vocab_size,
         max_context=max_context,
         rope_theta=theta,
         rope_scaling=scaling,
         norm_eps=positive(complete["rms_norm_eps"], "rms_norm_eps of config.json"),
-        tied_head=_flag(complete, "tie_word_embeddings"),
-        qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        tied_head=flag(complete, "tie_word_embeddings"),
+        activation=_activation(complete, family.activation_key),
         eos_ids=special.ends,
         bos_id=special.bos,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch."),
+        **family.differences(complete),
     )
+    if made.window is not None and made.local_rope is None:
+        refuse_other_local_rope(said, max_context, (theta, scaling))
+    return made
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -78,12 +95,12 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
 
     A llama with biases on q, k and v alone (there are GGUF files of such) is what Hugging Face calls qwen2.
     """
-    architecture = "qwen2" if config.qkv_bias else config.architecture
+    family = family_of("qwen2" if config.qkv_bias else config.architecture)
     result: dict[str, Any] = {
         "_name_or_path": config.name,
-        "architectures": [_HF_CLASSES[architecture]],
-        "model_type": architecture,
-        "hidden_act": "silu",
+        "architectures": [family.hf_class],
+        "model_type": family.architecture,
+        family.activation_key: {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}[config.activation],
         "hidden_size": config.d_model,
         "intermediate_size": config.d_mlp,
         "num_hidden_layers": config.num_layers,
@@ -99,30 +116,14 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_id,
         "torch_dtype": config.dtype,
     }
-    if config.architecture == "mistral":
-        result["sliding_window"] = None  # transformers' own default is a window of 4096
     if config.rope_scaling is not None:
         result["rope_scaling"] = rope_scaling_to_hf(config.rope_scaling)
-    return result
+    return result | family.written(config)
 
 
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidInputError(f"config.json has {key}={shown(value)}; give a whole number")
-    return value
-
-
-def _flag(config: Mapping[str, Any], key: str) -> bool:
-    value = config[key]
-    if not isinstance(value, bool):
-        raise InvalidInputError(f"config.json has {key}={shown(value)}; give true or false")
-    return value
-
-
-def _head_dim(config: Mapping[str, Any], d_model: int, num_heads: int) -> int:
-    if config["head_dim"] is not None or config["model_type"] == "qwen3":  # whose heads do not divide hidden_size
-        return _whole(config, "head_dim")
+def _head_dim(config: Mapping[str, Any], d_model: int, num_heads: int, *, needed: bool) -> int:
+    if config["head_dim"] is not None or needed:
+        return whole(config, "head_dim")
     if num_heads < 1 or d_model % num_heads:
         raise InvalidInputError(
             f"config.json has hidden_size={d_model}, not a multiple of num_attention_heads={num_heads}, and no head_dim"
@@ -140,38 +141,16 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
             raise unsupported(f"mixture of experts ({key}={config[key]})", "dense models")
 
 
+def _activation(config: Mapping[str, Any], key: str) -> str:
+    found = str(config[key])
+    if found not in _ACTIVATIONS:
+        raise unsupported(f"activation '{found}'", ", ".join(_ACTIVATIONS))
+    return _ACTIVATIONS[found]
+
+
 def _refuse_features(config: Mapping[str, Any]) -> None:
     if config["is_causal"] is not True:
         raise unsupported(f"is_causal={shown(config['is_causal'])}", "causal attention")
-    if config["hidden_act"] not in ("silu", "swish"):
-        raise unsupported(f"activation '{config['hidden_act']}'", "silu")
     for key in ("attention_bias", "mlp_bias"):
         if config[key]:
             raise unsupported(f"{key}=true", "bias on q, k and v of qwen2 alone")
-
-
-def _refuse_window(config: Mapping[str, Any], num_layers: int, max_context: int, said: bool) -> None:
-    """Refuses attention that sees less than the whole context in any layer."""
-    layer_types = _layer_types(config, num_layers)
-    window = config["sliding_window"]
-    if config["model_type"] in ("qwen2", "qwen3"):
-        switched_on = _flag(config, "use_sliding_window") and window is not None
-        used = "sliding_attention" in layer_types if layer_types else switched_on
-    else:
-        switched_on = window is not None
-        used = switched_on or "sliding_attention" in layer_types
-    if used and not (switched_on and _whole(config, "sliding_window") >= max_context):
-        default = "" if said else f", the default of {config['model_type']} where config.json does not say"
-        raise unsupported(f"sliding window attention (sliding_window={window}{default})", "full attention")
-
-
-def _layer_types(config: Mapping[str, Any], num_layers: int) -> list[str]:
-    found = config.get("layer_types") or []
-    if not isinstance(found, list) or not all(isinstance(kind, str) for kind in found):
-        raise InvalidInputError(f"config.json has layer_types={shown(found)}; give a list of names")
-    kinds = ["full_attention" if kind == "attention" else kind for kind in found]
-    if other := sorted(set(kinds) - {"sliding_attention", "full_attention"}):
-        raise unsupported(f"layer types {other}", "full_attention")
-    if kinds and len(kinds) != num_layers:
-        raise InvalidInputError(f"config.json has {len(kinds)} layer_types but num_hidden_layers={num_layers}")
-    return kinds

@@ -1,6 +1,7 @@
-"""Which keys of a config.json are understood, and what transformers 5 takes where one is missing.
+"""Which keys of a config.json are understood.
 
-A key is one of three kinds.  *Used*: it is read, or refused where it asks for something that the decoder lacks.
+A key is one of three kinds.  *Used*: it is read, or refused where it asks for something that the decoder lacks; a
+family says which these are.
 *Harmless*: transformers computes the same whatever it says (training, labels, sampling, bookkeeping).  *Anything else*
 may change the numbers, so the model is refused unless the value says "nothing": null, false, 0, or empty.
 """
@@ -9,54 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.config_readers.values import shown
+from nitsum_jax.models.config_readers.values import says_nothing, shown
+from nitsum_jax.models.families.family import Family
 
-_COMMON: dict[str, Any] = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "is_causal": True,
-    "head_dim": None,  # hidden_size / num_attention_heads
-    "sliding_window": None,
-    "use_sliding_window": False,
-}
-_QWEN: dict[str, Any] = _COMMON | {
-    "vocab_size": 151936,
-    "intermediate_size": 22016,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-}
-# The fields of LlamaConfig, MistralConfig, Qwen2Config and Qwen3Config and their defaults.
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 11008,
-        "num_key_value_heads": None,  # as many as query heads
-        "max_position_embeddings": 2048,
-    },
-    "mistral": _COMMON
-    | {
-        "vocab_size": 32000,
-        "intermediate_size": 14336,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "sliding_window": 4096,
-    },
-    "qwen2": _QWEN,
-    "qwen3": _QWEN | {"head_dim": 128},
-}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 QUANTISATION = ("quantization_config", "quantization", "compression_config")
+# Keys that are read, or refused with words of their own, whatever the family.
 _USED = {
-    *_COMMON,
-    *DEFAULTS["llama"],
     *EXPERTS,
     *QUANTISATION,
     "model_type",
@@ -95,17 +55,13 @@ _SAMPLING = """
 _HARMLESS = {*_BOOKKEEPING.split(), *_TRAINING.split(), *_SAMPLING.split()}
 
 
-def refuse_unknown_keys(config: Mapping[str, Any]) -> None:
-    """Raises InvalidInputError for a key that is not understood and may change what the model computes."""
+def refuse_unknown_keys(config: Mapping[str, Any], family: Family) -> None:
+    """Raises InvalidInputError for a key that this family does not know and that may change what is computed."""
     for key, value in config.items():
-        if key in _USED or key in _HARMLESS or key.startswith("_") or "dropout" in key or says_nothing(value):
+        known = key in family.defaults or key in _USED or key in _HARMLESS
+        if known or key.startswith("_") or "dropout" in key or says_nothing(value):
             continue
         raise InvalidInputError(
             f"config.json has {key}={shown(value)}, which is not understood and may change what the model computes; "
             "if it does not, remove the key"
         )
-
-
-def says_nothing(value: Any) -> bool:
-    """Whether a value of an unknown key switches nothing on: null, false, 0, or empty."""
-    return value is None or (isinstance(value, bool | int | float | str | list | Mapping) and not value)

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nitsum_jax.errors import InvalidInputError
@@ -41,3 +41,32 @@ def shown(value: Any) -> str:
     """A value as an error message shows it: on one line, and not all of a long one."""
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def whole(config: Mapping[str, Any], key: str) -> int:
+    """A whole number of a config.json.
+
+    Raises:
+      InvalidInputError: it is none.
+    """
+    value = config[key]
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidInputError(f"config.json has {key}={shown(value)}; give a whole number")
+    return value
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """True or false of a config.json.
+
+    Raises:
+      InvalidInputError: it is neither.
+    """
+    value = config[key]
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"config.json has {key}={shown(value)}; give true or false")
+    return value
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a value of an unknown key switches nothing on: null, false, 0, or empty."""
+    return value is None or (isinstance(value, bool | int | float | str | list | Mapping) and not value)

@@ -6,28 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nitsum_jax.models.config import ModelConfig
+from nitsum_jax.models.config import Rope
 from nitsum_jax.models.layers.fixed_sums import computed_once
 
 
-def inverse_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair of features, f64[A/2], scaled as Llama 3 does where the config says so."""
-    frequencies = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is not None:
-        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between are blended.
-        wavelength = 2 * math.pi / frequencies
-        longest = scaling.original_max_context / scaling.low_freq_factor
-        shortest = scaling.original_max_context / scaling.high_freq_factor
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        keep = (scaling.original_max_context / wavelength - scaling.low_freq_factor) / span if span else 0.0
-        blended = (1 - keep) * frequencies / scaling.factor + keep * frequencies
-        stretched = frequencies / scaling.factor
-        frequencies = np.where(wavelength > longest, stretched, np.where(wavelength < shortest, frequencies, blended))
-    return np.asarray(frequencies)
+def inverse_frequencies(rope: Rope, width: int) -> np.ndarray:
+    """Radians per position of each pair of features, f64[width/2], scaled as the model says."""
+    frequencies = 1.0 / rope.theta ** (np.arange(0, width, 2, dtype=np.float64) / width)
+    return frequencies if rope.scaling is None else frequencies / rope.scaling.divisors(width, rope.theta)
 
 
-def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def rotations_of(positions: jax.Array, rope: Rope, width: int) -> tuple[jax.Array, jax.Array]:
+    """`rotations` as the layers take them that turn `width` features in this way."""
+    factor = 1.0 if rope.scaling is None else rope.scaling.attention_factor
+    return rotations(positions, inverse_frequencies(rope, width), factor)
+
+
+def rotations(positions: jax.Array, inverse: np.ndarray, factor: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of `positions[B, T]` for every feature pair: two of f32[B, T, A/2].
 
     XLA's exponential gives other bits in a vectorised loop than in a plain one, and nothing says that its cosine does
@@ -38,6 +33,7 @@ def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax
     Args:
       positions: i32[B, T], less than 2**17.
       inverse: f64[A/2], radians per position.
+      factor: of both.
     """
     turns = np.floor(np.remainder(inverse / (2 * math.pi), 1.0) * 2.0**47).astype(np.uint64)
     high = jnp.asarray((turns >> np.uint64(15)).astype(np.uint32))  # of 2**-32 turns per position
@@ -58,12 +54,23 @@ def rotations(positions: jax.Array, inverse: np.ndarray) -> tuple[jax.Array, jax
     sin = jnp.where(swap, cosine, sine)
     cos = jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
     sin = jnp.where(quarter >= 2, -sin, sin)
+    if factor != 1:
+        cos, sin = cos * jnp.float32(factor), sin * jnp.float32(factor)
     return computed_once(cos), computed_once(sin)
 
 
 @jax.jit  # traced once for all layers
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x[B, T, ..., A]`, pairing feature i with feature i + A/2."""
+    """Rotates `x[B, T, ..., A]`, pairing feature i with feature i + A/2; or its first features, where there are fewer.
+
+    Args:
+      x: queries or keys.
+      cos: `f32[B, T, R/2]`; features from R on stay.
+      sin: as cos.
+    """
+    turning = 2 * cos.shape[-1]
+    if turning < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turning], cos, sin), x[..., turning:]], axis=-1)
     first, second = jnp.split(x, 2, axis=-1)
     axes = tuple(range(2, x.ndim - 1))
     cos, sin = jnp.expand_dims(cos, axes), jnp.expand_dims(sin, axes)

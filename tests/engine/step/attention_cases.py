@@ -10,6 +10,7 @@ import numpy as np
 
 from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import PoolForm
+from nitsum_jax.models.config import AttentionVariant
 
 LAYERS = 2
 
@@ -41,8 +42,7 @@ class AttentionCase:
       pool: in storage type.
       page_table: i32[B, S, P].
       context: i32[B].
-      window: a token sees so many.
-      soft_cap: of scores.
+      variant: of the attention.
     """
 
     shape: PoolShape
@@ -52,8 +52,7 @@ class AttentionCase:
     pool: np.ndarray
     page_table: np.ndarray
     context: np.ndarray
-    window: int | None = None
-    soft_cap: float | None = None
+    variant: AttentionVariant = AttentionVariant()
 
     @classmethod
     def draw(
@@ -71,6 +70,7 @@ class AttentionCase:
         seed: int = 0,
         window: int | None = None,
         soft_cap: float | None = None,
+        scale: float | None = None,
     ) -> Self:
         """Draws one; queries are scaled up so that softmax is far from uniform."""
         rng = np.random.default_rng(seed)
@@ -91,7 +91,9 @@ class AttentionCase:
         page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
         q = 2 * normal(batch, length, slots, heads, width)
         k, v = normal(batch, length, slots, groups, width), normal(batch, length, slots, groups, width)
-        return cls(shape, q, k, v, pool, page_table, np.array(contexts, np.int32), window, soft_cap)
+        return cls(
+            shape, q, k, v, pool, page_table, np.array(contexts, np.int32), AttentionVariant(window, soft_cap, scale)
+        )
 
     @property
     def arrays(self) -> tuple[jax.Array, ...]:
@@ -109,6 +111,7 @@ class AttentionCase:
                 stored = self.pool.view(ml_dtypes.bfloat16)
         out = np.zeros(self.q.shape)
         batch, length, slots, heads, width = self.q.shape
+        window, soft_cap, scale = self.variant.window, self.variant.soft_cap, self.variant.scale_of(width)
         for b, s, h in np.ndindex(batch, slots, heads):
             g = h // (heads // self.k.shape[3])
             pages = stored[self.page_table[b, s], layer][..., g, :].astype(np.float64)  # [P, 2, W, A]
@@ -117,10 +120,10 @@ class AttentionCase:
             values = np.concatenate([values, self.v[b, :, s, g]])
             for t in range(length):
                 end = self.context[b] + t + 1
-                start = 0 if self.window is None else max(0, end - self.window)
-                scores = keys[start:end] @ self.q[b, t, s, h].astype(np.float64) / np.sqrt(width)
-                if self.soft_cap is not None:
-                    scores = self.soft_cap * np.tanh(scores / self.soft_cap)
+                start = 0 if window is None else max(0, end - window)
+                scores = keys[start:end] @ self.q[b, t, s, h].astype(np.float64) * scale
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
                 weights = np.exp(scores - scores.max())
                 out[b, t, s, h] = weights @ values[start:end] / weights.sum()
         return out

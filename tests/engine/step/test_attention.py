@@ -16,11 +16,12 @@ from nitsum_jax.engine.step.attention import (
     contained,
     decode,
     encode,
-    exp_nonpositive,
     paged_attention,
     write_tokens,
 )
 from nitsum_jax.engine.step.forms import PoolForm, step_forms
+from nitsum_jax.models.config import AttentionVariant
+from nitsum_jax.models.layers.elementary import exp_nonpositive, tanh
 from tests.engine.step.attention_cases import LAYERS, AttentionCase
 
 WIDTH = 8
@@ -30,7 +31,7 @@ class Case(AttentionCase):
     """Attention as steps have it on a CPU without a kernel."""
 
     def run(self, layer: int) -> np.ndarray:
-        return np.asarray(compiled(self.shape, layer, *map(jax.typeof, self.arrays))(*self.arrays))
+        return np.asarray(compiled(self.shape, self.variant, layer, *map(jax.typeof, self.arrays))(*self.arrays))
 
 
 BY_ROWS = PoolForm(by_rows=True)
@@ -38,12 +39,14 @@ ON_TPU = step_forms("tpu", "bfloat16").pool
 
 
 @functools.cache
-def compiled(shape: PoolShape, layer: int, *arrays: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+def compiled(
+    shape: PoolShape, variant: AttentionVariant, layer: int, *arrays: jax.ShapeDtypeStruct
+) -> jax.stages.Compiled:
     """As steps are compiled on a CPU."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array, *where: jax.Array) -> jax.Array:
         page_table, context = where
-        return paged_attention(q, k, v, pool, layer, page_table, context, shape)
+        return paged_attention(q, k, v, pool, layer, page_table, context, shape, variant)
 
     return jax.jit(attend).lower(*arrays).compile(dict(step_forms("cpu", shape.dtype).compile_options) or None)
 
@@ -70,6 +73,8 @@ make_case = functools.partial(Case.draw, slots=2, width=WIDTH)
         pytest.param(make_case([140, 9], dtype="int8"), id="int8 pool"),
         pytest.param(make_case([140, 9], length=5, dtype="int8", form=BY_ROWS), id="int8 pool of rows"),
         pytest.param(make_case([600, 9], form=PoolForm(chunk_tokens=512)), id="large chunks"),
+        pytest.param(make_case([0, 9, 40, 300, 420], window=40, soft_cap=5.0, scale=0.3), id="decode in a window"),
+        pytest.param(make_case([300, 7], length=50, window=30, soft_cap=5.0), id="prefill in a window"),
     ],
 )
 @pytest.mark.parametrize("layer", [0, LAYERS - 1])
@@ -95,6 +100,7 @@ def test_a_row_gets_the_same_bits_whoever_else_is_in_the_batch() -> None:
         # Sizes at which XLA:CPU compiles the loop over old tokens, or the product with the new ones, in another way.
         pytest.param(make_case([300] * 16, slots=8, heads=1, groups=1), id="multi-head"),
         pytest.param(make_case([20] * 8, slots=8, heads=1, groups=1, width=64), id="multi-head, wide"),
+        pytest.param(make_case([200, 9], slots=8, heads=1, groups=1, window=50, soft_cap=5.0), id="window and cap"),
     ],
 )
 def test_a_vshard_alone_on_its_device_gets_the_bits_it_gets_in_company(case: Case) -> None:
@@ -172,6 +178,11 @@ def test_exp_gives_the_same_bits_in_arrays_of_every_size() -> None:
     whole = np.asarray(jax.jit(exp_nonpositive)(jnp.asarray(x)))
     for size in (1, 2, 3, 7, 8, 9, 31, 64, 1000):
         np.testing.assert_array_equal(jax.jit(exp_nonpositive)(jnp.asarray(x[:size])), whole[:size])
+
+
+def test_tanh_is_right_to_float32() -> None:
+    x = np.concatenate([np.linspace(-20, 20, 100_001), [0.0, np.inf, -np.inf]]).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(tanh)(jnp.asarray(x)), np.tanh(x.astype(np.float64)), rtol=0, atol=2e-7)
 
 
 # ---- writing

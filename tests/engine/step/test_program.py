@@ -18,8 +18,8 @@ from nitsum_jax.engine.step.program import Program, compile_step
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
-from nitsum_jax.models import tiny_random
 from nitsum_jax.models.cuts import ModelCut
+from nitsum_jax.models.known import tiny_random
 from nitsum_jax.models.loading import open_model
 from tests.engine.quick import compiling_quickly, without_draws
 from tests.engine.reference import decoder_logits, tiny_params

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.hf import config_to_hf
-from nitsum_jax.models.pack import checkpoint_shapes
+from nitsum_jax.models.families.tensors import checkpoint_shapes
 
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 

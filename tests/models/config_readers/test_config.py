@@ -9,9 +9,9 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
-from nitsum_jax.models.config import RopeScaling
 from nitsum_jax.models.config_readers.gguf import config_from_gguf
 from nitsum_jax.models.config_readers.hf import config_from_hf, config_to_hf
+from nitsum_jax.models.layers.rope_scaling import RopeScaling
 from tests.models.checkpoint.helpers import random_tensors, tiny_config, write_gguf
 
 LLAMA3_ROPE = {
@@ -176,7 +176,7 @@ def test_newer_files_keep_rope_and_dtype_elsewhere() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma2"}, "architecture 'gemma2'.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mamba"}, "architecture 'mamba'.*llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "architecture"),
         ({"num_local_experts": 8}, "mixture of experts"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoint .gptq."),
@@ -184,7 +184,7 @@ def test_newer_files_keep_rope_and_dtype_elsewhere() -> None:
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'.*llama3, linear"),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 4.0}}, "'mrope'.*linear, dynamic, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
         ({"rope_scaling": 3}, "rope_scaling=3"),
         ({"hidden_size": "big"}, "hidden_size='big'"),
@@ -204,24 +204,29 @@ def test_what_is_not_supported_is_named(changes: dict[str, Any], message: str) -
 
 
 @pytest.mark.parametrize(
-    ("base", "changes", "used"),
+    ("base", "changes", "windowed"),
     [
-        (MISTRAL_7B_V03, {"sliding_window": 4096}, True),
-        (MISTRAL_7B_V03, {"sliding_window": 32768}, False),  # never shorter than the context
-        (QWEN2_5_7B, {"sliding_window": 4096}, False),  # switched off
-        (QWEN2_5_7B, {"sliding_window": 4096, "use_sliding_window": True}, True),
-        (QWEN3_0_6B, {"layer_types": ["full_attention"] * 28}, False),
-        (QWEN3_0_6B, {"layer_types": ["full_attention", "sliding_attention"] * 14}, True),
+        (MISTRAL_7B_V03, {"sliding_window": 4096}, (True,) * 32),
+        (MISTRAL_7B_V03, {"sliding_window": 32768}, ()),  # never shorter than the context
+        (QWEN2_5_7B, {"sliding_window": 4096}, ()),  # switched off
+        (QWEN2_5_7B, {"sliding_window": 4096, "use_sliding_window": True}, ()),  # max_window_layers are all
+        (
+            QWEN2_5_7B,
+            {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 20},
+            (False,) * 20 + (True,) * 8,
+        ),
+        (QWEN3_0_6B, {"layer_types": ["full_attention"] * 28}, ()),
     ],
 )
-def test_sliding_window_is_refused_only_where_it_is_used(
-    base: dict[str, Any], changes: dict[str, Any], used: bool
-) -> None:
-    if used:
-        with pytest.raises(InvalidInputError, match="sliding window"):
-            config_from_hf(base | changes)
-    else:
-        assert config_from_hf(base | changes).max_context == base["max_position_embeddings"]
+def test_layers_that_see_a_window(base: dict[str, Any], changes: dict[str, Any], windowed: tuple[bool, ...]) -> None:
+    config = config_from_hf(base | changes)
+    assert config.windowed == windowed
+    assert config.window == (changes["sliding_window"] if windowed else None)
+
+
+def test_layers_with_a_window_that_is_switched_off_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="sliding window"):
+        config_from_hf(QWEN3_0_6B | {"layer_types": ["full_attention", "sliding_attention"] * 14})
 
 
 def test_llama3_divisors_follow_the_three_cases() -> None:
@@ -309,11 +314,11 @@ def test_gguf_what_is_not_supported_is_named(tmp_path: Path, fields: dict[str, o
 
 
 def test_gguf_of_another_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma3")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "mamba")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(InvalidInputError, match="'gemma3' is not supported; supported: llama, qwen2, qwen3"):
+    with pytest.raises(InvalidInputError, match="'mamba' is not supported; supported: llama, qwen2, qwen3"):
         config_from_gguf(GgufFile(tmp_path / "m.gguf"))
 
 

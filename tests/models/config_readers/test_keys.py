@@ -62,8 +62,7 @@ def test_heads_that_are_not_said(architecture: str, keys: dict[str, Any], kv_hea
 
 
 def test_mistral_has_a_window_where_nothing_is_said() -> None:
-    with pytest.raises(InvalidInputError, match=r"sliding_window=4096, the default of mistral"):
-        config_from_hf({"model_type": "mistral"})
+    assert config_from_hf({"model_type": "mistral"}).window_everywhere == 4096
     assert config_from_hf({"model_type": "mistral", "max_position_embeddings": 4096}).max_context == 4096
     assert config_from_hf({"model_type": "qwen2"}).architecture == "qwen2"  # its window is switched off
 
@@ -85,12 +84,15 @@ def test_mistral_has_a_window_where_nothing_is_said() -> None:
         ("llama", {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false'"),
         ("llama", {"hidden_size": 4100, "num_attention_heads": 24}, "hidden_size=4100, not a multiple"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
         ("qwen2", {"use_sliding_window": "no"}, "use_sliding_window"),
         ("qwen2", {"layer_types": ["full_attention"]}, "1 layer_types but num_hidden_layers=32"),
         ("qwen2", {"layer_types": ["full_attention", "mamba"]}, "layer types .'mamba'."),
         ("qwen2", {"layer_types": "full_attention"}, "layer_types='full_attention'"),
-        ("mistral", {"sliding_window": 64, "layer_types": ["full_attention"] * 32}, "sliding_window=64"),
+        (
+            "mistral",
+            {"sliding_window": 64, "layer_types": ["full_attention"] * 32},
+            "layer_types of mistral with sliding_window=64",
+        ),
         ("llama", {"layer_types": ["sliding_attention"] * 32}, "sliding window"),
     ],
 )

@@ -1,5 +1,6 @@
 """Rotary settings in all the forms in which checkpoints keep them; what is not understood is refused by name."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
-from nitsum_jax.models.config import ModelConfig, RopeScaling
+from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.gguf import config_from_gguf
 from nitsum_jax.models.config_readers.rope import rope_of_hf, rope_scaling_to_hf
+from nitsum_jax.models.layers.rope_scaling import AnyScaling, LongRopeScaling, RopeScaling, YarnScaling
 from tests.models.checkpoint.helpers import random_tensors, tiny_config, write_gguf
 
 LLAMA3 = {
@@ -20,6 +22,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LONG = {"type": "su", "short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
 SCALED = RopeScaling(8.0, 1.0, 4.0, 8192)
 CONTEXT = 131072
 LINEAR = RopeScaling.linear(2.0, CONTEXT)
@@ -45,6 +49,17 @@ THETA = {"rope_theta": 5e5}
         # transformers 4
         ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, 5e5, SCALED),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, 1e4, LINEAR),
+        # nothing changes within the context of the model
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, 1e4, None),
+        # YaRN and LongRoPE
+        ({"rope_scaling": YARN}, 1e4, YarnScaling(4.0, 32768, 0.1 * math.log(4) + 1)),
+        ({"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, 1e4, YarnScaling(4.0, 32768, 1.0)),
+        ({"rope_scaling": YARN | {"attention_factor": 1.5, "beta_fast": 16}}, 1e4, YarnScaling(4.0, 32768, 1.5, 16.0)),
+        (
+            {"rope_scaling": LONG, "original_max_position_embeddings": 4096},
+            1e4,
+            LongRopeScaling((1.0, 2.0), (3.0, 4.0), 4096, math.sqrt(1 + math.log(32) / math.log(4096)), CONTEXT),
+        ),
         # both, alike
         ({"rope_scaling": LLAMA3, "rope_theta": 5e5, "rope_parameters": LLAMA3 | THETA}, 5e5, SCALED),
         # settings that ask for nothing
@@ -59,11 +74,11 @@ THETA = {"rope_theta": 5e5}
         ),
     ],
 )
-def test_what_is_understood(config: dict[str, Any], theta: float, scaling: RopeScaling | None) -> None:
+def test_what_is_understood(config: dict[str, Any], theta: float, scaling: AnyScaling | None) -> None:
     assert rope_of_hf(config, CONTEXT) == (theta, scaling)
 
 
-@pytest.mark.parametrize("kind", ["yarn", "longrope", "su", "dynamic", "proportional", "mrope", 3, None])
+@pytest.mark.parametrize("kind", ["proportional", "mrope", 3, None])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_other_kinds_are_refused(key: str, kind: Any) -> None:
     table = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e4}
@@ -104,8 +119,11 @@ def test_what_is_not_understood_is_named(config: dict[str, Any], message: str) -
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("scaling", [SCALED, LINEAR])
-def test_what_is_written_reads_back(scaling: RopeScaling) -> None:
+LONG_ROPE = LongRopeScaling((1.0, 2.0), (3.0, 4.0), 4096, 1.2, CONTEXT)
+
+
+@pytest.mark.parametrize("scaling", [SCALED, LINEAR, YarnScaling(4.0, 32768, 1.5, truncate=False), LONG_ROPE])
+def test_what_is_written_reads_back(scaling: AnyScaling) -> None:
     assert rope_of_hf({"rope_scaling": rope_scaling_to_hf(scaling)}, CONTEXT) == (1e4, scaling)
 
 

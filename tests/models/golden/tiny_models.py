@@ -28,6 +28,12 @@ _CLASSES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 _WORDS = "▁the ▁and ▁of ▁to ▁in ▁is ▁it ▁you ing er"
 
@@ -67,6 +73,22 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+_YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+_LONG_ROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 6.0],
+}
+# Keys of Gemma alone; windows of 8 tokens in the first of two layers.
+_GEMMA: dict[str, Any] = {
+    "tied": True,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama_mha": _config("llama", 8, 8),
     "llama_gqa_tied": _config("llama", 8, 2, tied=True),
@@ -88,29 +110,96 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_tied": _config("qwen3", 4, 2, tied=True, head_dim=16, attention_bias=False, use_sliding_window=False),
     "qwen3": _config("qwen3", 6, 3, head_dim=16, attention_bias=False, use_sliding_window=False, rms_norm_eps=1e-6),
     "qwen3_mqa": _config("qwen3", 4, 1, head_dim=16, attention_bias=False, use_sliding_window=False),
+    "llama_yarn": _config("llama", 4, 2, head_dim=16, rope_theta=100.0, rope_scaling=_YARN_ROPE),
+    "llama_dynamic": _config("llama", 4, 2, rope_scaling={"rope_type": "dynamic", "factor": 4.0}),
+    "mistral_window": _config("mistral", 4, 2, sliding_window=8),
+    "qwen2_window": _config("qwen2", 4, 2, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+    "gemma2": _config("gemma2", 4, 2, attn_logit_softcapping=3.0, final_logit_softcapping=6.0, **_GEMMA),
+    "gemma3": _config(
+        "gemma3_text",
+        4,
+        2,
+        rope_local_base_freq=10.0,
+        rope_theta=1000.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        **_GEMMA,
+    ),
+    "phi3": _config(
+        "phi3",
+        4,
+        2,
+        hidden_size=64,
+        head_dim=16,
+        partial_rotary_factor=0.75,
+        rope_scaling=_LONG_ROPE,
+        original_max_position_embeddings=16,
+        sliding_window=10,
+        pad_token_id=None,
+    ),
+    "olmo2": _config("olmo2", 4, 2, head_dim=12, pad_token_id=None),
+    "granite": _config(
+        "granite",
+        4,
+        2,
+        head_dim=12,
+        embedding_multiplier=5.0,
+        residual_multiplier=0.4,
+        attention_multiplier=0.1,
+        logits_scaling=0.7,
+    ),
+    "smollm3": _config(
+        "smollm3",
+        4,
+        2,
+        tied=True,
+        head_dim=12,
+        no_rope_layers=[1, 0],
+        use_sliding_window=True,
+        sliding_window=8,
+        pad_token_id=None,
+    ),
 }
+
+
+# What a family calls its norms of [D] in a layer, and the tensors that it fuses.
+_NORMS = {
+    "gemma2": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+    "gemma3_text": ("input", "post_attention", "pre_feedforward", "post_feedforward"),
+    "olmo2": ("post_attention", "post_feedforward"),
+}
+_FUSED = {"phi3": {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}}
 
 
 def shapes(variant: str) -> dict[str, tuple[int, ...]]:
     """Shape of every tensor by its Hugging Face name, in the order of the model."""
     config = VARIANTS[variant]
+    kind = config["model_type"]
     D, F, A, V = (config[key] for key in ("hidden_size", "intermediate_size", "head_dim", "vocab_size"))
     H, G = config["num_attention_heads"], config["num_key_value_heads"]
+    rows = {"q": H * A, "k": G * A, "v": G * A, "gate": F, "up": F}
     of: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(config["num_hidden_layers"]):
-        attention, mlp = f"model.layers.{layer}.self_attn", f"model.layers.{layer}.mlp"
-        of[f"model.layers.{layer}.input_layernorm.weight"] = (D,)
-        for name, rows in (("q", H * A), ("k", G * A), ("v", G * A)):
-            of[f"{attention}.{name}_proj.weight"] = (rows, D)
-            if config["model_type"] == "qwen2":
-                of[f"{attention}.{name}_proj.bias"] = (rows,)
-        if config["model_type"] == "qwen3":
-            of[f"{attention}.q_norm.weight"] = (A,)
-            of[f"{attention}.k_norm.weight"] = (A,)
+        inside = f"model.layers.{layer}"
+        attention, mlp = f"{inside}.self_attn", f"{inside}.mlp"
+        first, *norms = _NORMS.get(kind, ("input", "post_attention"))
+        of[f"{inside}.{first}_layernorm.weight"] = (D,)
+        if kind in _FUSED:
+            for name, parts in _FUSED[kind].items():
+                of[f"{inside}.{name}.weight"] = (sum(rows[part] for part in parts), D)
+        else:
+            for name in ("q", "k", "v"):
+                of[f"{attention}.{name}_proj.weight"] = (rows[name], D)
+                if kind == "qwen2":
+                    of[f"{attention}.{name}_proj.bias"] = (rows[name],)
+        if kind in ("qwen3", "gemma3_text", "olmo2"):
+            of[f"{attention}.q_norm.weight"] = (H * A if kind == "olmo2" else A,)
+            of[f"{attention}.k_norm.weight"] = (G * A if kind == "olmo2" else A,)
         of[f"{attention}.o_proj.weight"] = (D, H * A)
-        of[f"model.layers.{layer}.post_attention_layernorm.weight"] = (D,)
-        of[f"{mlp}.gate_proj.weight"] = (F, D)
-        of[f"{mlp}.up_proj.weight"] = (F, D)
+        for name in norms:
+            of[f"{inside}.{name}_layernorm.weight"] = (D,)
+        if kind not in _FUSED:
+            of[f"{mlp}.gate_proj.weight"] = (F, D)
+            of[f"{mlp}.up_proj.weight"] = (F, D)
         of[f"{mlp}.down_proj.weight"] = (D, F)
     of["model.norm.weight"] = (D,)
     if not config["tie_word_embeddings"]:
@@ -205,11 +294,17 @@ def _tensor(variant: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
     unit = (_bits(variant, name, math.prod(shape)) >> np.uint64(40)).astype(np.float32) * np.float32(2**-23) - 1
     noise = unit.reshape(shape) * np.float32(math.sqrt(3))
     if "norm" in name:
-        return 1 + np.float32(0.2) * noise
+        return np.float32(0 if variant.startswith("gemma") else 1) + np.float32(0.2) * noise  # Gemma adds 1 itself
     if name.endswith("bias"):
         return np.float32(0.5) * noise
     # Matrices: rows of a normalised input give about unit outputs; queries and keys more, so that attention is sharp.
-    gain = 1.5 if "q_proj" in name or "k_proj" in name else 2.5 if "embed" in name or "head" in name else 1.0
+    gain = (
+        1.5
+        if "q_proj" in name or "k_proj" in name or "qkv" in name
+        else 2.5
+        if "embed" in name or "head" in name
+        else 1.0
+    )
     return np.float32(gain / math.sqrt(shape[-1])) * noise
 
 

@@ -10,7 +10,8 @@ from flax import nnx
 
 from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.layers.decoder import Decoder, rms_norm
+from nitsum_jax.models.layers.decoder import Decoder
+from nitsum_jax.models.layers.norms import rms_norm
 from nitsum_jax.models.layers.reduction import Ranks
 from tests.engine.reference import causal_attend, decoder_logits, split_decoder, tiny_config, tiny_params
 from tests.models.golden import tiny_models
@@ -26,7 +27,13 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
-EVERY = [(variant, cut) for variant in tiny_models.VARIANTS for cut in ((1, 1), (2, 2), (4, 4))]
+# These also go through steps at 1, 2 and 4 devices, see tests/engine/step/test_variants.py.
+STEPPED = (
+    *("llama_yarn", "llama_dynamic", "mistral_window", "qwen2_window", "gemma2"),
+    *("gemma3", "phi3", "olmo2", "granite", "smollm3"),
+)
+PLAIN = [variant for variant in tiny_models.VARIANTS if variant not in STEPPED]
+EVERY = [(variant, cut) for variant in PLAIN for cut in ((1, 1), (2, 2), (4, 4))] + [(one, (4, 4)) for one in STEPPED]
 SOME = [(variant, cut) for variant in ("llama_odd", "qwen3") for cut in ((2, 1), (4, 1), (4, 2))]
 
 

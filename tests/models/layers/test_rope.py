@@ -1,23 +1,18 @@
 """Rotary embedding against its definition: feature pairs are complex numbers that turn with the position."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nitsum_jax.models.config import ModelConfig, RopeScaling
+from nitsum_jax.models.config import Rope
 from nitsum_jax.models.layers.rope import inverse_frequencies, rotate, rotations
+from nitsum_jax.models.layers.rope_scaling import RopeScaling
 from tests.engine.reference import tiny_config
 
 # As published with Llama 3.1 8B.
 LLAMA_31 = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_context=8192)
-
-
-def config_with(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> ModelConfig:
-    base = tiny_config("llama_mha")
-    return dataclasses.replace(base, head_dim=head_dim, rope_theta=theta, rope_scaling=scaling)
 
 
 def turned(x: np.ndarray, positions: np.ndarray, inverse: np.ndarray) -> np.ndarray:
@@ -29,14 +24,14 @@ def turned(x: np.ndarray, positions: np.ndarray, inverse: np.ndarray) -> np.ndar
 
 
 def test_unscaled_frequencies_fall_geometrically() -> None:
-    frequencies = inverse_frequencies(config_with(8, 10000.0))
+    frequencies = inverse_frequencies(Rope(10000.0), 8)
     np.testing.assert_allclose(frequencies, [1, 0.1, 0.01, 0.001], rtol=1e-6)
     assert frequencies.dtype == np.float64
 
 
 def test_llama3_scaling_stretches_long_waves_and_keeps_short_ones() -> None:
-    plain = inverse_frequencies(config_with(128, 500000.0)).astype(np.float64)
-    scaled = inverse_frequencies(config_with(128, 500000.0, LLAMA_31))
+    plain = inverse_frequencies(Rope(500000.0), 128).astype(np.float64)
+    scaled = inverse_frequencies(Rope(500000.0, LLAMA_31), 128)
     kinds = set()
     for before, after in zip(plain, scaled, strict=True):
         turns = 8192 * before / (2 * math.pi)  # over the original context
@@ -56,13 +51,14 @@ def test_llama3_scaling_stretches_long_waves_and_keeps_short_ones() -> None:
 
 def test_linear_scaling_stretches_every_wave() -> None:
     config = tiny_config("llama_linear_rope")  # its checkpoint says: linear, factor 4
-    plain = inverse_frequencies(dataclasses.replace(config, rope_scaling=None))
-    np.testing.assert_allclose(inverse_frequencies(config), plain / 4, rtol=1e-6)
+    plain, rope = inverse_frequencies(Rope(config.rope_theta), 16), config.rope_of(0)
+    assert rope is not None
+    np.testing.assert_allclose(inverse_frequencies(rope, 16), plain / 4, rtol=1e-6)
 
 
 def test_rotation_is_a_complex_product() -> None:
     rng = np.random.default_rng(0)
-    inverse = inverse_frequencies(config_with(16, 10000.0))
+    inverse = inverse_frequencies(Rope(10000.0), 16)
     x = rng.standard_normal((2, 5, 3, 16)).astype(np.float32)
     positions = rng.integers(0, 500, (2, 5)).astype(np.int32)
     actual = rotate(jnp.asarray(x), *rotations(jnp.asarray(positions), inverse))
@@ -71,7 +67,7 @@ def test_rotation_is_a_complex_product() -> None:
 
 def test_scores_depend_on_the_distance_alone() -> None:
     rng = np.random.default_rng(1)
-    inverse = inverse_frequencies(config_with(16, 10000.0))
+    inverse = inverse_frequencies(Rope(10000.0), 16)
     q, k = (jnp.asarray(x.astype(np.float32)) for x in rng.standard_normal((2, 1, 1, 1, 16)))
 
     def score(query_at: int, key_at: int) -> float:

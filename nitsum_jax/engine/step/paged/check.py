@@ -6,6 +6,7 @@ a device makes of them only the device can show, and wrong numbers would be flue
 
 import dataclasses
 import logging
+from collections.abc import Collection
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from nitsum_jax.engine.step.attention import PoolShape, encode, paged_attention
 from nitsum_jax.engine.step.forms import AttentionForm, StepForms
 from nitsum_jax.errors import PreconditionError, one_line
+from nitsum_jax.models.config import AttentionVariant
 
 _LOG = logging.getLogger(__name__)
 # The largest difference that rounding explains, for numbers of size 1: of a bfloat16 pool, a kernel rounds queries and
@@ -22,7 +24,15 @@ _CONTEXTS = (0, 1, 37, 300)
 _NEW_TOKENS = (1, 16)
 
 
-def checked(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, device: jax.Device) -> StepForms:
+def checked(
+    forms: StepForms,
+    asked: str,
+    shape: PoolShape,
+    *,
+    q_heads: int,
+    device: jax.Device,
+    variants: Collection[AttentionVariant] = (AttentionVariant(),),
+) -> StepForms:
     """The forms that serve: these, or with XLA's attention if their kernel fails on this device.
 
     Args:
@@ -31,13 +41,17 @@ def checked(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, dev
       shape: of the pool; a small one of its kind is made.
       q_heads: H/K, query heads of a virtual shard.
       device: that the kernel is tried on.
+      variants: of attention that the model's layers have.
 
     Raises:
       PreconditionError: "pallas" was asked for, and the kernel fails.
     """
     if forms.attention is AttentionForm.XLA:
         return forms
-    fault = find_fault(forms.attention, shape, q_heads=q_heads, device=device)
+    faults = (
+        find_fault(forms.attention, shape, q_heads=q_heads, device=device, variant=variant) for variant in variants
+    )
+    fault = next(filter(None, faults), None)
     if fault is None:
         return forms
     if asked == "pallas":
@@ -46,7 +60,14 @@ def checked(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, dev
     return dataclasses.replace(forms, attention=AttentionForm.XLA)
 
 
-def find_fault(form: AttentionForm, shape: PoolShape, *, q_heads: int, device: jax.Device) -> str | None:
+def find_fault(
+    form: AttentionForm,
+    shape: PoolShape,
+    *,
+    q_heads: int,
+    device: jax.Device,
+    variant: AttentionVariant = AttentionVariant(),
+) -> str | None:
     """What is wrong with a kernel on a device, in words; None: it agrees with XLA's attention on random numbers."""
     # Only where it is wanted: Pallas takes half a second to import.
     from nitsum_jax.engine.step.paged.kernels import by_form
@@ -59,11 +80,11 @@ def find_fault(form: AttentionForm, shape: PoolShape, *, q_heads: int, device: j
         q, k, v, pool, page_table, context = arguments
         pool = encode(pool, small)
         try:
-            got = np.asarray(kernel(q, k, v, pool, 1, page_table, context, small))
+            got = np.asarray(kernel(q, k, v, pool, 1, page_table, context, small, variant))
         except Exception as error:  # a compiler's or a driver's, of whatever type
             return one_line(f"{type(error).__name__}: {error}")
         expected = np.asarray(
-            jax.jit(paged_attention, static_argnums=(4, 7))(q, k, v, pool, 1, page_table, context, small)
+            jax.jit(paged_attention, static_argnums=(4, 7, 8))(q, k, v, pool, 1, page_table, context, small, variant)
         )
         worst = float(np.abs(got - expected).max())
         if not worst <= _TOLERANCE[shape.dtype]:  # NaN, too

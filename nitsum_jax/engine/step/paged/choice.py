@@ -42,4 +42,4 @@ def _lacking(form: AttentionForm, shape: PoolShape, q_heads: int, most_new_token
     from nitsum_jax.engine.step.paged.kernels import KERNELS
 
     of = KERNELS[str(form)]
-    return of.unsupported(make_plan(shape, most_new_tokens, q_heads // shape.kv_heads, of.limits(shape), None, None))
+    return of.unsupported(make_plan(shape, most_new_tokens, q_heads // shape.kv_heads, of.limits(shape)))

@@ -10,6 +10,7 @@ from nitsum_jax.engine.step.attention import PoolShape
 from nitsum_jax.engine.step.forms import AttentionForm
 from nitsum_jax.engine.step.paged import mosaic, triton
 from nitsum_jax.engine.step.paged.plan import arrange_new, arrange_queries, make_plan, restore
+from nitsum_jax.models.config import AttentionVariant
 
 KERNELS = {"mosaic": mosaic, "triton": triton}
 
@@ -21,8 +22,8 @@ def by_form(form: AttentionForm) -> Callable[..., jax.Array]:
     return functools.partial(paged_attention, kernel=kernel, interpret=interpret)
 
 
-# Compiled apart, and the layer is an input: one kernel serves all layers of a step.
-@functools.partial(jax.jit, static_argnames=("shape", "kernel", "interpret", "window", "soft_cap"))
+# Compiled apart, and the layer is an input: one kernel serves all layers of a step that are of one kind.
+@functools.partial(jax.jit, static_argnames=("shape", "variant", "kernel", "interpret"))
 def paged_attention(
     q: jax.Array,
     k: jax.Array,
@@ -32,11 +33,10 @@ def paged_attention(
     page_table: jax.Array,
     context: jax.Array,
     shape: PoolShape,
+    variant: AttentionVariant = AttentionVariant(),
     *,
     kernel: str,
     interpret: bool = False,
-    window: int | None = None,
-    soft_cap: float | None = None,
 ) -> jax.Array:
     """Attends T new tokens per row to the row's context in the pool and, causally, to themselves.
 
@@ -52,17 +52,16 @@ def paged_attention(
       page_table: i32[B, S, P], blocks of each row and shard in order; any valid block behind the context.
       context: i32[B], tokens in the pool per row.
       shape: the pool's shape.
+      variant: what a token sees, and how its scores are made.
       kernel: which one of KERNELS.
       interpret: it is interpreted, on whatever device; slow, for tests.
-      window: a token sees so many tokens, itself among them; None: all before it.
-      soft_cap: scores s become c tanh(s / c); None: they stay.
 
     Returns:
       f32[B, T, S, H/K, A].  Products take their operands in the type of the pool: of a bfloat16 pool, queries and
       weights are rounded to bfloat16 as well.
     """
     of = KERNELS[kernel]
-    plan = make_plan(shape, q.shape[1], q.shape[3] // shape.kv_heads, of.limits(shape), window, soft_cap)
+    plan = make_plan(shape, q.shape[1], q.shape[3] // shape.kv_heads, of.limits(shape), variant)
     out: jax.Array = of.attend(
         arrange_queries(q, plan),
         arrange_new(k, plan),

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nitsum_jax.engine.step.attention import PoolShape
+from nitsum_jax.models.config import AttentionVariant
 
 _LEAST_KEYS = 16  # of a product on a GPU's tensor cores
 
@@ -40,8 +41,7 @@ class Plan:
       heads: `per_group` with padding.
       tile: new tokens of a program; a power of two.
       keys: new tokens that it attends to at a time; a multiple of `tile`.
-      window: a token sees so many tokens, itself among them; None: all.
-      soft_cap: scores are bent to lie between plus and minus this; None: they are not.
+      variant: what a token sees, and how its scores are made.
     """
 
     shape: PoolShape
@@ -50,8 +50,17 @@ class Plan:
     heads: int
     tile: int
     keys: int
-    window: int | None
-    soft_cap: float | None
+    variant: AttentionVariant
+
+    @property
+    def window(self) -> int | None:
+        """So many tokens a token sees, itself among them; None: all."""
+        return self.variant.window
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Scores are bent to lie between plus and minus this; None: they are not."""
+        return self.variant.soft_cap
 
     @property
     def tiles(self) -> int:
@@ -91,23 +100,23 @@ class Plan:
 
 
 def make_plan(
-    shape: PoolShape, length: int, per_group: int, limits: RowLimits, window: int | None, soft_cap: float | None
+    shape: PoolShape, length: int, per_group: int, limits: RowLimits, variant: AttentionVariant = AttentionVariant()
 ) -> Plan:
     """Sizes the tiles."""
     heads = 1 << (per_group - 1).bit_length() if limits.power_of_two else per_group
     if length == 1:
         heads = -(-heads // limits.least_rows) * limits.least_rows
-        return Plan(shape, length, per_group, heads, 1, 1, window, soft_cap)
+        return Plan(shape, length, per_group, heads, 1, 1, variant)
     fits = 1 << (max(1, limits.most_rows // heads).bit_length() - 1)
     tile = max(limits.least_rows // math.gcd(heads, limits.least_rows), min(fits, 1 << (length - 1).bit_length()))
-    return Plan(shape, length, per_group, heads, tile, max(_LEAST_KEYS, tile), window, soft_cap)
+    return Plan(shape, length, per_group, heads, tile, max(_LEAST_KEYS, tile), variant)
 
 
 def arrange_queries(q: jax.Array, plan: Plan) -> jax.Array:
     """`f32[B, T, S, H/K, A] -> f32[B S, G/K, tiles, rows, A]`, scaled; what is padded is 0."""
     batch, length, slots, _, width = q.shape
     groups, missing = plan.shape.kv_heads, plan.padded_length - length
-    q = q.reshape(batch, length, slots, groups, plan.per_group, width) * jnp.float32(width**-0.5)
+    q = q.reshape(batch, length, slots, groups, plan.per_group, width) * jnp.float32(plan.variant.scale_of(width))
     pads = [(0, 0), (0, missing), (0, 0), (0, 0), (0, plan.heads - plan.per_group), (0, 0)]
     q = jnp.pad(q, pads).reshape(batch, plan.tiles, plan.tile, slots, groups, plan.heads, width)
     return q.transpose(0, 3, 4, 1, 5, 2, 6).reshape(batch * slots, groups, plan.tiles, plan.rows, width)

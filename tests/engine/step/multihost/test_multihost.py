@@ -1,4 +1,4 @@
-"""A cell over several processes (docs/multihost.md): the proof that its steps can be the same to the bit."""
+"""A cell over several processes (docs/server/multihost.md): the proof that its steps can be the same to the bit."""
 
 import os
 import socket

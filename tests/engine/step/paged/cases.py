@@ -24,10 +24,9 @@ class Case(AttentionCase):
                 page_table,
                 context,
                 self.shape,
+                self.variant,
                 kernel=kernel,
                 interpret=True,
-                window=self.window,
-                soft_cap=self.soft_cap,
             )
         )
 

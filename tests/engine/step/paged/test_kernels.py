@@ -34,6 +34,7 @@ def cases(draw: st.DrawFn) -> Case:
         dtype=draw(st.sampled_from(sorted(TOLERANCE))),
         window=draw(st.none() | st.integers(1, 400)),
         soft_cap=draw(st.sampled_from([None, 4.0])),
+        scale=draw(st.sampled_from([None, 0.2])),
     )
 
 
@@ -45,10 +46,9 @@ def cases(draw: st.DrawFn) -> Case:
 def test_it_is_attention(kernel: str, case: Case) -> None:
     got = case.run(kernel)
     np.testing.assert_allclose(got, case.expected(LAYER), rtol=0, atol=TOLERANCE[case.shape.dtype])
-    if case.window is None and case.soft_cap is None:
-        q, k, v, pool, page_table, context = case.arrays
-        reference = attention.paged_attention(q, k, v, pool, LAYER, page_table, context, case.shape)
-        np.testing.assert_allclose(got, reference, rtol=0, atol=TOLERANCE[case.shape.dtype])
+    q, k, v, pool, page_table, context = case.arrays
+    reference = attention.paged_attention(q, k, v, pool, LAYER, page_table, context, case.shape, case.variant)
+    np.testing.assert_allclose(got, reference, rtol=0, atol=TOLERANCE[case.shape.dtype])
 
 
 @kernels

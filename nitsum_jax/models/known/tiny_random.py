@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from nitsum_jax.models.registry import cache_folder
+from nitsum_jax.models.known.registry import cache_folder
 
 NAME = "tiny-random"
 _VERSION = 1  # of what is written: another folder for another one

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from nitsum_jax.errors import PreconditionError
-from nitsum_jax.models import registry
-from nitsum_jax.models.registry import KNOWN_MODELS, KnownModel, cache_folder, fetch, pip_download
+from nitsum_jax.models.known import registry
+from nitsum_jax.models.known.registry import KNOWN_MODELS, KnownModel, cache_folder, fetch, pip_download
 
 CONTENT = b"the weights of a small model" * 100
 MODEL = KnownModel(

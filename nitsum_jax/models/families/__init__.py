@@ -1,0 +1,1 @@
+"""What each family of models says of itself: one file a family."""

@@ -1,0 +1,1 @@
+"""Models that --model takes by name."""
