@@ -7,6 +7,7 @@ from nitsum_jax.engine.batching.pacing import Pace
 from nitsum_jax.engine.step.forms import ATTENTIONS, FUSED_STEPS, fuses
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.quantisation import check_quantization
 from nitsum_jax.models.pooling import POOLINGS
 
 REDUCTIONS = ("fixed", "fast")
@@ -28,6 +29,8 @@ class EngineConfig:
         at which the weights fit.
       vshards: K, number of virtual shards; None: the largest power of two that is at most N.
       dtype: type of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
+      quantization: which weights are kept in few bits: "none" (they are widened to `dtype`), "auto" (what the checkpoint
+        has in few bits stays in them), "int8" or "int4" (see `models.checkpoint.quantisation`).
       max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.
@@ -63,6 +66,7 @@ class EngineConfig:
     layout: str | None = None
     vshards: int | None = None
     dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     max_batch: int = 32
     page_size: int = 16
@@ -89,6 +93,7 @@ class EngineConfig:
         """Raises InvalidInputError for a value outside its range."""
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
+        check_quantization(self.quantization)
         if self.attention not in ATTENTIONS:
             raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
         if self.reduction not in REDUCTIONS:

@@ -19,7 +19,7 @@ from nitsum_jax.meshes.mesh import TP_AXIS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.fixed_sums import sum_of_squares
-from nitsum_jax.models.layers.matmul import MatmulChoice, column_parallel, row_parallel
+from nitsum_jax.models.layers.matmul import MatmulChoice, column_parallel, embedding_rows, row_parallel
 from nitsum_jax.models.layers.reduction import Ranks
 from nitsum_jax.models.layers.rope import inverse_frequencies, rotate, rotations
 
@@ -103,9 +103,9 @@ class Decoder(nnx.Module):
         parts = []
         for slot, table in enumerate(self.embed.table):
             local = tokens - (self.vocab_offset() + jnp.int32(slot * self.cut.vocab))
-            rows = table[...].at[jnp.clip(local, 0, self.cut.vocab - 1)].get(mode="promise_in_bounds")
+            rows = embedding_rows(table[...], jnp.clip(local, 0, self.cut.vocab - 1))
             held = (local >= 0) & (local < self.cut.vocab)
-            parts.append(jnp.where(held[..., None], rows.astype(jnp.float32), jnp.float32(0)))
+            parts.append(jnp.where(held[..., None], rows, jnp.float32(0)))
         return self.ranks.sum(parts)
 
 
