@@ -360,7 +360,9 @@ def _load(model: OpenModel, site: _Site, plan: _Placement) -> WeightBank:
     """Third step: brings the weights to the devices."""
     bank = WeightBank(site.devices, site.vmap)
     if model.vshards is not None:
-        for name, vshard, device, array in model.place(site.cut, site.dtype, site.devices, plan.residency.first, site.formats):
+        for name, vshard, device, array in model.place(
+            site.cut, site.dtype, site.devices, plan.residency.first, site.formats
+        ):
             if vshard is None:
                 bank.add_replicated(name, device, array)
             else:

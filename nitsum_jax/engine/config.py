@@ -29,8 +29,8 @@ class EngineConfig:
         at which the weights fit.
       vshards: K, number of virtual shards; None: the largest power of two that is at most N.
       dtype: type of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
-      quantization: which weights are kept in few bits: "none" (they are widened to `dtype`), "auto" (what the checkpoint
-        has in few bits stays in them), "int8" or "int4" (see `models.checkpoint.quantisation`).
+      quantization: which weights are kept in few bits: "none" (they are widened to `dtype`), "auto" (what the
+        checkpoint has in few bits stays in them), "int8" or "int4" (see `models.checkpoint.quantisation`).
       max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.

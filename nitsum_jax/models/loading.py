@@ -15,6 +15,7 @@ from nitsum_jax.models import tiny_random
 from nitsum_jax.models.checkpoint.blocks import QuantFormat
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
+from nitsum_jax.models.checkpoint.hf_blocks import QuantisedFolder
 from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_head
 from nitsum_jax.models.checkpoint.quantisation import check_quantization, choose_formats
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
@@ -185,7 +186,14 @@ def _open_hf(folder: Path, name: str) -> OpenModel:
         raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
     config = config_from_hf(config_json, name)
     said = read_generation_config(folder)
-    source = SafetensorsSource(folder)
+    files = SafetensorsSource(folder)
+    source: TensorSource = files
+    if (kept := config_json.get("quantization_config")) is not None:
+        if not isinstance(kept, dict):
+            raise InvalidInputError(
+                f"{folder / 'config.json'}: quantization_config is not an object: download it again"
+            )
+        source = QuantisedFolder(files, kept)
     return _finished(name, config, Tokenizer.from_file(folder), source, said, read_pooling(folder))
 
 

@@ -91,7 +91,7 @@ class GgufSource:
         return values[:, start - first * block : stop - first * block]
 
     def block_format(self, name: str) -> QuantFormat | None:
-        """The format that holds a tensor as the file has it; None: it has it in many bits, or in ones that none holds."""
+        """The format that holds a tensor as the file has it; None: there is none."""
         return gguf_blocks.format_of(self._tensor(name))
 
     def read_blocks(self, name: str) -> Blocks:

@@ -230,7 +230,7 @@ class OrbaxCheckpoint:
 
         Every restore costs milliseconds, more with the number of arrays in the checkpoint; so small layers go together.
         """
-        group: list[PlannedParam] = []
+        group: list[_StoredParam] = []
         size = 0
         for _, layer in itertools.groupby(self._params.values(), key=lambda param: _layer_of(param.name)):
             members = list(layer)
@@ -295,9 +295,7 @@ def save_orbax(
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
 
-def _stored_params(
-    config: ModelConfig, cut: ModelCut, formats: Mapping[str, QuantFormat]
-) -> dict[Key, "_StoredParam"]:
+def _stored_params(config: ModelConfig, cut: ModelCut, formats: Mapping[str, QuantFormat]) -> dict[Key, "_StoredParam"]:
     found = {}
     for param in plan(config, cut):
         leaves = stored(param, formats, param.name in row_parallel(config, cut), np.dtype(np.float32))

@@ -22,7 +22,7 @@ def check_quantization(name: str) -> None:
     """Raises InvalidInputError if this is none of `QUANTIZATIONS`."""
     if name in _REFUSED:
         raise InvalidInputError(
-            f"quantization={name} is not possible: no step multiplies float8 weights; use int8, which takes as many bits"
+            f"quantization={name} is not possible: no step multiplies float8 weights; use int8, as many bits"
         )
     if name not in QUANTIZATIONS:
         raise InvalidInputError(f"quantization={name} is not known: give one of {', '.join(QUANTIZATIONS)}")

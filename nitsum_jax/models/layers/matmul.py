@@ -7,7 +7,9 @@ for both kinds of product.
   column parallel: `x[R, D] -> y[R, N]`, contracting the weight's axis 1
   row parallel:    `x[R, N] -> y[R, D]`, contracting the weight's axis 0
 
-Quantised weights are `[outputs, inputs]` for both (see `quantised`).  All forms take float32 rows, return float32, and (for one form) give the same bits for a weight whether it is used
+Quantised weights are `[outputs, inputs]` for both (see `quantised`).
+
+All forms take float32 rows, return float32, and (for one form) give the same bits for a weight whether it is used
 alone or beside others, which is what makes a virtual shard's partial result independent of the layout.
 """
 

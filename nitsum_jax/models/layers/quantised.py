@@ -6,6 +6,7 @@ Its scales lie beside it, cut like it, so a virtual shard multiplies with nothin
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Mapping
 from types import EllipsisType
 
@@ -69,13 +70,9 @@ class QuantisedWeight:
 
     def rows(self, index: jax.Array) -> jax.Array:
         """`i32[...] -> f32[..., I]`: some outputs' weights; every index is in bounds."""
-
-        def take(array: jax.Array | None) -> jax.Array | None:
-            return None if array is None else array.at[index.reshape(-1)].get(mode="promise_in_bounds")
-
-        values, scales = take(self.values), take(self.scales)
-        assert values is not None and scales is not None
-        some = QuantisedWeight(values, scales, take(self.minimums), take(self.peaks), self.format)
+        some: QuantisedWeight = jax.tree.map(
+            lambda array: array.at[index.reshape(-1)].get(mode="promise_in_bounds"), self
+        )
         return some.widened().reshape(*index.shape, self.inputs)
 
     def widened(self) -> jax.Array:
@@ -109,13 +106,12 @@ class QuantisedWeight:
             return [self.values], self.scales.astype(jnp.float32)[:, 0]
         unit = self.peaks * jnp.float32(1 / _LARGEST)
         inverse = jnp.float32(_LARGEST) / self.peaks
-        # Once per group and not once per number, as XLA would have it: `computed_once`.
-        step = computed_once(jnp.round(self.scales.astype(jnp.float32) * inverse)).astype(jnp.int16)
+        step = _wrapped(self.scales.astype(jnp.float32) * inverse)
         if self.minimums is not None:
-            start = computed_once(jnp.round(self.minimums.astype(jnp.float32) * inverse)).astype(jnp.int16)
+            start = _wrapped(self.minimums.astype(jnp.float32) * inverse)
         else:
             start = step * jnp.int16(-OFFSET if self.format.bits == 4 else 0)
-        # What is added up may leave 16 bits and comes back into them, since the sum is within.
+        # What is added up may lie beyond 16 bits, a minimum too; the sum lies within, and so it comes out right.
         half = jnp.int16(_BYTE // 2)
         parts = [
             jax.lax.shift_right_arithmetic(part * step[:, :, None] + (start + half)[:, :, None], jnp.int16(8))
@@ -126,6 +122,7 @@ class QuantisedWeight:
         return parts, unit[:, 0] * jnp.float32(_BYTE)
 
 
+@functools.partial(jax.jit, static_argnames=("form", "dtype", "least_rows"))  # traced once for all layers
 def quantised_product(
     x: jax.Array, weight: QuantisedWeight, form: QuantisedForm, dtype: str, least_rows: int = 1
 ) -> jax.Array:
@@ -177,6 +174,11 @@ def _integer_product(x: jax.Array, weight: QuantisedWeight) -> jax.Array:
     # A product with a power of two is exact, and so is what it becomes when it is added.
     y = y[:count].astype(jnp.float32) * jnp.float32(_BYTE) + y[count:].astype(jnp.float32)
     return _scaled(y * scales[None, :], unit)
+
+
+def _wrapped(x: jax.Array) -> jax.Array:
+    """The nearest whole numbers, of which the lower 16 bits are kept; once for each and not in every use of it."""
+    return computed_once(jnp.round(x)).astype(jnp.int32).astype(jnp.int16)
 
 
 def _whole_dot(rows: jax.Array, weight: jax.Array) -> jax.Array:
