@@ -46,6 +46,7 @@ class SwitchOptions:
     model: str
     devices: int
     dtype: str
+    quantization: str
     layers: int | None
     layouts: tuple[str, ...]
     live: tuple[int, ...]
@@ -69,6 +70,7 @@ def read_options(argv: Sequence[str]) -> SwitchOptions:
     flags.DEFINE_string("model", "smollm2-135m", "a model as nitsum-serve takes it", flag_values=values)
     flags.DEFINE_integer("devices", 4, "devices, emulated on a CPU", lower_bound=2, flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
+    flags.DEFINE_string("quantization", "none", "of the weights, as nitsum-serve --quantization", flag_values=values)
     flags.DEFINE_integer("layers", None, "only the first layers of the model", lower_bound=1, flag_values=values)
     flags.DEFINE_string(
         "layouts", None, "walk through these layouts, semicolons between (default: every TP, and back)",
@@ -95,6 +97,7 @@ def read_options(argv: Sequence[str]) -> SwitchOptions:
         model=values.model,
         devices=devices,
         dtype=values.dtype,
+        quantization=values.quantization,
         layers=_QUICK_LAYERS if values.quick and values.layers is None else values.layers,
         layouts=tuple(values.layouts.split(";")) if values.layouts else tuple(walk),
         live=(8,) if values.quick else _numbers("live", values.live),
@@ -128,6 +131,7 @@ def run(argv: Sequence[str]) -> None:
         layout=options.layouts[0],
         layouts=tuple(dict.fromkeys(options.layouts)),
         dtype=options.dtype,
+        quantization=options.quantization,
         max_batch=max(options.live),
         max_model_len=min(model.config.max_context, longest + _MOST_TOKENS),
         deterministic=options.quick,  # one step to compile per phase

@@ -31,6 +31,7 @@ from nitsum_jax.meshes.memory import keep_freed_memory
 from nitsum_jax.meshes.mesh import Geometries, Geometry
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
+from nitsum_jax.models.checkpoint.blocks import QuantFormat
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import OpenModel
@@ -192,7 +193,7 @@ def build_cell(model: OpenModel, config: EngineConfig, on_ready: Callable[[], No
     Raises:
       NitsumError: devices, layout, lengths or memory do not fit.
     """
-    site = _choose_layout(model.config, config)
+    site = _choose_layout(model, config)
     plan = _plan_memory(model.config, config, site, chosen_pooling(config.pooling, model.pooling))
     # Compiling starts before the weights are read: both take seconds, and neither needs the other.
     executables = _compile(config, site, plan, on_ready)
@@ -209,6 +210,7 @@ class _Site:
       free: free bytes of one of them, or None if unknown.
       dtype: of the weights.
       cut: of the model.
+      formats: of the parameters that are kept in few bits.
       vmap: which vshards lie where.
       geometries: where each instance lies.
       max_model_len: longest prompt and output together, in tokens.
@@ -220,6 +222,7 @@ class _Site:
     free: int | None
     dtype: str
     cut: ModelCut
+    formats: Mapping[str, QuantFormat]
     vmap: VshardMap
     geometries: Geometries
     max_model_len: int
@@ -241,8 +244,9 @@ class _Placement:
     program: Program
 
 
-def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
+def _choose_layout(opened: OpenModel, config: EngineConfig) -> _Site:
     """First step: devices, cut, least TP and the layout of the start."""
+    model = opened.config
     devices = discover(config.devices)
     platform = devices[0].platform
     if platform == "cpu":
@@ -254,7 +258,8 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
     cut = ModelCut.of(model, vshards)
     max_model_len = _max_model_len(model, config.max_model_len)
     free = free_bytes(devices[0])
-    shard_bytes, _ = cut_bytes(model, cut, dtype)
+    formats = opened.formats(config.quantization, cut)
+    shard_bytes, _ = cut_bytes(model, cut, dtype, formats)
     chunk = min(config.prefill_chunk, max_model_len)
     workspace = workspace_bytes(model, cut, config.max_batch, chunk, platform, fused=config.fuses(platform))
     min_tp = 1
@@ -268,6 +273,7 @@ def _choose_layout(model: ModelConfig, config: EngineConfig) -> _Site:
         free=free,
         dtype=dtype,
         cut=cut,
+        formats=formats,
         vmap=vmap,
         geometries=Geometries(devices, vmap),
         max_model_len=max_model_len,
@@ -285,7 +291,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
             groups.append(tuple(range(min(vshards, 1 << (count.bit_length() - 1)))))
     else:  # every run of neighbours; the smallest need as much as all others
         groups = [tuple(range(start, start + min_tp)) for start in range(count - min_tp + 1)]
-    shard_bytes, replicated = cut_bytes(model, site.cut, site.dtype)
+    shard_bytes, replicated = cut_bytes(model, site.cut, site.dtype, site.formats)
     residency = choose_residency(
         config.residency,
         config.weight_budget_gib,
@@ -331,6 +337,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
         forms=checked(forms, config.attention, memory.pool, q_heads=q_heads, device=site.devices[0], variants=variants),
         fast_sums=config.reduction == "fast",
         pooling=pooling,
+        quantised=tuple(site.formats.items()),
     )
     return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
 
@@ -355,13 +362,15 @@ def _load(model: OpenModel, site: _Site, plan: _Placement) -> WeightBank:
     """Third step: brings the weights to the devices."""
     bank = WeightBank(site.devices, site.vmap)
     if model.vshards is not None:
-        for name, vshard, device, array in model.place(site.cut, site.dtype, site.devices, plan.residency.first):
+        for name, vshard, device, array in model.place(
+            site.cut, site.dtype, site.devices, plan.residency.first, site.formats
+        ):
             if vshard is None:
                 bank.add_replicated(name, device, array)
             else:
                 bank.add_cut(name, vshard, device, array)
     else:
-        bank.load(model.weights(site.cut, site.dtype), plan.residency.first)
+        bank.load(model.weights(site.cut, site.dtype, site.formats), plan.residency.first)
     return bank
 
 

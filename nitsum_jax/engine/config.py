@@ -8,6 +8,7 @@ from nitsum_jax.engine.step.attention import KV_DTYPES
 from nitsum_jax.engine.step.forms import ATTENTIONS, FUSED_STEPS, fuses
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.quantisation import check_quantization
 from nitsum_jax.models.pooling import POOLINGS
 
 REDUCTIONS = ("fixed", "fast")
@@ -31,6 +32,8 @@ class EngineConfig:
       dtype: type of weights: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
       kv_dtype: type of the KV cache: "float32", "bfloat16", "int8" (with a scale per token and head: half of bfloat16's
         bytes, for twice the context and half of what a switch moves), or "auto" (that of the weights).
+      quantization: which weights are kept in few bits: "none" (they are widened to `dtype`), "auto" (what the
+        checkpoint has in few bits stays in them), "int8" or "int4" (see `models.checkpoint.quantisation`).
       max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.
@@ -67,6 +70,7 @@ class EngineConfig:
     vshards: int | None = None
     dtype: str = "auto"
     kv_dtype: str = "auto"
+    quantization: str = "none"
     max_model_len: int | None = None
     max_batch: int = 32
     page_size: int = 16
@@ -96,6 +100,7 @@ class EngineConfig:
         if self.kv_dtype not in ("auto", *KV_DTYPES):
             known = ", ".join(("auto", *KV_DTYPES))
             raise InvalidInputError(f"kv_dtype={self.kv_dtype} is not known: give one of {known}")
+        check_quantization(self.quantization)
         if self.attention not in ATTENTIONS:
             raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
         if self.reduction not in REDUCTIONS:

@@ -13,6 +13,7 @@ from absl import app, flags
 
 from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.models.checkpoint.orbax_io import save_orbax
+from nitsum_jax.models.checkpoint.quantisation import QUANTIZATIONS
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsWriter
 from nitsum_jax.models.config_readers.hf import config_to_hf
 from nitsum_jax.models.cuts import ModelCut
@@ -26,7 +27,9 @@ FORMATS = ("orbax", "safetensors")
 DEFAULT_VSHARDS = 8
 
 
-def convert(src: str, dst: str, to: str, *, vshards: int = DEFAULT_VSHARDS, dtype: str = "auto") -> None:
+def convert(
+    src: str, dst: str, to: str, *, vshards: int = DEFAULT_VSHARDS, dtype: str = "auto", quantize: str = "none"
+) -> None:
     """Converts a model.
 
     Args:
@@ -35,24 +38,28 @@ def convert(src: str, dst: str, to: str, *, vshards: int = DEFAULT_VSHARDS, dtyp
       to: "orbax" or "safetensors".
       vshards: K, for orbax.  A cell of another K can load the result too, only slower.
       dtype: of the weights; "auto" keeps the checkpoint's (quantised GGUF files become float32).
+      quantize: which weights become (or stay) weights of few bits, for orbax; see `EngineConfig.quantization`.
 
     Raises:
       InvalidInputError: `src` is no model, `dst` is not empty, or another argument is out of range.
     """
     if to not in FORMATS:
         raise InvalidInputError(f"cannot convert to '{to}': use {' or '.join(FORMATS)}")
+    if quantize != "none" and to != "orbax":
+        raise InvalidInputError("--quantize goes with --to=orbax: safetensors folders are written in full precision")
     folder = Path(dst).expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InvalidInputError(f"{folder} is not an empty folder: give the name of a new one")
     model = open_model(src)
     wanted = model.config.dtype if dtype == "auto" else str(matrix_dtype(dtype))
     cut = ModelCut.of(model.config, vshards)
+    formats = model.formats(quantize, cut)
     folder.mkdir(parents=True, exist_ok=True)
     model.tokenizer.save(folder)
     add_generation_config(folder, model.generation)
     write_pooling(folder, model.pooling)
     if to == "orbax":
-        save_orbax(folder, model.config, cut, model.weights(cut, wanted), wanted)
+        save_orbax(folder, model.config, cut, model.weights(cut, wanted, formats), wanted, formats)
     else:
         _write_safetensors(model, folder, wanted)
 
@@ -73,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
     try:
         if len(argv) != 3:
             raise InvalidInputError("give a source and a destination: nitsum-convert SRC DST --to=orbax|safetensors")
-        convert(argv[1], argv[2], values.to, vshards=values.vshards, dtype=values.dtype)
+        convert(argv[1], argv[2], values.to, vshards=values.vshards, dtype=values.dtype, quantize=values.quantize)
     except NitsumError as error:
         sys.exit(f"nitsum-convert: {error}")
     print(f"wrote {argv[2]}")  # noqa: T201
@@ -86,6 +93,12 @@ def run() -> None:
     flags.DEFINE_integer("vshards", DEFAULT_VSHARDS, "Number of vshards an Orbax checkpoint is cut into.")
     flags.DEFINE_enum(
         "dtype", "auto", ("auto", "float32", "bfloat16", "float16"), "Type of the weights; auto keeps the checkpoint's."
+    )
+    flags.DEFINE_enum(
+        "quantize",
+        "none",
+        QUANTIZATIONS,
+        "Weights in few bits, in an Orbax checkpoint: as nitsum-serve --quantization, which then is auto.",
     )
     jax.config.update("jax_platforms", "cpu")  # converting needs no accelerator, and must not take its memory
     app.run(main)

@@ -11,9 +11,12 @@ import jax
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.blocks import QuantFormat
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile
 from nitsum_jax.models.checkpoint.gguf_source import GgufSource
+from nitsum_jax.models.checkpoint.hf_blocks import QuantisedFolder
 from nitsum_jax.models.checkpoint.leftovers import refuse_leftovers, with_own_head
+from nitsum_jax.models.checkpoint.quantisation import check_quantization, choose_formats
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource, has_safetensors
 from nitsum_jax.models.checkpoint.source import TensorSource
 from nitsum_jax.models.config import ModelConfig
@@ -23,7 +26,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.generation import generation_of_gguf, read_generation_config
 from nitsum_jax.models.known import tiny_random
 from nitsum_jax.models.known.registry import KNOWN_MODELS, fetch
-from nitsum_jax.models.pack import check_tensors, pack
+from nitsum_jax.models.pack import NOTHING, check_tensors, pack
 from nitsum_jax.models.pooling import Pooling, pooling_of_gguf, read_pooling
 from nitsum_jax.models.text.special_ids import valid_ids
 from nitsum_jax.models.text.tokenizer import Tokenizer
@@ -69,12 +72,25 @@ class OpenModel:
             raise InvalidInputError(f"{self.name} has {self.config.num_layers} layers: give at most so many")
         return dataclasses.replace(self, config=dataclasses.replace(self.config, num_layers=count))
 
-    def weights(self, cut: ModelCut, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
+    def formats(self, quantization: str, cut: ModelCut) -> dict[str, QuantFormat]:
+        """Which parameters are kept in few bits, see `choose_formats`.
+
+        Raises:
+          InvalidInputError: there is no such quantisation, or it does not fit the model or its cut.
+        """
+        if self.vshards is not None and (kept := self.vshards.formats):
+            return _kept_formats(quantization, kept, self.vshards.cut.num_vshards, cut)
+        return choose_formats(quantization, self.config, cut, self.source)
+
+    def weights(
+        self, cut: ModelCut, dtype: "str | np.dtype", formats: Mapping[str, QuantFormat] = NOTHING
+    ) -> Iterator[tuple[str, int | None, np.ndarray]]:
         """All parameters as vshards on the host, one after the other.
 
         Args:
           cut: how the model is cut.
           dtype: of matrices and embedding ("float32", "bfloat16"); norms and biases are float32.
+          formats: of those that are kept in few bits, see `formats`.
 
         Yields:
           (parameter name, vshard or None for replicated, array).
@@ -82,9 +98,9 @@ class OpenModel:
         Raises:
           InvalidInputError: the checkpoint is damaged.
         """
-        if self.vshards is not None and self.vshards.cut.num_vshards == cut.num_vshards:
+        if self.vshards is not None and self.vshards.gives(cut, formats):
             return self.vshards.stream(dtype)
-        return pack(self.config, cut, self.source, dtype)
+        return pack(self.config, cut, self.source, dtype, formats)
 
     def place(
         self,
@@ -92,6 +108,7 @@ class OpenModel:
         dtype: "str | np.dtype",
         devices: Sequence[jax.Device],
         residency: Mapping[int, Set[int]],
+        formats: Mapping[str, QuantFormat] = NOTHING,
     ) -> Iterator[tuple[str, int | None, int, jax.Array]]:
         """All parameters on the devices that hold them; from Orbax with the same cut without passing through the host.
 
@@ -100,6 +117,7 @@ class OpenModel:
           dtype: of matrices and embedding.
           devices: of the cell.
           residency: device index -> its vshards; every device in it gets the replicated parameters too.
+          formats: of the parameters that are kept in few bits.
 
         Yields:
           (parameter name, vshard or None, device index, single-device array).
@@ -107,10 +125,10 @@ class OpenModel:
         Raises:
           InvalidInputError: the checkpoint is damaged.
         """
-        if self.vshards is not None and self.vshards.cut.num_vshards == cut.num_vshards:
+        if self.vshards is not None and self.vshards.gives(cut, formats):
             yield from self.vshards.place(devices, residency, dtype)
             return
-        for name, vshard, value in pack(self.config, cut, self.source, dtype):
+        for name, vshard, value in pack(self.config, cut, self.source, dtype, formats):
             for device, held in residency.items():
                 if vshard is None or vshard in held:
                     yield name, vshard, device, jax.device_put(value, devices[device])
@@ -168,7 +186,14 @@ def _open_hf(folder: Path, name: str) -> OpenModel:
         raise InvalidInputError(f"{folder / 'config.json'} is not a JSON object: download it again")
     config = config_from_hf(config_json, name)
     said = read_generation_config(folder)
-    source = SafetensorsSource(folder)
+    files = SafetensorsSource(folder)
+    source: TensorSource = files
+    if (kept := config_json.get("quantization_config")) is not None:
+        if not isinstance(kept, dict):
+            raise InvalidInputError(
+                f"{folder / 'config.json'}: quantization_config is not an object: download it again"
+            )
+        source = QuantisedFolder(files, kept)
     return _finished(name, config, Tokenizer.from_file(folder), source, said, read_pooling(folder))
 
 
@@ -196,6 +221,25 @@ def _finished(
     refuse_leftovers(config, source)
     config = dataclasses.replace(config, name=name, eos_ids=_end_ids(config, tokenizer))
     return OpenModel(name, config, tokenizer, source, vshards, generation, pooling)
+
+
+def _kept_formats(
+    quantization: str, kept: Mapping[str, QuantFormat], vshards: int, cut: ModelCut
+) -> dict[str, QuantFormat]:
+    """The formats of a checkpoint that holds quantised vshards: what was rounded once is not rounded again."""
+    check_quantization(quantization)
+    if quantization == "none":
+        return {}
+    if quantization != "auto":
+        raise InvalidInputError(
+            f"the checkpoint is quantised already: leave --quantization={quantization} out, or convert the original"
+        )
+    if cut.num_vshards != vshards:
+        raise InvalidInputError(
+            f"the checkpoint holds {vshards} quantised vshards: give --vshards={vshards}, --quantization=none, or "
+            "convert the original again"
+        )
+    return dict(kept)
 
 
 def _end_ids(config: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:

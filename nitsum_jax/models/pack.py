@@ -15,13 +15,23 @@ Some families lack norms or have `attn.post_norm` and `mlp.post_norm`.
 import dataclasses
 import functools
 import itertools
+import math
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import ml_dtypes
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.checkpoint.source import TensorSource
+from nitsum_jax.models.checkpoint.blocks import (
+    Blocks,
+    QuantFormat,
+    fitted,
+    holds,
+    leaves_of,
+    quantised,
+)
+from nitsum_jax.models.checkpoint.source import BlockSource, TensorSource, block_format
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.families.tensors import EMBEDDING, FINAL_NORM, HEAD, LayerPart, checkpoint_shapes, layer_parts
@@ -31,6 +41,8 @@ _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+
+NOTHING: Mapping[str, QuantFormat] = types.MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +69,11 @@ class PlannedParam:
         """Norms and biases stay float32: they are small, and the arithmetic around them is float32."""
         return matrices if len(self.shape) > 1 else _DTYPES["float32"]
 
+    @property
+    def row_parallel(self) -> bool:
+        """Whether the first axis is the inputs'."""
+        return any(piece.transposed for piece in self.pieces)
+
 
 def matrix_dtype(name: "str | np.dtype") -> np.dtype:
     """The numpy dtype of "float32", "bfloat16" or "float16".
@@ -80,11 +97,20 @@ def plan(config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:
         yield from _table("head.table", HEAD, config, cut)
 
 
-def cut_bytes(config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype") -> tuple[int, int]:
+@functools.lru_cache(maxsize=16)
+def row_parallel(config: ModelConfig, cut: ModelCut) -> frozenset[str]:
+    """Names of the parameters whose first axis is the inputs'."""
+    return frozenset(param.name for param in plan(config, cut) if param.row_parallel)
+
+
+def cut_bytes(
+    config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype", formats: Mapping[str, QuantFormat] = NOTHING
+) -> tuple[int, int]:
     """Bytes of one vshard, and bytes of the replicated parameters that every device holds once."""
     matrices, cut_total, replicated_total = matrix_dtype(dtype), 0, 0
     for param in plan(config, cut):
-        size = int(np.prod(param.shape)) * param.dtype(matrices).itemsize
+        leaves = stored(param, formats, param.name in row_parallel(config, cut), param.dtype(matrices))
+        size = sum(math.prod(shape) * of.itemsize for shape, of in leaves.values())
         if param.vshard is None:
             replicated_total += size
         elif param.vshard == 0:
@@ -92,8 +118,23 @@ def cut_bytes(config: ModelConfig, cut: ModelCut, dtype: "str | np.dtype") -> tu
     return cut_total, replicated_total
 
 
+def stored(
+    param: PlannedParam, formats: Mapping[str, QuantFormat], inputs_first: bool, dtype: np.dtype
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Names, shapes and types of the arrays that a parameter is kept as: itself, or those of its format."""
+    fmt = formats.get(param.name)
+    if fmt is None:
+        return {param.name: (param.shape, dtype)}
+    outputs, inputs = param.shape[::-1] if inputs_first else param.shape
+    return {f"{param.name}.{leaf}": what for leaf, what in fmt.leaves(outputs, inputs).items()}
+
+
 def pack(
-    config: ModelConfig, cut: ModelCut, source: TensorSource, dtype: "str | np.dtype"
+    config: ModelConfig,
+    cut: ModelCut,
+    source: TensorSource,
+    dtype: "str | np.dtype",
+    formats: Mapping[str, QuantFormat] = NOTHING,
 ) -> Iterator[tuple[str, int | None, np.ndarray]]:
     """Reads a checkpoint as vshards.
 
@@ -104,6 +145,7 @@ def pack(
       cut: how it is cut.
       source: the checkpoint.
       dtype: of the matrices and the embedding; norms and biases are float32.
+      formats: of the parameters that are kept in few bits; each yields several arrays, see `stored`.
 
     Yields:
       (parameter name, vshard or None for replicated, array); the array belongs to the caller.
@@ -113,8 +155,15 @@ def pack(
     """
     matrices = matrix_dtype(dtype)
     check_tensors(config, source)
+    reader = _BlockReader(source)
     for param in plan(config, cut):
-        yield param.name, param.vshard, _assemble(param, source, param.dtype(matrices))
+        fmt = formats.get(param.name)
+        if fmt is None:
+            yield param.name, param.vshard, _assemble(param, source, param.dtype(matrices))
+            continue
+        blocks = _blocks(param, fmt, param.name in row_parallel(config, cut), reader)
+        for leaf, value in leaves_of(blocks, fmt).items():
+            yield f"{param.name}.{leaf}", param.vshard, value
 
 
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
@@ -192,6 +241,57 @@ def _assemble(param: PlannedParam, source: TensorSource, dtype: np.dtype) -> np.
         else:
             rows[...] = source.read_rows(piece.tensor, piece.start, piece.stop)
     return out
+
+
+class _BlockReader:
+    """Reads matrices of few bits; the last ones are kept, for every vshard of a parameter asks for them."""
+
+    def __init__(self, source: TensorSource):
+        self.source = source
+        self._last: dict[str, Blocks] = {}
+
+    def keeps(self, param: PlannedParam, fmt: QuantFormat) -> bool:
+        """Whether the checkpoint has the parameter in bits that this format holds as they are."""
+        found = [block_format(self.source, piece.tensor) for piece in param.pieces]
+        return all(one is not None and holds(fmt, one) for one in found)
+
+    def read(self, tensor: str, fmt: QuantFormat) -> Blocks:
+        """A whole tensor in a format that `keeps` it."""
+        if tensor not in self._last:
+            assert isinstance(self.source, BlockSource), "it has a format for this tensor"
+            of = self.source.block_format(tensor)
+            assert of is not None
+            if len(self._last) > 2:
+                self._last.clear()
+            self._last[tensor] = fitted(self.source.read_blocks(tensor), of, fmt)
+        return self._last[tensor]
+
+
+def _blocks(param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader) -> Blocks:
+    outputs, inputs = param.shape[::-1] if inputs_first else param.shape
+    if not param.pieces or not reader.keeps(param, fmt):
+        values = _assemble(param, reader.source, _DTYPES["float32"])
+        return quantised(values.T if inputs_first else values, fmt)
+    group = fmt.group or inputs
+    # Padding has scales and minimums of 0, so its numbers do not matter.
+    numbers = np.zeros((outputs, inputs), np.uint8 if fmt.bits == 4 else np.int8)
+    scales = np.zeros((outputs, inputs // group), np.float32)
+    minimums = np.zeros_like(scales) if fmt.minimum else None
+    for piece in param.pieces:
+        whole = reader.read(piece.tensor, fmt)
+        to = slice(piece.row, piece.row + piece.stop - piece.start)
+        if piece.transposed:
+            part = whole.take(slice(None), slice(piece.start, piece.stop))
+            at = (slice(None), to)
+            groups = (slice(None), slice(to.start // group, -(-to.stop // group)))
+        else:
+            part = whole.take(slice(piece.start, piece.stop))
+            at, groups = (to, slice(None)), (to, slice(None))
+        numbers[at] = part.numbers
+        scales[groups] = part.scales
+        if minimums is not None:
+            minimums[groups] = part.minimums
+    return Blocks(numbers, scales, minimums)
 
 
 def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:

@@ -22,6 +22,7 @@ from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
+from tests.engine.quantised_model import QuantisedModel
 from tests.engine.reference import Params, tiny_params
 from tests.engine.step.attention_cases import int8_rows
 
@@ -83,8 +84,12 @@ class StepRig:
         seed: int = 0,
         layers: int | None = None,
         forms: StepForms | None = None,
+        model: QuantisedModel | None = None,
     ):
-        self.cut, self.params = tiny_params(variant, vshards, dtype, layers)
+        if model is None:
+            self.cut, self.params = tiny_params(variant, vshards, dtype, layers)
+        else:
+            self.cut, self.params = model.cut, model.params
         config = self.cut.config
         forms = forms or step_forms("cpu", dtype)
         one = PoolShape(
@@ -100,6 +105,7 @@ class StepRig:
             batch,
             max_model_len,
             forms,
+            quantised=() if model is None else model.formats,
         )
         self.vmap = VshardMap(vshards)
         self.bank = _bank(self.params, self.vmap)

@@ -62,6 +62,7 @@ def measure(options: ProfilingOptions) -> None:
         layouts=None if tps is None else tuple(f"tp{tp}" for tp in tps),
         dtype=options.dtype,
         kv_dtype=options.kv_dtype,
+        quantization=options.quantization,
         max_batch=options.max_batch,
         max_model_len=options.max_model_len or min(model.config.max_context, _LONGEST),
         page_size=options.page_size,
@@ -83,6 +84,10 @@ def measure(options: ProfilingOptions) -> None:
     cli.out(f"{out}: TP {', '.join(map(str, profile.tps))}")
 
 
+def _quantised(options: ProfilingOptions) -> str:
+    return "" if options.quantization == "none" else f" weights --quantization={options.quantization},"
+
+
 def _tps(options: ProfilingOptions, devices: int) -> list[int] | None:
     """The TPs to measure; None where the memory decides."""
     if options.layout is None:
@@ -94,7 +99,7 @@ def _profile(options: ProfilingOptions, model: OpenModel, engine: Engine, alive:
     cell = engine.cell
     rounds = _QUICK_ROUNDS if options.quick else _ROUNDS
     contexts = _QUICK_CONTEXTS if options.quick else _CONTEXTS
-    shard, replicated = cut_bytes(model.config, cell.program.cut, cell.program.dtype)
+    shard, replicated = cut_bytes(model.config, cell.program.cut, cell.program.dtype, dict(cell.program.quantised))
     pool, vshards = cell.pool.shape, cell.vmap.num_vshards
     kv_bytes = pool.block_bytes * vshards // pool.page_size
     weights = shard * vshards + replicated
@@ -126,6 +131,7 @@ def _profile(options: ProfilingOptions, model: OpenModel, engine: Engine, alive:
         device=f"{device.device_kind}{emulated}",
         devices=len(cell.devices),
         source=f"measured by nitsum-profile{' --quick' if options.quick else ''} on {today}: {cell.program.dtype},"
+        f"{_quantised(options)}"
         f" K={vshards}, JAX {jax.__version__}, one instance at a time",
         mixed_steps=cell.fused,
         page_size=pool.page_size,

@@ -14,6 +14,7 @@ import enum
 import jax
 
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
+from nitsum_jax.models.layers.quantised import QuantisedForm
 from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
 CompileOptions = tuple[tuple[str, str | bool], ...]
@@ -99,6 +100,9 @@ def step_forms(platform: str, dtype: str, attention: str = "auto") -> StepForms:
       attention: "xla", "pallas" (a kernel) or "auto" (a kernel on accelerators).
     """
     forms = _forms(platform, dtype)
+    quantised = QuantisedForm.INTEGER if platform == "cpu" else QuantisedForm.WIDENED
+    matmul = dataclasses.replace(forms.matmul, quantised=quantised, widened=dtype)
+    forms = dataclasses.replace(forms, matmul=matmul)
     if attention == "xla" or (attention == "auto" and platform == "cpu"):
         return forms
     return dataclasses.replace(forms, attention=_KERNELS.get(platform, AttentionForm.INTERPRETED))

@@ -19,10 +19,13 @@ from nitsum_jax.engine.step.masks import mask_words, no_masks
 from nitsum_jax.engine.step.packing import STEERING, StepInputs, StepShape, packed_shape, split, unpack
 from nitsum_jax.engine.step.pooling import pool_tokens
 from nitsum_jax.meshes.mesh import TP_AXIS
+from nitsum_jax.models.checkpoint.blocks import QuantFormat
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.decoder import Decoder
+from nitsum_jax.models.layers.quantised import quantise_modules
 from nitsum_jax.models.layers.reduction import Ranks
+from nitsum_jax.models.pack import row_parallel
 from nitsum_jax.models.pooling import Pooling
 
 
@@ -92,6 +95,7 @@ class Program:
       forms: in which it is written.
       fast_sums: sums over devices in whatever order and in bfloat16, see `Ranks`.
       pooling: how prompts become embeddings; None: they do not.
+      quantised: names and formats of the parameters that are kept in few bits.
     """
 
     config: ModelConfig
@@ -103,6 +107,7 @@ class Program:
     forms: StepForms = StepForms()
     fast_sums: bool = False
     pooling: Pooling | None = None
+    quantised: tuple[tuple[str, QuantFormat], ...] = ()
 
     @property
     def pages(self) -> int:
@@ -142,7 +147,7 @@ class Program:
 def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
     # Cached: building the modules of a model takes seconds, and every bucket and group of devices asks for them.
     def make() -> Decoder:
-        return Decoder(
+        model = Decoder(
             program.config,
             program.cut,
             slots=program.cut.num_vshards // tp,
@@ -150,6 +155,8 @@ def _decoder(program: Program, tp: int) -> tuple[nnx.GraphDef, nnx.State]:
             ranks=program.ranks(tp),
             matmul=program.forms.matmul,
         )
+        quantise_modules(model, dict(program.quantised), row_parallel(program.config, program.cut))
+        return model
 
     return nnx.split(nnx.eval_shape(make))
 
@@ -161,10 +168,12 @@ def _parameters(program: Program, tp: int) -> list[Parameter]:
     found: list[Parameter] = []
     for path, _ in nnx.to_flat_state(state):
         spec = specs[path].get_value()
-        cut = TP_AXIS in spec
-        parts = path[:-1] if cut else path
-        name = ".".join(map(str, parts))
-        found.append(Parameter(name, int(str(path[-1])) if cut else None, spec if cut else PartitionSpec()))
+        if TP_AXIS not in spec:
+            found.append(Parameter(".".join(map(str, path)), None, PartitionSpec()))
+            continue
+        # The number of a slot is last, but for the arrays of a quantised parameter.
+        at = len(path) - (1 if isinstance(path[-1], int) else 2)
+        found.append(Parameter(".".join(map(str, (*path[:at], *path[at + 1 :]))), int(str(path[at])), spec))
     return found
 
 

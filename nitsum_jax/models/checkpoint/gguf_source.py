@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint import gguf_blocks
+from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile, GgufTensor
 from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
@@ -96,6 +98,18 @@ class GgufSource:
         first, last = start // block, -(-stop // block)
         values = self._values(tensor, tensor.data[:, first * width : last * width])
         return values[:, start - first * block : stop - first * block]
+
+    def block_format(self, name: str) -> QuantFormat | None:
+        """The format that holds a tensor as the file has it; None: there is none."""
+        return gguf_blocks.format_of(self._tensor(name))
+
+    def read_blocks(self, name: str) -> Blocks:
+        """A whole tensor that has such a format."""
+        tensor = self._tensor(name)
+        blocks = gguf_blocks.read(tensor)
+        if self._unpermute and _PERMUTED.fullmatch(tensor.name):
+            return blocks.take(_stored_rows(0, len(tensor.data), self._head_dim))
+        return blocks
 
     def _tensor(self, name: str) -> GgufTensor:
         if name not in self._tensors:

@@ -9,6 +9,7 @@ So a device's vshards are read straight onto it, and nothing is ever assembled o
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -22,23 +23,46 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.blocks import QuantFormat, blocks_of
 from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.hf import config_from_hf, config_to_hf
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.families.tensors import checkpoint_shapes
-from nitsum_jax.models.pack import PlannedParam, matrix_dtype, pieces_by_tensor, plan, unpack_tensor
+from nitsum_jax.models.pack import (
+    NOTHING,
+    matrix_dtype,
+    pieces_by_tensor,
+    plan,
+    row_parallel,
+    stored,
+    unpack_tensor,
+)
 
 META_FILE = "nitsum.json"
 CONFIG_FILE = "config.json"
 WEIGHTS_FOLDER = "weights"
 FORMAT_VERSION = 1
+QUANTISED_VERSION = 2  # of checkpoints with parameters in few bits, which earlier programs cannot read
 GROUP_BYTES = 128 * 2**20  # what one restore reads, unless a single layer is larger
 
 # Orbax logs every step at level INFO, through absl's logger; its warnings and errors stay.
 logging.getLogger("absl").addFilter(lambda r: r.levelno >= logging.WARNING or "orbax" not in Path(r.pathname).parts)
 
 Key = tuple[str, int | None]  # (parameter name, vshard or None for replicated)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _StoredParam:
+    """One array of one vshard; `fixed` is its type, None that of the matrices."""
+
+    name: str
+    vshard: int | None
+    shape: tuple[int, ...]
+    fixed: np.dtype | None
+
+    def dtype(self, matrices: np.dtype) -> np.dtype:
+        return self.fixed or matrices
 
 
 class OrbaxCheckpoint:
@@ -49,6 +73,7 @@ class OrbaxCheckpoint:
       config: the model.
       cut: how its vshards were cut.
       dtype: of its matrices.
+      formats: of the parameters that it has in few bits.
     """
 
     def __init__(self, folder: str | Path):
@@ -59,10 +84,10 @@ class OrbaxCheckpoint:
         """
         self.folder = Path(folder)
         meta, config = _read_json(self.folder / META_FILE), _read_json(self.folder / CONFIG_FILE)
-        if meta.get("format_version") != FORMAT_VERSION:
+        if meta.get("format_version") not in (FORMAT_VERSION, QUANTISED_VERSION):
             raise InvalidInputError(
                 f"{self.folder} is of checkpoint format {meta.get('format_version')}, this program reads "
-                f"{FORMAT_VERSION}: update nitsum-jax or convert the model again"
+                f"{FORMAT_VERSION} and {QUANTISED_VERSION}: update nitsum-jax or convert the model again"
             )
         # Sizes first: a read that fails within Orbax leaves others behind, which print traces when the program ends.
         if not isinstance(meta.get("num_vshards"), int) or meta.get("files") != _file_sizes(self.folder):
@@ -70,11 +95,17 @@ class OrbaxCheckpoint:
         self.config = config_from_hf(config)
         self.cut = ModelCut.of(self.config, meta["num_vshards"])
         self.dtype = matrix_dtype(str(meta.get("dtype")))
-        self._params = {(param.name, param.vshard): param for param in plan(self.config, self.cut)}
+        self.formats = _formats(meta.get("quantised", {}), self.folder)
+        # What there is to be read: parameters, or the arrays of those in few bits.
+        self._params = _stored_params(self.config, self.cut, self.formats)
         self._check_shapes()
         self._tensor_shapes = checkpoint_shapes(self.config)
         self._param_of = {tensor: where[0][0] for tensor, where in pieces_by_tensor(self.cut).items()}
         self._last: dict[str, np.ndarray] = {}
+
+    def gives(self, cut: ModelCut, formats: Mapping[str, QuantFormat]) -> bool:
+        """Whether `stream` and `place` give what a model of this cut and of these formats needs."""
+        return self.cut.num_vshards == cut.num_vshards and self.formats == formats
 
     def stream(self, dtype: "str | np.dtype") -> Iterator[tuple[str, int | None, np.ndarray]]:
         """All parameters of all vshards in loading order, as `pack` yields them; some layers are read at a time."""
@@ -156,7 +187,9 @@ class OrbaxCheckpoint:
             keys = [key for key in self._params if _layer_of(key[0]) == layer]
             values = self._restore({key: ocp.RestoreArgs(restore_type=np.ndarray) for key in keys})
             tensors = [tensor for tensor, param in self._param_of.items() if _layer_of(param) == layer]
-            self._last = {t: unpack_tensor(self.config, self.cut, t, lambda *key: values[key]) for t in tensors}
+            self._last = {
+                t: unpack_tensor(self.config, self.cut, t, lambda *key: self._whole(values, *key)) for t in tensors
+            }
         return self._last[name]
 
     def read_rows(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -166,6 +199,15 @@ class OrbaxCheckpoint:
     def read_columns(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the second axis."""
         return self.read(name)[:, start:stop]
+
+    def _whole(self, values: Mapping[Key, np.ndarray], name: str, vshard: int | None) -> np.ndarray:
+        """A parameter as `plan` has it, widened if it is in few bits."""
+        fmt = self.formats.get(name)
+        if fmt is None:
+            return values[name, vshard]
+        leaves = {key.removeprefix(f"{name}."): v for (key, k), v in values.items() if k == vshard}
+        found = blocks_of(leaves, fmt).values(centred=fmt.bits == 4)
+        return found.T if name in row_parallel(self.config, self.cut) else found
 
     def _check_shapes(self) -> None:
         path = (self.folder / WEIGHTS_FOLDER).absolute()
@@ -183,12 +225,12 @@ class OrbaxCheckpoint:
         if any(shapes[key] != param.shape for key, param in self._params.items()):
             raise _damaged(self.folder)
 
-    def _groups(self, matrices: np.dtype) -> Iterator[list[PlannedParam]]:
+    def _groups(self, matrices: np.dtype) -> Iterator[list[_StoredParam]]:
         """Parameters in loading order, as many whole layers together as fit GROUP_BYTES, but at least one.
 
         Every restore costs milliseconds, more with the number of arrays in the checkpoint; so small layers go together.
         """
-        group: list[PlannedParam] = []
+        group: list[_StoredParam] = []
         size = 0
         for _, layer in itertools.groupby(self._params.values(), key=lambda param: _layer_of(param.name)):
             members = list(layer)
@@ -217,6 +259,7 @@ def save_orbax(
     cut: ModelCut,
     params: Iterable[tuple[str, int | None, "np.ndarray | jax.Array"]],
     dtype: "str | np.dtype",
+    formats: Mapping[str, QuantFormat] = NOTHING,
 ) -> None:
     """Writes vshards as an Orbax folder of ours (without a tokenizer); the parameters are in memory while it writes.
 
@@ -226,6 +269,7 @@ def save_orbax(
       cut: how it is cut.
       params: (parameter name, vshard or None, array), all of them: what `pack` yields, or arrays on devices.
       dtype: of the matrices.
+      formats: of the parameters that are in few bits.
 
     Raises:
       InvalidInputError: the folder already holds a checkpoint.
@@ -241,12 +285,31 @@ def save_orbax(
     (folder / CONFIG_FILE).write_text(json.dumps(config_json, indent=2) + "\n")
     # Written last: a folder without it is an unfinished checkpoint and is not taken for one.
     meta = {
-        "format_version": FORMAT_VERSION,
+        "format_version": QUANTISED_VERSION if formats else FORMAT_VERSION,
         "num_vshards": cut.num_vshards,
         "dtype": str(matrix_dtype(dtype)),
         "files": _file_sizes(folder),
     }
+    if formats:
+        meta["quantised"] = {name: dataclasses.asdict(fmt) for name, fmt in formats.items()}
     (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
+
+
+def _stored_params(config: ModelConfig, cut: ModelCut, formats: Mapping[str, QuantFormat]) -> dict[Key, "_StoredParam"]:
+    found = {}
+    for param in plan(config, cut):
+        leaves = stored(param, formats, param.name in row_parallel(config, cut), np.dtype(np.float32))
+        for name, (shape, dtype) in leaves.items():
+            fixed = None if param.name not in formats and len(param.shape) > 1 else dtype
+            found[name, param.vshard] = _StoredParam(name, param.vshard, shape, fixed)
+    return found
+
+
+def _formats(meta: Any, folder: Path) -> dict[str, QuantFormat]:
+    try:
+        return {str(name): QuantFormat(**fields) for name, fields in meta.items()}
+    except (AttributeError, TypeError):
+        raise _damaged(folder) from None
 
 
 def _replicated_over(devices: Sequence[jax.Device]) -> jax.sharding.Sharding:

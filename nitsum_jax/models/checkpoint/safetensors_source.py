@@ -71,6 +71,15 @@ class SafetensorsSource:
         columns: np.ndarray = self._slice(name)[:, start:stop]
         return columns
 
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor of whatever type."""
+        return tuple(self._of_any_type(name).get_shape())
+
+    def read_stored(self, name: str) -> np.ndarray:
+        """The whole of a tensor of whatever type that numpy has."""
+        values: np.ndarray = self._of_any_type(name)[:]
+        return values
+
     def _check_index(self, index: Mapping[str, str], holders: Mapping[str, str]) -> None:
         for tensor, name in index.items():
             if holders.get(tensor) != name:
@@ -90,10 +99,13 @@ class SafetensorsSource:
             reason = "it is missing" if isinstance(error, FileNotFoundError) else "it is cut short or damaged"
             raise InvalidInputError(f"cannot read safetensors file {path}: {reason}; download it again") from None
 
-    def _slice(self, name: str) -> Any:
+    def _of_any_type(self, name: str) -> Any:
         if name not in self._file_of:
             raise missing_tensor(name, self._folder)
-        found = self._file_of[name].get_slice(self._stored[name])
+        return self._file_of[name].get_slice(self._stored[name])
+
+    def _slice(self, name: str) -> Any:
+        found = self._of_any_type(name)
         if found.get_dtype() not in _FLOATS:
             raise InvalidInputError(
                 f"checkpoint tensor '{name}' is of type {found.get_dtype()}; supported are float32, bfloat16, float16"

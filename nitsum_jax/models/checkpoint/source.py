@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
 
 # Rotary frequencies: older checkpoints keep them in every layer though they follow from the config, and transformers
 # ignores them; of a GGUF file, the config reader has taken them into account.
@@ -37,6 +38,22 @@ class TensorSource(Protocol):
 
     def read_columns(self, name: str, start: int, stop: int) -> np.ndarray:
         """Elements [start, stop) of the second axis of a matrix."""
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A `TensorSource` that has some of its matrices in few bits."""
+
+    def block_format(self, name: str) -> QuantFormat | None:
+        """The format that holds a tensor as the checkpoint has it, without rounding; None if it has it in many bits."""
+
+    def read_blocks(self, name: str) -> Blocks:
+        """A whole tensor that has such a format."""
+
+
+def block_format(source: TensorSource, name: str) -> QuantFormat | None:
+    """`BlockSource.block_format`, None for sources that have nothing in few bits."""
+    return source.block_format(name) if isinstance(source, BlockSource) else None
 
 
 def missing_tensor(name: str, where: object) -> InvalidInputError:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.checkpoint.hf_blocks import METHODS
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.config_readers.keys import EXPERTS, QUANTISATION, refuse_unknown_keys
 from nitsum_jax.models.config_readers.rope import (
@@ -135,7 +136,12 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
     for key in QUANTISATION:
         if config.get(key):
             method = config[key].get("quant_method", "unknown") if isinstance(config[key], Mapping) else "unknown"
-            raise unsupported(f"a quantised checkpoint ({method})", "float32, bfloat16 and float16, or a GGUF file")
+            if key == "quantization_config" and method in METHODS:
+                continue  # its options are looked at with its tensors
+            raise unsupported(
+                f"a quantised checkpoint ({method})",
+                f"float32, bfloat16 and float16, {', '.join(METHODS)}, or a GGUF file",
+            )
     for key in EXPERTS:
         if config.get(key):
             raise unsupported(f"mixture of experts ({key}={config[key]})", "dense models")

@@ -20,7 +20,7 @@ from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.block import Block
 from nitsum_jax.models.layers.elementary import soft_cap
 from nitsum_jax.models.layers.fixed_sums import computed_once
-from nitsum_jax.models.layers.matmul import MatmulChoice, column_parallel
+from nitsum_jax.models.layers.matmul import MatmulChoice, column_parallel, embedding_rows
 from nitsum_jax.models.layers.norms import rms_norm
 from nitsum_jax.models.layers.parameters import Initializer
 from nitsum_jax.models.layers.reduction import Ranks
@@ -110,9 +110,9 @@ class Decoder(nnx.Module):
         parts = []
         for slot, table in enumerate(self.embed.table):
             local = tokens - (self.vocab_offset() + jnp.int32(slot * self.cut.vocab))
-            rows = table[...].at[jnp.clip(local, 0, self.cut.vocab - 1)].get(mode="promise_in_bounds")
+            rows = embedding_rows(table[...], jnp.clip(local, 0, self.cut.vocab - 1))
             held = (local >= 0) & (local < self.cut.vocab)
-            parts.append(jnp.where(held[..., None], rows.astype(jnp.float32), jnp.float32(0)))
+            parts.append(jnp.where(held[..., None], rows, jnp.float32(0)))
         x = self.ranks.sum(parts)
         if self.config.embedding_scale == 1:
             return x

@@ -7,6 +7,8 @@ for both kinds of product.
   column parallel: `x[R, D] -> y[R, N]`, contracting the weight's axis 1
   row parallel:    `x[R, N] -> y[R, D]`, contracting the weight's axis 0
 
+Quantised weights are `[outputs, inputs]` for both (see `quantised`).
+
 All forms take float32 rows, return float32, and (for one form) give the same bits for a weight whether it is used
 alone or beside others, which is what makes a virtual shard's partial result independent of the layout.
 """
@@ -16,6 +18,8 @@ import enum
 
 import jax
 import jax.numpy as jnp
+
+from nitsum_jax.models.layers.quantised import QuantisedForm, QuantisedWeight, quantised_product
 
 
 class MatmulForm(enum.StrEnum):
@@ -34,29 +38,50 @@ class MatmulForm(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class MatmulChoice:
-    """Which form serves how many rows: `single` for one row, `many` for more; `least_rows` is of the form PADDED."""
+    """Which form serves how many rows.
+
+    Attributes:
+      single: for one row.
+      many: for more.
+      least_rows: of the form PADDED.
+      quantised: of quantised weights, for any number of rows.
+      widened: type to which quantised weights are widened, where their form does.
+    """
 
     single: MatmulForm = MatmulForm.DOT
     many: MatmulForm = MatmulForm.DOT
     least_rows: int = 2
+    quantised: QuantisedForm = QuantisedForm.WIDENED
+    widened: str = "float32"
 
     def form(self, rows: int) -> MatmulForm:
         """The form for a product of `rows` rows."""
         return self.single if rows == 1 else self.many
 
 
-def column_parallel(x: jax.Array, weight: jax.Array, choice: MatmulChoice) -> jax.Array:
+def column_parallel(x: jax.Array, weight: jax.Array | QuantisedWeight, choice: MatmulChoice) -> jax.Array:
     """`x[..., D] @ weight[N, D].T -> f32[..., N]`."""
     return _product(x, weight, 1, choice)
 
 
-def row_parallel(x: jax.Array, weight: jax.Array, choice: MatmulChoice) -> jax.Array:
+def row_parallel(x: jax.Array, weight: jax.Array | QuantisedWeight, choice: MatmulChoice) -> jax.Array:
     """`x[..., N] @ weight[N, D] -> f32[..., D]`: one virtual shard's part of a sum over all of them."""
     return _product(x, weight, 0, choice)
 
 
-def _product(x: jax.Array, weight: jax.Array, contract: int, choice: MatmulChoice) -> jax.Array:
+def embedding_rows(table: jax.Array | QuantisedWeight, index: jax.Array) -> jax.Array:
+    """`table[V, D], i32[...] -> f32[..., D]`; every index is in bounds."""
+    if isinstance(table, QuantisedWeight):
+        return table.rows(index)
+    return table.at[index].get(mode="promise_in_bounds").astype(jnp.float32)
+
+
+def _product(x: jax.Array, weight: jax.Array | QuantisedWeight, contract: int, choice: MatmulChoice) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, QuantisedWeight):
+        least = choice.least_rows if choice.form(len(rows)) is MatmulForm.PADDED else 1
+        y = quantised_product(rows, weight, choice.quantised, choice.widened, least)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
     match choice.form(rows.shape[0]):
         case MatmulForm.DOT:
             y = _dot(rows, weight, contract)

@@ -84,6 +84,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "vshards": values.vshards,
             "dtype": values.dtype,
             "kv_dtype": values.kv_dtype,
+            "quantization": values.quantization,
             "max_model_len": values.max_model_len,
             "max_batch": values.max_batch,
             "page_size": values.page_size,
@@ -192,6 +193,13 @@ def _define() -> flags.FlagValues:
         "auto",
         ["auto", "float32", "bfloat16"],
         "of the weights; auto: bfloat16 where the devices multiply it fast, else float32",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "quantization",
+        "none",
+        "weights kept in few bits: int8 (by output channel), int4 (groups of 32 inputs; embedding and head int8), auto "
+        "(what the checkpoint has in few bits stays in them) or none (all are widened to --dtype)",
         flag_values=values,
     )
     count("max_model_len", None, "longest prompt plus output, in tokens; what the model was trained for if not given")

@@ -179,7 +179,7 @@ def test_newer_files_keep_rope_and_dtype_elsewhere() -> None:
         ({"model_type": "mamba"}, "architecture 'mamba'.*llama, mistral, qwen2, qwen3"),
         ({"model_type": None}, "architecture"),
         ({"num_local_experts": 8}, "mixture of experts"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised checkpoint .gptq."),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised checkpoint .fp8.*compressed-tensors, gptq, awq"),
         ({"hidden_act": "gelu"}, "activation 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
         ({"mlp_bias": True}, "mlp_bias"),
