@@ -198,7 +198,7 @@ def test_an_output_holds_any_other_form(llm: LLM) -> None:
 
 def test_what_is_wrong_with_a_form_or_a_tool_is_named(llm: LLM) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
-    for wanted, what in (
+    of_texts: list[tuple[dict[str, Any], str]] = [
         ({"regex": "a", "choice": ["b"]}, "regex, choice give several"),
         ({"regex": "["}, "regular expression cannot be used"),
         ({"json_schema": "{"}, "json_schema is not valid JSON"),
@@ -208,14 +208,16 @@ def test_what_is_wrong_with_a_form_or_a_tool_is_named(llm: LLM) -> None:
         ({"ttft_ms": 0}, "ttft_ms=0 is out of range"),
         ({"prompt_logprobs": 21}, "logprobs"),
         ({"pooling": "mean"}, "'pooling' is not known"),
-    ):
-        with pytest.raises(InvalidInputError, match=what):
-            llm.generate(["x"], **wanted)
-    for wanted, what in (
+    ]
+    of_chats: list[tuple[dict[str, Any], str]] = [
         ({"tools": [{"name": "f"}]}, "a tool must be like"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"tool_choice": "g"}, "names g, which is not in tools"),
-    ):
+    ]
+    for wanted, what in of_texts:
+        with pytest.raises(InvalidInputError, match=what):
+            llm.generate(["x"], **wanted)
+    for wanted, what in of_chats:
         with pytest.raises(InvalidInputError, match=what):
             llm.chat(CHAT, **wanted)
     with pytest.raises(PreconditionError, match="teaches no way to call tools"):
@@ -245,8 +247,12 @@ def test_a_chat_calls_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[0][1].variables == {"mood": "good"}
     parts = [p for piece in llm.stream(CHAT, WILD, tool_choice="greet", **options) for p in piece.parts]
     assert Answer.of(parts).calls == [(call.name, call.arguments)]
-    called = {"id": "1", "type": "function", "function": {"name": "greet", "arguments": '{"age": 3}'}}
-    turns = [*CHAT, {"role": "assistant", "content": None, "tool_calls": [called]}, {"role": "tool", "content": "ok"}]
+    called: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "greet", "arguments": '{"age": 3}'}}
+    turns: list[dict[str, Any]] = [
+        *CHAT,
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "content": "ok"},
+    ]
     llm.chat(turns, tool_choice="none", tools=tools, max_tokens=1)
     assert told[-1][0][1]["tool_calls"][0]["function"] == {"name": "greet", "arguments": {"age": 3}}
     assert told[-1][1].tools == ()

@@ -20,7 +20,8 @@ from tests.models.text.tokenizer_kinds import KINDS
 
 def with_an_end(inner: HfTokenizer) -> Tokenizer:
     inner.add_special_tokens([AddedToken("<end>", special=True)])
-    return Tokenizer(inner, bos_id=None, eos_ids=[inner.token_to_id("<end>")], chat_template=None)
+    end = inner.get_vocab(with_added_tokens=True)["<end>"]
+    return Tokenizer(inner, bos_id=None, eos_ids=[end], chat_template=None)
 
 
 KIND = [name for name in KINDS if name != "word_piece"]  # it cannot say every text
