@@ -174,7 +174,7 @@ PERSON = {
 }
 
 
-class Person(BaseModel):
+class Person(BaseModel, extra="forbid"):
     name: str = Field(max_length=3)
     age: int = Field(ge=0, le=99)
 

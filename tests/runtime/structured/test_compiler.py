@@ -30,14 +30,17 @@ TOKENS = {name: TokensOfModel(one, one.vocab_size, one.eos_ids) for name, one in
 COMPILERS = {name: FormCompiler(one, one.vocab_size, one.eos_ids) for name, one in WRAPPED.items()}
 
 
-def said(form: GrammarForm, tokenizer: Tokenizer, rng: random.Random) -> str:
-    """An output drawn from all that the masks allow."""
+def said(form: GrammarForm, tokenizer: Tokenizer, rng: random.Random, most: int = 1000) -> str | None:
+    """An output drawn from all that the masks allow, which ends where it may; None if it grows too long."""
     matcher, mask, ids = form.matcher(), form.first_mask, list[int]()
     while not matcher.ended:
         allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
-        token = rng.choice(allowed)
+        ends = [token for token in allowed if token in tokenizer.eos_ids]
+        token = rng.choice(ends if ends and rng.random() < 0.2 else allowed)
         if token in tokenizer.eos_ids:
             break
+        if len(ids) == most:
+            return None
         matcher.accept(token)
         ids.append(token)
         mask = np.zeros(mask_words(tokenizer.vocab_size), np.int32)
@@ -66,7 +69,7 @@ def test_texts_that_a_form_forces(kind: str) -> None:
     schema = {"const": {"name": "the world 語", "a": ["</s>", None]}}
     form = COMPILERS[kind].compile(forms.json_schema(schema))
     for seed in range(5):
-        text = said(form, WRAPPED[kind], random.Random(seed))
+        text = said(form, WRAPPED[kind], random.Random(seed)) or ""
         assert "".join(text.split()) == '{"name":"theworld語","a":["</s>",null]}'
     form = COMPILERS[kind].compile(forms.choice(["yes", "no world", " the end"]))
     assert {said(form, WRAPPED[kind], random.Random(seed)) for seed in range(20)} == {"yes", "no world", " the end"}
