@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -24,63 +23,24 @@ from typing import Any, Self
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import EngineStats, start_engine
-from nitsum_jax.engine.request import FinishReason, SamplingParams, TokenDelta, TokenLogprob
+from nitsum_jax.engine.request import SamplingParams, TokenDelta
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, OverloadedError, PreconditionError
 from nitsum_jax.meshes.devices import discover, emulate_cpu_devices
 from nitsum_jax.meshes.layout import parse_layout
 from nitsum_jax.models.loading import open_model
-from nitsum_jax.runtime.calls import (
-    Call,
-    ChatPrompt,
-    TextPrompt,
-    TokenPrompt,
-    Wanted,
-    check,
-    default_max_tokens,
-    make_call,
-    prompt_ids,
-)
+from nitsum_jax.runtime.local.asked import AskedPrompt, GivenPrompt, asked_prompts, asked_vectors
+from nitsum_jax.runtime.local.completion import Completion, PromptJob
 from nitsum_jax.runtime.progress import TICK_S, ProgressLine, StartProgress, Waiting, told
 from nitsum_jax.runtime.startup.compile_cache import OFF, enable
 from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
-from nitsum_jax.runtime.streams.output import Output, Piece, Vectors, vectors_of
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-"""A text, token ids, or the messages of a chat, each with "role" and "content"."""
+from nitsum_jax.runtime.streams.output import Piece, Vectors, vectors_of
 
 _NAME = "nitsum-jax"
 _Take = Callable[[TokenDelta], None]
 _MOST_WAITING = 1 << 16  # no request has to be refused: its caller waits for the answer
 _MOST_DEVICES = 1024  # more than any cell has: only to read how many a layout names
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Completion:
-    """The output of one prompt.
-
-    Attributes:
-      text: text of the output.
-      token_ids: its token ids, including those that spelled a stop string, without a stop token.
-      finish_reason: STOP or LENGTH.
-      prompt_tokens: number of tokens of the prompt.
-      cached_tokens: how many of them were in the prefix cache, so that they were not computed again.
-      seed: the seed of the request, which gives the same output again.
-      logprobs: one for each token whose text is in the output, if they were asked for.
-      ttft_ms: time from the request to its first token, milliseconds; None if there is none.
-      tpot_ms: time per token after the first, milliseconds; None if there are fewer than two.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    prompt_tokens: int
-    seed: int
-    logprobs: tuple[TokenLogprob, ...] = ()
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
-    cached_tokens: int = 0
 
 
 class LLM:
@@ -144,20 +104,19 @@ class LLM:
     # ---- whole answers
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, **wanted: Any
+        self, prompts: Sequence[GivenPrompt], sampling: SamplingParams | None = None, **wanted: Any
     ) -> list[Completion]:
         """Continues prompts, as many at a time as fit, and returns their outputs in the same order.
 
         Args:
-          prompts: texts, lists of token ids, or chats.
+          prompts: texts, lists of token ids, or chats: lists of messages in OpenAI's form.
           sampling: how tokens are chosen; if None, by the model's generation config, or greedily if it has no values.
-          **wanted: fields of `Wanted`: max_tokens, stop (one text or several), stop_token_ids, min_tokens, ignore_eos,
-            logprobs, tier.
+          **wanted: fields of `CallOptions`, such as max_tokens, stop, tier, json_schema or tools.
 
         Raises:
           NitsumError: a prompt or a parameter is wrong, or does not fit the model.
         """
-        return [job.completion() for job in self._run(self._calls(prompts, sampling, wanted))]
+        return [job.completion() for job in self._run(self._jobs(prompts, sampling, wanted))]
 
     def embed(self, texts: Sequence[str | Sequence[int]], **wanted: Any) -> Vectors:
         """Vectors of texts or lists of token ids, f32[texts, D], each of length 1.
@@ -172,16 +131,13 @@ class LLM:
           PreconditionError: the model gives no embeddings.
           NitsumError: a text is wrong, or does not fit.
         """
-        if self._model.pooling is None:
-            raise PreconditionError("this model gives no embeddings: make the LLM with pooling='last' or 'mean'")
-        jobs = self._run(self._calls(texts, None, {**wanted, "max_tokens": 1, "pooling": self._model.pooling}))
+        jobs = self._run(self._begun(asked_vectors(texts, wanted, self._model, self._engine.tier_names)))
         return vectors_of([job.output for job in jobs if job.output], self._engine.model_config.d_model)
 
-    def _run(self, calls: Sequence[Call]) -> "list[_PromptJob]":
-        """Runs calls to their ends, as many at a time as fit."""
+    def _run(self, jobs: list[PromptJob]) -> list[PromptJob]:
+        """Runs jobs to their ends, as many at a time as fit."""
         events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-        jobs = [_PromptJob(self, call) for call in calls]
-        waiting, alive = deque(jobs), dict[str, _PromptJob]()
+        waiting, alive = deque(jobs), dict[str, PromptJob]()
         try:
             while waiting or alive:
                 self._submit(waiting, alive, events.put)
@@ -191,18 +147,18 @@ class LLM:
         return jobs
 
     def chat(
-        self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **wanted: Any
     ) -> Completion:
         """The assistant's answer to messages; the other arguments are those of `generate`."""
         return self.generate([messages], sampling, **wanted)[0]
 
     async def agenerate(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None = None, **wanted: Any
+        self, prompts: Sequence[GivenPrompt], sampling: SamplingParams | None = None, **wanted: Any
     ) -> list[Completion]:
         """Like `generate`, for an event loop; cancelling the call ends its requests."""
         events: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        jobs = [_PromptJob(self, call) for call in self._calls(prompts, sampling, wanted)]
-        waiting, alive = deque(jobs), dict[str, _PromptJob]()
+        jobs = await asyncio.to_thread(self._jobs, prompts, sampling, wanted)
+        waiting, alive = deque(jobs), dict[str, PromptJob]()
         take = _posting(events)
         try:
             while waiting or alive:
@@ -213,22 +169,22 @@ class LLM:
         return [job.completion() for job in jobs]
 
     async def achat(
-        self, messages: Sequence[Mapping[str, str]], sampling: SamplingParams | None = None, **wanted: Any
+        self, messages: Sequence[Mapping[str, Any]], sampling: SamplingParams | None = None, **wanted: Any
     ) -> Completion:
         """Like `chat`, for an event loop."""
         return (await self.agenerate([messages], sampling, **wanted))[0]
 
     # ---- as it comes
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> Iterator[Piece]:
+    def stream(self, prompt: GivenPrompt, sampling: SamplingParams | None = None, **wanted: Any) -> Iterator[Piece]:
         """The output of one prompt piece by piece; leaving the loop ends the request.  Arguments as for `generate`."""
-        (call,) = self._calls([prompt], sampling, wanted)
+        (job,) = self._jobs([prompt], sampling, wanted)
 
         def pieces() -> Iterator[Piece]:
             events: queue.SimpleQueue[TokenDelta] = queue.SimpleQueue()
-            alive: dict[str, _PromptJob] = {}
+            alive: dict[str, PromptJob] = {}
             try:
-                self._submit(deque([_PromptJob(self, call)]), alive, events.put)
+                self._submit(deque([job]), alive, events.put)
                 while alive:
                     yield self._feed(alive, events.get())
             finally:
@@ -236,15 +192,17 @@ class LLM:
 
         return pieces()
 
-    def astream(self, prompt: Prompt, sampling: SamplingParams | None = None, **wanted: Any) -> AsyncIterator[Piece]:
+    def astream(
+        self, prompt: GivenPrompt, sampling: SamplingParams | None = None, **wanted: Any
+    ) -> AsyncIterator[Piece]:
         """Like `stream`, for an event loop."""
-        (call,) = self._calls([prompt], sampling, wanted)
+        (job,) = self._jobs([prompt], sampling, wanted)
 
         async def pieces() -> AsyncIterator[Piece]:
             events: asyncio.Queue[TokenDelta] = asyncio.Queue()
-            alive: dict[str, _PromptJob] = {}
+            alive: dict[str, PromptJob] = {}
             try:
-                self._submit(deque([_PromptJob(self, call)]), alive, _posting(events))
+                self._submit(deque([job]), alive, _posting(events))
                 while alive:
                     yield self._feed(alive, await events.get())
             finally:
@@ -341,29 +299,16 @@ class LLM:
         if self._progress:
             waiting.show(told(self._engine.compiling(), layout, len(self.devices)))
 
-    def _calls(
-        self, prompts: Sequence[Prompt], sampling: SamplingParams | None, wanted: Mapping[str, Any]
-    ) -> list[Call]:
-        if isinstance(prompts, str):
-            raise InvalidInputError("prompts is one text: put it in a list")
-        fields = dict(wanted)
-        stops = fields.pop("stop", ())
-        known = {field.name for field in dataclasses.fields(Wanted)} - {"sampling", "stops", "deadline_s"}
-        wrong = sorted(set(fields) - known)
-        if wrong:
-            raise InvalidInputError(f"{wrong[0]!r} is not known: known are {', '.join(sorted({*known, 'stop'}))}")
-        defaults = self._model.defaults
-        fields.setdefault("max_tokens", default_max_tokens(defaults))
-        what = Wanted(
-            sampling or SamplingParams(**defaults.sampling),
-            stops=(stops,) if isinstance(stops, str) else tuple(stops),
-            **fields,
-        )
-        check(what, self._model.vocab_size)
-        encoded = [prompt_ids(_prompt(prompt), self._model) for prompt in prompts]
-        return [make_call(what, ids, self._model, self._engine.tier_names) for ids in encoded]
+    def _jobs(
+        self, prompts: Sequence[GivenPrompt], sampling: SamplingParams | None, wanted: Mapping[str, Any]
+    ) -> list[PromptJob]:
+        """What a call asks for; making a form may take a second."""
+        return self._begun(asked_prompts(prompts, sampling, wanted, self._model, self._engine.tier_names))
 
-    def _submit(self, waiting: "deque[_PromptJob]", alive: dict[str, "_PromptJob"], take: _Take) -> None:
+    def _begun(self, asked: Sequence[AskedPrompt]) -> list[PromptJob]:
+        return [PromptJob(one, self._model, self._engine.cancel) for one in asked]
+
+    def _submit(self, waiting: deque[PromptJob], alive: dict[str, PromptJob], take: _Take) -> None:
         """Submits what is waiting, in order, as far as the engine's queue has room."""
         while waiting:
             job = waiting[0]
@@ -377,10 +322,10 @@ class LLM:
                 if isinstance(error, OverloadedError) and alive:
                     return  # when one of ours has ended there is room, or soon will be
                 raise
-            job.output = job.begin()
+            job.begin()
             alive[waiting.popleft().id] = job
 
-    def _feed(self, alive: dict[str, "_PromptJob"], delta: TokenDelta) -> Piece:
+    def _feed(self, alive: dict[str, PromptJob], delta: TokenDelta) -> Piece:
         job = alive.get(delta.request_id)
         if job is None:  # the end of a request that a stop string had ended before
             return Piece("", ())
@@ -395,7 +340,7 @@ class LLM:
             self._forget(job.id)
         return piece
 
-    def _drop(self, alive: dict[str, "_PromptJob"]) -> None:
+    def _drop(self, alive: dict[str, PromptJob]) -> None:
         for name in alive:
             self._forget(name)
             self._engine.cancel(name)
@@ -412,47 +357,6 @@ class LLM:
                 take(delta)
 
 
-class _PromptJob:
-    """One request of a call, and what has come of it."""
-
-    def __init__(self, llm: LLM, call: Call):
-        self.call = call
-        self.id = call.request.id
-        self._llm = llm
-        self.output: Output | None = None
-        self._pieces: list[Piece] = []
-
-    def begin(self) -> Output:
-        """Its time begins to count."""
-        llm = self._llm
-        return Output(self.call, llm._model.tokenizer.stream(), llm._engine.cancel, time.monotonic())
-
-    def take(self, delta: TokenDelta) -> Piece:
-        """The next piece."""
-        assert self.output is not None
-        piece = self.output.take([delta])
-        self._pieces.append(piece)
-        return piece
-
-    def completion(self) -> Completion:
-        """All of it, when it has ended."""
-        assert self.output is not None
-        end, seed = self._pieces[-1].end, self.call.request.sampling.seed
-        assert end is not None
-        assert seed is not None
-        return Completion(
-            text="".join(piece.text for piece in self._pieces),
-            token_ids=tuple(token for piece in self._pieces for token in piece.ids),
-            finish_reason=end.reason,
-            prompt_tokens=len(self.call.request.prompt_ids),
-            seed=seed,
-            logprobs=tuple(told.logprob for piece in self._pieces for told in piece.told),
-            ttft_ms=self.output.times.ttft_ms,
-            tpot_ms=self.output.times.tpot_ms,
-            cached_tokens=self.output.cached_tokens,
-        )
-
-
 def _posting(events: "asyncio.Queue[TokenDelta]") -> _Take:
     loop = asyncio.get_running_loop()
 
@@ -461,15 +365,6 @@ def _posting(events: "asyncio.Queue[TokenDelta]") -> _Take:
             loop.call_soon_threadsafe(events.put_nowait, delta)
 
     return take
-
-
-def _prompt(prompt: Prompt) -> TextPrompt | TokenPrompt | ChatPrompt:
-    if isinstance(prompt, str):
-        return TextPrompt(prompt)
-    messages = [part for part in prompt if isinstance(part, Mapping)]
-    if not messages:
-        return TokenPrompt([int(part) for part in prompt if not isinstance(part, Mapping)])
-    return ChatPrompt(messages)
 
 
 def _devices_of(layout: str) -> int:

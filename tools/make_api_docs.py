@@ -14,8 +14,9 @@ from nitsum_jax.engine.config import EngineConfig
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import FinishReason, SamplingParams, TokenLogprob
 from nitsum_jax.engine.switching.switch import SwitchReport
-from nitsum_jax.llm import LLM, Completion
-from nitsum_jax.runtime.calls import Wanted
+from nitsum_jax.llm import LLM
+from nitsum_jax.runtime.local.completion import Completion, FunctionCall
+from nitsum_jax.runtime.local.options import CallOptions
 from nitsum_jax.runtime.streams.output import End, Piece
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,13 +39,13 @@ with LLM("smollm2-135m", layout="tp2x2") as llm:
 results. Errors are of the class `nitsum_jax.errors.NitsumError`, with one line that suggests what to do.
 """
 _SHOWN = (
-    LLM, Completion, SamplingParams, Wanted, Piece, End, FinishReason, TokenLogprob, SwitchReport, EngineStats,
-    EngineConfig,
+    LLM, SamplingParams, CallOptions, Completion, FunctionCall, Piece, End, FinishReason, TokenLogprob,
+    SwitchReport, EngineStats, EngineConfig,
 )  # fmt: skip
-_GIVEN = (SamplingParams, Wanted, EngineConfig)
+_GIVEN = (SamplingParams, CallOptions, EngineConfig)
 _NOTES = {
-    Wanted: "Keyword arguments of the calls above. There `stops` is called `stop`, `sampling` is a separate "
-    "argument, and `deadline_s` is not accepted.\n",
+    CallOptions: "Keyword arguments of the calls above. At most one of `json_schema`, `json_object`, `regex`, `choice` "
+    "and `grammar` may be given; [HTTP](server/http.md#output-that-holds-a-form) says what they hold.\n",
     EngineConfig: "Keyword arguments of `LLM`, where `max_queue` is 65536 if not given.\n",
 }
 _SECTION = re.compile(r"(Args|Attributes|Raises|Returns):")

@@ -3,7 +3,8 @@
     python benchmarks/engine/structured.py --model=smollm2-135m
 
 For each batch the same prompts run freely, all held to a JSON schema, and half of them held: milliseconds per token of
-a stream.  Masks of several forms are also made alone, on one thread, along texts that these allow.  Prints two tables.
+a stream, and what that is of the free run of the same round, as other programs disturb all runs of a round alike.
+Masks of several forms are also made alone, on one thread, along texts that these allow.  Prints two tables.
 """
 
 import dataclasses
@@ -49,14 +50,13 @@ _FORMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Cost:
-    """One line: milliseconds per token of a stream (median over streams and rounds)."""
+class Round:
+    """Milliseconds per token of a stream (median over streams) in the runs of one round."""
 
-    batch: int
     free: float
     held: float
-    free_beside_held: float
     held_beside_free: float
+    free_beside_held: float
 
 
 class _Times:
@@ -83,8 +83,8 @@ class _Times:
             self._changed.wait_for(lambda: self.ended.issuperset(names))
 
 
-def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens: int, rounds: int) -> Cost:
-    """The cost at one batch size."""
+def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens: int, rounds: int) -> list[Round]:
+    """The rounds at one batch size; one before them only warms up."""
 
     def run(held: int, number: int) -> tuple[float, float]:
         names = [f"{batch}-{held}-{number}-{index}" for index in range(batch)]
@@ -98,9 +98,7 @@ def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens:
             statistics.median(each[held:]) if held < batch else 0.0,
         )
 
-    found = [(run(0, n)[1], run(batch, n)[0], *run(batch // 2, n)) for n in range(-1, rounds)][1:]
-    free, held, held_beside, free_beside = (statistics.median(column) for column in zip(*found, strict=True))
-    return Cost(batch, free, held, free_beside, held_beside)
+    return [Round(run(0, n)[1], run(batch, n)[0], *run(batch // 2, n)) for n in range(-1, rounds)][1:]
 
 
 def mask_us(form: OutputForm, vocab: int, tokens: int) -> list[float]:
@@ -132,18 +130,25 @@ def mask_table(compiler: FormCompiler, vocab: int, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """The lines as a table of Markdown."""
+def table(measured: Sequence[tuple[int, Sequence[Round]]]) -> str:
+    """All rounds as a table of Markdown: medians, and of the shares their range, too."""
     lines = [
-        "| streams | free | all held | free, half held | held, half free |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {c.batch} | {c.free:.2f} | {c.held:.2f} | "
-            + (f"{c.free_beside_held:.2f} | {c.held_beside_free:.2f} |" if c.batch > 1 else "- | - |")
-            for c in costs
-        ),
+        "| streams | free, ms | all held, ms | all held / free | free beside held / free | held beside free / free |",
+        "|---|---|---|---|---|---|",
     ]
+    for batch, rounds in measured:
+        free, held = (statistics.median(column) for column in zip(*((r.free, r.held) for r in rounds), strict=True))
+        shares = [_share([r.held / r.free for r in rounds])]
+        if batch > 1:
+            shares.append(_share([r.free_beside_held / r.free for r in rounds]))
+            shares.append(_share([r.held_beside_free / r.free for r in rounds]))
+        cells = [str(batch), f"{free:.2f}", f"{held:.2f}", *shares, *["-"] * (3 - len(shares))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _share(shares: Sequence[float]) -> str:
+    return f"{statistics.median(shares):.2f} ({min(shares):.2f} to {max(shares):.2f})"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -161,10 +166,10 @@ def main(argv: Sequence[str]) -> None:
     engine = start_engine(model, config, times)
     try:
         engine.wait_for_layouts()
-        costs = [measure(engine, times, form, batch, _TOKENS.value, _ROUNDS.value) for batch in batches]
+        measured = [(batch, measure(engine, times, form, batch, _TOKENS.value, _ROUNDS.value)) for batch in batches]
     finally:
         engine.close()
-    print("milliseconds per token of a stream\n" + table(costs))
+    print("milliseconds per token of a stream\n" + table(measured))
 
 
 if __name__ == "__main__":

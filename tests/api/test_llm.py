@@ -3,7 +3,9 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import json
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -14,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import BaseModel, Field
 
 import nitsum_jax
 from nitsum_jax.engine.request import FinishReason, Request, SamplingParams
 from nitsum_jax.engine.switching.switch import SwitchReport
 from nitsum_jax.errors import InvalidInputError, PreconditionError
-from nitsum_jax.llm import LLM, Completion, _devices_of
+from nitsum_jax.llm import LLM, _devices_of
 from nitsum_jax.models.generation import GenerationDefaults
+from nitsum_jax.runtime.local.completion import Completion
 from nitsum_jax.runtime.progress import ProgressLine
+from nitsum_jax.runtime.tools.formats import ToolFormat
+from nitsum_jax.runtime.tools.parts import Answer
 from tests.engine.quick import quick_compiles  # noqa: F401
 from tests.models.golden import tiny_models
 
@@ -132,8 +138,9 @@ def test_streams_and_event_loops_say_the_same(llm: LLM, answers: list[Completion
 
 def test_what_a_call_does_not_say_is_as_the_model_says(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def request(sampling: SamplingParams | None = None, **wanted: Any) -> Request:
-        (call,) = llm._calls(["x"], sampling, wanted)
-        return dataclasses.replace(call.request, sampling=dataclasses.replace(call.request.sampling, seed=None))
+        (job,) = llm._jobs(["x"], sampling, wanted)
+        request = job.call.request
+        return dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=None))
 
     assert (request().sampling, request().max_tokens) == (SamplingParams(), 256)
     says = GenerationDefaults(temperature=0.6, top_k=20, max_new_tokens=99)
@@ -156,6 +163,123 @@ def test_token_ids_chats_and_parameters(llm: LLM, answers: list[Completion]) -> 
     assert len(drawn.logprobs) == len(drawn.token_ids) == 8
     again = llm.chat(CHAT, SamplingParams(temperature=1.5, seed=drawn.seed), max_tokens=8, ignore_eos=True)
     assert again.token_ids == drawn.token_ids
+
+
+WILD = SamplingParams(temperature=3.0, seed=5)
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 3}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+class Person(BaseModel, extra="forbid"):
+    name: str = Field(max_length=3)
+    age: int = Field(ge=0, le=99)
+
+
+@pytest.mark.parametrize("schema", [PERSON, json.dumps(PERSON), Person], ids=["dictionary", "text", "pydantic"])
+def test_an_output_holds_a_schema(llm: LLM, schema: Any) -> None:
+    for answer in llm.generate(TEXTS, WILD, json_schema=schema, ignore_eos=True):
+        Person.model_validate_json(answer.text)
+        assert answer.finish_reason is FinishReason.STOP
+    streamed = "".join(piece.text for piece in llm.stream(TEXTS[3], WILD, json_schema=schema))
+    assert streamed == answer.text
+    Person.model_validate_json(asyncio.run(llm.achat(CHAT, WILD, json_schema=schema)).text)
+
+
+def test_an_output_holds_any_other_form(llm: LLM) -> None:
+    assert re.fullmatch("[ab]{3}", llm.generate(["x"], WILD, regex="[ab]{3}")[0].text)
+    assert llm.chat(CHAT, WILD, choice=["yes", "no"]).text in ("yes", "no")
+    assert llm.generate(["x"], WILD, grammar='start: "x" "y"')[0].text == "xy"
+    assert llm.generate(["x"], WILD, json_object=True, max_tokens=3)[0].text.startswith("{")
+
+
+def test_what_is_wrong_with_a_form_or_a_tool_is_named(llm: LLM) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    of_texts: list[tuple[dict[str, Any], str]] = [
+        ({"regex": "a", "choice": ["b"]}, "regex, choice give several"),
+        ({"regex": "["}, "regular expression cannot be used"),
+        ({"json_schema": "{"}, "json_schema is not valid JSON"),
+        ({"json_schema": 5}, "a class of pydantic"),
+        ({"choice": "yes"}, "choice must be a list"),
+        ({"tools": [tool]}, "are for chats"),
+        ({"ttft_ms": 0}, "ttft_ms=0 is out of range"),
+        ({"prompt_logprobs": 21}, "logprobs"),
+        ({"pooling": "mean"}, "'pooling' is not known"),
+    ]
+    of_chats: list[tuple[dict[str, Any], str]] = [
+        ({"tools": [{"name": "f"}]}, "a tool must be like"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"tool_choice": "g"}, "names g, which is not in tools"),
+    ]
+    for wanted, what in of_texts:
+        with pytest.raises(InvalidInputError, match=what):
+            llm.generate(["x"], **wanted)
+    for wanted, what in of_chats:
+        with pytest.raises(InvalidInputError, match=what):
+            llm.chat(CHAT, **wanted)
+    with pytest.raises(PreconditionError, match="teaches no way to call tools"):
+        llm.chat(CHAT, tools=[tool])
+    with pytest.raises(InvalidInputError, match="needs a role"):
+        llm.chat([{"content": "hello"}])
+
+
+def test_a_chat_calls_tools(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def render(messages: Any, options: Any) -> str:
+        told.append((messages, options))
+        return "hello"
+
+    model = dataclasses.replace(llm._model, render_chat=render, tools=ToolFormat.HERMES)
+    monkeypatch.setattr(llm, "_model", model)
+    tools = [{"type": "function", "function": {"name": name, "parameters": PERSON}} for name in ("meet", "greet")]
+    options: dict[str, Any] = {"tools": tools, "max_tokens": 200, "chat_template_kwargs": {"mood": "good"}}
+    for choice in ("required", "greet"):
+        answer = llm.chat(CHAT, WILD, tool_choice=choice, parallel_tool_calls=False, **options)
+        (call,) = answer.tool_calls
+        assert answer.text == ""
+        assert call.name in (("meet", "greet") if choice == "required" else ("greet",))
+        Person.model_validate_json(call.arguments)
+    assert told[0][1].tools == tuple(tools)
+    assert told[0][1].variables == {"mood": "good"}
+    parts = [p for piece in llm.stream(CHAT, WILD, tool_choice="greet", **options) for p in piece.parts]
+    assert Answer.of(parts).calls == [(call.name, call.arguments)]
+    called: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "greet", "arguments": '{"age": 3}'}}
+    turns: list[dict[str, Any]] = [
+        *CHAT,
+        {"role": "assistant", "content": None, "tool_calls": [called]},
+        {"role": "tool", "content": "ok"},
+    ]
+    llm.chat(turns, tool_choice="none", tools=tools, max_tokens=1)
+    assert told[-1][0][1]["tool_calls"][0]["function"] == {"name": "greet", "arguments": {"age": 3}}
+    assert told[-1][1].tools == ()
+
+
+def test_a_prompt_is_scored(llm: LLM) -> None:
+    ids = llm._model.tokenizer.encode(TEXTS[0])
+    (said,) = llm.generate([ids], max_tokens=6, ignore_eos=True, logprobs=2)
+    (scored,) = llm.generate([[*ids, *said.token_ids]], prompt_logprobs=2, max_tokens=0)
+    assert (scored.text, scored.token_ids, scored.prompt_tokens) == ("", (), len(ids) + 6)
+    assert len(scored.prompt_logprobs) == len(ids) + 5
+    found = [one.logprob for one in scored.prompt_logprobs[-6:]]
+    np.testing.assert_allclose(found, [one.logprob for one in said.logprobs], atol=1e-4)
+
+
+def test_special_tokens_and_targets_are_as_a_call_says(llm: LLM) -> None:
+    end = llm._model.eos_ids[0]
+    always = SamplingParams(logit_bias=((end, 100.0),))
+    for skip, text in ((True, ""), (False, "</s></s>")):
+        assert llm.generate(["x"], always, max_tokens=2, ignore_eos=True, skip_special=skip)[0].text == text
+    (job,) = llm._jobs(["x"], None, {"ttft_ms": 30, "tpot_ms": 5.5, "tier": "batch"})
+    assert (job.call.request.ttft_ms, job.call.request.tpot_ms, job.call.request.tier) == (30, 5.5, "batch")
+    assert llm.generate(["x"], max_tokens=2, ttft_ms=30)[0].token_ids
+    stopped = llm.generate(["x"], max_tokens=20, ignore_eos=True)[0].text[4:7]
+    answer = llm.generate(["x"], max_tokens=20, ignore_eos=True, stop=["#?#", stopped], include_stop=True)[0]
+    assert answer.stop == stopped
+    assert answer.text.endswith(stopped)
 
 
 def test_the_layout_changes_in_the_middle_of_a_stream(llm: LLM, answers: list[Completion]) -> None:

@@ -13,6 +13,7 @@ from nitsum_jax.runtime.backend import TextStream
 from nitsum_jax.runtime.calls import Call
 from nitsum_jax.runtime.errors import DeadlineError, GenerationError
 from nitsum_jax.runtime.streams.stops import StopMatcher
+from nitsum_jax.runtime.tools.parts import Part
 
 Vectors: TypeAlias = np.ndarray
 """f32[texts, D]."""
@@ -51,12 +52,15 @@ class Piece:
       ids: new token ids.
       told: tokens with their log probabilities, if these were asked for; they come together with their text.
       end: how the output ended; None while more is to come.
+      parts: of the answer of a chat that may have thoughts or call tools: what is new of these and of its text, which
+        then is all that stands in `text`.
     """
 
     text: str
     ids: Sequence[int]
     told: Sequence[TokenWithLogprob] = ()
     end: End | None = None
+    parts: Sequence[Part] = ()
 
 
 class Output:

@@ -15,6 +15,7 @@ from nitsum_jax.errors import InvalidInputError, one_line
 from nitsum_jax.runtime.structured.forms import MAX_FORM_CHARS, SPACES, FormKind, FormSpec
 
 _KEPT = 128
+_ANCHOR = "\n"
 _LIMITS = LLParserLimits(verbose_errors=False)
 
 
@@ -132,15 +133,22 @@ class FormCompiler:
 
     def _ready(self) -> LLTokenizer:
         if self._tokenizer is None:
-            tokens = TokenizerWrapper(_Tokens(self._of_model, self._vocab, self._eos_ids))
+            tokens = TokenizerWrapper(TokensOfModel(self._of_model, self._vocab, self._eos_ids))
             self._tokenizer = LLTokenizer(tokens, eos_token=self._eos_ids or None)
         return self._tokenizer
 
 
-class _Tokens:
+class TokensOfModel:
     """A tokenizer as llguidance takes it: what each token says, by our own reading of it."""
 
     def __init__(self, tokenizer: FormTokenizer, vocab: int, eos_ids: Sequence[int]) -> None:
+        """Reads all tokens.
+
+        Args:
+          tokenizer: of the model.
+          vocab: V of the model.
+          eos_ids: what ends an output.
+        """
         self._tokenizer = tokenizer
         # One that never comes, where a model has none: forms then end where nothing may follow.
         self.eos_token_id = eos_ids[0] if eos_ids else vocab
@@ -150,9 +158,37 @@ class _Tokens:
         self.tokens = [tokenizer.token_bytes(token) if token < tokenizer.vocab_size else b"" for token in range(size)]
         if not eos_ids:
             self.tokens.append(b"<no end>")
+        special = frozenset(self.special_token_ids)
+        self._plain = {said: token for token, said in enumerate(self.tokens) if said and token not in special}
+        self._longest = max(map(len, self._plain), default=0)
+        self._special = special
 
     def __call__(self, text: bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode(errors="replace"), add_special=False)
+        """The tokens that say a text within an output: no others may be told, as masks are made of them."""
+        ids = self._tokenizer.encode(text.decode(errors="replace"), add_special=False)
+        if self._says(ids, text):
+            return ids
+        # SentencePiece puts a space before a text that begins; behind something it does not begin.
+        anchor = self._tokenizer.encode(_ANCHOR, add_special=False)
+        behind = self._tokenizer.encode(_ANCHOR + text.decode(errors="replace"), add_special=False)
+        ids = behind[len(anchor) :]
+        return ids if behind[: len(anchor)] == anchor and self._says(ids, text) else self._longest_first(text)
+
+    def _says(self, ids: Sequence[int], text: bytes) -> bool:
+        return b"".join(self.tokens[one] for one in ids) == text and self._special.isdisjoint(ids)
+
+    def _longest_first(self, text: bytes) -> list[int]:
+        """Where the tokenizer changes what it reads, or reads a special token: always the longest token that fits."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((size for size in sizes if text[at : at + size] in self._plain), None)
+            if size is None:
+                return ids  # nothing says the rest
+            ids.append(self._plain[text[at : at + size]])
+            at += size
+        return ids
 
 
 def _grammar_of(spec: FormSpec) -> str:

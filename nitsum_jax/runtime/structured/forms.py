@@ -7,6 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from nitsum_jax.runtime.structured.schemas import supported
+
 MAX_FORM_CHARS = 256 * 2**10
 MAX_CHOICES = 1024
 # Enough to indent what people indent; without an end, a model that has lost its way writes spaces for ever.
@@ -36,7 +38,7 @@ class FormSpec:
 
 def json_schema(schema: Any) -> FormSpec:
     """Output that is valid by a JSON schema: an object, or true."""
-    return FormSpec(FormKind.JSON_SCHEMA, json.dumps(schema))
+    return FormSpec(FormKind.JSON_SCHEMA, json.dumps(supported(schema)))
 
 
 def json_object() -> FormSpec:
@@ -84,6 +86,7 @@ def combined(calls: str | None, body: FormSpec | None, thinking: bool) -> FormSp
 
 def json_rule(schema: Any) -> str:
     """A JSON schema as it stands in a rule of a grammar."""
+    schema = supported(schema)
     if isinstance(schema, dict):
         return json.dumps({"x-guidance": {"whitespace_pattern": SPACES}, **schema})
     return json.dumps(schema)

@@ -57,6 +57,8 @@ class CallOutcome:
     text: str = ""
     output_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[nitsum_pb2.TokenLogprob] = dataclasses.field(default_factory=list)
+    reasoning: str = ""
+    tool_calls: list[dict[str, str]] = dataclasses.field(default_factory=list)
     first_s: float | None = None
     last_s: float | None = None
     begun_s: float = 0.0
@@ -96,6 +98,14 @@ class CallOutcome:
         }
         if self.logprobs:
             result["logprobs"] = [_logprob(one) for one in self.logprobs]
+        if self.reasoning:
+            result["reasoning"] = self.reasoning
+        if self.tool_calls:
+            result["tool_calls"] = self.tool_calls
+        if finished is not None and finished.prompt_logprobs:
+            result["prompt_logprobs"] = [_logprob(one) for one in finished.prompt_logprobs]
+        if finished is not None and finished.HasField("stop"):
+            result["stop"] = finished.stop
         if self.failure is not None:
             result["error"] = {"code": self.failure.code, "message": self.failure.message}
         return result
@@ -153,6 +163,11 @@ async def generate(
 def _take(outcome: CallOutcome, delta: nitsum_pb2.TokenDelta) -> None:
     outcome.text += delta.text
     outcome.logprobs += delta.logprobs
+    outcome.reasoning += delta.reasoning
+    for call in delta.tool_calls:
+        if call.index == len(outcome.tool_calls):
+            outcome.tool_calls.append({"name": call.name, "arguments": ""})
+        outcome.tool_calls[call.index]["arguments"] += call.arguments
     if not delta.token_ids:
         return
     outcome.output_ids += delta.token_ids

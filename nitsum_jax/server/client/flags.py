@@ -11,7 +11,7 @@ from absl import flags
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.server.cli import parse
-from nitsum_jax.server.client import identity_flags
+from nitsum_jax.server.client import identity_flags, powers
 from nitsum_jax.server.client.channel import Identity
 from nitsum_jax.server.client.layout_plan import PlannedSwitch, parse_plan
 from nitsum_jax.server.proto import nitsum_pb2
@@ -39,7 +39,12 @@ _SAMPLING_INTS = {
 }
 # Keys of a line in a .jsonl prompts file, beside those of sampling.
 _PROMPT_KEYS = ("prompt", "messages", "prompt_ids")
-_REQUEST_KEYS = ("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "logprobs", "logit_bias", "tier")
+_REQUEST_KEYS = (
+    *("max_tokens", "min_tokens", "stop", "stop_token_ids", "ignore_eos", "include_stop", "show_special_tokens"),
+    *("logprobs", "prompt_logprobs", "logit_bias", "tier", "ttft_ms", "tpot_ms"),
+    *powers.FORM_KEYS,
+    *powers.CHAT_KEYS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +107,9 @@ def _define() -> flags.FlagValues:
         "prompts_file",
         None,
         "file of prompts, all sent at once: one per line (empty lines are skipped), or, if its name ends in .jsonl, "
-        "one JSON object per line with prompt, messages or prompt_ids and any of max_tokens, min_tokens, stop, "
-        "stop_token_ids, ignore_eos, logprobs, logit_bias (an object), tier and the sampling flags, which win over the "
-        "flags; - reads prompts from standard input",
+        "one JSON object per line with prompt, messages or prompt_ids and any of the flags about the output, which win "
+        "over these (logit_bias, json_schema and template_variables are objects, tools is a list); - reads prompts "
+        "from standard input",
         flag_values=values,
     )
     flag(
@@ -129,6 +134,12 @@ def _define() -> flags.FlagValues:
         "with --json: how likely each token was, with so many of the most likely ones at its place, 0 to 20",
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "prompt_logprobs",
+        None,
+        "with --json: the same for the tokens of the prompt, behind its first; --max_tokens may be 0 then",
+        flag_values=values,
+    )
     flags.DEFINE_list(
         "logit_bias", [], "ID:BIAS pairs with commas between them; -100 forbids a token", flag_values=values
     )
@@ -139,13 +150,20 @@ def _define() -> flags.FlagValues:
     flags.DEFINE_multi_string("stop", [], "the output ends before this text; any number of these", flag_values=values)
     flags.DEFINE_list("stop_token_ids", [], "the output ends before any of these ids", flag_values=values)
     flag("ignore_eos", False, "go on past the end-of-sequence token of the model", flag_values=values)
+    flag("include_stop", False, "the output ends with the stop text that ended it, not before it", flag_values=values)
+    flag("show_special_tokens", False, "special tokens in the output are spelled", flag_values=values)
     text("tier", None, "latency tier; the server's default is standard", flag_values=values)
+    for name, what in (("ttft_ms", "time to the first token"), ("tpot_ms", "time per token after it")):
+        flags.DEFINE_float(
+            name, None, f"target for the {what}, milliseconds; if not given, the tier's", flag_values=values
+        )
+    powers.define(values)
     flag(
         "json",
         False,
         "print one JSON object per request, in the order of the prompts: prompt_ids, output_ids, text, finish_reason, "
         "usage, ttft_ms and tpot_ms (as seen here), with index, request_id, seed, server_ttft_ms, server_tpot_ms; "
-        "a failed request has error",
+        "where there are some, tool_calls, reasoning, stop, logprobs and prompt_logprobs; a failed request has error",
         flag_values=values,
     )
     text(
@@ -233,14 +251,21 @@ def _request(values: flags.FlagValues, entry: Mapping[str, Any]) -> nitsum_pb2.G
         stop=pick("stop"),
         stop_token_ids=_ids("stop_token_ids", pick("stop_token_ids")),
         ignore_eos=pick("ignore_eos"),
+        include_stop=pick("include_stop"),
+        show_special_tokens=pick("show_special_tokens"),
+        prompt_logprobs=pick("prompt_logprobs"),
         tier=pick("tier"),
+        ttft_ms=pick("ttft_ms"),
+        tpot_ms=pick("tpot_ms"),
+        form=powers.form_of(values, entry),
         return_prompt_ids=values.json,
     )
+    if "messages" not in entry and (wrong := [key for key in powers.CHAT_KEYS if pick(key)]):
+        raise InvalidInputError(f"{wrong[0]} is for chats: give --chat, or messages")
     if "prompt" in entry:
         request.text = entry["prompt"]
     elif "messages" in entry:
-        messages = [nitsum_pb2.ChatMessage(**message) for message in entry["messages"]]
-        request.chat.CopyFrom(nitsum_pb2.ChatPrompt(messages=messages))
+        request.chat.CopyFrom(powers.chat_of(values, entry, entry["messages"]))
     else:
         request.tokens.CopyFrom(nitsum_pb2.TokenPrompt(ids=_ids("prompt_ids", entry["prompt_ids"])))
     return request

@@ -121,6 +121,8 @@ class _Client:
             self._within_line = False
         else:
             cli.out(f"[{outcome.index + 1}/{len(self._options.requests)}] {outcome.text}")
+        for call in () if self._options.json else outcome.tool_calls:
+            cli.out(f"{call['name']} {call['arguments']}")
         if outcome.failure is not None:
             which = f"prompt {outcome.index + 1}: " if len(self._options.requests) > 1 else ""
             self._fail(outcome.failure, which)

@@ -18,6 +18,7 @@ from nitsum_jax.runtime.tools.offer import begins_thinking
 from nitsum_jax.runtime.tools.parts import CallArguments, CallBegun, Part, Said, Thought
 from nitsum_jax.runtime.tools.reader import AnswerReader
 from nitsum_jax.server.gateway import gateway_headers, header_pairs
+from nitsum_jax.server.grpc.embedding import embed
 from nitsum_jax.server.grpc.layout_change import outcome
 from nitsum_jax.server.grpc.prompts import read_form, read_offer, read_prompt, read_wanted, splits
 from nitsum_jax.server.grpc.status import reported
@@ -80,6 +81,12 @@ class GenerationService(nitsum_pb2_grpc.GenerationServiceServicer):
                 )
                 told = _Told(message.logprobs if message.HasField("logprobs") else None, scored)
                 await _relay(output, stream, call, context, told, None if reader is None else reader())
+
+    async def Embed(self, message: nitsum_pb2.EmbedRequest, context: ServicerContext) -> nitsum_pb2.EmbedResponse:
+        """Makes vectors of texts; see nitsum.proto."""
+        async with reported(context, "Embed", self._retry_after_s):
+            return await embed(message, context, self._state)
+        raise AssertionError("unreachable: reported() ends the call")
 
     async def GetLayout(
         self, message: nitsum_pb2.GetLayoutRequest, context: ServicerContext

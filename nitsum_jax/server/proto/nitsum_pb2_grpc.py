@@ -40,6 +40,11 @@ class GenerationServiceStub:
                 request_serializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/nitsum.v1.GenerationService/Embed',
+                request_serializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedResponse.FromString,
+                _registered_method=True)
         self.GetLayout = channel.unary_unary(
                 '/nitsum.v1.GenerationService/GetLayout',
                 request_serializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GetLayoutRequest.SerializeToString,
@@ -59,6 +64,14 @@ class GenerationServiceServicer:
     def Generate(self, request, context):
         """Continues one prompt. The stream is one Started, then TokenDelta messages, then one Finished. Cancelling the call,
         its deadline, or a lost connection ends the request in the engine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """Vectors of length 1, one for each text, from a model that gives embeddings (else FAILED_PRECONDITION). Cancelling the
+        call, its deadline, or a lost connection ends its requests in the engine.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +99,11 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateRequest.FromString,
                     response_serializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedRequest.FromString,
+                    response_serializer=nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedResponse.SerializeToString,
             ),
             'GetLayout': grpc.unary_unary_rpc_method_handler(
                     servicer.GetLayout,
@@ -126,6 +144,33 @@ class GenerationService:
             '/nitsum.v1.GenerationService/Generate',
             nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateRequest.SerializeToString,
             nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nitsum.v1.GenerationService/Embed',
+            nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedRequest.SerializeToString,
+            nitsum__jax_dot_server_dot_proto_dot_nitsum__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

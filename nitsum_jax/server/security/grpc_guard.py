@@ -21,6 +21,7 @@ _NEEDS = {
     "/jetstream_proto.Orchestrator/HealthCheck": Need.NOTHING,
     "/jetstream_proto.Orchestrator/Decode": Need.GENERATE,
     "/nitsum.v1.GenerationService/Generate": Need.GENERATE,
+    "/nitsum.v1.GenerationService/Embed": Need.GENERATE,
     "/nitsum.v1.GenerationService/SetLayout": Need.ADMIN,
 }
 _ADMIN = "/nitsum.v1.AdminService/"

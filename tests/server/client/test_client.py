@@ -61,7 +61,7 @@ def test_json_has_the_promised_keys(capsys: Capture) -> None:
     assert first["finish_reason"] == "stop"
     assert first["usage"] == {"prompt_tokens": 5, "cached_tokens": 3, "output_tokens": 5}
     assert first["ttft_ms"] >= first["server_ttft_ms"] > 0
-    assert first["tpot_ms"] > 0
+    assert first["tpot_ms"] >= 0  # a client that is late finds all tokens at once
     assert "error" not in first
     assert (second["prompt_ids"], second["finish_reason"]) == ([72, 73], "length")
     assert second["tpot_ms"] is None

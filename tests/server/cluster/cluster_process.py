@@ -17,7 +17,14 @@ from collections.abc import Iterator, Sequence
 
 START_S = 600.0
 MARK = "NITSUM_TEST_CLUSTER"
-CELLS = ("--model=tiny-random", "--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--max_batch=16")
+CELLS = (
+    "--model=tiny-random",
+    "--devices_per_cell=1",
+    "--pooling=last",
+    "--deterministic",
+    "--max_model_len=512",
+    "--max_batch=16",
+)
 
 
 @dataclasses.dataclass

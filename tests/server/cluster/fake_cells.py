@@ -15,6 +15,7 @@ from nitsum_jax.control.tiers import DEFAULT_TIERS, TierSet
 from nitsum_jax.engine.engine import EngineStats
 from nitsum_jax.engine.request import Request, RequestLimits, TokenDelta
 from nitsum_jax.errors import NitsumError, OverloadedError
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.runtime.control.layout_log import LayoutChoice
 from tests.server.fake_engine import FakeEngine, Script
 
@@ -24,7 +25,16 @@ REPORT_S = 0.02
 class FakeCell:
     """A cell in this process; `die` and `hang` do to it what happens to processes."""
 
-    def __init__(self, name: str, script: Script, *, version: str = "", tiers: TierSet = DEFAULT_TIERS, **options: Any):
+    def __init__(
+        self,
+        name: str,
+        script: Script,
+        *,
+        version: str = "",
+        tiers: TierSet = DEFAULT_TIERS,
+        pooling: Pooling | None = None,
+        **options: Any,
+    ):
         self.name = name
         self.taken: list[Request] = []
         self.hung = False
@@ -35,6 +45,7 @@ class FakeCell:
         self.full = False
         self._version = version or nitsum_jax.__version__
         self._tiers = tiers
+        self._pooling = pooling
         self._queue: asyncio.Queue[CellEvents] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._doors: dict[str, str] = {}
@@ -124,7 +135,7 @@ class FakeCell:
         )
         names = {field.name for field in dataclasses.fields(EngineStats)} & {f.name for f in dataclasses.fields(stats)}
         counted = EngineStats(sent_back=0, **{name: getattr(stats, name) for name in names})
-        limits = RequestLimits(257, DEFAULT_TIERS.names, 10_000, 10_000)
+        limits = RequestLimits(257, DEFAULT_TIERS.names, 10_000, 10_000, pooling=self._pooling)
         return CellStatus(
             report,
             limits,

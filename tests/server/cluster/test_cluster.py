@@ -110,6 +110,24 @@ def test_the_official_client_is_served(running: ClusterProcess) -> None:
             client.completions.create(**{**options, "model": "other"})
 
 
+def test_embeddings_are_the_same_by_either_protocol(running: ClusterProcess) -> None:
+    texts = ["hello", "a longer text", "hello"]
+    with openai.OpenAI(base_url=f"{running.http}/v1", api_key="none", timeout=60) as client:
+        by_http = [one.embedding for one in client.embeddings.create(model="tiny-random", input=texts).data]
+
+    async def scenario() -> list[list[float]]:
+        async with grpc.aio.insecure_channel(running.grpc) as channel:
+            stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+            inputs = [nitsum_pb2.EmbedInput(text=text) for text in texts]
+            answer = await stub.Embed(nitsum_pb2.EmbedRequest(inputs=inputs), timeout=60)
+            return [list(one.values) for one in answer.embeddings]
+
+    by_grpc = asyncio.run(scenario())
+    assert by_grpc == by_http
+    assert by_grpc[0] == by_grpc[2] != by_grpc[1]
+    assert sum(number**2 for number in by_grpc[0]) == pytest.approx(1)
+
+
 def test_health_metrics_and_layout_are_those_of_all_cells(running: ClusterProcess) -> None:
     async def scenario() -> None:
         async with grpc.aio.insecure_channel(running.grpc) as channel:

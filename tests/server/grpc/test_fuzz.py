@@ -15,6 +15,7 @@ import grpc.aio
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.server.proto import jetstream_pb2, nitsum_pb2
 from tests.server.harness import Running, ask, running, says
 
@@ -39,6 +40,12 @@ _SEEDS: dict[str, list[Any]] = {
                 template_variables="{}",
             ),
             split=True,
+        ),
+    ],
+    "/nitsum.v1.GenerationService/Embed": [
+        nitsum_pb2.EmbedRequest(inputs=[nitsum_pb2.EmbedInput(text="hé"), nitsum_pb2.EmbedInput(text="a")], ttft_ms=99),
+        nitsum_pb2.EmbedRequest(
+            inputs=[nitsum_pb2.EmbedInput(tokens=nitsum_pb2.TokenPrompt(ids=[1, 2, 200]))], tier="batch"
         ),
     ],
     "/nitsum.v1.GenerationService/GetLayout": [nitsum_pb2.GetLayoutRequest()],
@@ -103,7 +110,7 @@ async def _code(run: Running, path: str, data: bytes) -> grpc.StatusCode:
     else:
         call = run.channel.unary_unary(path)(data, timeout=20)
     try:
-        if method in ("GetLayout", "SetLayout", "HealthCheck", "Check"):
+        if method in ("Embed", "GetLayout", "SetLayout", "HealthCheck", "Check"):
             await call
         elif method == "Watch":
             await call.read()
@@ -122,15 +129,15 @@ def test_mutants_of_every_method() -> None:
     rng = random.Random(6)
     paths = list(_SEEDS)
     seeds = {path: [message.SerializeToString() for message in _SEEDS[path]] for path in paths}
-    # Half of them go to the two methods that read the most.
-    heavy = [path for path in paths if path.endswith(("Generate", "Decode"))]
+    # Half of them go to the methods that read the most.
+    heavy = [path for path in paths if path.endswith(("Generate", "Decode", "Embed"))]
     picks = [rng.choice(heavy if rng.random() < 0.5 else paths) for _ in range(CASES)]
     cases = [(path, _mutant(rng, seeds[path])) for path in picks]
     found: Counter[tuple[str, grpc.StatusCode]] = Counter()
 
     async def scenario() -> None:
         options: dict[str, Any] = {"max_batch": 64, "max_queue": 4096, "tokens_per_step": 200, "step_s": 0.0}
-        async with running(says("answer"), context=1024, **options) as run:
+        async with running(says("answer"), context=1024, pooling=Pooling.MEAN, **options) as run:
             left = iter(cases)
 
             async def worker() -> None:

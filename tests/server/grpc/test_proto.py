@@ -73,4 +73,8 @@ def test_numbers_that_clients_in_the_field_rely_on() -> None:
         "stop": 5,
         "prompt_logprobs": 6,
     }
+    assert numbers["EmbedRequest"] == {"inputs": 1, "tier": 2, "ttft_ms": 3}
+    assert numbers["EmbedInput"] == {"text": 1, "tokens": 2}
+    assert numbers["EmbedResponse"] == {"embeddings": 1, "usage": 2}
+    assert numbers["Embedding"] == {"values": 1}
     assert numbers["SetLayoutRequest"] == {"layout": 1, "prepare": 2}

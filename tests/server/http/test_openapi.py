@@ -7,7 +7,7 @@ import asyncio
 import os
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import httpx2
@@ -18,12 +18,19 @@ import schemathesis
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
+from nitsum_jax.engine.request import Request
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.server.http.openai.requests import ChatRequest, CompletionRequest
 from nitsum_jax.server.http.openapi import openapi
-from tests.server.harness import says
+from tests.server.harness import held, says
 from tests.server.http.harness import Serving, serving
+from tests.server.http.test_tools import HERMES
 
 CASES = int(os.environ.get("NITSUM_FUZZ_CASES", "60"))
+
+
+def _says_or_holds(request: Request) -> Sequence[int]:
+    return says("<think>añ</think>🙂 answer")(request) if request.form is None else held(request)
 
 
 class _Background:
@@ -40,7 +47,9 @@ class _Background:
 
     async def _main(self) -> None:
         options: dict[str, Any] = {"max_batch": 64, "max_queue": 256, "tokens_per_step": 100, "step_s": 0.0}
-        async with serving(says("añ🙂 answer"), context=512, **options) as self.run:
+        # A model that can do all that the document offers.
+        powers: dict[str, Any] = {"template": HERMES, "pooling": Pooling.MEAN}
+        async with serving(_says_or_holds, context=512, **powers, **options) as self.run:
             self._ready.set()
             await self._end.wait()
 
@@ -57,37 +66,43 @@ def server() -> Iterator[Serving]:
     background.stop()
 
 
+CHECKED = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+)
+LABELS = [f"{method.upper()} {path}" for path, methods in openapi(None)["paths"].items() for method in methods]
+TRIED = [
+    pytest.param(label, mode, id=f"{label} {mode.value}")
+    for label in LABELS
+    for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    if label.startswith("POST") or mode is GenerationMode.POSITIVE  # nothing in the others can be wrong
+]
+
+
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["right", "wrong"])
-def test_requests_made_from_the_document(server: Serving, mode: GenerationMode) -> None:
+@pytest.mark.parametrize(("label", "mode"), TRIED)
+def test_requests_made_from_the_document(server: Serving, label: str, mode: GenerationMode) -> None:
+    posted = label.startswith("POST")
     load_all_checks()
-    checks: list[Any] = [
-        CHECKS.get_one(name)
-        for name in (
-            "not_a_server_error",
-            "status_code_conformance",
-            "content_type_conformance",
-            "response_headers_conformance",
-            "response_schema_conformance",
-            "negative_data_rejection",
-        )
-    ]
+    checks: list[Any] = [CHECKS.get_one(name) for name in CHECKED]
     document = httpx2.get(f"{server.url}/openapi.json", trust_env=False).json()
     schema = schemathesis.openapi.from_dict(document)
-    session = requests.Session()
-    session.trust_env = False  # a proxy for the web has no business here, and looking for one takes time
-    operations: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
-    assert {operation.label for operation in operations} >= {"POST /v1/completions", "POST /v1/chat/completions"}
-    statuses: dict[str, Counter[int]] = {operation.label: Counter() for operation in operations}
-    for operation in operations:
-        if operation.method == "post":
-            _try_many(operation, server.url, session, mode, checks, statuses[operation.label], max(CASES // 4, 2))
-        elif mode is GenerationMode.POSITIVE:  # nothing in the others can be wrong
-            _try_many(operation, server.url, session, mode, checks, statuses[operation.label], max(CASES // 30, 2))
-    assert all(status < 500 for seen in statuses.values() for status in seen)
-    for label in ("POST /v1/completions", "POST /v1/chat/completions"):
-        seen = statuses[label]
-        assert (200 in seen) == (mode is GenerationMode.POSITIVE), (label, seen)  # the document leads to answers
+    found: list[Any] = [result.ok() for result in schema.get_all_operations()]  # type: ignore[union-attr]
+    operations = {operation.label: operation for operation in found}
+    assert operations.keys() == set(LABELS)
+    seen: Counter[int] = Counter()
+    with requests.Session() as session:
+        session.trust_env = False  # a proxy for the web has no business here, and looking for one takes time
+        _try_many(
+            operations[label], server.url, session, mode, checks, seen, max(CASES // 4 if posted else CASES // 30, 2)
+        )
+    assert all(status < 500 for status in seen)
+    if posted:
+        assert (200 in seen) == (mode is GenerationMode.POSITIVE), seen  # the document leads to answers
     _nothing_is_left(server)
 
 

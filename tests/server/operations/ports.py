@@ -10,6 +10,7 @@ import grpc.aio
 from nitsum_jax.control.scheduling.forecast import TierForecast
 from nitsum_jax.control.tiers import DEFAULT_TIERS
 from nitsum_jax.engine.request import FinishReason
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.runtime.records import ServedRequest
 from nitsum_jax.runtime.streams.router import StreamRouter
 from nitsum_jax.server.grpc.server import GrpcServer
@@ -64,6 +65,7 @@ async def opened(
     host: str = "127.0.0.1",
     forecasts: Callable[[], Sequence[TierForecast]] | None = None,
     make: type[FakeEngine] = FakeEngine,
+    pooling: Pooling | None = None,
     **engine_options: Any,
 ) -> AsyncIterator[Open]:
     """As nitsum-serve does it, around a fake engine."""
@@ -78,7 +80,7 @@ async def opened(
     router = StreamRouter(asyncio.get_running_loop())
     engine = make(router.sink, script, admitted=router.admitted, **engine_options)
     try:
-        backend = ports.open(engine, served_model(), router, forecasts=forecasts)
+        backend = ports.open(engine, served_model(pooling=pooling), router, forecasts=forecasts)
         await server.serve(backend)
         await ports.serve(backend)
         async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:

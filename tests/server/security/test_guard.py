@@ -82,6 +82,7 @@ def test_with_keys_on_no_grpc_call_works_without_one_but_health(options: Callabl
 
             calls: dict[str, Callable[[Any], Any]] = {
                 "Generate": lambda metadata: generate(open_.run.stub, metadata),
+                "Embed": lambda m: open_.run.stub.Embed(nitsum_pb2.EmbedRequest(), metadata=m),
                 "GetLayout": lambda m: open_.run.stub.GetLayout(nitsum_pb2.GetLayoutRequest(), metadata=m),
                 "SetLayout": lambda m: open_.run.stub.SetLayout(nitsum_pb2.SetLayoutRequest(layout="tp4"), metadata=m),
                 "Profile": lambda m: admin.Profile(admin_pb2.ProfileRequest(seconds=1), metadata=m),
@@ -120,8 +121,12 @@ def test_roles_and_tiers(options: Callable[..., OpsOptions]) -> None:
                     error = await refusal(stub.SetLayout(message, metadata=bearer(name)))
                     assert error.code() is grpc.StatusCode.PERMISSION_DENIED
                     assert f"'{name}' has the role {name}" in (error.details() or "")
-            error = await refusal(generate(stub, bearer("monitor")))
-            assert error.code() is grpc.StatusCode.PERMISSION_DENIED
+            for call in (
+                generate(stub, bearer("monitor")),
+                stub.Embed(nitsum_pb2.EmbedRequest(), metadata=bearer("monitor")),
+            ):
+                error = await refusal(call)
+                assert error.code() is grpc.StatusCode.PERMISSION_DENIED
             assert (await stub.SetLayout(switch, metadata=bearer("admin"))).to_layout == "tp2x2"
             (decision,) = open_.ports.views.present().layout_log.decisions()
             assert (decision.choice, decision.reason) == ("tp2x2", "asked for by the key 'admin'")

@@ -8,8 +8,9 @@ import grpc
 import pytest
 
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.pooling import Pooling
 from nitsum_jax.server.launch.ops_flags import OpsOptions
-from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc
+from nitsum_jax.server.proto import jetstream_pb2, jetstream_pb2_grpc, nitsum_pb2
 from nitsum_jax.server.security.errors import RateLimitedError
 from nitsum_jax.server.security.limits import Limits
 from tests.server.harness import refusal, until
@@ -39,7 +40,7 @@ def test_outputs_count_for_the_limit_of_their_client() -> None:
         return await fetch(f"{open_.api}/v1/completions", "POST", {"content-type": "application/json"}, body)
 
     async def scenario() -> None:
-        async with opened(OpsOptions(streams_per_client=4)) as open_:
+        async with opened(OpsOptions(streams_per_client=4), pooling=Pooling.MEAN) as open_:
             engine = open_.run.engine
             engine.hold()
             alive = asyncio.create_task(complete(open_, n=3))
@@ -61,6 +62,9 @@ def test_outputs_count_for_the_limit_of_their_client() -> None:
             assert dict(error.trailing_metadata())["retry-after-ms"] == "1000"
             message.num_samples = 5
             assert (await refusal(stub.Decode(message).read())).code() is grpc.StatusCode.INVALID_ARGUMENT
+            vectors = nitsum_pb2.EmbedRequest(inputs=[nitsum_pb2.EmbedInput(text="a")] * 2)
+            error = await refusal(open_.run.stub.Embed(vectors))
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             engine.release()
             assert (await alive).status == 200
             message.num_samples = 4
@@ -68,6 +72,6 @@ def test_outputs_count_for_the_limit_of_their_client() -> None:
             assert (await complete(open_, n=4)).status == 200
             registry = open_.ports.views.present().registry
             labels = {"model_name": "fake", "reason": "rate_limit"}
-            assert registry.get_sample_value("nitsum_calls_refused_total", labels) == 3
+            assert registry.get_sample_value("nitsum_calls_refused_total", labels) == 4
 
     asyncio.run(scenario())

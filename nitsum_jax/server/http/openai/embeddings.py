@@ -1,15 +1,15 @@
 """POST /v1/embeddings: a vector of length 1 for each text."""
 
 import base64
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from nitsum_jax.errors import PreconditionError
 from nitsum_jax.runtime.backend import Backend
-from nitsum_jax.runtime.calls import Wanted, check, check_outputs, encode, make_call
+from nitsum_jax.runtime.embedding import check_embeds, embedding_calls
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.gateway import GatewayHeaders
 from nitsum_jax.server.http.answering import Endpoint, Planned, Whole, check_model
@@ -53,22 +53,16 @@ class Embeddings(Endpoint[EmbeddingRequest]):
           ApiError: model or tier are not known.
           NitsumError: a text does not fit, there are too many, or the model gives no embeddings.
         """
-        model, tiers = backend.model, backend.engine.tier_names
+        model = backend.model
         check_model(request.model, model)
-        if model.pooling is None:
-            message = (
-                f"The model `{model.name}` gives no embeddings: serve one whose files say how it makes them, or start "
-                "the server with --pooling=last or mean"
-            )
-            raise ApiError(400, message, param="model")
-        check_outputs(len(request.input), backend, f"{len(request.input)} texts")
-        tier, _ = choose_tier(request.service_tier, tiers, asked)
-        wanted = Wanted(max_tokens=0, tier=tier, ttft_ms=asked.ttft_ms, tpot_ms=asked.tpot_ms, pooling=model.pooling)
-        check(wanted, model.vocab_size, least_tokens=0)
-        name = f"embd-{uuid.uuid4().hex}"
-        encoded = await encode(request.input, model)
-        calls = [make_call(wanted, ids, model, tiers, f"{name}-{index}") for index, ids in enumerate(encoded)]
-        writer = _Writer(model.name, sum(map(len, encoded)), in_base64=request.encoding_format == "base64")
+        try:
+            check_embeds(model)
+        except PreconditionError as error:
+            raise ApiError(400, str(error), param="model") from None
+        tier, _ = choose_tier(request.service_tier, backend.engine.tier_names, asked)
+        calls = await embedding_calls(request.input, backend, tier=tier, ttft_ms=asked.ttft_ms, tpot_ms=asked.tpot_ms)
+        prompt_tokens = sum(len(call.prompt_ids) for call in calls)
+        writer = _Writer(model.name, prompt_tokens, in_base64=request.encoding_format == "base64")
         return Planned(calls, writer)
 
 

@@ -73,7 +73,7 @@ COMMON: Mapping[str, Unsupported] = {
     "samplers": Unsupported("the order of filters is fixed: top_k, top_p, min_p"),
     "stop_regex": Unsupported("use stop", ([],)),
     "no_stop_trim": Unsupported("use include_stop_str_in_output", (False,)),
-    "options": Unsupported("give its fields beside the others, by their names in this table", ({},)),
+    "options": Unsupported("give its fields beside the others, by the names that /openapi.json has", ({},)),
     "extra_body": Unsupported("give its fields beside the others: OpenAI's client does so by itself", ({},)),
 }
 """Of both endpoints."""

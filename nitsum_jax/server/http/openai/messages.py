@@ -3,8 +3,9 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
+from nitsum_jax.runtime.tools.turns import arguments_of, role_of
 from nitsum_jax.server.http.fields import ContentField
 
 _Id = Annotated[str, Field(max_length=512)]
@@ -32,10 +33,7 @@ class ToolCall(_Open):
 
     def rendered(self) -> dict[str, Any]:
         """As templates expect it: the arguments are an object."""
-        try:
-            arguments = from_json(self.function.arguments or "{}", allow_inf_nan=False)
-        except ValueError:
-            arguments = self.function.arguments
+        arguments = arguments_of(self.function.arguments)
         call = {"type": "function", "function": {"name": self.function.name, "arguments": arguments}}
         return call if self.id is None else {"id": self.id, **call}
 
@@ -68,8 +66,8 @@ class Message(_Open):
         return data
 
     def rendered(self) -> dict[str, Any]:
-        """As the chat template gets it; "developer" is OpenAI's newer word for "system", which no template knows."""
-        turn: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        """As the chat template gets it."""
+        turn: dict[str, Any] = {"role": role_of(self.role), "content": self.content}
         for key in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(self, key)
             if value is not None:

@@ -1,0 +1,1 @@
+"""Calls of the Python API: what they may ask for, the engine's requests, and the answers."""
