@@ -22,8 +22,8 @@ from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
 START_S = 600.0
 MARK = "NITSUM_TEST_CLUSTER"
 CELLS = ("--model=tiny-random", "--devices_per_cell=1", "--deterministic", "--max_model_len=512", "--max_batch=16")
-# Steps take 10 to 20 ms then, nearly all of it waiting: cells under load leave the processors to those that start.
-PACED = ("--pace=llama-3.1-8b-h100", "--time_scale=2")
+# Steps take 30 to 40 ms then, nearly all of it waiting: cells under load leave the processors to those that start.
+PACED = ("--pace=llama-3.1-8b-h100", "--time_scale=4")
 
 
 @dataclasses.dataclass

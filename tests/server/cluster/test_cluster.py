@@ -23,7 +23,7 @@ from tests.server.operations.http import fetch
 
 pytest.importorskip("ray.serve", reason="Ray is not installed (the extra ray)")
 
-TOKENS = 120
+TOKENS = 64
 NEVER_S = 100_000.0
 TIERS = TierSet((Tier("batch", 60_000, 1_000), Tier("tight", 1, 1_000)))
 
