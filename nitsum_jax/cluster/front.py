@@ -52,6 +52,7 @@ class ClusterEngine(ClusterView):
         admitted: Callable[[str, float], None],
         *,
         any_targets: bool = False,
+        time_scale: float = 1.0,
         router: CellRouter | None = None,
         silent_s: float = 5.0,
         wait_s: float = 30.0,
@@ -67,6 +68,7 @@ class ClusterEngine(ClusterView):
           sink: takes deltas, on this engine's thread.
           admitted: called with every request that an instance takes, and when.
           any_targets: cells may have found targets of their own (--tiers=auto).
+          time_scale: of paced cells, seconds of their reports for one of the tiers' targets.
           router: chooses cells.
           silent_s: a cell that says nothing for so long is left.
           wait_s: how long a request waits for a cell when there is none.
@@ -79,6 +81,7 @@ class ClusterEngine(ClusterView):
         self._expected = (model, None if any_targets else tiers)
         self._sink = sink
         self._told_admitted = admitted
+        self._time_scale = time_scale
         self._router = router or PredictedRouter()
         self._silent_s, self._wait_s, self._join_s = silent_s, wait_s, join_s
         self._missing_s = missing_s
@@ -368,7 +371,7 @@ class ClusterEngine(ClusterView):
 
     def _routed(self, stream: LiveStream) -> RoutedRequest:
         request = stream.request
-        tier = self._tiers.get(request.tier).with_targets(request.ttft_ms, request.tpot_ms)
+        tier = self._tiers.get(request.tier).with_targets(request.ttft_ms, request.tpot_ms).scaled(self._time_scale)
         tokens = (*request.prompt_ids, *stream.generated)
         prefixes: tuple[tuple[int, bytes], ...] = ()
         serving = self._serving()

@@ -143,7 +143,7 @@ class CellHost:
         """How far it is from missing its targets, for the autoscaler."""
         met = [met for _, met in self._recent()][-_JUDGED:]
         tiers = () if self._status is None else self._status.report.tiers
-        return pressure_of(self._scheduled.tiers, tiers, met)
+        return pressure_of(self._scheduled.tiers, tiers, met, self._scheduled.scheduling.time_scale)
 
     @property
     def streams(self) -> int:

@@ -112,6 +112,7 @@ def engine_of(
         sink,
         admitted,
         any_targets=launch.tiers == AUTO,
+        time_scale=1.0 if launch.pace is None else launch.time_scale,
         silent_s=options.silent_s,
         on_close=on_close,
     )

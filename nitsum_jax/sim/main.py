@@ -16,6 +16,7 @@ from nitsum_jax.errors import InvalidInputError, NitsumError
 from nitsum_jax.meshes.layout import Layout, parse_layout
 from nitsum_jax.profiles.library import load_profile
 from nitsum_jax.sim import options
+from nitsum_jax.sim.cluster.plans import CellPlans, ask_planner, dedicated, planned, shared
 from nitsum_jax.sim.cluster.run import ClusterSetting, router_table
 from nitsum_jax.sim.options import SimulateOptions, UsageRequested
 from nitsum_jax.sim.policies.baselines import Setting
@@ -100,18 +101,28 @@ def _cluster(given: SimulateOptions, setting: Setting) -> int:
         (policy,) = policies_named(setting, given.policies[0])
         plan = policy.plan
     workload = _workload(given, setting.tiers)
-    dedicated = {}
-    for tier, count, text in given.dedicate:
-        setting.tiers.get(tier)  # or say which there are
-        dedicated[tier] = (count, plan if text is None else parse_layout(text, given.devices))
-    shared = [name for name in setting.tiers.names if name not in dedicated]
-    if shared and sum(count for count, _ in dedicated.values()) == given.cells:
-        raise InvalidInputError(f"--dedicate leaves no cell for tier {shared[0]}: name it, too, or give more --cells")
-    cluster = ClusterSetting(given.cells, plan, given.report_s, given.doors, given.continued, given.seed, dedicated)
+    if given.planned:
+        decision = ask_planner(workload, setting.tiers, setting.cost, given.cells, plan, given.devices)
+        cells = planned(given.cells, plan, given.devices, decision)
+        _out(f"{cells} ({decision.reason})")
+    else:
+        cells = _dedicated(given, setting.tiers, plan)
+    cluster = ClusterSetting(cells, given.report_s, given.doors, given.continued, given.seed)
     made = {name: ROUTERS[name](given.seed) for name in given.routers}
     for line in router_table(workload, setting.tiers, setting.cost, cluster, made):
         _out(line)
     return 0
+
+
+def _dedicated(given: SimulateOptions, tiers: TierSet, plan: Layout) -> CellPlans:
+    own = {}
+    for tier, count, text in given.dedicate:
+        tiers.get(tier)  # or say which there are
+        own[tier] = (count, plan if text is None else parse_layout(text, given.devices))
+    left = [name for name in tiers.names if name not in own]
+    if left and sum(count for count, _ in own.values()) == given.cells:
+        raise InvalidInputError(f"--dedicate leaves no cell for tier {left[0]}: name it, too, or give more --cells")
+    return dedicated(given.cells, plan, own, tiers) if own else shared(given.cells, plan)
 
 
 class _Tool:

@@ -25,6 +25,7 @@ _PLAIN = (
     *("max_batch", "capacity", "steps", "progress", "replay", "audit", "cells"),
     *("report_s", "continued", "doors"),
 )
+PLANNER = "planner"
 DEFAULT_TRACES = ("chat:azure-conv-like", "code:azure-code-like")
 
 
@@ -55,6 +56,7 @@ class SimulateOptions:
     continued: float = 0.5
     doors: int = 1
     dedicate: tuple[tuple[str, int, str | None], ...] = ()
+    planned: bool = False
 
 
 class UsageRequested(Exception):  # noqa: N818  not an error
@@ -150,7 +152,7 @@ def _define() -> flags.FlagValues:
         "dedicate",
         None,
         "With --cells: TIER:CELLS or TIER:CELLS:LAYOUT, cells that take the requests of one tier and no others; the"
-        " other tiers share the rest.",
+        f" other tiers share the rest; or {PLANNER}: what the fleet planner says, which is told of the whole workload.",
     )
     add(flags.DEFINE_bool, "capacity", False, "Find the highest rate at which 90 % meet both targets, by bisection.")
     add(flags.DEFINE_bool, "steps", True, "Write steps.jsonl (a line for each step: a gigabyte for hours).")
@@ -209,7 +211,8 @@ def _options(values: flags.FlagValues) -> SimulateOptions:
         trace=tuple(values.trace or DEFAULT_TRACES),
         policies=policies,
         routers=routers,
-        dedicate=_dedicated(values.dedicate or (), values.cells),
+        planned=values.dedicate == [PLANNER],
+        dedicate=() if values.dedicate == [PLANNER] else _dedicated(values.dedicate or (), values.cells),
         **plain,
     )
 

@@ -143,7 +143,8 @@ def cell_deployment(options: ClusterOptions, resource: str | None) -> serve.Appl
             upscale_delay_s=options.up_s,
             downscale_delay_s=options.down_s,
             metrics_interval_s=min(1.0, options.up_s / 2),
-            look_back_period_s=min(5.0, options.up_s),
+            # Not shorter, or a report that comes late on a busy machine leaves nothing to decide by.
+            look_back_period_s=min(5.0, max(2.0, options.up_s)),
             policy=AutoscalingPolicy(policy_function="nitsum_jax.cluster.on_ray.deployment:wanted_replicas"),
         )
     else:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import grpc
+
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
@@ -86,14 +88,23 @@ def _joining(address: str) -> Iterator[None]:
 
 
 def _reach(address: str) -> None:
-    """Ray waits for minutes where nobody listens.
+    """Ray waits for minutes where nobody listens, or somebody else does.
 
     Raises:
-      OSError: nobody does.
+      OSError: nobody does, or it is no gRPC server, as Ray's are.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():  # what else an address can be, such as auto, Ray knows
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    place = address.removeprefix("ray://")
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():  # what else an address can be, such as auto, Ray knows
+        return
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_S).close()
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return
+    with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=_REACH_S)
+        except grpc.FutureTimeoutError:
+            raise OSError("what listens there is not Ray") from None
 
 
 def resource_of(options: ClusterOptions, total: Mapping[str, float]) -> str | None:
@@ -180,6 +191,8 @@ class Deployed:
         import ray
         from ray import serve
 
+        if not ray.is_initialized():  # it has gone; what is asked of Serve now would start another
+            return
         with contextlib.suppress(Exception), quiet():
             if self._options.address is None:
                 serve.shutdown()

@@ -89,7 +89,7 @@ def make_report(
       now_s: the time, on the clock of its jobs.
       prefixes: keys of what it holds.
     """
-    takers = [worker for worker in workers if worker.takes_prompts]
+    takers = [worker for worker in workers if worker.serves_prompts]
     tps = {worker.tp for worker in takers}
     grid = tuple(min((scheduler.predict.prefill_s(tp, tokens) for tp in tps), default=math.inf) for tokens in GRID)
     return CellReport(

@@ -41,19 +41,20 @@ class ScalingConfig:
     attainment: float = 0.95
 
 
-def pressure_of(tiers: TierSet, forecasts: Sequence[TierForecast], met: Sequence[bool]) -> CellPressure:
+def pressure_of(
+    tiers: TierSet, forecasts: Sequence[TierForecast], met: Sequence[bool], time_scale: float = 1.0
+) -> CellPressure:
     """The pressure of a cell.
 
     Args:
       tiers: of the cell.
       forecasts: of its tiers; one that no cell of this kind could serve even when idle says nothing of its load.
       met: whether its latest requests met their targets.
+      time_scale: seconds of the forecasts for one of the targets; not 1 in a paced cell in slow motion.
     """
-    shares = [
-        max(one.ttft_s * 1000 / tiers.get(one.tier).ttft_ms, one.tpot_s * 1000 / tiers.get(one.tier).tpot_ms)
-        for one in forecasts
-        if one.tier in tiers and math.isfinite(one.ttft_s) and one.wait_s > 0
-    ]
+    found = (one for one in forecasts if one.tier in tiers and math.isfinite(one.ttft_s) and one.wait_s > 0)
+    targets = ((one, tiers.get(one.tier).scaled(time_scale)) for one in found)
+    shares = [max(one.ttft_s * 1000 / tier.ttft_ms, one.tpot_s * 1000 / tier.tpot_ms) for one, tier in targets]
     return CellPressure(min(max(shares, default=0.0), 10.0), sum(met) / len(met) if met else 1.0)
 
 

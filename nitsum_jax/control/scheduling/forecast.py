@@ -93,7 +93,7 @@ def forecast(
     probe = Probe(tier, now_s, prompt_tokens)
     probe.expected_output = scheduler.expected_output(tier.name)
     probe.latest_start_s = probe.due_s - scheduler.predict.prefill_s(scheduler.cost.tps[-1], prompt_tokens)
-    takers = [worker for worker in workers if worker.takes_prompts and not scheduler.predict.keeps_out(worker, probe)]
+    takers = [worker for worker in workers if worker.serves_prompts and not scheduler.predict.keeps_out(worker, probe)]
     ahead = [job.target for job in scheduler.backlog.before(probe.due_s, probe.latest_start_s)]
     decodes_s = min((_decode_s(scheduler, w, probe) for w in workers if w.takes_decodes), default=math.inf)
     found = [_of(scheduler, worker, probe, now_s, ahead, len(takers), decodes_s) for worker in takers]

@@ -145,7 +145,7 @@ class Predictions:
         if not decodes:
             return False
         for worker in workers:
-            if not worker.takes_prompts or self.keeps_out(worker, job):
+            if not worker.serves_prompts or self.keeps_out(worker, job):
                 continue
             if worker.plan.role == MIXED and worker.tp not in decodes:
                 continue

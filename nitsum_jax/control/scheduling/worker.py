@@ -71,9 +71,14 @@ class Worker(Generic[J]):
         return [*self.prefills, *self.decoding.values(), *self.outgoing.values()]
 
     @property
-    def takes_prompts(self) -> bool:
-        """Whether it prefills."""
+    def serves_prompts(self) -> bool:
+        """Whether it prefills, be it that it has no room now."""
         return not self.stopping and self.plan.role != DECODE
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether it can take a prompt now."""
+        return self.serves_prompts
 
     @property
     def takes_decodes(self) -> bool:

@@ -69,9 +69,14 @@ class LiveWorker(Worker[LiveJob]):
         return self.instance.free_pages()
 
     @property
+    def serves_prompts(self) -> bool:
+        """As of `Worker`; a broken one does not."""
+        return super().serves_prompts and not self.instance.broken
+
+    @property
     def takes_prompts(self) -> bool:
-        """Whether it can take a request now."""
-        return super().takes_prompts and self.instance.free_rows > 0 and not self.instance.broken
+        """As of `Worker`: it has a row for one more request."""
+        return self.serves_prompts and self.instance.free_rows > 0
 
     def busy_s(self, now_s: float) -> float:
         """Time until the steps in flight are expected to end."""

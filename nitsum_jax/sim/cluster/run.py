@@ -21,6 +21,7 @@ from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import TierSet
 from nitsum_jax.meshes.layout import Layout
 from nitsum_jax.sim.cluster.conversations import Prefixes, conversations, key_of
+from nitsum_jax.sim.cluster.plans import CellPlans
 from nitsum_jax.sim.workloads.workload import TraceRequest, Workload
 
 _TAKEN = 0.5  # share of a KV cache that beginnings of prompts are kept in
@@ -31,36 +32,18 @@ class ClusterSetting:
     """A cluster.
 
     Attributes:
-      cells: how many.
-      plan: layout of each.
+      cells: what each is for.
       report_s: how often a cell reports; reports are between 0 and so many seconds old when they are read.
       doors: routers that know nothing of each other; requests come to them in turn.
       continued: share of the requests that go on with an earlier one.
       seed: of conversations.
-      dedicated: by tier, how many of the cells take its requests and no others, and the layout of these; tiers that are
-        not named share the rest.
     """
 
-    cells: int
-    plan: Layout
+    cells: CellPlans
     report_s: float = 0.1
     doors: int = 1
     continued: float = 0.5
     seed: int = 0
-    dedicated: Mapping[str, tuple[int, Layout]] = dataclasses.field(default_factory=dict)
-
-    def plans(self) -> list[Layout]:
-        """The layout of every cell: those of dedicated ones first."""
-        own = [plan for count, plan in self.dedicated.values() for _ in range(count)]
-        return own + [self.plan] * (self.cells - len(own))
-
-    def places(self, tiers: TierSet) -> dict[str, range]:
-        """Which cells take the requests of each tier."""
-        found, first = {}, 0
-        for tier, (count, _) in self.dedicated.items():
-            found[tier] = range(first, first + count)
-            first += count
-        return {name: found.get(name, range(first, self.cells)) for name in tiers.names}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -164,9 +147,9 @@ def simulate_cluster(
       setting: the cells.
       router: chooses, at every door.
     """
-    cells = [_Cell(number, cost, tiers, plan, setting.doors) for number, plan in enumerate(setting.plans())]
+    cells = [_Cell(number, cost, tiers, plan, setting.doors) for number, plan in enumerate(setting.cells.layouts)]
     by_name = {cell.known[0].name: cell for cell in cells}
-    places = setting.places(tiers)
+    places = setting.cells.places(tiers)
     known = [
         {tier: [cells[place].known[door] for place in its] for tier, its in places.items()}
         for door in range(setting.doors)

@@ -19,6 +19,12 @@ def test_pressure_is_the_largest_share_of_a_target() -> None:
     assert pressure_of(TIERS, (TierForecast("chat", 0.1, 0.06, wait_s=0.01),), ()).pressure == pytest.approx(1.2)
 
 
+def test_slow_motion_is_no_pressure() -> None:
+    """A paced cell reports in seconds of this machine, of which targets have as many more."""
+    chat = TierForecast("chat", 0.4, 0.02, wait_s=0.2)
+    assert pressure_of(TIERS, (chat.scaled(24.0),), (), 24.0).pressure == pytest.approx(0.8)
+
+
 def test_an_idle_cell_that_is_too_slow_needs_no_other() -> None:
     assert pressure_of(TIERS, (TierForecast("chat", 3.0, 0.2),), ()) == CellPressure(0.0, 1.0)
     assert pressure_of(TIERS, (TierForecast("chat", math.inf, math.inf, math.inf),), ()).pressure == 0

@@ -1,17 +1,23 @@
 """An instance's accounts in the live server, beyond those of every worker."""
 
+import math
 import types
 from typing import cast
 
 import numpy as np
 import pytest
 
+from nitsum_jax.control.model.cost_model import CostModel
+from nitsum_jax.control.routing.report import make_report
+from nitsum_jax.control.scheduling.forecast import forecast
+from nitsum_jax.control.scheduling.scheduler import Scheduler
 from nitsum_jax.control.tiers import Tier
 from nitsum_jax.engine.instance import Instance
 from nitsum_jax.engine.live_request import LiveRequest
 from nitsum_jax.engine.request import FinishReason, Request
 from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.runtime.scheduling.live_worker import LiveJob, LiveWorker
+from tests.control.profiles import roofline_profile
 
 TIER = Tier("chat", ttft_ms=500, tpot_ms=50)
 
@@ -62,3 +68,24 @@ def test_a_request_that_stops_at_its_first_token_has_made_one() -> None:
     one.sequence.finish = FinishReason.STOP
     one.finish_s = 2.0
     assert one.generated == 1
+
+
+def test_an_instance_whose_rows_are_all_taken_still_serves() -> None:
+    """One will be free: a request that waits for it is in time, and is told when, and so is a router."""
+    instance = types.SimpleNamespace(total_pages=lambda: 1000, free_pages=lambda: 900, free_rows=0, broken=False)
+    worker = LiveWorker(0, InstanceSpec((0,)), cast(Instance, instance), 16, 2)
+    decoding(worker, "a")
+    decoding(worker, "b")
+    assert worker.serves_prompts
+    assert not worker.takes_prompts
+    scheduler: Scheduler[LiveJob, LiveWorker] = Scheduler(CostModel(roofline_profile()), (TIER,))
+    one = arrived("c")
+    scheduler.admit(one, 0.0)
+    assert scheduler.first_worker(one, [worker], 0.0) is None
+    assert not one.late
+    said = forecast(scheduler, [worker], TIER, 0.0)
+    assert 0 < said.wait_s < said.ttft_s < math.inf
+    assert all(map(math.isfinite, make_report("cell", scheduler, [worker], 0.0).prefill_s))
+    instance.broken = True
+    assert not worker.serves_prompts
+    assert forecast(scheduler, [worker], TIER, 0.0).ttft_s == math.inf

@@ -15,6 +15,10 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 
+import grpc
+
+from nitsum_jax.server.proto import nitsum_pb2, nitsum_pb2_grpc
+
 START_S = 600.0
 MARK = "NITSUM_TEST_CLUSTER"
 CELLS = (
@@ -25,6 +29,8 @@ CELLS = (
     "--max_model_len=512",
     "--max_batch=16",
 )
+# Steps take 30 to 40 ms then, nearly all of it waiting: cells under load leave the processors to those that start.
+PACED = ("--pace=llama-3.1-8b-h100", "--time_scale=4")
 
 
 @dataclasses.dataclass
@@ -33,8 +39,9 @@ class ClusterProcess:
 
     process: "subprocess.Popen[bytes]"
     http: str
-    grpc: str
+    address: str
     mark: str
+    stub: nitsum_pb2_grpc.GenerationServiceStub
 
     def deploy(self, **changes: object) -> None:
         """Has it deploy anew, with other options; returns at once."""
@@ -42,25 +49,38 @@ class ClusterProcess:
         self.process.stdin.write(json.dumps(changes).encode() + b"\n")
         self.process.stdin.flush()
 
+    def layout(self) -> nitsum_pb2.GetLayoutResponse:
+        """What the front door says of the cells that it sends requests to."""
+        return self.stub.GetLayout(nitsum_pb2.GetLayoutRequest(), timeout=60)
+
+    def serving(self) -> int:
+        """How many cells these are: each has one instance."""
+        return len(self.layout().instances)
+
     def cells(self) -> list[int]:
-        """Ids of the processes that hold a cell: they have inherited a variable of its environment."""
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        rows = (line.split(None, 1) for line in listed.splitlines())
-        named = (int(pid) for pid, name in rows if name.startswith("ray::ServeReplica:nitsum:Cell"))
-        return sorted(pid for pid in named if f"{MARK}={self.mark}".encode() in _environment_of(pid))
+        """Ids of the processes that hold a cell, or will: they have inherited a variable of its environment."""
+        replicas = (
+            int(folder.name)
+            for folder in pathlib.Path("/proc").glob("[0-9]*")
+            if _read(folder / "cmdline").startswith(b"ray::ServeReplica:nitsum:Cell")
+        )
+        return sorted(pid for pid in replicas if self._owns(pid))
 
     def listens_at(self) -> dict[str, str]:
         """Addresses where its processes listen, those of Ray and of the cells, and the process of each."""
         found: dict[str, str] = {}
         listening = _listening()
         for folder in pathlib.Path("/proc").glob("[0-9]*"):
-            if f"{MARK}={self.mark}".encode() not in _environment_of(int(folder.name)):
+            if not self._owns(int(folder.name)):
                 continue
             with contextlib.suppress(OSError):  # it has ended meanwhile
                 name = (folder / "comm").read_text().strip()
                 sockets = {os.readlink(file) for file in (folder / "fd").iterdir()}
                 found |= {listening[socket]: name for socket in sockets & listening.keys()}
         return found
+
+    def _owns(self, pid: int) -> bool:
+        return f"{MARK}={self.mark}".encode() in _read(pathlib.Path(f"/proc/{pid}/environ"))
 
 
 def _listening() -> dict[str, str]:
@@ -71,18 +91,19 @@ def _listening() -> dict[str, str]:
     return {f"socket:[{row[9]}]": row[1] for row in rows if row[3] == "0A"}
 
 
-def _environment_of(pid: int) -> bytes:
+def _read(file: pathlib.Path) -> bytes:
+    """Of /proc; nothing of a process that has ended."""
     try:
-        return pathlib.Path(f"/proc/{pid}/environ").read_bytes()
+        return file.read_bytes()
     except OSError:
         return b""
 
 
 @contextlib.contextmanager
-def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
+def started(*flags: str) -> Iterator[ClusterProcess]:
     """Starts it, and ends it with all that belongs to it."""
     module = "tests.server.cluster.told_cluster"
-    command = [sys.executable, "-m", module, *CELLS, f"--cells={cells}", "--port=0", "--http_port=0", *flags]
+    command = [sys.executable, "-m", module, *CELLS, *PACED, "--port=0", "--http_port=0", *flags]
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command,
@@ -101,7 +122,9 @@ def started(*flags: str, cells: int = 2) -> Iterator[ClusterProcess]:
         assert web is not None, text
         reading = threading.Thread(target=_keep, args=(process, said), daemon=True)  # else it stops at a full pipe
         reading.start()
-        yield ClusterProcess(process, web[1], ready[1], mark)
+        with grpc.insecure_channel(ready[1]) as channel:
+            stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
+            yield ClusterProcess(process, web[1], ready[1], mark, stub)
     finally:
         died = process.poll()
         process.send_signal(signal.SIGTERM)

@@ -1,6 +1,6 @@
 """Flags of nitsum-cluster, and one line for each thing that it cannot do."""
 
-import subprocess
+import socket
 import sys
 
 import pytest
@@ -9,6 +9,7 @@ from nitsum_jax.cluster.flags import read
 from nitsum_jax.cluster.host import with_own_log
 from nitsum_jax.cluster.main import engine_of, loaded, main, model_of
 from nitsum_jax.cluster.messages import FAILED
+from nitsum_jax.cluster.on_ray import ray_cluster
 from nitsum_jax.cluster.on_ray.ray_cluster import reason_in, resource_of
 from nitsum_jax.errors import InvalidInputError, PreconditionError
 from nitsum_jax.runtime.tools.formats import ToolFormat
@@ -78,19 +79,25 @@ def test_without_ray_it_says_what_to_install(
     )
 
 
-def test_a_cluster_that_is_not_there_is_named() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "nitsum_jax.cluster.main",
-        "--model=tiny-random",
-        "--address=127.0.0.1:9",
-        "--port=0",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    (line,) = (line for line in done.stderr.splitlines() if line.startswith("nitsum-cluster:"))
-    assert done.returncode == 2
-    assert "there is no Ray cluster at --address=127.0.0.1:9" in line
+def test_a_cluster_that_is_not_there_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")  # the tool sets it if nobody has
+    assert main(["nitsum-cluster", "--model=tiny-random", "--address=127.0.0.1:9"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nitsum-cluster: there is no Ray cluster at --address=127.0.0.1:9 ([Errno 111]")
+    assert said.endswith("start one with ray start --head, or leave the flag out\n")
+
+
+def test_what_listens_there_and_is_not_ray_is_not_waited_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRPC_VERBOSITY", "NONE")
+    monkeypatch.setattr(ray_cluster, "_REACH_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as other:  # it accepts, and never says a word
+        port = other.getsockname()[1]
+        assert main(["nitsum-cluster", "--model=tiny-random", f"--address=127.0.0.1:{port}"]) == 2
+    assert f"at --address=127.0.0.1:{port} (what listens there is not Ray): start one" in capsys.readouterr().err
 
 
 def test_cells_need_their_devices() -> None:

@@ -29,8 +29,14 @@ class FleetPlanner(Protocol):
     def resident_tp(self) -> int: ...
 
 
-def decide(planner: FleetPlanner, inputs: PlanInputs) -> Decision:
-    """The plan for these inputs; see `fleet`."""
+def decide(planner: FleetPlanner, inputs: PlanInputs, node: int | None = None) -> Decision:
+    """The plan for these inputs; see `search`.
+
+    Args:
+      planner: its cost model, tiers, TPs and settings.
+      inputs: what it is asked.
+      node: devices of a node, which no instance spans; those that the profile speaks of if not given.
+    """
     config = planner.config
     model = QueueingModel(planner.cost, planner.tiers, inputs.loads, resident_tp=planner.resident_tp)
     if not model.tiers:
@@ -56,7 +62,7 @@ def decide(planner: FleetPlanner, inputs: PlanInputs) -> Decision:
         ).share
 
     found = search(
-        FleetCell(inputs.plan, inputs.num_devices, planner.cost.profile.devices, inputs.lost, inputs.allowed),
+        FleetCell(inputs.plan, inputs.num_devices, node or planner.cost.profile.devices, inputs.lost, inputs.allowed),
         planner.cost,
         planner.tiers,
         inputs.loads,
