@@ -20,6 +20,7 @@ _DERIVING = ("kinds", "host_overhead_ms", "small_ops", "switch_host_ms", "device
 _MEASURING = (
     "layout",
     "dtype",
+    "kv_dtype",
     "max_batch",
     "max_model_len",
     "prefill_chunk",
@@ -45,7 +46,8 @@ class ProfilingOptions:
       assumptions: what no table says.
       layout: TPs to measure are those of this layout; None: all.
       devices: devices to measure on; None: all.
-      dtype: of weights and KV cache.
+      dtype: of weights.
+      kv_dtype: of the KV cache.
       max_batch: most sequences.
       max_model_len: longest context, tokens.
       prefill_chunk: most new tokens of a prefill step.
@@ -65,6 +67,7 @@ class ProfilingOptions:
     layout: str | None
     devices: int | None
     dtype: str
+    kv_dtype: str
     max_batch: int
     max_model_len: int | None
     prefill_chunk: int
@@ -111,6 +114,7 @@ def _flags() -> flags.FlagValues:
     )  # fmt: skip
     flags.DEFINE_string("layout", None, "measure the TPs of this layout (default: every TP)", flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
+    flags.DEFINE_string("kv_dtype", "auto", "float32, bfloat16, int8, or auto: as weights", flag_values=values)
     flags.DEFINE_integer(
         "max_batch", None, "most sequences of an instance (default: 32; quick: 8)", 1, flag_values=values
     )
@@ -162,6 +166,7 @@ def read_options(argv: Sequence[str]) -> ProfilingOptions:
         layout=values.layout,
         devices=values.devices,
         dtype=values.dtype,
+        kv_dtype=values.kv_dtype,
         max_batch=values.max_batch or (_QUICK_BATCH if values.quick else _BATCH),
         max_model_len=values.max_model_len,
         prefill_chunk=values.prefill_chunk,
