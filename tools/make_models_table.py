@@ -7,8 +7,8 @@ from nitsum_jax.models.families.registry import FAMILIES
 from tests.models.golden import tiny_models
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "models.md"
-START = "<!-- Written by tools/make_models_table.py; change nitsum_jax/models/families/ instead. -->\n"
-END = "<!-- End of the table. -->\n"
+START = "<!-- Written by tools/make_models_table.py; change nitsum_jax/models/families/ instead. -->\n\n"
+END = "\n<!-- End of the table. -->\n"
 _REAL = {"llama": "SmolLM2-135M"}
 
 

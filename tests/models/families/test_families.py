@@ -13,7 +13,12 @@ from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource
 from nitsum_jax.models.config import AttentionVariant, Rope
 from nitsum_jax.models.config_readers.hf import config_from_hf, config_to_hf
+from nitsum_jax.models.convert import convert
+from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.layers.rope_scaling import LongRopeScaling, YarnScaling
+from nitsum_jax.models.loading import open_model
+from nitsum_jax.models.pack import pack
+from tests.engine.reference import ArraySource
 from tests.models.golden import tiny_models
 
 # As published with gemma-3-1b-it, what matters of it.
@@ -121,3 +126,16 @@ def test_what_is_not_supported_is_named(variant: str, keys: dict[str, Any], mess
     with pytest.raises(InvalidInputError, match=message) as error:
         config_from_hf(tiny_models.VARIANTS[variant] | keys)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["phi3", "olmo2"])  # fused tensors, and norms that are cut
+def test_virtual_shards_on_disk_hold_the_same_model(tmp_path: Path, variant: str) -> None:
+    convert(str(tiny_models.write_hf_folder(variant, tmp_path / variant)), str(tmp_path / "orbax"), "orbax", vshards=4)
+    made = open_model(str(tmp_path / "orbax"))
+    source, cut = ArraySource(tiny_models.tensors(variant)), ModelCut.of(made.config, 4)
+    expected = {(name, vshard): value for name, vshard, value in pack(made.config, cut, source, "float32")}
+    found = {(name, vshard): value for name, vshard, value in made.weights(cut, "float32")}
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    for name, tensor in tiny_models.tensors(variant).items():  # and back, from its pieces
+        np.testing.assert_array_equal(made.source.read(name), tensor)
