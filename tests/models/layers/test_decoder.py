@@ -27,7 +27,7 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
-# These go through steps: tests/engine/step/test_variants.py.
+# These go through steps: tests/models/families/test_variants.py.
 STEPPED = ("mistral_window", "gemma2", "gemma3", "phi3", "olmo2", "granite", "smollm3")
 FEW = ("llama_yarn", "llama_dynamic", "qwen2_window")  # others have their arithmetic
 PLAIN = [variant for variant in tiny_models.VARIANTS if variant not in STEPPED + FEW]
