@@ -308,7 +308,7 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
     memory = plan_memory(
         model,
         site.cut,
-        dtype=site.dtype,
+        dtype=site.dtype if config.kv_dtype == "auto" else config.kv_dtype,
         platform=site.platform,
         devices=count,
         weights=weights,

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 
 from nitsum_jax.engine.batching.pacing import Pace
+from nitsum_jax.engine.step.attention import KV_DTYPES
 from nitsum_jax.engine.step.forms import ATTENTIONS, FUSED_STEPS, fuses
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.errors import InvalidInputError
@@ -28,9 +29,11 @@ class EngineConfig:
       layout: text form of the first layout; None: as many instances as possible, of one device each or of the least TP
         at which the weights fit.
       vshards: K, number of virtual shards; None: the largest power of two that is at most N.
-      dtype: type of weights and KV cache: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
+      dtype: type of weights: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
       quantization: which weights are kept in few bits: "none" (they are widened to `dtype`), "auto" (what the
         checkpoint has in few bits stays in them), "int8" or "int4" (see `models.checkpoint.quantisation`).
+      kv_dtype: type of the KV cache: "float32", "bfloat16", "int8" (with a scale per token and head: half of bfloat16's
+        bytes, for twice the context and half of what a switch moves), or "auto" (that of the weights).
       max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.
@@ -67,6 +70,7 @@ class EngineConfig:
     vshards: int | None = None
     dtype: str = "auto"
     quantization: str = "none"
+    kv_dtype: str = "auto"
     max_model_len: int | None = None
     max_batch: int = 32
     page_size: int = 16
@@ -94,6 +98,9 @@ class EngineConfig:
         if self.dtype not in _DTYPES:
             raise InvalidInputError(f"dtype={self.dtype} is not known: give one of {', '.join(_DTYPES)}")
         check_quantization(self.quantization)
+        if self.kv_dtype not in ("auto", *KV_DTYPES):
+            known = ", ".join(("auto", *KV_DTYPES))
+            raise InvalidInputError(f"kv_dtype={self.kv_dtype} is not known: give one of {known}")
         if self.attention not in ATTENTIONS:
             raise InvalidInputError(f"attention={self.attention} is not known: give one of {', '.join(ATTENTIONS)}")
         if self.reduction not in REDUCTIONS:

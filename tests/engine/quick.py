@@ -1,4 +1,4 @@
-"""Quick compilations for modules that do not ask for bits."""
+"""Quick compilations: for modules that do not ask for bits, and for those in which no request draws its tokens."""
 
 import contextlib
 import os
@@ -6,10 +6,14 @@ import pathlib
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from nitsum_jax.engine.executables import step_store
 from nitsum_jax.engine.executables.step_store import StepStore
+from nitsum_jax.engine.step import logprobs, program, sampling
+from nitsum_jax.engine.step.program import SampledRows
+from nitsum_jax.models.layers.reduction import Ranks
 from tests.engine.harness import wait_for_closed_engines
 from tests.engine.shared_steps import SharedSteps
 
@@ -53,4 +57,49 @@ def quick_compiles() -> Iterator[None]:
     that run many or large steps, for these run several times slower.
     """
     with compiling_quickly():
+        yield
+
+
+def _greedy(
+    logits: jax.Array,
+    offset: jax.Array,
+    vocab: int,
+    inputs: SampledRows,
+    history: jax.Array,
+    masks: jax.Array,
+    ranks: Ranks,
+) -> jax.Array:
+    value, token = sampling.greedy_local(logits, offset, vocab)
+    token = sampling.combine(value, token, ranks.axis if ranks.size > 1 else None)
+    asked = ~sampling.all_greedy(inputs.sampling, inputs.emit) | jnp.any(inputs.logprobs & inputs.emit)
+    return jnp.where(asked, sampling.NO_TOKEN, token)
+
+
+def _no_logprobs(logits: jax.Array, sampled: jax.Array, inputs: SampledRows, ranks: Ranks) -> jax.Array:
+    return jnp.zeros((logits.shape[0], logprobs.COLUMNS), jnp.int32)
+
+
+@contextlib.contextmanager
+def without_draws() -> Iterator[None]:
+    """Steps of this process are compiled without what draws tokens and tells log probabilities.
+
+    Of a tiny model's step that is half of all there is to compile.  A step in which a row asks for either says nothing
+    (`NO_TOKEN`), so that its requests fail.
+    """
+    whole = StepStore.beside_jax_cache()._folder
+    assert whole is not None
+    shared = SharedSteps(whole / "without_draws")
+    wait_for_closed_engines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "_sample", _greedy)
+        patch.setattr(program, "_token_logprobs", _no_logprobs)
+        patch.setattr(StepStore, "beside_jax_cache", lambda: shared)  # never to be taken for the whole ones
+        yield
+        wait_for_closed_engines()
+
+
+@pytest.fixture(scope="module")
+def greedy_steps() -> Iterator[None]:
+    """See `without_draws`; beside `quick_compiles`, name that one first."""
+    with without_draws():
         yield

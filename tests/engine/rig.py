@@ -24,6 +24,7 @@ from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
 from tests.engine.quantised_model import QuantisedModel
 from tests.engine.reference import Params, tiny_params
+from tests.engine.step.attention_cases import int8_rows
 
 PAGE_SIZE = 16
 
@@ -76,6 +77,7 @@ class StepRig:
         variant: str,
         dtype: str,
         *,
+        kv_dtype: str | None = None,
         vshards: int = 8,
         batch: int = 16,
         max_model_len: int = 320,
@@ -90,7 +92,9 @@ class StepRig:
             self.cut, self.params = model.cut, model.params
         config = self.cut.config
         forms = forms or step_forms("cpu", dtype)
-        one = PoolShape(1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, dtype, forms.pool)
+        one = PoolShape(
+            1, config.num_layers, PAGE_SIZE, self.cut.kv_heads, config.head_dim, kv_dtype or dtype, forms.pool
+        )
         pages = one.pages(max_model_len)
         pool = dataclasses.replace(one, blocks=batch * vshards * pages + 1)
         self.program = Program(
@@ -107,9 +111,15 @@ class StepRig:
         self.bank = _bank(self.params, self.vmap)
         rng = np.random.default_rng(seed)
         self.page_table = rng.permutation(pool.blocks)[: batch * vshards * pages].reshape(batch, vshards, pages)
-        values = rng.standard_normal((pool.blocks, *pool.block_shape)).astype(np.float32)
+        values = rng.standard_normal((*(pool.blocks, *pool.block_shape)[:-1], config.head_dim)).astype(np.float32)
         # Any keys and values will do as a past, so that one step tells about long contexts without the steps before it.
-        self.past = values if dtype == "float32" else values.astype(ml_dtypes.bfloat16).view(pool.storage_dtype)
+        match pool.dtype:
+            case "float32":
+                self.past = values
+            case "int8":
+                self.past = int8_rows(values)
+            case _:
+                self.past = values.astype(ml_dtypes.bfloat16).view(pool.storage_dtype)
         self.compiled = functools.cache(self._compile)
 
     def run(self, rows: Sequence[Row], shape: StepShape, tp: int, past: np.ndarray | None = None) -> Outcome:

@@ -125,6 +125,13 @@ def test_the_pool_fits_beside_weights_and_workspace() -> None:
     assert size > 0.8 * (7 * GIB - memory.workspace)
 
 
+def test_a_cache_in_8_bits_holds_nearly_twice_the_context_in_the_same_memory() -> None:
+    wide, narrow = (plan(dtype=dtype, kv_cache_gib=1.0, max_model_len=1 << 20) for dtype in ("bfloat16", "int8"))
+    width = CUT.config.head_dim
+    assert narrow.tokens / wide.tokens == pytest.approx(2 * width / (width + 2), rel=0.01)
+    assert "int8" in narrow.text
+
+
 def test_devices_of_a_cpu_share_one_memory() -> None:
     memory = plan(platform="cpu", allocated=GIB, max_batch=64, max_model_len=1 << 20, free=4 * GIB)
     assert 4 * (memory.pool.blocks * memory.pool.block_bytes + memory.workspace) + GIB < 4 * GIB

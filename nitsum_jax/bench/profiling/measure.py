@@ -62,6 +62,7 @@ def measure(options: ProfilingOptions) -> None:
         layouts=None if tps is None else tuple(f"tp{tp}" for tp in tps),
         dtype=options.dtype,
         quantization=options.quantization,
+        kv_dtype=options.kv_dtype,
         max_batch=options.max_batch,
         max_model_len=options.max_model_len or min(model.config.max_context, _LONGEST),
         page_size=options.page_size,

@@ -21,6 +21,7 @@ _MEASURING = (
     "layout",
     "dtype",
     "quantization",
+    "kv_dtype",
     "max_batch",
     "max_model_len",
     "prefill_chunk",
@@ -46,8 +47,9 @@ class ProfilingOptions:
       assumptions: what no table says.
       layout: TPs to measure are those of this layout; None: all.
       devices: devices to measure on; None: all.
-      dtype: of weights and KV cache.
+      dtype: of weights.
       quantization: which weights are kept in few bits.
+      kv_dtype: of the KV cache.
       max_batch: most sequences.
       max_model_len: longest context, tokens.
       prefill_chunk: most new tokens of a prefill step.
@@ -68,6 +70,7 @@ class ProfilingOptions:
     devices: int | None
     dtype: str
     quantization: str
+    kv_dtype: str
     max_batch: int
     max_model_len: int | None
     prefill_chunk: int
@@ -115,6 +118,7 @@ def _flags() -> flags.FlagValues:
     flags.DEFINE_string("layout", None, "measure the TPs of this layout (default: every TP)", flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
     flags.DEFINE_string("quantization", "none", "of the weights, as nitsum-serve --quantization", flag_values=values)
+    flags.DEFINE_string("kv_dtype", "auto", "float32, bfloat16, int8, or auto: as weights", flag_values=values)
     flags.DEFINE_integer(
         "max_batch", None, "most sequences of an instance (default: 32; quick: 8)", 1, flag_values=values
     )
@@ -167,6 +171,7 @@ def read_options(argv: Sequence[str]) -> ProfilingOptions:
         devices=values.devices,
         dtype=values.dtype,
         quantization=values.quantization,
+        kv_dtype=values.kv_dtype,
         max_batch=values.max_batch or (_QUICK_BATCH if values.quick else _BATCH),
         max_model_len=values.max_model_len,
         prefill_chunk=values.prefill_chunk,

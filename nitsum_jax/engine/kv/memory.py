@@ -88,7 +88,7 @@ def plan_memory(
     Args:
       config: the model.
       cut: its vshards.
-      dtype: of weights and KV.
+      dtype: of the KV cache.
       platform: "cpu", "gpu" or "tpu".  The devices of a CPU share one memory.
       devices: how many.
       weights: bytes of weights per device.

@@ -1,9 +1,10 @@
 """Attention of new tokens over a paged KV pool.
 
 A block is `page_size` tokens of one virtual shard's KV heads with all layers: the pool of a device is
-`[blocks, L, 2, W, G/K, A]`.  Keys and values of the tokens of the present step are not in the pool yet: they are
-attended to directly, or laid among what was read from it, and written in one go at the end of the step, so that within
-a step the pool is only read, then written in place.
+`[blocks, L, 2, W, G/K, A]`; with integers of 8 bits the last axis has the scale of each token and head behind them, so
+that a block stays one piece whatever is stored.  Keys and values of the tokens of the present step are not in the pool
+yet: they are attended to directly, or laid among what was read from it, and written in one go at the end of the step,
+so that within a step the pool is only read, then written in place.
 
 Old tokens are taken in chunks of a fixed number of pages with a running maximum and sum (online softmax, arXiv
 1805.02867).  A chunk that lies wholly behind a row's context leaves that row's result untouched to the bit.  Hence a
@@ -24,6 +25,12 @@ import jax.numpy as jnp
 from nitsum_jax.engine.step.forms import PoolForm
 from nitsum_jax.models.layers.fixed_sums import largest, sum_of_weights
 
+KV_DTYPES = ("float32", "bfloat16", "int8")
+# Bytes of the scale behind a row of integers.
+_SCALE_BYTES = 2
+_LARGEST_INT8 = 127
+# Of the smallest normal bfloat16 as a float32: no scale is smaller, so that dividing by one is exact and finite.
+_LEAST_SCALE_BITS = 0x00800000
 # Of the largest bfloat16 as a float32: more would become an infinity in a bfloat16 pool.
 _LARGEST_BITS = 0x7F7F0000
 
@@ -38,7 +45,7 @@ class PoolShape:
       page_size: W, tokens per block.
       kv_heads: G/K, KV heads of one virtual shard.
       head_dim: A.
-      dtype: float32 or bfloat16.
+      dtype: one of KV_DTYPES; see `encode`.
       form: how it is stored, read and written.
     """
 
@@ -56,9 +63,14 @@ class PoolShape:
         return jnp.dtype(jnp.uint16 if self.dtype == "bfloat16" and self.form.as_integers else self.dtype)
 
     @property
+    def stored_width(self) -> int:
+        """Numbers in storage type that the keys or values of a token take per head: A, and what its scale takes."""
+        return self.head_dim + (_SCALE_BYTES if self.dtype == "int8" else 0)
+
+    @property
     def block_shape(self) -> tuple[int, ...]:
-        """Shape of one block, `[L, 2, W, G/K, A]`."""
-        return (self.layers, 2, self.page_size, self.kv_heads, self.head_dim)
+        """Shape of one block, `[L, 2, W, G/K, stored width]`."""
+        return (self.layers, 2, self.page_size, self.kv_heads, self.stored_width)
 
     @property
     def block_bytes(self) -> int:
@@ -80,18 +92,40 @@ class PoolShape:
 
 
 def encode(values: jax.Array, shape: PoolShape) -> jax.Array:
-    """float32 -> the pool's storage type."""
+    """`f32[..., A]`, see `contained`, -> `[..., stored width]` in the pool's storage type.
+
+    In int8 a row has a scale: the greatest of its sizes / 127, rounded up to a bfloat16, so that an integer times it is
+    exact in float32, and a compiler that fuses the product with what follows changes no bit.
+    """
+    if shape.dtype == "int8":
+        return _encode_int8(values)
     if shape.storage_dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
     return values.astype(shape.storage_dtype)
 
 
 def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
-    """The pool's storage type -> float32."""
+    """`[..., stored width]` in the pool's storage type -> `f32[..., A]`."""
+    if shape.dtype == "int8":
+        integers, scale = stored[..., : shape.head_dim], stored[..., shape.head_dim :]
+        bits = jax.lax.bitcast_convert_type(scale, jnp.uint16).astype(jnp.uint32) << jnp.uint32(16)
+        return integers.astype(jnp.float32) * jax.lax.bitcast_convert_type(bits, jnp.float32)[..., None]
     if shape.storage_dtype == jnp.uint16:
         # A shift, not a bfloat16 conversion: XLA:CPU vectorises it.
         return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)
     return stored.astype(jnp.float32)
+
+
+def _encode_int8(values: jax.Array) -> jax.Array:
+    # As integers, as in `contained`: one greatest in whatever order, and NaN on top.
+    greatest = jax.lax.bitcast_convert_type(largest(_size_bits(values)), jnp.float32)
+    bits = jax.lax.bitcast_convert_type(greatest / jnp.float32(_LARGEST_INT8), jnp.int32)
+    bits = jnp.maximum((bits + jnp.int32(0xFFFF)) >> 16, jnp.int32(_LEAST_SCALE_BITS >> 16))
+    scale = jax.lax.bitcast_convert_type(bits << 16, jnp.float32)[..., None]
+    # A row of NaN has NaN for its scale, which makes it NaN again.
+    integers = jnp.where(jnp.isnan(values), jnp.float32(0), jnp.round(values / scale)).astype(jnp.int8)
+    behind = jax.lax.bitcast_convert_type(bits.astype(jnp.uint16), jnp.int8)
+    return jnp.concatenate([integers, behind], axis=-1)
 
 
 @jax.jit  # traced once for all layers
@@ -128,7 +162,7 @@ def paged_attention(
       q: f32[B, T, S, H/K, A], one device's S virtual shards.
       k: f32[B, T, S, G/K, A] of the new tokens, see `contained`.
       v: as k.
-      pool: `[N, L, 2, W, G/K, A]` in storage type.
+      pool: `[N, L, 2, W, G/K, stored width]` in storage type.
       layer: which layer of the pool.
       page_table: i32[B, S, P], blocks of each row and shard in order.
       context: i32[B], tokens in the pool per row.
@@ -156,7 +190,7 @@ def paged_attention(
         pages = jax.lax.dynamic_slice_in_dim(page_table, index * chunk, chunk, axis=2)
         rows = pages * jnp.int32(shape.layers * 2) + layer * jnp.int32(2) + jnp.int32(which)
         stored = flat.at[rows].get(mode="promise_in_bounds")
-        x = decode(stored, shape).reshape(batch, slots, tokens, groups, width)
+        x = decode(stored.reshape(batch, slots, tokens, groups, shape.stored_width), shape)
         if joins:
             new = (k, v)[which].transpose(0, 2, 1, 3, 4)
             x = jnp.where((positions(index)[None] == context[:, None])[:, None, :, None, None], new, x)
@@ -202,7 +236,8 @@ def paged_attention(
     # A row is a page of keys or values of one layer.  On a CPU no axis is split further: an axis of length 1 (one KV
     # head in a virtual shard) can stand anywhere in a layout, and XLA:CPU copies the whole pool in every step to put it
     # in its place.
-    page = (shape.page_size, groups * width) if shape.form.by_rows else (shape.page_size * groups * width,)
+    row = groups * shape.stored_width
+    page = (shape.page_size, row) if shape.form.by_rows else (shape.page_size * row,)
     flat = pool.reshape(shape.blocks * shape.layers * 2, *page)
     chunks = (jnp.max(reach) + jnp.int32(tokens - 1)) // jnp.int32(tokens)
     reach = jnp.broadcast_to(reach[:, None, None], (batch, slots, groups)).reshape(whole)
@@ -248,7 +283,7 @@ def write_tokens(
     """Writes the keys and values of a step's tokens, all layers at once.
 
     Args:
-      pool: `[N, L, 2, W, G/K, A]` in storage type; donated by the caller, updated in place.
+      pool: `[N, L, 2, W, G/K, stored width]` in storage type; donated by the caller, updated in place.
       new: f32[B, T, S, L, 2, G/K, A], see `contained`.
       page_table: i32[B, S, P].
       context: i32[B], position of each row's first new token.
@@ -274,7 +309,7 @@ def write_tokens(
     return jax.lax.scatter(
         pool,
         jnp.stack([block.reshape(-1), offset.reshape(-1)], axis=-1),
-        encode(new, shape).reshape(batch * length * slots, shape.layers, 2, shape.kv_heads, shape.head_dim),
+        encode(new, shape).reshape(batch * length * slots, shape.layers, 2, shape.kv_heads, shape.stored_width),
         dimensions,
         unique_indices=True,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
@@ -282,9 +317,9 @@ def write_tokens(
 
 
 def _write_rows(pool: jax.Array, new: jax.Array, block: jax.Array, offset: jax.Array, shape: PoolShape) -> jax.Array:
-    """`write_tokens` by rows `[G/K A]`: one per token, layer, and keys or values; block and offset: i32[B, T, S]."""
+    """`write_tokens` by rows of all heads: one per token, layer, and keys or values; block and offset: i32[B, T, S]."""
     parts = shape.layers * 2
-    width = shape.kv_heads * shape.head_dim
+    width = shape.kv_heads * shape.stored_width
     part = jnp.arange(parts, dtype=jnp.int32)[None, None, None, :]
     # A block behind the last makes rows behind the last.
     row = (block[..., None] * jnp.int32(parts) + part) * jnp.int32(shape.page_size) + offset[..., None]

@@ -49,6 +49,8 @@ class _Column:
 
 
 _COLUMNS = 17
+# The bits of 1.0.  Zero would be a penalty, for which all rows of a step would be searched.
+_NO_PENALTY = int(np.float32(1).view(np.int32))
 
 # Columns of a sequence's steering: ids with a bias (-1: none), their biases, stop ids (-1: none).
 STEERING = 2 * MAX_LOGIT_BIAS + MAX_STOP_IDS
@@ -236,6 +238,7 @@ class Packer:
         self._parts = list(zip(shape.parts, split(self._packed, shape, vshards, pages), strict=True))
         for _, lines in self._parts:
             lines[:, _Column.ROW] = dummy_row
+            lines[:, _Column.REPETITION] = _NO_PENALTY
         self._used = 0
         self.masks: np.ndarray | None = None
         """i32[rows, W] if a row has a mask."""

@@ -356,7 +356,7 @@ def _sample(
         value, token = sampling.greedy_local(logits, offset, vocab)
         return sampling.combine(value, token, ranks.axis if ranks.size > 1 else None)
 
-    return jax.lax.cond(sampling.all_greedy(inputs.sampling), greedy, everything, logits)
+    return jax.lax.cond(sampling.all_greedy(inputs.sampling, inputs.emit), greedy, everything, logits)
 
 
 def _token_logprobs(logits: jax.Array, sampled: jax.Array, inputs: SampledRows, ranks: Ranks) -> jax.Array:

@@ -127,9 +127,15 @@ def sample(
     return lax.cond(jnp.any(params.temperature > 0), lambda: _draw_where(x, greedy, params, narrow), lambda: greedy)
 
 
-def all_greedy(params: SamplingArrays) -> jax.Array:
-    """Whether every row takes the argmax of its bare logits: bool[]."""
-    return ~jnp.any((params.temperature > 0) | _has_penalty(params) | _is_steered(params) | params.masked)
+def all_greedy(params: SamplingArrays, emit: jax.Array) -> jax.Array:
+    """Whether every row that samples a token takes the argmax of its bare logits: bool[].
+
+    Args:
+      params: arrays of B elements.
+      emit: bool[B], rows that sample one; of the others (padding, chunks in the middle of a prompt) nobody reads it.
+    """
+    more = (params.temperature > 0) | _has_penalty(params) | _is_steered(params) | params.masked
+    return ~jnp.any(more & emit)
 
 
 def sound(logits: jax.Array, offset: jax.Array | int, vocab: int) -> jax.Array:

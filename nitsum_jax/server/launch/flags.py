@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import flags
 
+from nitsum_jax.engine.step.attention import KV_DTYPES
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.runtime.startup.compile_cache import OFF, default_folder
 from nitsum_jax.server.address import DEFAULT_HOST, DEFAULT_PORT
@@ -83,6 +84,7 @@ def read_options(argv: Sequence[str]) -> LaunchOptions:
             "vshards": values.vshards,
             "dtype": values.dtype,
             "quantization": values.quantization,
+            "kv_dtype": values.kv_dtype,
             "max_model_len": values.max_model_len,
             "max_batch": values.max_batch,
             "page_size": values.page_size,
@@ -190,7 +192,7 @@ def _define() -> flags.FlagValues:
         "dtype",
         "auto",
         ["auto", "float32", "bfloat16"],
-        "of weights and KV cache; auto: bfloat16 where the devices multiply it fast, else float32",
+        "of the weights; auto: bfloat16 where the devices multiply it fast, else float32",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -260,6 +262,14 @@ def _define() -> flags.FlagValues:
         ["auto", "on", "off"],
         "whether a prompt's chunk and the sequences that decode share a step, so that weights are read once for both; "
         "auto: on accelerators, and in a paced cell if its profile says so (never with --deterministic)",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "kv_dtype",
+        "auto",
+        ["auto", *KV_DTYPES],
+        "type of the KV cache; int8, with a scale per token and head, holds nearly twice the context of bfloat16 and "
+        "halves what a switch moves; auto: the type of the weights",
         flag_values=values,
     )
     flags.DEFINE_float(

@@ -8,8 +8,11 @@ import pytest
 from nitsum_jax.engine.request import FinishReason
 from nitsum_jax.models.loading import OpenModel, open_model
 from tests.engine.harness import Harness, eventually
+from tests.engine.quick import greedy_steps  # noqa: F401
 from tests.engine.reference import random_prompts
 from tests.models.golden import tiny_models
+
+pytestmark = pytest.mark.usefixtures("greedy_steps")
 
 VOCAB = 93
 LONG = [prompt for size in (2048, 300, 1000) for prompt in random_prompts(1, (size, size), VOCAB, size)]

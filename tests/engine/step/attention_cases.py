@@ -14,6 +14,21 @@ from nitsum_jax.engine.step.forms import PoolForm
 LAYERS = 2
 
 
+def int8_rows(values: np.ndarray) -> np.ndarray:
+    """`f32[..., A] -> i8[..., A + 2]`: integers, and behind them the bfloat16 that they are to be multiplied with."""
+    least = np.abs(values).max(axis=-1, keepdims=True).astype(np.float64) / 127
+    scale = least.astype(ml_dtypes.bfloat16)
+    scale = (scale.view(np.uint16) + (scale.astype(np.float64) < least)).astype(np.uint16).view(scale.dtype)  # up
+    integers = np.rint(values.astype(np.float64) / scale.astype(np.float64)).astype(np.int8)
+    return np.concatenate([integers, scale.view(np.int8)], axis=-1)
+
+
+def of_int8_rows(stored: np.ndarray) -> np.ndarray:
+    """What `int8_rows` stand for: f32[..., A]."""
+    scale = np.ascontiguousarray(stored[..., -2:]).view(ml_dtypes.bfloat16)
+    return stored[..., :-2].astype(np.float32) * scale.astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCase:
     """One attention.
@@ -69,6 +84,8 @@ class AttentionCase:
             return rng.standard_normal(size).astype(np.float32)
 
         pool = normal(blocks, *shape.block_shape)
+        if dtype == "int8":
+            pool = int8_rows(pool[..., :width])
         if dtype == "bfloat16":
             pool = pool.astype(ml_dtypes.bfloat16).view(shape.storage_dtype)
         page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
@@ -83,7 +100,13 @@ class AttentionCase:
 
     def expected(self, layer: int) -> np.ndarray:
         """Plain softmax attention of every query over what it sees, in float64."""
-        stored = self.pool if self.shape.dtype == "float32" else self.pool.view(ml_dtypes.bfloat16)
+        match self.shape.dtype:
+            case "float32":
+                stored = self.pool
+            case "int8":
+                stored = of_int8_rows(self.pool)
+            case _:
+                stored = self.pool.view(ml_dtypes.bfloat16)
         out = np.zeros(self.q.shape)
         batch, length, slots, heads, width = self.q.shape
         for b, s, h in np.ndindex(batch, slots, heads):

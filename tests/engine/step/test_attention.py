@@ -67,6 +67,8 @@ make_case = functools.partial(Case.draw, slots=2, width=WIDTH)
         pytest.param(make_case([140, 9], dtype="bfloat16"), id="bfloat16 pool"),
         pytest.param(make_case([140, 9], form=BY_ROWS), id="pages of rows"),
         pytest.param(make_case([140, 9], dtype="bfloat16", form=ON_TPU), id="as on a TPU"),
+        pytest.param(make_case([140, 9], dtype="int8"), id="int8 pool"),
+        pytest.param(make_case([140, 9], length=5, dtype="int8", form=BY_ROWS), id="int8 pool of rows"),
         pytest.param(make_case([600, 9], form=PoolForm(chunk_tokens=512)), id="large chunks"),
     ],
 )
@@ -193,6 +195,8 @@ def test_bfloat16_is_stored_as_its_bits() -> None:
         ("float32", BY_ROWS),
         ("bfloat16", BY_ROWS),
         ("bfloat16", ON_TPU),
+        ("int8", PoolForm()),
+        ("int8", BY_ROWS),
     ],
 )
 @given(data=st.data())
@@ -230,4 +234,5 @@ def test_the_table_has_whole_chunks() -> None:
     assert [shape.pages(tokens) for tokens in (1, 128, 129, 256)] == [8, 8, 16, 16]
     assert PoolShape(1, 1, 128, 1, 4, "float32").pages(129) == 2
     assert shape.block_bytes == 1 * 2 * 16 * 1 * 4 * 4
+    assert PoolShape(1, 3, 16, 2, 4, "int8").block_bytes == 3 * 2 * 16 * 2 * (4 + 2)
     assert PoolShape(1, 3, 16, 2, 4, "bfloat16").block_bytes == 3 * 2 * 16 * 2 * 4 * 2

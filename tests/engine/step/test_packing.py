@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from nitsum_jax.engine.request import MAX_SEED, MAX_STOP_IDS, SamplingParams
 from nitsum_jax.engine.step.packing import Packer, StepShape, packed_shape, sampling_columns, steering, unpack
+from nitsum_jax.engine.step.sampling import all_greedy
 
 VSHARDS, PAGES, VOCAB, DUMMY = 4, 3, 1000, 99
 
@@ -104,7 +105,24 @@ def test_round_trip(data: st.DataObject, shape: StepShape) -> None:
         assert inputs.row[index] == DUMMY
         assert inputs.new_tokens[index] == 0
         assert not inputs.emit[index]
-        assert inputs.sampling.temperature[index] == 0  # greedy, so that it does not call for sampling
+        # Neither a draw nor a penalty: no row of a step pays for what padding asks for.
+        assert inputs.sampling.temperature[index] == 0
+        assert inputs.sampling.repetition[index] == 1
+        assert not inputs.sampling.presence[index]
+        assert not inputs.sampling.frequency[index]
+        assert not inputs.sampling.biased[index]
+        assert not inputs.sampling.masked[index]
+
+
+def test_padding_leaves_a_step_greedy() -> None:
+    shape = StepShape(3, 1)
+    for sampling, expected in ((SamplingParams(), True), (SamplingParams(temperature=1.0), False)):
+        packer = Packer(shape, VSHARDS, PAGES, DUMMY)
+        for row in range(2):
+            columns = sampling_columns(sampling if row else SamplingParams(), 0, 4)
+            packer.add(columns, row=row, context=5, tokens=None, emit=True, page_table=np.zeros((VSHARDS, 1), np.int32))
+        inputs = jit_unpack(jax.numpy.asarray(packer.done()), shape, VSHARDS, PAGES)
+        assert bool(all_greedy(inputs.sampling, inputs.emit)) == expected
 
 
 def test_a_decode_step_has_one_token_per_row() -> None:

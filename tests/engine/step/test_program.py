@@ -1,5 +1,6 @@
 """One step: the right numbers, the same bits at every degree of tensor parallelism, the pool updated in place."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -20,7 +21,7 @@ from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.models import tiny_random
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import open_model
-from tests.engine.quick import compiling_quickly
+from tests.engine.quick import compiling_quickly, without_draws
 from tests.engine.reference import decoder_logits, tiny_params
 from tests.engine.rig import Outcome, Row, StepRig
 from tests.models.golden import tiny_models
@@ -30,22 +31,22 @@ CONTEXTS = (0, 127, 128, 129, 15, 16, 300, 255, 256, 1, 64, 200, 17, 130, 5, 99)
 SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, frequency_penalty=0.1, seed=7, logit_bias=((3, 2.5), (8, -100)))
 
 
-def decode_rows(count: int, vocab: int) -> list[Row]:
-    """Decode rows; every third one samples."""
+def decode_rows(count: int, vocab: int, draws: bool) -> list[Row]:
+    """Decode rows; every third one samples if there are draws."""
     return [
         Row(
             context,
             ((7 * index + 3) % vocab,),
-            SAMPLED if index % 3 == 2 else SamplingParams(),
-            stops=(5, 9) if index % 4 == 3 else (),
-            logprobs=index % 2 == 0,
+            SAMPLED if draws and index % 3 == 2 else SamplingParams(),
+            stops=(5, 9) if draws and index % 4 == 3 else (),
+            logprobs=draws and index % 2 == 0,
         )
         for index, context in enumerate(CONTEXTS[:count])
     ]
 
 
-def prefill_rows(length: int, context: int, vocab: int) -> list[Row]:
-    return [Row(context, tuple((11 * i + 5) % vocab for i in range(length)), logprobs=True)]
+def prefill_rows(length: int, context: int, vocab: int, draws: bool) -> list[Row]:
+    return [Row(context, tuple((11 * i + 5) % vocab for i in range(length)), logprobs=draws)]
 
 
 def assert_same_bits(actual: Outcome, expected: Outcome, what: str) -> None:
@@ -67,42 +68,48 @@ class Steps:
 
 @dataclasses.dataclass(frozen=True)
 class Promise:
-    """Steps of a variant."""
+    """Steps of a variant, with what draws tokens and tells log probabilities or up to the logits that it is given."""
 
     variant: str
     dtype: str
     decodes: tuple[Steps, ...]
     prefills: tuple[Steps, ...] = ()
+    draws: bool = False
+    kv_dtype: str | None = None
 
 
 ALL = (1, 2, 4, 8)
 # Compiling as users do takes most of the time here, so not every bucket is compiled at every degree in both types, but
 # every pair is there: type and degree, type and kind of step, degree and kind of step (one row, several, a prompt).
+# Draws see nothing of a layout and a type but float32 logits, the same on all ranks, so one variant has them.
 PROMISES = [
     # SmolLM2's head counts: padded groups, heads, MLP and vocabulary.
-    Promise("llama_odd", "float32", (Steps(1, 1, (1, 8)), Steps(8, 5, ALL)), (Steps(32, 20, (2, 4)),)),
+    Promise("llama_odd", "float32", (Steps(1, 1, (1, 8)), Steps(8, 5, ALL)), (Steps(32, 20, (2, 4)),), draws=True),
     Promise("llama_gqa_tied", "bfloat16", (Steps(1, 1, (2, 4)), Steps(16, 16, (1, 8))), (Steps(32, 32, ALL),)),
     Promise("qwen3", "bfloat16", (Steps(4, 3, (1, 8)),)),
     Promise("qwen2_mha", "float32", (Steps(16, 11, (2, 8)),)),
+    Promise("llama_odd", "bfloat16", (Steps(8, 5, (1, 8)),), (Steps(32, 20, (2, 4)),), kv_dtype="int8"),
 ]
 
 
 @functools.cache
-def promised(variant: str, dtype: str) -> StepRig:
+def promised(variant: str, dtype: str, kv_dtype: str | None = None) -> StepRig:
     """Compiled as users compile it, once for all tests here."""
-    return StepRig(variant, dtype)
+    return StepRig(variant, dtype, kv_dtype=kv_dtype)
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: f"{promise.variant}-{promise.dtype}")
+@pytest.mark.parametrize("promise", PROMISES, ids=lambda p: f"{p.variant}-{p.dtype}-{p.kv_dtype or 'same'}")
 def test_every_degree_of_parallelism_gives_the_same_bits(promise: Promise) -> None:
-    rig = promised(promise.variant, promise.dtype)
+    rig, draws = promised(promise.variant, promise.dtype, promise.kv_dtype), promise.draws
     vocab = rig.cut.config.vocab_size
-    cases = [(StepShape(one.bucket, 1), decode_rows(one.used, vocab), one.tps) for one in promise.decodes]
+    cases = [(StepShape(one.bucket, 1), decode_rows(one.used, vocab, draws), one.tps) for one in promise.decodes]
     for context in (0, 100, 250):
         cases += [
-            (StepShape(1, one.bucket), prefill_rows(one.used, context, vocab), one.tps) for one in promise.prefills
+            (StepShape(1, one.bucket), prefill_rows(one.used, context, vocab, draws), one.tps)
+            for one in promise.prefills
         ]
-    rig.compile_all((shape, tp) for shape, _, tps in cases for tp in tps)
+    with contextlib.nullcontext() if draws else without_draws():
+        rig.compile_all((shape, tp) for shape, _, tps in cases for tp in tps)
     for shape, rows, (first, *others) in cases:
         expected = rig.run(rows, shape, first)
         finite = expected.logits[: len(rows), :vocab]

@@ -254,6 +254,16 @@ def test_filters_that_are_off_equal_plain_temperature() -> None:
         np.testing.assert_array_equal(jit_sample(logits, params, history()), plain)
 
 
+@pytest.mark.parametrize(
+    "more", [{"temperature": 0.5}, {"repetition": 1.1}, {"presence": 1.0}, {"biased": True}, {"masked": True}]
+)
+def test_a_row_calls_for_more_than_the_argmax_only_if_it_samples(more: dict[str, Any]) -> None:
+    params = arrays(2, **{name: np.array([0 if name != "repetition" else 1, value]) for name, value in more.items()})
+    assert not sampling.all_greedy(params, jnp.array([True, True]))
+    assert not sampling.all_greedy(params, jnp.array([False, True]))
+    assert sampling.all_greedy(params, jnp.array([True, False]))  # padding, or a chunk in the middle of a prompt
+
+
 def test_greedy_is_argmax_with_the_lowest_id_on_ties() -> None:
     logits = np.round(normal((ROWS, VOCAB), 1.0) * 2).astype(np.float32)
     expected = np.argmax(logits, axis=-1)

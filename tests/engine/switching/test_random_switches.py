@@ -29,9 +29,10 @@ SETTLING, SWITCHES = 100, 1000
 
 @pytest.fixture(scope="module")
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
+    """With a KV cache in 8 bits, whose blocks move like all others."""
     model = tiny_model("llama_odd", tmp_path_factory.mktemp("model"))
     settings = {"devices": DEVICES, "layouts": None, "layout": "tp1x8", "max_batch": 12, "drain_before_switch": False}
-    with Harness(model, deterministic=True, prefix_cache=True, **settings) as harness:
+    with Harness(model, deterministic=True, prefix_cache=True, kv_dtype="int8", **settings) as harness:
         harness.engine.wait_for_layouts()
         yield harness
 

@@ -9,7 +9,10 @@ import pytest
 from nitsum_jax.engine import loop
 from nitsum_jax.engine.request import FinishReason
 from tests.engine.harness import Harness, tiny_model
+from tests.engine.quick import greedy_steps  # noqa: F401
 from tests.engine.reference import random_prompts
+
+pytestmark = pytest.mark.usefixtures("greedy_steps")
 
 LIVE, ROUNDS = 256, 6
 WALK = ("tp2x2", "tp4", "tp1x4")

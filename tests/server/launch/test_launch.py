@@ -41,7 +41,7 @@ class _Process:
 
     def finish(self) -> tuple[int, str]:
         """Exit status and stderr."""
-        _, err = self.process.communicate(timeout=20)
+        _, err = self.process.communicate(timeout=120)
         return self.process.returncode, err
 
 
@@ -81,7 +81,7 @@ def test_serve_generate_and_drain() -> None:
         client = _start_client(command, "--max_tokens=100")
         _first_word(client)
         server.process.send_signal(signal.SIGTERM)
-        out, err = client.communicate(timeout=20)
+        out, err = client.communicate(timeout=120)
         assert client.returncode == 0
         assert "word" + out == "word " * 20 + "\n"
         assert "100 tokens, length" in err
@@ -97,7 +97,7 @@ def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:
     path.write_text(entry(ApiKey("a", digest_of("nk_a"))))
     with _server("--model=fake", f"--api_keys={path}") as server:
         command = [*server.client(), f"--api_key_file={secret}"]
-        _, err = _start_client(command, "--max_tokens=1").communicate(timeout=20)
+        _, err = _start_client(command, "--max_tokens=1").communicate(timeout=120)
         assert "UNAUTHENTICATED" in err
         assert server.process.stderr is not None
         path.write_text("nonsense")
@@ -109,7 +109,7 @@ def test_a_hangup_reads_the_keys_again(tmp_path: Path) -> None:
         server.process.send_signal(signal.SIGHUP)
         assert "API keys read again, 1 in force: added b; removed a" in server.process.stderr.readline()
         client = _start_client(command, "--max_tokens=1")
-        client.communicate(timeout=20)
+        client.communicate(timeout=120)
         assert client.returncode == 0
         server.process.send_signal(signal.SIGTERM)
         assert server.finish()[0] == 0
@@ -126,7 +126,7 @@ def test_a_second_signal_stops_at_once() -> None:
         status, log = server.finish()
         assert status == 128 + signal.SIGTERM
         assert log == "nitsum-serve: stopped at once\n"
-        _, err = client.communicate(timeout=20)
+        _, err = client.communicate(timeout=120)
         assert client.returncode == 3
         assert "UNAVAILABLE" in err
 
@@ -138,7 +138,7 @@ def test_the_drain_has_an_end() -> None:
         server.process.send_signal(signal.SIGTERM)
         status, log = server.finish()
         assert (status, "--drain_seconds passed" in log) == (0, True)
-        client.communicate(timeout=20)
+        client.communicate(timeout=120)
         assert client.returncode == 3
 
 

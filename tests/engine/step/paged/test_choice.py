@@ -28,6 +28,8 @@ def test_models_with_heads_of_128_have_a_kernel(form: AttentionForm, new_tokens:
     ("form", "changed", "q_heads", "new_tokens", "why"),
     [
         (AttentionForm.MOSAIC, {"head_dim": 64}, 4, 1, "heads are 128 wide"),
+        (AttentionForm.MOSAIC, {"dtype": "int8"}, 4, 1, "not int8"),
+        (AttentionForm.TRITON, {"dtype": "int8"}, 4, 1, "not int8"),
         (AttentionForm.MOSAIC, {"page_size": 4}, 4, 1, "pages have at least 8 tokens"),
         (AttentionForm.MOSAIC, {"kv_heads": 8}, 32, 16384, "do not fit the memory"),
         (AttentionForm.TRITON, {"head_dim": 512}, 4, 1, "heads are at most 256 wide"),
@@ -36,7 +38,7 @@ def test_models_with_heads_of_128_have_a_kernel(form: AttentionForm, new_tokens:
     ],
 )
 def test_elsewhere_xla_attends_unless_a_kernel_was_asked_for(
-    form: AttentionForm, changed: dict[str, int], q_heads: int, new_tokens: int, why: str
+    form: AttentionForm, changed: dict[str, int | str], q_heads: int, new_tokens: int, why: str
 ) -> None:
     shape = dataclasses.replace(LLAMA_8B, **changed)  # type: ignore[arg-type]
     forms = StepForms(attention=form)

@@ -7,7 +7,10 @@ import pytest
 
 from nitsum_jax.engine.step.forms import AttentionForm
 from nitsum_jax.engine.step.packing import StepShape
+from tests.engine.quick import greedy_steps  # noqa: F401
 from tests.engine.rig import Row, StepRig
+
+pytestmark = pytest.mark.usefixtures("greedy_steps")
 
 CONTEXTS = (3, 40, 130)
 
