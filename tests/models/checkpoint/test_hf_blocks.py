@@ -88,7 +88,11 @@ def test_compressed_tensors_in_four_bits(tmp_path: Path) -> None:
 
 def test_compressed_tensors_in_eight_bits(tmp_path: Path) -> None:
     numbers, scales = (NUMBERS * 17 - 128).astype(np.int8), SCALES[:, :1].astype(np.float32)
-    tensors: dict[str, np.ndarray] = {"x.weight": numbers, "x.weight_scale": scales, "y.weight": np.ones((2, 2), np.float32)}
+    tensors: dict[str, np.ndarray] = {
+        "x.weight": numbers,
+        "x.weight_scale": scales,
+        "y.weight": np.ones((2, 2), np.float32),
+    }
     source = folder(tmp_path / "m", tensors, scheme("int-quantized", num_bits=8, strategy="channel"))
     assert source.block_format("x.weight") == QuantFormat(8)
     assert source.block_format("y.weight") is None
