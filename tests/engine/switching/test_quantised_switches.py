@@ -3,6 +3,7 @@
 import dataclasses
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,8 @@ def test_the_plan_reckons_with_what_lies_on_the_devices(harness: Harness) -> Non
 
 def test_no_switch_changes_a_token(harness: Harness) -> None:
     def submit(index: int) -> str:
-        return harness.submit(PROMPTS[index], LENGTHS[index], **({"temperature": 1.0, "seed": 5} if index % 2 else {}))
+        sampled: dict[str, Any] = {"temperature": 1.0, "seed": 5} if index % 2 else {}
+        return harness.submit(PROMPTS[index], LENGTHS[index], **sampled)
 
     undisturbed = [answer.tokens for answer in harness.collect([submit(index) for index in range(len(PROMPTS))])]
     assert len({tokens[:20] for tokens in undisturbed}) == len(PROMPTS)
