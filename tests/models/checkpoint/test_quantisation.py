@@ -8,7 +8,7 @@ import pytest
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.blocks import INT4, INT8, QuantFormat, blocks_of
-from nitsum_jax.models.checkpoint.quantisation import check_quantization, choose_formats
+from nitsum_jax.models.checkpoint.quantisation import check_quantization, choose_formats, described
 from nitsum_jax.models.convert import convert
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import open_model
@@ -77,6 +77,24 @@ def test_groups_shrink_where_vshards_cut_them_and_are_refused_where_they_would_v
     with pytest.raises(InvalidInputError, match=r"layers.0.mlp.down.*24: use fewer --vshards, --quantization=int8"):
         choose_formats("int4", config, ModelCut.of(config, 8), source)
     assert choose_formats("int8", config, ModelCut.of(config, 8), source)
+
+
+def test_what_is_quantised_here_is_said_with_its_loss(caplog: pytest.LogCaptureFixture) -> None:
+    cut, source = ModelCut.of(CONFIG, 2), DictSource(random_tensors(CONFIG))
+    said = {}
+    for quantization in ("int8", "int4"):
+        formats = choose_formats(quantization, CONFIG, cut, source)
+        with caplog.at_level("INFO", "nitsum_jax.models.pack"):
+            caplog.clear()
+            for _ in pack(CONFIG, cut, source, "float32", formats):
+                pass
+        (line,) = caplog.messages
+        said[quantization] = float(line.split("differ by ")[1].split(" %")[0])
+        assert line.startswith(f"{len(formats)} parameters were quantised here")
+    # Numbers spread evenly over [-1, 1] with steps of 2/254 and 2/15: step/sqrt(12) over 1/sqrt(3).
+    assert said["int8"] == pytest.approx(100 / 254, rel=0.1)
+    assert 100 / 15 * 0.7 < said["int4"] < 100 / 15 * 1.1
+    assert described(choose_formats("int8", CONFIG, cut, source)) == "10 as int8 by output channels"
 
 
 def test_an_orbax_checkpoint_keeps_quantised_vshards(tmp_path: Path) -> None:
