@@ -13,7 +13,7 @@ from tests.engine.quantised_model import CONFIG, tensors
 from tests.engine.reference import random_prompts
 from tests.models.checkpoint.helpers import write_hf
 
-SWITCHES = 200
+SWITCHES = 30
 LAYOUTS = ("tp1x2", "tp2")
 PROMPTS = [random_prompts(1, (size, size), 96, size)[0] for size in (1, 20, 33, 60)]
 LENGTHS = (90, 40, 120, 70)
