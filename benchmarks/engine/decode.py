@@ -2,6 +2,7 @@
 
   python benchmarks/engine/decode.py                                    # or: make bench
   python benchmarks/engine/decode.py --reference_python=ENV/bin/python  # an interpreter with torch and transformers
+  python benchmarks/engine/decode.py --beside=int8,int4                 # engines with quantised weights as well
 
 One instance on one device; prompts of 32 tokens.  The decode phase begins when all sequences have their first token and
 ends when each has got 64 more; the batch is full all the time.  The bare executable is the same compiled step with the
@@ -19,7 +20,7 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +65,8 @@ class Options:
     reference_python: str
     cache_dir: str | None
     explain: bool
+    quantization: str
+    beside: tuple[str, ...]
     json: str | None
 
 
@@ -84,6 +87,8 @@ def read_options(argv: Sequence[str]) -> Options:
 
     text("model", "smollm2-135m", "name of a known model, a GGUF file or a model folder")
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "of weights and KV cache", flag_values=values)
+    text("quantization", "none", "of the weights, as nitsum-serve --quantization")
+    flags.DEFINE_list("beside", [], "quantisations of engines that take turns with it", flag_values=values)
     count("vshards", 1, "K, virtual shards; more than 1 shows what separate buffers cost")
     flags.DEFINE_list("batches", ["1", "8", "32"], "numbers of sequences", flag_values=values)
     count("rounds", 5, "how often each is timed")
@@ -103,8 +108,9 @@ def read_options(argv: Sequence[str]) -> Options:
         batches = ()
     if not batches or min(batches) < 1:
         raise InvalidInputError(f"--batches={','.join(values.batches)}: give numbers of at least 1, such as 1,8,32")
-    rest: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Options) if f.name != "batches"}
-    return Options(batches=batches, **rest)
+    lists = {"batches", "beside"}
+    rest: dict[str, Any] = {f.name: values[f.name].value for f in dataclasses.fields(Options) if f.name not in lists}
+    return Options(batches=batches, beside=tuple(values.beside), **rest)
 
 
 def prompts(model: OpenModel, batch: int, length: int) -> list[list[int]]:
@@ -121,10 +127,18 @@ def model_path(spec: str) -> pathlib.Path:
 class Benchmark:
     """All that takes turns."""
 
-    def __init__(self, options: Options, model: OpenModel, engine: EngineRunner, reference: Reference | None):
+    def __init__(
+        self,
+        options: Options,
+        model: OpenModel,
+        engine: EngineRunner,
+        beside: Mapping[str, EngineRunner],
+        reference: Reference | None,
+    ):
         self._options = options
         self._model = model
         self._engine = engine
+        self._beside = beside
         self._reference = reference
         self.bare = BareRunner(engine)
         self.samples: list[Sample] = []
@@ -149,6 +163,8 @@ class Benchmark:
         ]
         if number % 2 and number > 0:  # the warm-up has the engine first: the bare run needs to know its tokens
             turns.reverse()  # whoever comes second may find another machine
+        for name, other in self._beside.items():
+            turns.append(lambda name=name, other=other: self._time_other(name, other, batch, asked, number))  # type: ignore[misc]
         for name in self._reference.there if self._reference is not None else ():
             if name != LLAMA_CPP or batch == 1:
                 turns.append(lambda name=name: self._time_reference(name, batch, asked, number))  # type: ignore[misc]
@@ -159,6 +175,10 @@ class Benchmark:
     def _time_engine(self, batch: int, asked: list[list[int]], number: int) -> Sample:
         run = self._last[batch] = self._engine.run(asked, self._options.tokens)
         return Sample(number, batch, ENGINE, run.decode_tokens / run.decode_s, run.total_tokens / run.total_s)
+
+    def _time_other(self, name: str, engine: EngineRunner, batch: int, asked: list[list[int]], number: int) -> Sample:
+        run = engine.run(asked, self._options.tokens)
+        return Sample(number, batch, name, run.decode_tokens / run.decode_s, run.total_tokens / run.total_s)
 
     def _time_bare(self, batch: int, asked: list[list[int]], number: int) -> Sample:
         run = self.bare.run(asked, self._last[batch], self._options.tokens)
@@ -183,6 +203,7 @@ def run(options: Options) -> dict[str, object]:
         layout="tp1",
         vshards=options.vshards,
         dtype=options.dtype,
+        quantization=options.quantization,
         max_batch=longest,
         prefill_chunk=options.prefill_chunk,
         kv_cache_gib=options.kv_cache_gib,
@@ -195,21 +216,30 @@ def run(options: Options) -> dict[str, object]:
         )
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(running(model, config))
+        beside = {
+            f"{ENGINE} {one}": stack.enter_context(running(model, dataclasses.replace(config, quantization=one)))
+            for one in options.beside
+        }
         reference = None
         if options.reference_python:
             reference = Reference(options.reference_python, model_path(options.model))
             stack.callback(reference.close)
-        benchmark = Benchmark(options, model, engine, reference)
+        benchmark = Benchmark(options, model, engine, beside, reference)
         before = read_bandwidth(jax.devices()[0], options.bandwidth_mb)
         benchmark.run()
         bandwidth = max(before, read_bandwidth(jax.devices()[0], options.bandwidth_mb))
         dtype, weights = engine.engine._cell.program.dtype, benchmark.bare.weight_bytes
         steps = {batch: operations(benchmark.bare.hlo(batch)) for batch in options.batches} if options.explain else {}
         layers = benchmark.bare.layers
+        bytes_of = {name: other.engine.cell.memory.weights for name, other in beside.items()}
 
     limit_ms = 1000 * weights / bandwidth
-    found = decode_table.rows(benchmark.samples, limit_ms)
-    cli.out(f"{model.name}, {dtype}, vshards={options.vshards}, {options.tokens} tokens each, {options.rounds} rounds")
+    limits = {name: 1000 * size / bandwidth for name, size in bytes_of.items()}
+    found = decode_table.rows(benchmark.samples, {ENGINE: limit_ms, BARE: limit_ms} | limits)
+    kept = "" if options.quantization == "none" else f" and {options.quantization}"
+    cli.out(
+        f"{model.name}, {dtype}{kept}, vshards={options.vshards}, {options.tokens} tokens each, {options.rounds} rounds"
+    )
     if reference is not None:
         for name, version in reference.there.items():
             cli.out(f"{name}: {version}")
@@ -224,7 +254,7 @@ def run(options: Options) -> dict[str, object]:
         share = decode_table.ratio(benchmark.samples, batch, ENGINE, BARE)
         parts = [
             f"engine / {name} {value:.2f}"
-            for name in decode_table.RATIOS
+            for name in (*decode_table.RATIOS, *limits)
             if (value := decode_table.ratio(benchmark.samples, batch, ENGINE, name)) is not None
         ]
         low = "  <- below 0.90" if share is not None and share < _WORTH_A_WARNING else ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from nitsum_jax.bench.compile.operations import OperationCounts
 
@@ -67,12 +67,12 @@ def ratio(samples: Sequence[Sample], batch: int, over: str, under: str) -> float
     return statistics.median(ratios) if ratios else None
 
 
-def rows(samples: Sequence[Sample], limit_ms: float) -> list[Row]:
+def rows(samples: Sequence[Sample], limits_ms: Mapping[str, float]) -> list[Row]:
     """One row per batch and thing, in the order in which they first ran.
 
     Args:
       samples: all runs.
-      limit_ms: least time of a step of ours (engine and bare executable).
+      limits_ms: least time of a step, of those whose limit is known.
     """
     found = []
     for batch, name in dict.fromkeys((s.batch, s.name) for s in sorted(samples, key=lambda s: s.batch)):
@@ -89,7 +89,7 @@ def rows(samples: Sequence[Sample], limit_ms: float) -> list[Row]:
                 fastest=max(s.decode for s in mine),
                 total=statistics.median(totals) if totals else None,
                 step_ms=step_ms,
-                limit_share=limit_ms / step_ms if name in (ENGINE, BARE) else None,
+                limit_share=limits_ms[name] / step_ms if name in limits_ms else None,
                 engine_ratio=None if name == ENGINE else ratio(samples, batch, ENGINE, name),
             )
         )

@@ -32,6 +32,7 @@ from nitsum_jax.meshes.mesh import Geometries, Geometry
 from nitsum_jax.meshes.vshards import VshardMap, is_power_of_two
 from nitsum_jax.meshes.weight_bank import WeightBank
 from nitsum_jax.models.checkpoint.blocks import QuantFormat
+from nitsum_jax.models.checkpoint.quantisation import described
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import OpenModel
@@ -341,7 +342,8 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
         pooling=pooling,
         quantised=tuple(site.formats.items()),
     )
-    return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}"), program)
+    kept = f"\nparameters in few bits: {described(site.formats)}" if site.formats else ""
+    return _Placement(residency, dataclasses.replace(memory, text=f"{memory.text}\n{residency.why}{kept}"), program)
 
 
 def _compile(config: EngineConfig, site: _Site, plan: _Placement, on_ready: Callable[[], None]) -> Executables:

@@ -15,6 +15,7 @@ Some families lack norms or have `attn.post_norm` and `mlp.post_norm`.
 import dataclasses
 import functools
 import itertools
+import logging
 import math
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _DTYPES = {
     "float16": np.dtype(np.float16),
 }
 
+_log = logging.getLogger(__name__)
 NOTHING: Mapping[str, QuantFormat] = types.MappingProxyType({})
 
 
@@ -156,14 +158,16 @@ def pack(
     matrices = matrix_dtype(dtype)
     check_tensors(config, source)
     reader = _BlockReader(source)
+    loss = _Loss()
     for param in plan(config, cut):
         fmt = formats.get(param.name)
         if fmt is None:
             yield param.name, param.vshard, _assemble(param, source, param.dtype(matrices))
             continue
-        blocks = _blocks(param, fmt, param.name in row_parallel(config, cut), reader)
+        blocks = _blocks(param, fmt, param.name in row_parallel(config, cut), reader, loss)
         for leaf, value in leaves_of(blocks, fmt).items():
             yield f"{param.name}.{leaf}", param.vshard, value
+    loss.tell()
 
 
 def check_tensors(config: ModelConfig, source: TensorSource) -> None:
@@ -267,11 +271,39 @@ class _BlockReader:
         return self._last[tensor]
 
 
-def _blocks(param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader) -> Blocks:
+class _Loss:
+    """How much matrices differ that were quantised here."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._size = self._difference = 0.0
+
+    def add(self, name: str, values: np.ndarray, blocks: Blocks, fmt: QuantFormat) -> None:
+        """Notes one vshard of a parameter."""
+        self._names.add(name)
+        kept = blocks.values(centred=fmt.bits == 4 and not fmt.minimum)
+        self._size += float(np.square(values).sum(dtype=np.float64))
+        self._difference += float(np.square(kept - values).sum(dtype=np.float64))
+
+    def tell(self) -> None:
+        """Says it, if there is anything to say."""
+        if self._names and self._size > 0:
+            share = math.sqrt(self._difference / self._size)
+            _log.info(
+                "%d parameters were quantised here and differ by %.2f %% (root mean square)",
+                len(self._names),
+                100 * share,
+            )
+
+
+def _blocks(param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader, loss: _Loss) -> Blocks:
     outputs, inputs = param.shape[::-1] if inputs_first else param.shape
     if not param.pieces or not reader.keeps(param, fmt):
         values = _assemble(param, reader.source, _DTYPES["float32"])
-        return quantised(values.T if inputs_first else values, fmt)
+        values = values.T if inputs_first else values
+        made = quantised(values, fmt)
+        loss.add(param.name, values, made, fmt)
+        return made
     group = fmt.group or inputs
     # Padding has scales and minimums of 0, so its numbers do not matter.
     numbers = np.zeros((outputs, inputs), np.uint8 if fmt.bits == 4 else np.int8)

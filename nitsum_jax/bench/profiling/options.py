@@ -48,6 +48,7 @@ class ProfilingOptions:
       layout: TPs to measure are those of this layout; None: all.
       devices: devices to measure on; None: all.
       dtype: of weights.
+      quantization: which weights are kept in few bits.
       kv_dtype: of the KV cache.
       quantization: which weights are kept in few bits.
       max_batch: most sequences.

@@ -37,7 +37,9 @@ class _Kept:
 class _Method(Protocol):
     """One way of keeping matrices."""
 
-    suffixes: Sequence[str]  # of a matrix's tensors; the first one tells that there is a matrix
+    @property
+    def suffixes(self) -> Sequence[str]:
+        """Of a matrix's tensors; the first one tells that there is a matrix."""
 
     def kept(self, source: SafetensorsSource, prefix: str) -> _Kept:
         """What the tensors of a matrix are."""

@@ -1,7 +1,8 @@
 """Which parameters of a model are kept in few bits, and in which format."""
 
+import collections
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.blocks import INT4, INT8, QuantFormat, common
@@ -57,6 +58,12 @@ def choose_formats(
         if fmt is not None:
             found[name] = _fitting(fmt, name, members)
     return found
+
+
+def described(formats: Mapping[str, QuantFormat]) -> str:
+    """How many parameters are kept in which formats, for people."""
+    counts = collections.Counter(map(str, formats.values()))
+    return ", ".join(f"{count} as {fmt}" for fmt, count in counts.items())
 
 
 def _kept(members: Iterable[PlannedParam], source: TensorSource) -> QuantFormat | None:

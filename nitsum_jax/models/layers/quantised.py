@@ -9,6 +9,7 @@ import enum
 import functools
 from collections.abc import Mapping
 from types import EllipsisType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,9 +204,16 @@ class QuantisedParam(nnx.Module):
 
     def __init__(self, outputs: int, inputs: int, fmt: QuantFormat):
         self.format = fmt
-        for name, (shape, dtype) in fmt.leaves(outputs, inputs).items():
-            param = nnx.Param(jnp.zeros(shape, dtype), out_sharding=(TP_AXIS, None), eager_sharding=False)
-            setattr(self, name, param)
+        leaves = fmt.leaves(outputs, inputs)
+
+        def new(name: str) -> nnx.Param:
+            return nnx.Param(jnp.zeros(*leaves[name]), out_sharding=(TP_AXIS, None), eager_sharding=False)
+
+        self.values, self.scales = new("values"), new("scales")
+        if fmt.minimum:
+            self.minimums = new("minimums")
+        if fmt.group:
+            self.peaks = new("peaks")
 
     def __getitem__(self, everything: EllipsisType) -> QuantisedWeight:
         """The weight, as `nnx.Param` gives its array."""
@@ -223,7 +231,7 @@ def quantise_modules(model: nnx.Module, formats: Mapping[str, QuantFormat], row_
       row_parallel: names whose plain parameters have the inputs first.
     """
     for name, fmt in formats.items():
-        slots = model
+        slots: Any = model
         for part in name.split("."):
             slots = slots[int(part)] if part.isdecimal() else getattr(slots, part)
         for index, plain in enumerate(slots):

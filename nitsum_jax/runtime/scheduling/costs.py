@@ -1,7 +1,7 @@
 """What the scheduler of a live cell predicts with, and at whose pace the cell runs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 
@@ -10,9 +10,10 @@ from nitsum_jax.control.model.cost_model import CostModel
 from nitsum_jax.control.model.rough_profile import rough_profile
 from nitsum_jax.engine.batching.pacing import Pace
 from nitsum_jax.engine.config import EngineConfig
+from nitsum_jax.models.checkpoint.blocks import QuantFormat
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
-from nitsum_jax.models.pack import cut_bytes
+from nitsum_jax.models.pack import NOTHING, cut_bytes
 from nitsum_jax.profiles.library import load_profile
 
 # A paced cell has the KV cache of its target, up to this size per device: memory is all it costs, but there may be
@@ -50,7 +51,11 @@ def paced(config: EngineConfig, model: ModelConfig, profile: str, time_scale: fl
 
 
 def predicted(
-    config: EngineConfig, model: ModelConfig, profile: str | None, devices: Sequence[jax.Device]
+    config: EngineConfig,
+    model: ModelConfig,
+    profile: str | None,
+    devices: Sequence[jax.Device],
+    formats: Mapping[str, QuantFormat] = NOTHING,
 ) -> CostModel:
     """A cost model that corrects itself: from a profile, or from the size of the model.
 
@@ -61,6 +66,7 @@ def predicted(
       model: to be served.
       profile: name or .json file; None: the model's size will do.
       devices: of the cell.
+      formats: of the parameters that are kept in few bits.
 
     Raises:
       InvalidInputError: there is no such profile, or it is not sound.
@@ -69,7 +75,7 @@ def predicted(
     if profile is not None:
         return CorrectedCost(dataclasses.replace(load_profile(profile), mixed_steps=fused))
     tps = [1 << i for i in range(len(devices).bit_length())]
-    weights, replicated = cut_bytes(model, ModelCut.of(model, 1), "float32")
+    weights, replicated = cut_bytes(model, ModelCut.of(model, 1), "float32", formats)
     return CorrectedCost(
         rough_profile(
             devices=len(devices),

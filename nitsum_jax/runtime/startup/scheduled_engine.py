@@ -15,6 +15,7 @@ from nitsum_jax.engine.executables.progress import CompileProgress
 from nitsum_jax.engine.request import TokenDelta
 from nitsum_jax.meshes.devices import discover
 from nitsum_jax.meshes.layout import Layout, parse_layout
+from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import OpenModel
 from nitsum_jax.runtime.scheduling import costs
 from nitsum_jax.runtime.scheduling.reach import Reach, Tap, predicted_reach, stretched
@@ -85,7 +86,10 @@ def start_scheduled(
     if pace is not None:
         config, cost = costs.paced(config, model.config, pace, time_scale)
     else:
-        cost = costs.predicted(config, model.config, profile, discover(config.devices))
+        devices = discover(config.devices)
+        vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
+        formats = model.formats(config.quantization, ModelCut.of(model.config, vshards))
+        cost = costs.predicted(config, model.config, profile, devices, formats)
         config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
     scale = time_scale if pace is not None else 1.0
     tap = Tap(sink, admitted)

@@ -41,7 +41,7 @@ def test_ratios_are_medians_within_rounds() -> None:
 
 
 def test_rows_and_table() -> None:
-    engine, bare, transformers = decode_table.rows(_SAMPLES, limit_ms=40.0)
+    engine, bare, transformers = decode_table.rows(_SAMPLES, {ENGINE: 40.0, BARE: 40.0})
     assert (engine.decode, engine.slowest, engine.fastest, engine.total) == (100.0, 50.0, 120.0, 80.0)
     assert (engine.step_ms, engine.limit_share, engine.engine_ratio) == (80.0, 0.5, None)
     assert bare.total is None

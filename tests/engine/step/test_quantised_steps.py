@@ -16,9 +16,8 @@ from tests.engine.quantised_model import quantised_model
 from tests.engine.quick import compiling_quickly
 from tests.engine.rig import Row, StepRig
 
-_DECODE, _PREFILL = StepShape(2, 1), StepShape(1, 16)
+_DECODE = StepShape(2, 1)
 _ROWS = [Row(40, (5,)), Row(7, (77,))]
-_CHUNK = [Row(16, tuple(range(3, 18)))]
 _INTEGER, _WIDENED = QuantisedForm.INTEGER, QuantisedForm.WIDENED
 
 
@@ -44,28 +43,17 @@ def test_the_model_of_these_tests_has_every_kind_of_format() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("form", "cases"),
-    [
-        (_INTEGER, [(_DECODE, (1, 2, 4, 8)), (_PREFILL, (1, 8))]),
-        (_WIDENED, [(_DECODE, (1, 2, 8))]),
-    ],
-    ids=str,
-)
-def test_every_degree_of_parallelism_gives_the_same_bits(
-    form: QuantisedForm, cases: list[tuple[StepShape, tuple[int, ...]]]
-) -> None:
+@pytest.mark.parametrize(("form", "tps"), [(_INTEGER, (1, 2, 4, 8)), (_WIDENED, (1, 8))])
+def test_every_degree_of_parallelism_gives_the_same_bits(form: QuantisedForm, tps: tuple[int, ...]) -> None:
     rig = _rig(form)
-    rig.compile_all((shape, tp) for shape, tps in cases for tp in tps)
-    for shape, tps in cases:
-        rows = _ROWS if shape is _DECODE else _CHUNK
-        expected = rig.run(rows, shape, 1)
-        assert expected.logits[: len(rows), :96].std() > 0.5  # there is something to differ
-        for tp in tps[1:]:
-            actual, what = rig.run(rows, shape, tp), f"TP {tp}, {shape}"
-            np.testing.assert_array_equal(actual.logits, expected.logits, err_msg=what)
-            np.testing.assert_array_equal(actual.sampled, expected.sampled, err_msg=what)
-            np.testing.assert_array_equal(actual.blocks, expected.blocks, err_msg=what)
+    rig.compile_all((_DECODE, tp) for tp in tps)
+    expected = rig.run(_ROWS, _DECODE, 1)
+    assert expected.logits[:2, :96].std() > 0.5  # there is something to differ
+    for tp in tps[1:]:
+        actual = rig.run(_ROWS, _DECODE, tp)
+        np.testing.assert_array_equal(actual.logits, expected.logits, err_msg=f"TP {tp}")
+        np.testing.assert_array_equal(actual.sampled, expected.sampled, err_msg=f"TP {tp}")
+        np.testing.assert_array_equal(actual.blocks, expected.blocks, err_msg=f"TP {tp}")
 
 
 @pytest.mark.parametrize(("form", "tolerance"), [(_INTEGER, 0.1), (_WIDENED, 1e-4)])
