@@ -115,7 +115,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """The body is there; the next bytes are of another request."""
         self._in_head = True
         # Many may come at once: the handlers of the last ones then begin long after their bytes were read.
-        self.scope[ARRIVAL] = time.monotonic()  # type: ignore[literal-required]
+        self.scope[ARRIVAL] = time.monotonic()  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
