@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nitsum_jax.engine.request import SamplingParams
-    from nitsum_jax.llm import LLM
-    from nitsum_jax.runtime.local.completion import Completion
+    from nitsum_jax.llm import LLM, Completion
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
 
 _HOMES = {
     "LLM": "nitsum_jax.llm",
-    "Completion": "nitsum_jax.runtime.local.completion",
+    "Completion": "nitsum_jax.llm",
     "SamplingParams": "nitsum_jax.engine.request",
 }
 

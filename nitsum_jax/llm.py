@@ -37,6 +37,8 @@ from nitsum_jax.runtime.startup.scheduled_engine import start_scheduled
 from nitsum_jax.runtime.startup.served_model import served_model
 from nitsum_jax.runtime.streams.output import Piece, Vectors, vectors_of
 
+__all__ = ["LLM", "Completion"]
+
 _NAME = "nitsum-jax"
 _Take = Callable[[TokenDelta], None]
 _MOST_WAITING = 1 << 16  # no request has to be refused: its caller waits for the answer

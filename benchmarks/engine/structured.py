@@ -2,9 +2,10 @@
 
     python benchmarks/engine/structured.py --model=smollm2-135m
 
-For each batch the same prompts run freely, all held to a JSON schema, and half of them held: milliseconds per token of
-a stream, and what that is of the free run of the same round, as other programs disturb all runs of a round alike.
-Masks of several forms are also made alone, on one thread, along texts that these allow.  Prints two tables.
+For each batch the same prompts run freely, all held to a JSON schema, and half of them held: processor time per token,
+and time per token of a stream, each as a share of that in the free run of the same round, as other programs disturb all
+runs of a round alike.  Masks of several forms are also made alone, on one thread, along texts that these allow.  Prints
+two tables.
 """
 
 import dataclasses
@@ -51,12 +52,23 @@ _FORMS = {
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """Milliseconds per token of a stream (median over streams) in the runs of one round."""
+    """Milliseconds per token of a stream (median over streams) in the runs of one round.
+
+    Attributes:
+      free: where no stream is held to a form.
+      held: where all are.
+      held_beside_free: of those that are, where half of them are.
+      free_beside_held: of the others.
+      free_cpu: processor time per token, milliseconds, of the whole process, where none is held.
+      held_cpu: where all are.
+    """
 
     free: float
     held: float
     held_beside_free: float
     free_beside_held: float
+    free_cpu: float
+    held_cpu: float
 
 
 class _Times:
@@ -86,19 +98,27 @@ class _Times:
 def measure(engine: Engine, times: _Times, form: OutputForm, batch: int, tokens: int, rounds: int) -> list[Round]:
     """The rounds at one batch size; one before them only warms up."""
 
-    def run(held: int, number: int) -> tuple[float, float]:
+    def run(held: int, number: int) -> tuple[float, float, float]:
         names = [f"{batch}-{held}-{number}-{index}" for index in range(batch)]
+        start = time.process_time()
         for index, name in enumerate(names):
             sampling = SamplingParams(temperature=1.0, seed=index)
             engine.submit(Request(name, _PROMPT, tokens, sampling, form=form if index < held else None))
         times.wait(names)
+        cpu = 1000 * (time.process_time() - start) / (tokens * batch)
         each = [1000 * (times.last[name] - times.first[name]) / (tokens - 1) for name in names]
         return (
             statistics.median(each[:held]) if held else 0.0,
             statistics.median(each[held:]) if held < batch else 0.0,
+            cpu,
         )
 
-    return [Round(run(0, n)[1], run(batch, n)[0], *run(batch // 2, n)) for n in range(-1, rounds)][1:]
+    rounds_of: list[Round] = []
+    for number in range(-1, rounds):
+        _, free, free_cpu = run(0, number)
+        held, _, held_cpu = run(batch, number)
+        rounds_of.append(Round(free, held, *run(batch // 2, number)[:2], free_cpu, held_cpu))
+    return rounds_of[1:]
 
 
 def mask_us(form: OutputForm, vocab: int, tokens: int) -> list[float]:
@@ -133,16 +153,21 @@ def mask_table(compiler: FormCompiler, vocab: int, tokens: int) -> str:
 def table(measured: Sequence[tuple[int, Sequence[Round]]]) -> str:
     """All rounds as a table of Markdown: medians, and of the shares their range, too."""
     lines = [
-        "| streams | free, ms | all held, ms | all held / free | free beside held / free | held beside free / free |",
+        "| streams | CPU per token, free, ms | CPU, held / free | time, held / free | time beside held / free | "
+        "time of held beside free / free |",
         "|---|---|---|---|---|---|",
     ]
     for batch, rounds in measured:
-        free, held = (statistics.median(column) for column in zip(*((r.free, r.held) for r in rounds), strict=True))
-        shares = [_share([r.held / r.free for r in rounds])]
+        shares = [_share([r.held_cpu / r.free_cpu for r in rounds]), _share([r.held / r.free for r in rounds])]
         if batch > 1:
             shares.append(_share([r.free_beside_held / r.free for r in rounds]))
             shares.append(_share([r.held_beside_free / r.free for r in rounds]))
-        cells = [str(batch), f"{free:.2f}", f"{held:.2f}", *shares, *["-"] * (3 - len(shares))]
+        cells = [
+            str(batch),
+            f"{statistics.median(r.free_cpu for r in rounds):.2f}",
+            *shares,
+            *["-"] * (4 - len(shares)),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -279,6 +279,49 @@ def make_call(
     return Call(request, stops, wanted.include_stop, wanted.skip_special, ids, wanted.max_tokens == 0, wanted.shown)
 
 
+def check_embeds(model: ServedModel) -> None:
+    """Raises PreconditionError if the model gives no embeddings."""
+    if model.pooling is None:
+        raise PreconditionError(
+            f"The model `{model.name}` gives no embeddings: serve one whose files say how it makes them, or start the "
+            "server with --pooling=last or mean"
+        )
+
+
+async def embedding_calls(
+    texts: Sequence[Prompt],
+    backend: Backend,
+    *,
+    tier: str,
+    ttft_ms: float | None = None,
+    tpot_ms: float | None = None,
+    deadline_s: float | None = None,
+) -> list[Call]:
+    """One call per text, each with one token that nobody sees.
+
+    Args:
+      texts: at most MAX_OUTPUTS of them.
+      backend: that makes the embeddings.
+      tier: name of the latency tier, "" for the default.
+      ttft_ms: target of its own, as in `Wanted`.
+      tpot_ms: likewise.
+      deadline_s: likewise.
+
+    Raises:
+      NitsumError: a text is empty, there are too many for now, a target is out of range, or the model gives none.
+    """
+    model, tiers = backend.model, backend.engine.tier_names
+    check_embeds(model)
+    check_outputs(len(texts), backend, f"{len(texts)} texts")
+    wanted = Wanted(
+        max_tokens=0, tier=tier, ttft_ms=ttft_ms, tpot_ms=tpot_ms, deadline_s=deadline_s, pooling=model.pooling
+    )
+    check(wanted, model.vocab_size, least_tokens=0)
+    name = f"embd-{uuid.uuid4().hex}"
+    encoded = await encode(texts, model)
+    return [make_call(wanted, ids, model, tiers, f"{name}-{index}") for index, ids in enumerate(encoded)]
+
+
 def default_max_tokens(defaults: GenerationDefaults) -> int:
     """The limit of requests that have none."""
     return DEFAULT_MAX_TOKENS if defaults.max_new_tokens is None else defaults.max_new_tokens

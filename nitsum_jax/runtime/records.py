@@ -16,7 +16,7 @@ class ServedRequest:
       id: of the request.
       tier: name of its latency tier.
       prompt_tokens: length of its prompt.
-      arrival_s: when its handler was called.
+      arrival_s: when the last of its bytes was read; over gRPC, which does not tell that, when its handler was called.
       client: name of its API key; empty without keys.
       traceparent: W3C trace context that came with it; empty if none came.
       call_id: x-request-id of the call that it belongs to; empty if it has none.

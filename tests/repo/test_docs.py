@@ -14,7 +14,18 @@ WIDTH = 120
 GENERATED = {"goodput.md", "ladder.md"}  # by studies, whose sentences have the figures of a cell in one line
 _OF_DOCKER, _OF_ALL = {"build", "rm"}, {"help"}
 _OF_LOAD_GENERATORS = {
-    *("backend", "config_file", "constraint", "data", "endpoint", "request", "streaming", "synthetic", "tokenizer")
+    *(
+        "backend",
+        "config_file",
+        "constraint",
+        "data",
+        "endpoint",
+        "request",
+        "streaming",
+        "synthetic",
+        "tokenizer",
+        "use",
+    )
 }
 FOREIGN_FLAGS = _OF_DOCKER | _OF_ALL | _OF_LOAD_GENERATORS
 _FLAG = re.compile(r"(?<![\w-])--(no)?([a-z]\w*)")

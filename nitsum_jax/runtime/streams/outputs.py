@@ -33,10 +33,11 @@ class Outputs:
         Args:
           calls: to be run.
           backend: that runs them.
-          arrival_s: of the call, time.monotonic.
+          arrival_s: of the call, time.monotonic; from it the times of all outputs count.
         """
         self._calls = calls
         self._backend = backend
+        self._arrival_s = arrival_s
         self._wake = asyncio.Event()
         self._left = False
         self._stack = contextlib.ExitStack()
@@ -52,7 +53,7 @@ class Outputs:
         """
         with contextlib.ExitStack() as stack:
             for index, (call, output) in enumerate(zip(self._calls, self._outputs, strict=True)):
-                stream = self._backend.router.stream(self._backend.engine, call.request, self._wake)
+                stream = self._backend.router.stream(self._backend.engine, call.request, self._wake, self._arrival_s)
                 self._alive[index] = (stack.enter_context(stream), output)
             self._stack = stack.pop_all()
         return self

@@ -23,7 +23,7 @@ _PATTERNS: Final = {
 _KNOWN: Final = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "regex")
 )
-_NEVER: Final = {"enum": []}
+_NEVER: Final[dict[str, Any]] = {"enum": []}
 
 
 def supported(schema: Any) -> Any:

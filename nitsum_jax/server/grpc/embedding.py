@@ -5,8 +5,7 @@ import time
 from grpc.aio import ServicerContext
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.runtime.calls import MAX_OUTPUTS, Prompt, TextPrompt, TokenPrompt
-from nitsum_jax.runtime.embedding import embedding_calls
+from nitsum_jax.runtime.calls import MAX_OUTPUTS, Prompt, TextPrompt, TokenPrompt, embedding_calls
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.gateway import gateway_headers, header_pairs
 from nitsum_jax.server.proto import nitsum_pb2

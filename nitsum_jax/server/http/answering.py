@@ -20,6 +20,7 @@ from nitsum_jax.server.gateway import GatewayHeaders, gateway_headers
 from nitsum_jax.server.http.body import read_object
 from nitsum_jax.server.http.errors import ApiError, of_exception
 from nitsum_jax.server.http.fields import Strict
+from nitsum_jax.server.http.protocol import ARRIVAL
 from nitsum_jax.server.state import ServerState
 
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
@@ -88,9 +89,10 @@ class Endpoint(abc.ABC, Generic[_Request]):
           ApiError, NitsumError: refused before anything was sent.
           ClientLeftError: the client no longer waits for the answer.
         """
-        arrival_s = time.monotonic()
+        begun_s = time.monotonic()
         self._state.admitting()
         request = await read_object(scope, receive, self.kind)
+        arrival_s = scope.get(ARRIVAL, begun_s)
         backend = self._state.admitting()  # it may have begun to drain meanwhile
         planned = await self.plan(request, backend, gateway_headers(scope["headers"]))
         backend = self._state.admitting()

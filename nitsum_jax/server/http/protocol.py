@@ -7,6 +7,7 @@ nothing for long is cut off, and one that vanished without a word is found by th
 import asyncio
 import logging
 import socket
+import time
 from typing import Any, Final
 
 import httptools
@@ -21,6 +22,9 @@ MAX_HEAD_BYTES = 64 * 2**10
 
 HEAD_S = 20.0
 """How long they may take to come."""
+
+ARRIVAL: Final = "nitsum.arrival_s"
+"""In the scope of a request: when the last of its bytes was read, time.monotonic."""
 
 STALLED_S = 120.0
 """How long a client may read nothing while there is something to read."""
@@ -110,6 +114,8 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """The body is there; the next bytes are of another request."""
         self._in_head = True
+        # Many may come at once: the handlers of the last ones then begin long after their bytes were read.
+        self.scope[ARRIVAL] = time.monotonic()  # type: ignore[typeddict-unknown-key]
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

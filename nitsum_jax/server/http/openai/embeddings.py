@@ -9,7 +9,7 @@ from pydantic import Field
 
 from nitsum_jax.errors import PreconditionError
 from nitsum_jax.runtime.backend import Backend
-from nitsum_jax.runtime.embedding import check_embeds, embedding_calls
+from nitsum_jax.runtime.calls import check_embeds, embedding_calls
 from nitsum_jax.runtime.streams.outputs import Outputs
 from nitsum_jax.server.gateway import GatewayHeaders
 from nitsum_jax.server.http.answering import Endpoint, Planned, Whole, check_model

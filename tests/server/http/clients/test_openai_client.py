@@ -48,7 +48,7 @@ def test_an_answer_can_be_sent_back_as_a_message() -> None:
 
 def test_chat_stream_with_the_async_client() -> None:
     async def scenario() -> None:
-        async with serving(says(WORDS)) as run, run.openai() as client:
+        async with serving(says(WORDS), step_s=0.03) as run, run.openai() as client:
             stream = await client.chat.completions.create(
                 model="fake", messages=HELLO, stream=True, stream_options={"include_usage": True}
             )
@@ -57,7 +57,7 @@ def test_chat_stream_with_the_async_client() -> None:
             assert (first.choices[0].delta.role, first.choices[0].delta.content) == ("assistant", "")
             texts = [chunk.choices[0].delta.content for chunk in middle]
             assert "".join(text or "" for text in texts) == WORDS
-            assert len(texts) > 5  # it streamed
+            assert len(texts) > 1  # it streamed; a client that is late finds several tokens at once
             assert all("�" not in (text or "") for text in texts)
             assert last.choices[0].finish_reason == "stop"
             assert usage.choices == []
