@@ -159,9 +159,7 @@ def _not_for_ever(address: str) -> Iterator[None]:
     """Ray tries again without end to join one that has gone meanwhile, and cannot be interrupted: the process ends."""
 
     def give_up() -> None:
-        sys.stderr.write(
-            f"nitsum-cluster: Ray at --address={address} lets nobody join: look at ray status\n"
-        )
+        sys.stderr.write(f"nitsum-cluster: Ray at --address={address} lets nobody join: look at ray status\n")
         sys.stderr.flush()
         os._exit(cli.EXIT_UNAVAILABLE)
 
