@@ -1,14 +1,14 @@
 """What the front door of nitsum-cluster costs, and what more cells are worth.
 
     python benchmarks/server/cluster.py [--streams=64] [--tokens=100] [--rounds=5]
-    python benchmarks/server/cluster.py --goodput [--cells=1,2,3] [--rate=39] [--seconds=8] [--time_scale=24]
+    python benchmarks/server/cluster.py --goodput [--cells=1,2,3] [--rate=48] [--seconds=5] [--time_scale=48]
 
 The first measures one cell behind a front door against the same server directly, in turn: tokens per second of so many
 streams at once, and the time to the first token of a request alone. Both serve tiny-random, whose steps take almost
 nothing; a larger model makes the share of the front door smaller. The second plays a load that grows with the cells to
 clusters of paced cells (Llama 3.1 8B on one H100 each) and tells their goodput. By default it is 1.3 times what a cell
-can do, which is 30 requests a second in time, so that the goodput is what the cells can do and not what is asked of
-them.
+can do in so short a run, about 37 requests a second in time, so that the goodput is what the cells can do and not what
+is asked of them.
 """
 
 import argparse
@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--goodput", action="store_true", help="of paced cells, instead of the cost")
     parser.add_argument("--cells", default="1,2,3", help="with --goodput: numbers of cells")
-    parser.add_argument("--rate", type=float, default=39.0, help="with --goodput: requests per second and cell")
-    parser.add_argument("--seconds", type=float, default=8.0, help="with --goodput: of the load, on the paced clock")
-    parser.add_argument("--time_scale", type=float, default=24.0, help="with --goodput: seconds here for one of a cell")
+    parser.add_argument("--rate", type=float, default=48.0, help="with --goodput: requests per second and cell")
+    parser.add_argument("--seconds", type=float, default=5.0, help="with --goodput: of the load, on the paced clock")
+    parser.add_argument("--time_scale", type=float, default=48.0, help="with --goodput: seconds here for one of a cell")
     given = parser.parse_args()
     asyncio.run(goodput(given) if given.goodput else cost(given))
 

@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,11 +16,14 @@ import grpc
 from nitsum_jax.cluster.flags import ClusterOptions
 from nitsum_jax.cluster.messages import FAILED
 from nitsum_jax.errors import PreconditionError, UnavailableError, one_line
+from nitsum_jax.server import cli
 from nitsum_jax.server.address import DEFAULT_HOST
 
 APP = "nitsum"
 _MISSING = "Ray is not installed: install the extra, as in pip install 'nitsum-jax[ray]'"
+_LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _REACH_S = 10.0
+_JOIN_S = 120.0
 _POLL_S = 0.25
 
 
@@ -31,12 +36,14 @@ def prepare(options: ClusterOptions) -> None:
     if options.address is None:
         # Ray reads this when it is imported. It has a mode in which its processes listen on the loopback address only,
         # and this is the name of the switch on Linux, too; else it replaces 127.0.0.1 by an address of the machine.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault(_LOOPBACK, "0")
         # Ray gives its workers the niceness of work in the background, 15; a cell would wait for all else that runs.
         os.environ.setdefault("RAY_worker_niceness", "0")
     else:
         with _joining(options.address):
             _reach(options.address)
+        if _only_loopback(options.address):
+            os.environ.setdefault(_LOOPBACK, "0")
     if not options.ray_usage:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
@@ -71,7 +78,7 @@ def connect(options: ClusterOptions) -> None:
             **common,
         )
         return
-    with _joining(options.address):
+    with _joining(options.address), _not_for_ever(options.address):
         ray.init(address=options.address, **common)
 
 
@@ -127,6 +134,42 @@ def resource_of(options: ClusterOptions, total: Mapping[str, float]) -> str | No
             ": lower --cells or --devices_per_cell, or add nodes"
         )
     return kind
+
+
+def _only_loopback(address: str) -> bool:
+    """Whether a Ray listens on the loopback address alone, where Ray would look for it at the machine's own."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "[::1]") or not port.isdigit():
+        return False
+    with contextlib.suppress(OSError):
+        socket.create_connection((_own_address(), int(port)), timeout=_REACH_S).close()
+        return False
+    return True
+
+
+def _own_address() -> str:
+    """Of this machine; raises OSError if it has none but the loopback one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        asked.connect(("192.0.2.1", 9))  # nothing is sent: the system only says by which address it would go
+        return str(asked.getsockname()[0])
+
+
+@contextlib.contextmanager
+def _not_for_ever(address: str) -> Iterator[None]:
+    """Ray tries again without end to join one that has gone meanwhile, and cannot be interrupted: the process ends."""
+
+    def give_up() -> None:
+        sys.stderr.write(f"nitsum-cluster: Ray at --address={address} lets nobody join: look at ray status\n")
+        sys.stderr.flush()
+        os._exit(cli.EXIT_UNAVAILABLE)
+
+    timer = threading.Timer(_JOIN_S, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class Deployed:

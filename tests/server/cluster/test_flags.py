@@ -2,6 +2,7 @@
 
 import socket
 import sys
+import threading
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_what_listens_there_and_is_not_ray_is_not_waited_for(
         port = other.getsockname()[1]
         assert main(["nitsum-cluster", "--model=tiny-random", f"--address=127.0.0.1:{port}"]) == 2
     assert f"at --address=127.0.0.1:{port} (what listens there is not Ray): start one" in capsys.readouterr().err
+
+
+def test_a_ray_on_the_loopback_address_is_looked_for_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes 127.0.0.1 for an address of the machine, and would wait there for ever."""
+    monkeypatch.setattr(ray_cluster, "_own_address", lambda: "127.0.0.2")
+    with socket.create_server(("127.0.0.1", 0)) as only, socket.create_server(("0.0.0.0", 0)) as everywhere:
+        assert ray_cluster._only_loopback(f"127.0.0.1:{only.getsockname()[1]}")
+        assert not ray_cluster._only_loopback(f"127.0.0.1:{everywhere.getsockname()[1]}")
+    assert not ray_cluster._only_loopback("auto")
+    assert not ray_cluster._only_loopback("10.0.0.7:6379")
+
+
+def test_joining_ends(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    codes: list[int] = []
+    monkeypatch.setattr(ray_cluster, "_JOIN_S", 0.01)
+    monkeypatch.setattr("os._exit", lambda code: (codes.append(code), ended.set()))
+    with ray_cluster._not_for_ever("10.0.0.7:6379"):
+        assert ended.wait(10)
+    assert codes == [3]
+    assert "Ray at --address=10.0.0.7:6379 lets nobody join" in capsys.readouterr().err
 
 
 def test_cells_need_their_devices() -> None:
