@@ -18,7 +18,7 @@ from nitsum_jax.engine.kv.memory import MemoryPlan, plan_memory, workspace_bytes
 from nitsum_jax.engine.kv.prefix_cache import PrefixCache
 from nitsum_jax.engine.kv.transfer import BlockMover, HostMover, Mover
 from nitsum_jax.engine.step.dispatched import Step
-from nitsum_jax.engine.step.forms import step_forms
+from nitsum_jax.engine.step.forms import check_kv_dtype, step_forms
 from nitsum_jax.engine.step.packing import Packer, StepShape
 from nitsum_jax.engine.step.paged.check import checked
 from nitsum_jax.engine.step.paged.choice import fitting
@@ -298,11 +298,13 @@ def _plan_memory(model: ModelConfig, config: EngineConfig, site: _Site, pooling:
     )
     weights = residency.bytes_per_device
     forms = step_forms(site.platform, site.dtype, config.attention)
+    kv_dtype = site.dtype if config.kv_dtype == "auto" else config.kv_dtype
+    check_kv_dtype(site.platform, kv_dtype)
     shared = 1 if site.platform == "cpu" else count
     memory = plan_memory(
         model,
         site.cut,
-        dtype=site.dtype if config.kv_dtype == "auto" else config.kv_dtype,
+        dtype=kv_dtype,
         platform=site.platform,
         devices=count,
         weights=weights,

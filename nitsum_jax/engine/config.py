@@ -29,8 +29,9 @@ class EngineConfig:
         at which the weights fit.
       vshards: K, number of virtual shards; None: the largest power of two that is at most N.
       dtype: type of weights: "float32", "bfloat16", or "auto" (bfloat16 if the hardware multiplies it).
-      kv_dtype: type of the KV cache: "float32", "bfloat16", "int8" (with a scale per token and head: half of bfloat16's
-        bytes, for twice the context and half of what a switch moves), or "auto" (that of the weights).
+      kv_dtype: type of the KV cache: "float32", "bfloat16", "int8" (with a scale per token and head; not on TPUs) or
+        "float8_e4m3" (both take half of bfloat16's bytes, for twice the context and half of what a switch moves), or
+        "auto" (that of the weights).
       max_model_len: longest prompt and output together, tokens; None: what the model was trained for.
       max_batch: most sequences of an instance at a time.
       page_size: W, tokens per KV block, a power of two up to 128.

@@ -28,6 +28,7 @@ class Asked:
     tp: int
     shape: StepShape
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
     attention: str = "auto"
     fast_sums: bool = False
     pool_tokens: int = POOL_TOKENS
@@ -40,6 +41,7 @@ class Asked:
         ]
         words += ["single"] * (self.shape == SINGLE)
         words += [self.dtype] * (self.dtype != "bfloat16") + ["fast"] * self.fast_sums
+        words += [f"kv-{self.kv_dtype}"] * (self.kv_dtype is not None)
         words += [self.attention] * (self.attention != "auto")
         return "-".join(words)
 
@@ -55,6 +57,7 @@ class Asked:
             max_model_len=1024,
             pool_tokens=self.pool_tokens,
             dtype=self.dtype,
+            kv_dtype=self.kv_dtype,
             attention=self.attention,
             fast_sums=self.fast_sums,
         )

@@ -41,7 +41,8 @@ class StepCase:
       pool_tokens: of context that the pools of the step's devices hold together, per virtual shard.
       vshards: K.
       page_size: W.
-      dtype: of weights and KV.
+      dtype: of weights.
+      kv_dtype: of the KV cache; None: as weights.
       attention: "auto", "xla" or "pallas", see `step_forms`.
       forms: other forms than the target's; `attention` then does not count.
       fast_sums: sums over devices with fewer bytes, see `Ranks`.
@@ -56,6 +57,7 @@ class StepCase:
     vshards: int = 8
     page_size: int = 16
     dtype: str = "bfloat16"
+    kv_dtype: str | None = None
     attention: str = "auto"
     forms: StepForms | None = None
     fast_sums: bool = False
@@ -77,8 +79,9 @@ class StepCase:
         cut = ModelCut.of(self.config, self.vshards)
         forms = self.forms or step_forms(self.target.chip.platform, self.dtype, self.attention)
         blocks = -(-self.pool_tokens // self.page_size) * self.vshards // self.tp
+        stored = self.kv_dtype or self.dtype
         pool = PoolShape(
-            blocks, self.config.num_layers, self.page_size, cut.kv_heads, self.config.head_dim, self.dtype, forms.pool
+            blocks, self.config.num_layers, self.page_size, cut.kv_heads, self.config.head_dim, stored, forms.pool
         )
         forms = fitting(forms, self.attention, pool, q_heads=cut.q_heads, most_new_tokens=self.shape.tokens)
         options = (*forms.compile_options, *_UNTRIED[self.target.chip.platform])

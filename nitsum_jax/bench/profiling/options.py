@@ -114,7 +114,7 @@ def _flags() -> flags.FlagValues:
     )  # fmt: skip
     flags.DEFINE_string("layout", None, "measure the TPs of this layout (default: every TP)", flag_values=values)
     flags.DEFINE_string("dtype", "auto", "float32, bfloat16 or auto", flag_values=values)
-    flags.DEFINE_string("kv_dtype", "auto", "float32, bfloat16, int8, or auto: as weights", flag_values=values)
+    flags.DEFINE_string("kv_dtype", "auto", "as nitsum-serve --kv_dtype", flag_values=values)
     flags.DEFINE_integer(
         "max_batch", None, "most sequences of an instance (default: 32; quick: 8)", 1, flag_values=values
     )

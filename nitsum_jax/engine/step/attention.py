@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from nitsum_jax.engine.step.forms import PoolForm
 from nitsum_jax.models.layers.fixed_sums import largest, sum_of_weights
 
-KV_DTYPES = ("float32", "bfloat16", "int8")
+KV_DTYPES = ("float32", "bfloat16", "int8", "float8_e4m3")
 # Bytes of the scale behind a row of integers.
 _SCALE_BYTES = 2
 _LARGEST_INT8 = 127
+_LARGEST_FLOAT8 = 448.0
 # Of the smallest normal bfloat16 as a float32: no scale is smaller, so that dividing by one is exact and finite.
 _LEAST_SCALE_BITS = 0x00800000
 # Of the largest bfloat16 as a float32: more would become an infinity in a bfloat16 pool.
@@ -60,7 +61,14 @@ class PoolShape:
     @property
     def storage_dtype(self) -> jnp.dtype:
         """The type in which the pool is stored."""
+        if self.dtype == "float8_e4m3":
+            return jnp.dtype(jnp.uint8 if self.form.as_integers else jnp.float8_e4m3fn)
         return jnp.dtype(jnp.uint16 if self.dtype == "bfloat16" and self.form.as_integers else self.dtype)
+
+    @property
+    def stored_bits(self) -> int:
+        """Of each number."""
+        return 8 * self.storage_dtype.itemsize
 
     @property
     def stored_width(self) -> int:
@@ -99,6 +107,10 @@ def encode(values: jax.Array, shape: PoolShape) -> jax.Array:
     """
     if shape.dtype == "int8":
         return _encode_int8(values)
+    if shape.dtype == "float8_e4m3":
+        # The type has no infinity, and what is too large would become NaN; NaN stays what it is.
+        small = jnp.clip(values, -_LARGEST_FLOAT8, _LARGEST_FLOAT8).astype(jnp.float8_e4m3fn)
+        return jax.lax.bitcast_convert_type(small, shape.storage_dtype)
     if shape.storage_dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
     return values.astype(shape.storage_dtype)
@@ -110,6 +122,8 @@ def decode(stored: jax.Array, shape: PoolShape) -> jax.Array:
         integers, scale = stored[..., : shape.head_dim], stored[..., shape.head_dim :]
         bits = jax.lax.bitcast_convert_type(scale, jnp.uint16).astype(jnp.uint32) << jnp.uint32(16)
         return integers.astype(jnp.float32) * jax.lax.bitcast_convert_type(bits, jnp.float32)[..., None]
+    if shape.dtype == "float8_e4m3":
+        return jax.lax.bitcast_convert_type(stored, jnp.float8_e4m3fn).astype(jnp.float32)
     if shape.storage_dtype == jnp.uint16:
         # A shift, not a bfloat16 conversion: XLA:CPU vectorises it.
         return jax.lax.bitcast_convert_type(stored.astype(jnp.uint32) << jnp.uint32(16), jnp.float32)

@@ -13,6 +13,7 @@ import enum
 
 import jax
 
+from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm
 from nitsum_jax.models.layers.reduction import GATHER_LIMIT_BYTES
 
@@ -102,6 +103,19 @@ def step_forms(platform: str, dtype: str, attention: str = "auto") -> StepForms:
     if attention == "xla" or (attention == "auto" and platform == "cpu"):
         return forms
     return dataclasses.replace(forms, attention=_KERNELS.get(platform, AttentionForm.INTERPRETED))
+
+
+def check_kv_dtype(platform: str, kv_dtype: str) -> None:
+    """Refuses a type of the KV cache that a platform cannot keep in place.
+
+    Raises:
+      InvalidInputError: it is one.
+    """
+    if platform == "tpu" and kv_dtype == "int8":
+        raise InvalidInputError(
+            "kv_dtype=int8 would be copied whole in every step on a TPU, whose tiles have no room for scales: give "
+            "float8_e4m3"
+        )
 
 
 def fuses(platform: str, asked: str = "auto") -> bool:

@@ -260,8 +260,8 @@ def _define() -> flags.FlagValues:
         "kv_dtype",
         "auto",
         ["auto", *KV_DTYPES],
-        "type of the KV cache; int8, with a scale per token and head, holds nearly twice the context of bfloat16 and "
-        "halves what a switch moves; auto: the type of the weights",
+        "type of the KV cache; int8, with a scale per token and head (not on TPUs), and float8_e4m3 hold twice the "
+        "context of bfloat16 and halve what a switch moves; auto: the type of the weights",
         flag_values=values,
     )
     flags.DEFINE_float(

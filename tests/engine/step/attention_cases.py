@@ -84,10 +84,13 @@ class AttentionCase:
             return rng.standard_normal(size).astype(np.float32)
 
         pool = normal(blocks, *shape.block_shape)
-        if dtype == "int8":
-            pool = int8_rows(pool[..., :width])
-        if dtype == "bfloat16":
-            pool = pool.astype(ml_dtypes.bfloat16).view(shape.storage_dtype)
+        match dtype:
+            case "int8":
+                pool = int8_rows(pool[..., :width])
+            case "bfloat16":
+                pool = pool.astype(ml_dtypes.bfloat16).view(shape.storage_dtype)
+            case "float8_e4m3":
+                pool = pool.astype(ml_dtypes.float8_e4m3fn).view(shape.storage_dtype)
         page_table = rng.permutation(blocks)[: batch * slots * pages].reshape(batch, slots, pages).astype(np.int32)
         q = 2 * normal(batch, length, slots, heads, width)
         k, v = normal(batch, length, slots, groups, width), normal(batch, length, slots, groups, width)
@@ -105,6 +108,8 @@ class AttentionCase:
                 stored = self.pool
             case "int8":
                 stored = of_int8_rows(self.pool)
+            case "float8_e4m3":
+                stored = self.pool.view(ml_dtypes.float8_e4m3fn)
             case _:
                 stored = self.pool.view(ml_dtypes.bfloat16)
         out = np.zeros(self.q.shape)

@@ -69,6 +69,8 @@ make_case = functools.partial(Case.draw, slots=2, width=WIDTH)
         pytest.param(make_case([140, 9], dtype="bfloat16", form=ON_TPU), id="as on a TPU"),
         pytest.param(make_case([140, 9], dtype="int8"), id="int8 pool"),
         pytest.param(make_case([140, 9], length=5, dtype="int8", form=BY_ROWS), id="int8 pool of rows"),
+        pytest.param(make_case([140, 9], dtype="float8_e4m3"), id="float8 pool"),
+        pytest.param(make_case([140, 9], length=5, dtype="float8_e4m3", form=ON_TPU), id="float8 pool, as on a TPU"),
         pytest.param(make_case([600, 9], form=PoolForm(chunk_tokens=512)), id="large chunks"),
     ],
 )
@@ -92,6 +94,7 @@ def test_a_row_gets_the_same_bits_whoever_else_is_in_the_batch() -> None:
     [
         pytest.param(make_case([200], slots=8, heads=2, groups=1), id="decode"),
         pytest.param(make_case([200], length=8, slots=8, heads=2, groups=1), id="prefill"),
+        pytest.param(make_case([200], slots=8, heads=2, groups=1, dtype="float8_e4m3"), id="float8 pool"),
         # Sizes at which XLA:CPU compiles the loop over old tokens, or the product with the new ones, in another way.
         pytest.param(make_case([300] * 16, slots=8, heads=1, groups=1), id="multi-head"),
         pytest.param(make_case([20] * 8, slots=8, heads=1, groups=1, width=64), id="multi-head, wide"),
@@ -197,6 +200,8 @@ def test_bfloat16_is_stored_as_its_bits() -> None:
         ("bfloat16", ON_TPU),
         ("int8", PoolForm()),
         ("int8", BY_ROWS),
+        ("float8_e4m3", PoolForm()),
+        ("float8_e4m3", ON_TPU),
     ],
 )
 @given(data=st.data())

@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 
 from nitsum_jax.engine.executables.step_store import StepStore
-from nitsum_jax.engine.step.forms import AttentionForm, StepForms, step_forms
+from nitsum_jax.engine.step.forms import AttentionForm, StepForms, check_kv_dtype, step_forms
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import Program
+from nitsum_jax.errors import InvalidInputError
 from tests.engine.quick import compiling_quickly
 from tests.engine.rig import Row, StepRig
 
 ROWS = [Row(context, (token,), logprobs=True) for context, token in ((3, 9), (40, 8), (130, 7))]
 PROMPT = [Row(20, tuple(range(3, 15)))]
+
+
+def test_a_tpu_refuses_a_cache_that_it_would_copy() -> None:
+    for platform, kv_dtype in (("cpu", "int8"), ("gpu", "int8"), ("tpu", "float8_e4m3"), ("tpu", "bfloat16")):
+        check_kv_dtype(platform, kv_dtype)
+    with pytest.raises(InvalidInputError, match="give float8_e4m3"):
+        check_kv_dtype("tpu", "int8")
 
 
 def test_a_cpu_keeps_the_forms_that_its_bits_were_promised_with() -> None:

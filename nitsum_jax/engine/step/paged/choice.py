@@ -36,8 +36,8 @@ def fitting(forms: StepForms, asked: str, shape: PoolShape, *, q_heads: int, mos
 def _lacking(form: AttentionForm, shape: PoolShape, q_heads: int, most_new_tokens: int) -> str | None:
     if form is AttentionForm.INTERPRETED:
         return "a CPU has none, and interpreting one is for tests"
-    if shape.dtype == "int8":
-        return "kernels read a KV cache of float32 or bfloat16, not int8"
+    if shape.stored_bits < 16:
+        return f"kernels read a KV cache of float32 or bfloat16, not {shape.dtype}"
     # Only where it is wanted: Pallas takes half a second to import.
     from nitsum_jax.engine.step.paged.kernels import KERNELS
 
