@@ -25,8 +25,8 @@ import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint.blocks import (
-    Blocks,
     QuantFormat,
+    QuantisedBlocks,
     fitted,
     holds,
     leaves_of,
@@ -252,14 +252,14 @@ class _BlockReader:
 
     def __init__(self, source: TensorSource):
         self.source = source
-        self._last: dict[str, Blocks] = {}
+        self._last: dict[str, QuantisedBlocks] = {}
 
     def keeps(self, param: PlannedParam, fmt: QuantFormat) -> bool:
         """Whether the checkpoint has the parameter in bits that this format holds as they are."""
         found = [block_format(self.source, piece.tensor) for piece in param.pieces]
         return all(one is not None and holds(fmt, one) for one in found)
 
-    def read(self, tensor: str, fmt: QuantFormat) -> Blocks:
+    def read(self, tensor: str, fmt: QuantFormat) -> QuantisedBlocks:
         """A whole tensor in a format that `keeps` it."""
         if tensor not in self._last:
             assert isinstance(self.source, BlockSource), "it has a format for this tensor"
@@ -278,7 +278,7 @@ class _Loss:
         self._names: set[str] = set()
         self._size = self._difference = 0.0
 
-    def add(self, name: str, values: np.ndarray, blocks: Blocks, fmt: QuantFormat) -> None:
+    def add(self, name: str, values: np.ndarray, blocks: QuantisedBlocks, fmt: QuantFormat) -> None:
         """Notes one vshard of a parameter."""
         self._names.add(name)
         kept = blocks.values(centred=fmt.bits == 4 and not fmt.minimum)
@@ -296,7 +296,9 @@ class _Loss:
             )
 
 
-def _blocks(param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader, loss: _Loss) -> Blocks:
+def _blocks(
+    param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader, loss: _Loss
+) -> QuantisedBlocks:
     outputs, inputs = param.shape[::-1] if inputs_first else param.shape
     if not param.pieces or not reader.keeps(param, fmt):
         values = _assemble(param, reader.source, _DTYPES["float32"])
@@ -323,7 +325,7 @@ def _blocks(param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _
         scales[groups] = part.scales
         if minimums is not None:
             minimums[groups] = part.minimums
-    return Blocks(numbers, scales, minimums)
+    return QuantisedBlocks(numbers, scales, minimums)
 
 
 def _layer(layer: int, config: ModelConfig, cut: ModelCut) -> Iterator[PlannedParam]:

@@ -22,9 +22,9 @@ from nitsum_jax.meshes.layout import InstanceSpec
 from nitsum_jax.meshes.mesh import TP_AXIS, instance_mesh
 from nitsum_jax.meshes.vshards import VshardMap
 from nitsum_jax.meshes.weight_bank import WeightBank
-from tests.engine.quantised_model import QuantisedModel
 from tests.engine.reference import Params, tiny_params
 from tests.engine.step.attention_cases import int8_rows
+from tests.models.checkpoint.quantised_model import QuantisedModel
 
 PAGE_SIZE = 16
 

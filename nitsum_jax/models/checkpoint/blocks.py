@@ -63,7 +63,7 @@ INT4 = QuantFormat(4, 32, True, "float16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Blocks:
+class QuantisedBlocks:
     """A matrix `[O, I]` in groups of inputs, in numbers of at most 8 bits.
 
     Attributes:
@@ -76,7 +76,7 @@ class Blocks:
     scales: np.ndarray
     minimums: np.ndarray | None = None
 
-    def take(self, rows: "slice | np.ndarray", columns: slice = slice(None)) -> "Blocks":
+    def take(self, rows: "slice | np.ndarray", columns: slice = slice(None)) -> "QuantisedBlocks":
         """Some outputs, and inputs from a slice that begins and ends with a group.
 
         Raises:
@@ -85,13 +85,13 @@ class Blocks:
         group = self.numbers.shape[1] // self.scales.shape[1]
         if self.scales.shape[1] == 1:
             minimums = None if self.minimums is None else self.minimums[rows]
-            return Blocks(self.numbers[rows, columns], self.scales[rows], minimums)
+            return QuantisedBlocks(self.numbers[rows, columns], self.scales[rows], minimums)
         start, stop, _ = columns.indices(self.numbers.shape[1])
         if start % group or stop % group:
             raise InvalidInputError(f"inputs {start} to {stop} cut a group of {group}")
         groups = slice(start // group, stop // group)
         minimums = None if self.minimums is None else self.minimums[rows, groups]
-        return Blocks(self.numbers[rows, start:stop], self.scales[rows, groups], minimums)
+        return QuantisedBlocks(self.numbers[rows, start:stop], self.scales[rows, groups], minimums)
 
     def values(self, *, centred: bool) -> np.ndarray:
         """f32 [O, I]; `centred`: numbers without minimum are of 4 bits, 8 being zero."""
@@ -121,8 +121,8 @@ def holds(fmt: QuantFormat, other: QuantFormat) -> bool:
     return other.bits <= fmt.bits and group and minimum and (fmt.scale == "float32" or other.scale == "float16")
 
 
-def fitted(blocks: Blocks, of: QuantFormat, to: QuantFormat) -> Blocks:
-    """Blocks of one format in a wider one that `common` found."""
+def fitted(blocks: QuantisedBlocks, of: QuantFormat, to: QuantFormat) -> QuantisedBlocks:
+    """QuantisedBlocks of one format in a wider one that `common` found."""
     group = to.group or blocks.numbers.shape[1]
     times = blocks.numbers.shape[1] // blocks.scales.shape[1] // group
     minimums = blocks.minimums
@@ -130,11 +130,11 @@ def fitted(blocks: Blocks, of: QuantFormat, to: QuantFormat) -> Blocks:
         minimums = blocks.scales * np.float32(-OFFSET if of.bits == 4 else 0)
     if times > 1:
         minimums = None if minimums is None else minimums.repeat(times, axis=1)
-        return Blocks(blocks.numbers, blocks.scales.repeat(times, axis=1), minimums)
-    return Blocks(blocks.numbers, blocks.scales, minimums)
+        return QuantisedBlocks(blocks.numbers, blocks.scales.repeat(times, axis=1), minimums)
+    return QuantisedBlocks(blocks.numbers, blocks.scales, minimums)
 
 
-def quantised(values: np.ndarray, to: QuantFormat) -> Blocks:
+def quantised(values: np.ndarray, to: QuantFormat) -> QuantisedBlocks:
     """The nearest numbers to f32 `[O, I]`: 8 bits around zero, 4 bits between least and greatest of a group."""
     outputs, inputs = values.shape
     group = to.group or inputs
@@ -142,16 +142,16 @@ def quantised(values: np.ndarray, to: QuantFormat) -> Blocks:
     if to.bits == 8:
         scales = (np.abs(grouped).max(axis=2) / np.float32(127)).astype(to.scale).astype(np.float32)
         numbers = np.rint(grouped / np.where(scales > 0, scales, 1)[:, :, None])
-        return Blocks(np.clip(numbers, -127, 127).astype(np.int8).reshape(outputs, inputs), scales)
+        return QuantisedBlocks(np.clip(numbers, -127, 127).astype(np.int8).reshape(outputs, inputs), scales)
     low, high = grouped.min(axis=2), grouped.max(axis=2)
     # Rounded first: numbers are to be the nearest ones for the scale and minimum that are kept.
     low = low.astype(to.scale).astype(np.float32)
     scales = ((high - low) / np.float32(15)).astype(to.scale).astype(np.float32)
     numbers = np.rint((grouped - low[:, :, None]) / np.where(scales > 0, scales, 1)[:, :, None])
-    return Blocks(np.clip(numbers, 0, 15).astype(np.uint8).reshape(outputs, inputs), scales, low)
+    return QuantisedBlocks(np.clip(numbers, 0, 15).astype(np.uint8).reshape(outputs, inputs), scales, low)
 
 
-def leaves_of(blocks: Blocks, fmt: QuantFormat) -> dict[str, np.ndarray]:
+def leaves_of(blocks: QuantisedBlocks, fmt: QuantFormat) -> dict[str, np.ndarray]:
     """The arrays of `QuantFormat.leaves`."""
     inputs = blocks.numbers.shape[1]
     group = fmt.group or inputs
@@ -171,11 +171,11 @@ def leaves_of(blocks: Blocks, fmt: QuantFormat) -> dict[str, np.ndarray]:
     return found
 
 
-def blocks_of(leaves: "dict[str, np.ndarray]", fmt: QuantFormat) -> Blocks:
+def blocks_of(leaves: "dict[str, np.ndarray]", fmt: QuantFormat) -> QuantisedBlocks:
     """The inverse of `leaves_of`."""
     values = np.asarray(leaves["values"])
     if fmt.bits == 4:
         halves = values.reshape(len(values), -1, (fmt.group or 2 * values.shape[1]) // 2)
         values = np.stack([halves & 15, halves >> 4], axis=2).reshape(len(values), -1)
     minimums = np.asarray(leaves["minimums"]).astype(np.float32) if fmt.minimum else None
-    return Blocks(values, np.asarray(leaves["scales"]).astype(np.float32), minimums)
+    return QuantisedBlocks(values, np.asarray(leaves["scales"]).astype(np.float32), minimums)

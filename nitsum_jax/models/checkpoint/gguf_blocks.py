@@ -8,7 +8,7 @@ from collections.abc import Callable
 import gguf
 import numpy as np
 
-from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
+from nitsum_jax.models.checkpoint.blocks import QuantFormat, QuantisedBlocks
 from nitsum_jax.models.checkpoint.gguf_file import GgufTensor
 
 _K_SUBBLOCKS, _K_SCALE_BYTES = 8, 12
@@ -20,13 +20,13 @@ def format_of(tensor: GgufTensor) -> QuantFormat | None:
     return known[0] if known is not None and len(tensor.shape) == 2 else None
 
 
-def read(tensor: GgufTensor) -> Blocks:
+def read(tensor: GgufTensor) -> QuantisedBlocks:
     """A whole matrix that has a format."""
     _, unpacked = _FORMATS[tensor.tensor_type.name]
     _, size = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
     outputs = len(tensor.data)
     numbers, scales, minimums = unpacked(np.ascontiguousarray(tensor.data).reshape(-1, size))
-    return Blocks(
+    return QuantisedBlocks(
         numbers.reshape(outputs, -1),
         scales.reshape(outputs, -1),
         None if minimums is None else minimums.reshape(outputs, -1),

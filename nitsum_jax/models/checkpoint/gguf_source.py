@@ -9,7 +9,7 @@ import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
 from nitsum_jax.models.checkpoint import gguf_blocks
-from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
+from nitsum_jax.models.checkpoint.blocks import QuantFormat, QuantisedBlocks
 from nitsum_jax.models.checkpoint.gguf_file import GgufFile, GgufTensor
 from nitsum_jax.models.checkpoint.source import missing_tensor
 from nitsum_jax.models.config import ModelConfig
@@ -103,7 +103,7 @@ class GgufSource:
         """The format that holds a tensor as the file has it; None: there is none."""
         return gguf_blocks.format_of(self._tensor(name))
 
-    def read_blocks(self, name: str) -> Blocks:
+    def read_blocks(self, name: str) -> QuantisedBlocks:
         """A whole tensor that has such a format."""
         tensor = self._tensor(name)
         blocks = gguf_blocks.read(tensor)

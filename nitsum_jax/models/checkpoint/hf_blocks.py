@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
+from nitsum_jax.models.checkpoint.blocks import QuantFormat, QuantisedBlocks
 from nitsum_jax.models.checkpoint.safetensors_source import SafetensorsSource
 
 METHODS = ("compressed-tensors", "gptq", "awq")
@@ -44,7 +44,7 @@ class _Method(Protocol):
     def kept(self, source: SafetensorsSource, prefix: str) -> _Kept:
         """What the tensors of a matrix are."""
 
-    def blocks(self, source: SafetensorsSource, prefix: str) -> Blocks:
+    def blocks(self, source: SafetensorsSource, prefix: str) -> QuantisedBlocks:
         """Its numbers."""
 
 
@@ -71,7 +71,7 @@ class QuantisedFolder:
         self._kept = {prefix + _WEIGHT: self._method.kept(source, prefix) for prefix in prefixes}
         hidden = {prefix + suffix for prefix in prefixes for suffix in self._method.suffixes}
         self._names = [name for name in source.names() if name not in hidden] + list(self._kept)
-        self._last: tuple[str, Blocks] | None = None
+        self._last: tuple[str, QuantisedBlocks] | None = None
 
     def names(self) -> Iterable[str]:
         """All tensor names."""
@@ -101,13 +101,13 @@ class QuantisedFolder:
         """The format that holds a tensor as it is kept; None if it is in many bits."""
         return self._kept[name].format if name in self._kept else None
 
-    def read_blocks(self, name: str) -> Blocks:
+    def read_blocks(self, name: str) -> QuantisedBlocks:
         """A whole tensor that has such a format."""
         if self._last is None or self._last[0] != name:  # a piece of it is asked for by every vshard
             self._last = name, self._method.blocks(self._source, name.removesuffix(_WEIGHT))
         return self._last[1]
 
-    def _values(self, name: str, blocks: Blocks) -> np.ndarray:
+    def _values(self, name: str, blocks: QuantisedBlocks) -> np.ndarray:
         return blocks.values(centred=self._kept[name].format.bits == 4)
 
 
@@ -157,12 +157,12 @@ class _Bytes:
         outputs, inputs = source.stored_shape(prefix + _WEIGHT)
         return _Kept((outputs, inputs), QuantFormat(8))
 
-    def blocks(self, source: SafetensorsSource, prefix: str) -> Blocks:
+    def blocks(self, source: SafetensorsSource, prefix: str) -> QuantisedBlocks:
         numbers = source.read_stored(prefix + _WEIGHT)
         scales = source.read_stored(prefix + ".weight_scale").astype(np.float32).reshape(-1, 1)
         if numbers.dtype != np.int8 or len(scales) not in (1, len(numbers)):
             raise _misshapen(prefix)
-        return Blocks(numbers, np.broadcast_to(scales, (len(numbers), 1)))
+        return QuantisedBlocks(numbers, np.broadcast_to(scales, (len(numbers), 1)))
 
 
 class _Packed:
@@ -183,13 +183,13 @@ class _Packed:
         group = 0 if groups == 1 and self._bits == 8 else inputs // groups
         return _Kept((outputs, inputs), QuantFormat(self._bits, group))
 
-    def blocks(self, source: SafetensorsSource, prefix: str) -> Blocks:
+    def blocks(self, source: SafetensorsSource, prefix: str) -> QuantisedBlocks:
         words, inputs = source.read_stored(prefix + ".weight_packed"), self.kept(source, prefix).shape[1]
         scales = source.read_stored(prefix + ".weight_scale").astype(np.float32)
         if self._bits == 4:
-            return Blocks(_unpacked(words)[:, :inputs], scales)
+            return QuantisedBlocks(_unpacked(words)[:, :inputs], scales)
         numbers = np.ascontiguousarray(words).view(np.uint8)[:, :inputs].astype(np.int16) - 128
-        return Blocks(numbers.astype(np.int8), scales)
+        return QuantisedBlocks(numbers.astype(np.int8), scales)
 
 
 def _words(config: Mapping[str, Any], name: str) -> "_Words":
@@ -226,7 +226,7 @@ class _Words:
             raise _misshapen(prefix)
         return _Kept((outputs, inputs), QuantFormat(4, inputs // groups, True))
 
-    def blocks(self, source: SafetensorsSource, prefix: str) -> Blocks:
+    def blocks(self, source: SafetensorsSource, prefix: str) -> QuantisedBlocks:
         words = source.read_stored(prefix + ".qweight")
         outputs, inputs = self.kept(source, prefix).shape
         scales = source.read_stored(prefix + ".scales").astype(np.float32).T
@@ -236,7 +236,7 @@ class _Words:
                 raise _unsupported("groups that lie in no order (g_idx)", _OTHER)
         numbers = self._columns(words).T if self._awq else _unpacked(np.ascontiguousarray(words.T))
         zeros = self._columns(source.read_stored(prefix + ".qzeros")).T.astype(np.float32) + self._less
-        return Blocks(np.ascontiguousarray(numbers).reshape(outputs, inputs), scales, -zeros * scales)
+        return QuantisedBlocks(np.ascontiguousarray(numbers).reshape(outputs, inputs), scales, -zeros * scales)
 
     def _columns(self, words: np.ndarray) -> np.ndarray:
         """Numbers that are packed along the last axis, in their order."""

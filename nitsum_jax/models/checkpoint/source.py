@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from nitsum_jax.errors import InvalidInputError
-from nitsum_jax.models.checkpoint.blocks import Blocks, QuantFormat
+from nitsum_jax.models.checkpoint.blocks import QuantFormat, QuantisedBlocks
 
 # Rotary frequencies: older checkpoints keep them in every layer though they follow from the config, and transformers
 # ignores them; of a GGUF file, the config reader has taken them into account.
@@ -47,7 +47,7 @@ class BlockSource(Protocol):
     def block_format(self, name: str) -> QuantFormat | None:
         """The format that holds a tensor as the checkpoint has it, without rounding; None if it has it in many bits."""
 
-    def read_blocks(self, name: str) -> Blocks:
+    def read_blocks(self, name: str) -> QuantisedBlocks:
         """A whole tensor that has such a format."""
 
 

@@ -12,9 +12,9 @@ from nitsum_jax.engine.step.forms import StepForms, step_forms
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.models.checkpoint.blocks import INT8, QuantFormat
 from nitsum_jax.models.layers.quantised import QuantisedForm
-from tests.engine.quantised_model import quantised_model
 from tests.engine.quick import compiling_quickly
 from tests.engine.rig import Row, StepRig
+from tests.models.checkpoint.quantised_model import quantised_model
 
 _DECODE = StepShape(2, 1)
 _ROWS = [Row(40, (5,)), Row(7, (77,))]

@@ -9,8 +9,8 @@ from nitsum_jax.models.checkpoint import gguf_blocks
 from nitsum_jax.models.checkpoint.blocks import (
     INT4,
     INT8,
-    Blocks,
     QuantFormat,
+    QuantisedBlocks,
     blocks_of,
     common,
     fitted,
@@ -100,5 +100,5 @@ def test_inputs_are_taken_in_whole_groups() -> None:
     np.testing.assert_array_equal(part.values(centred=False), blocks.values(centred=False)[1:3, 32:96])
     with pytest.raises(InvalidInputError, match="cut a group of 32"):
         blocks.take(slice(None), slice(16, 48))
-    whole = Blocks(np.ones((2, 6), np.int8), np.full((2, 1), 0.5, np.float32))
+    whole = QuantisedBlocks(np.ones((2, 6), np.int8), np.full((2, 1), 0.5, np.float32))
     assert whole.take(slice(None), slice(1, 3)).values(centred=False).tolist() == [[0.5, 0.5]] * 2

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nitsum_jax.models.checkpoint.blocks import INT4, INT8, Blocks, QuantFormat, leaves_of, quantised
+from nitsum_jax.models.checkpoint.blocks import INT4, INT8, QuantFormat, QuantisedBlocks, leaves_of, quantised
 from nitsum_jax.models.layers.matmul import MatmulChoice, MatmulForm, column_parallel, embedding_rows, row_parallel
 from nitsum_jax.models.layers.quantised import QuantisedForm, QuantisedWeight, _scaled, quantised_product
 
@@ -24,7 +24,7 @@ RNG = np.random.default_rng(3)
 VALUES = RNG.standard_normal((OUTPUTS, INPUTS)).astype(np.float32)
 
 
-def weight_of(blocks: Blocks, fmt: QuantFormat) -> tuple[QuantisedWeight, np.ndarray]:
+def weight_of(blocks: QuantisedBlocks, fmt: QuantFormat) -> tuple[QuantisedWeight, np.ndarray]:
     """The weight, and in float32 what it stands for."""
     leaves = {name: jnp.asarray(leaf) for name, leaf in leaves_of(blocks, fmt).items()}
     weight = QuantisedWeight(leaves["values"], leaves["scales"], leaves.get("minimums"), leaves.get("peaks"), fmt)
@@ -35,7 +35,7 @@ def some(fmt: QuantFormat) -> tuple[QuantisedWeight, np.ndarray]:
     if fmt != SYMMETRIC:
         return weight_of(quantised(VALUES, fmt), fmt)
     scales = RNG.uniform(0.1, 0.3, (OUTPUTS, INPUTS // 32)).astype(np.float16).astype(np.float32)
-    return weight_of(Blocks(RNG.integers(0, 16, (OUTPUTS, INPUTS)).astype(np.uint8), scales), fmt)
+    return weight_of(QuantisedBlocks(RNG.integers(0, 16, (OUTPUTS, INPUTS)).astype(np.uint8), scales), fmt)
 
 
 @pytest.mark.parametrize("fmt", [*FORMATS, SYMMETRIC], ids=str)
@@ -69,7 +69,7 @@ def test_minimums_beyond_the_largest_weight_are_no_overflow() -> None:
     # No number is 0, so the minimum itself is no weight, and it is larger than any.
     numbers = RNG.integers(6, 9, (OUTPUTS, INPUTS)).astype(np.uint8)
     scales = np.full((OUTPUTS, INPUTS // 32), 0.125, np.float32)
-    weight, wide = weight_of(Blocks(numbers, scales, np.full_like(scales, -1.0)), INT4)
+    weight, wide = weight_of(QuantisedBlocks(numbers, scales, np.full_like(scales, -1.0)), INT4)
     x = RNG.standard_normal((3, INPUTS)).astype(np.float32)
     found = quantised_product(jnp.asarray(x), weight, QuantisedForm.INTEGER, "float32")
     np.testing.assert_allclose(found, x @ wide.T, rtol=0, atol=0.03)

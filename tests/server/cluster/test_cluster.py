@@ -147,7 +147,7 @@ def test_embeddings_are_the_same_by_either_protocol(running: ClusterProcess) -> 
         by_http = [one.embedding for one in client.embeddings.create(model="tiny-random", input=texts).data]
 
     async def scenario() -> list[list[float]]:
-        async with grpc.aio.insecure_channel(running.grpc) as channel:
+        async with grpc.aio.insecure_channel(running.address) as channel:
             stub = nitsum_pb2_grpc.GenerationServiceStub(channel)
             inputs = [nitsum_pb2.EmbedInput(text=text) for text in texts]
             answer = await stub.Embed(nitsum_pb2.EmbedRequest(inputs=inputs), timeout=60)

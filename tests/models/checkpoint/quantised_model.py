@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from nitsum_jax.models.checkpoint.blocks import INT4, INT8, Blocks, QuantFormat, quantised
+from nitsum_jax.models.checkpoint.blocks import INT4, INT8, QuantFormat, QuantisedBlocks, quantised
 from nitsum_jax.models.checkpoint.quantisation import choose_formats
 from nitsum_jax.models.config import ModelConfig
 from nitsum_jax.models.cuts import ModelCut
@@ -51,7 +51,7 @@ class KeptSource(ArraySource):
     def block_format(self, name: str) -> QuantFormat | None:
         return _format(name) if name in self._blocks else None
 
-    def read_blocks(self, name: str) -> Blocks:
+    def read_blocks(self, name: str) -> QuantisedBlocks:
         return self._blocks[name]
 
 
@@ -59,12 +59,12 @@ def _format(name: str) -> QuantFormat:
     return FORMATS[name.split(".")[-2]]
 
 
-def _blocks(value: np.ndarray, fmt: QuantFormat) -> Blocks:
+def _blocks(value: np.ndarray, fmt: QuantFormat) -> QuantisedBlocks:
     if fmt.bits == 8 or fmt.minimum:
         return quantised(value, fmt)
     scales = (np.abs(value.reshape(len(value), -1, fmt.group)).max(axis=2) / 7).astype(np.float16).astype(np.float32)
     numbers = np.rint(value / scales.repeat(fmt.group, axis=1)) + 8
-    return Blocks(np.clip(numbers, 0, 15).astype(np.uint8), scales)
+    return QuantisedBlocks(np.clip(numbers, 0, 15).astype(np.uint8), scales)
 
 
 def tensors(config: ModelConfig = CONFIG) -> dict[str, np.ndarray]:
