@@ -122,7 +122,7 @@ def holds(fmt: QuantFormat, other: QuantFormat) -> bool:
 
 
 def fitted(blocks: QuantisedBlocks, of: QuantFormat, to: QuantFormat) -> QuantisedBlocks:
-    """QuantisedBlocks of one format in a wider one that `common` found."""
+    """Blocks of one format in a wider one that `common` found."""
     group = to.group or blocks.numbers.shape[1]
     times = blocks.numbers.shape[1] // blocks.scales.shape[1] // group
     minimums = blocks.minimums
