@@ -86,9 +86,7 @@ def without_draws() -> Iterator[None]:
     Of a tiny model's step that is half of all there is to compile.  A step in which a row asks for either says nothing
     (`NO_TOKEN`), so that its requests fail.
     """
-    whole = StepStore.beside_jax_cache()._folder
-    assert whole is not None
-    shared = SharedSteps(whole / "without_draws")
+    shared = SharedSteps(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"]) / "without_draws")
     wait_for_closed_engines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "_sample", _greedy)

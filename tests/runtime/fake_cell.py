@@ -57,7 +57,7 @@ class FakeInstance(Instance):
         self.retired = self.lost = self.broken = False
         self.steps = 0
         self._before = ()
-        self._prefixes = None
+        self._prefixes = self._window = None
         program: Any = types.SimpleNamespace(pool=types.SimpleNamespace(page_size=PAGE), max_batch=64, pages=pages)
         pool: Any = types.SimpleNamespace(allocators=allocators)
         executables: Any = dict.fromkeys((*SHAPES, *MIXED) if fused else SHAPES)

@@ -13,6 +13,8 @@ from nitsum_jax.engine.step.forms import AttentionForm, StepForms, check_kv_dtyp
 from nitsum_jax.engine.step.packing import StepShape
 from nitsum_jax.engine.step.program import Program
 from nitsum_jax.errors import InvalidInputError
+from nitsum_jax.models.layers.matmul import MatmulChoice
+from nitsum_jax.models.layers.quantised import QuantisedForm
 from tests.engine.quick import compiling_quickly
 from tests.engine.rig import Row, StepRig
 
@@ -28,8 +30,9 @@ def test_a_tpu_refuses_a_cache_that_it_would_copy() -> None:
 
 
 def test_a_cpu_keeps_the_forms_that_its_bits_were_promised_with() -> None:
-    assert step_forms("cpu", "float32") == StepForms()
-    assert step_forms("cpu", "float32", "xla") == StepForms()
+    # How quantised weights are multiplied is no part of a step without any.
+    whole = StepForms(matmul=MatmulChoice(quantised=QuantisedForm.INTEGER, widened="float32"))
+    assert step_forms("cpu", "float32") == step_forms("cpu", "float32", "xla") == whole
     assert step_forms("cpu", "bfloat16").pool == StepForms().pool
 
 

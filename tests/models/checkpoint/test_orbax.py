@@ -150,7 +150,7 @@ def test_damaged_weights_are_found_when_opening(folder: Path, tmp_path: Path, da
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({"format_version": 2}, "format 2, this program reads 1"),
+        ({"format_version": 3}, "format 3, this program reads 1 and 2"),
         ({"format_version": 1}, "incomplete or damaged"),
         ({"format_version": 1, "num_vshards": 3, "dtype": "float32"}, "power of two"),
         ({"format_version": 1, "num_vshards": 4, "dtype": "int4"}, "int4"),
