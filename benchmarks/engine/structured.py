@@ -194,7 +194,7 @@ def main(argv: Sequence[str]) -> None:
         measured = [(batch, measure(engine, times, form, batch, _TOKENS.value, _ROUNDS.value)) for batch in batches]
     finally:
         engine.close()
-    print("milliseconds per token of a stream\n" + table(measured))
+    print("per token: medians over rounds, and the range of shares\n" + table(measured))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def _choose_layout(opened: OpenModel, config: EngineConfig) -> _Site:
     if platform == "cpu":
         keep_freed_memory()
     dtype = resolve_dtype(config.dtype, platform)
-    vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
+    vshards = config.num_vshards(len(devices))
     if not is_power_of_two(vshards):
         raise InvalidInputError(f"vshards={vshards} is not a power of two: give 1, 2, 4, 8, ...")
     cut = ModelCut.of(model, vshards)

@@ -144,6 +144,10 @@ class EngineConfig:
         if self.kv_cache_gib is not None and not self.kv_cache_gib > 0:
             raise InvalidInputError(f"kv_cache_gib={self.kv_cache_gib} must be positive")
 
+    def num_vshards(self, devices: int) -> int:
+        """K of a cell of so many devices: as asked for, or the largest TP that it can have."""
+        return self.vshards or 1 << (devices.bit_length() - 1)
+
     def decode_shapes(self) -> tuple[StepShape, ...]:
         """Buckets of decode steps, smallest first."""
         smaller = () if self.deterministic else tuple(size for size in _DECODE_BUCKETS if size < self.max_batch)

@@ -110,8 +110,9 @@ def cut_bytes(
 ) -> tuple[int, int]:
     """Bytes of one vshard, and bytes of the replicated parameters that every device holds once."""
     matrices, cut_total, replicated_total = matrix_dtype(dtype), 0, 0
+    inputs_first = row_parallel(config, cut)
     for param in plan(config, cut):
-        leaves = stored(param, formats, param.name in row_parallel(config, cut), param.dtype(matrices))
+        leaves = stored(param, formats, param.name in inputs_first, param.dtype(matrices))
         size = sum(math.prod(shape) * of.itemsize for shape, of in leaves.values())
         if param.vshard is None:
             replicated_total += size
@@ -157,14 +158,14 @@ def pack(
     """
     matrices = matrix_dtype(dtype)
     check_tensors(config, source)
-    reader = _BlockReader(source)
+    reader, inputs_first = _BlockReader(source), row_parallel(config, cut)
     loss = _Loss()
     for param in plan(config, cut):
         fmt = formats.get(param.name)
         if fmt is None:
             yield param.name, param.vshard, _assemble(param, source, param.dtype(matrices))
             continue
-        blocks = _blocks(param, fmt, param.name in row_parallel(config, cut), reader, loss)
+        blocks = _blocks(param, fmt, param.name in inputs_first, reader, loss)
         for leaf, value in leaves_of(blocks, fmt).items():
             yield f"{param.name}.{leaf}", param.vshard, value
     loss.tell()
@@ -300,14 +301,14 @@ def _blocks(
     param: PlannedParam, fmt: QuantFormat, inputs_first: bool, reader: _BlockReader, loss: _Loss
 ) -> QuantisedBlocks:
     outputs, inputs = param.shape[::-1] if inputs_first else param.shape
-    if not param.pieces or not reader.keeps(param, fmt):
+    if not reader.keeps(param, fmt):
         values = _assemble(param, reader.source, _DTYPES["float32"])
         values = values.T if inputs_first else values
         made = quantised(values, fmt)
         loss.add(param.name, values, made, fmt)
         return made
     group = fmt.group or inputs
-    # Padding has scales and minimums of 0, so its numbers do not matter.
+    # Padding, of which a whole vshard may be, has scales and minimums of 0, so its numbers do not matter.
     numbers = np.zeros((outputs, inputs), np.uint8 if fmt.bits == 4 else np.int8)
     scales = np.zeros((outputs, inputs // group), np.float32)
     minimums = np.zeros_like(scales) if fmt.minimum else None

@@ -87,8 +87,8 @@ def start_scheduled(
         config, cost = costs.paced(config, model.config, pace, time_scale)
     else:
         devices = discover(config.devices)
-        vshards = config.vshards or 1 << (len(devices).bit_length() - 1)
-        formats = model.formats(config.quantization, ModelCut.of(model.config, vshards))
+        cut = ModelCut.of(model.config, config.num_vshards(len(devices)))
+        formats = model.formats(config.quantization, cut)
         cost = costs.predicted(config, model.config, profile, devices, formats)
         config = dataclasses.replace(config, tps=cost.tps if profile is not None else None)
     scale = time_scale if pace is not None else 1.0

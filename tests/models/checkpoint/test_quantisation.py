@@ -1,5 +1,6 @@
 """Which parameters are kept in few bits, what they take, and what does not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -13,6 +14,7 @@ from nitsum_jax.models.convert import convert
 from nitsum_jax.models.cuts import ModelCut
 from nitsum_jax.models.loading import open_model
 from nitsum_jax.models.pack import cut_bytes, pack, row_parallel
+from tests.models.checkpoint import quantised_model
 from tests.models.checkpoint.helpers import DictSource, random_tensors, tiny_config, write_gguf
 
 CONFIG = tiny_config(d_model=64, d_mlp=256, num_heads=8, num_kv_heads=4, head_dim=32)
@@ -66,6 +68,30 @@ def test_a_gguf_file_keeps_its_own_bits(tmp_path: Path, kind: str, fmt: QuantFor
         leaves = {leaf: kept[f"{name}.{leaf}", vshard] for leaf in fmt.leaves(32, 32)}
         values = blocks_of(leaves, fmt).values(centred=fmt.bits == 4)
         np.testing.assert_array_equal(values.T if name in row_parallel(model.config, cut) else values, wide)
+
+
+@pytest.mark.parametrize("of_values", [QuantFormat(8, 16, False, "float32"), QuantFormat(4, 32, True, "float32")])
+def test_vshards_of_padding_are_zeros_whatever_the_formats_of_the_rest(
+    of_values: QuantFormat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in files of Q4_K_M: 4 bits with minimums for q and k, 8 without for some v; the fourth KV group is padding."""
+    for name in ("q_proj", "k_proj"):
+        monkeypatch.setitem(quantised_model.FORMATS, name, QuantFormat(4, 32, True, "float32"))
+    monkeypatch.setitem(quantised_model.FORMATS, "v_proj", of_values)
+    config = dataclasses.replace(quantised_model.CONFIG, num_heads=9, num_kv_heads=3)
+    cut, source = ModelCut.of(config, 4), quantised_model.KeptSource(quantised_model.tensors(config))
+    formats = choose_formats("auto", config, cut, source)
+    kept = {(name, k): value for name, k, value in pack(config, cut, source, "float32", formats)}
+    inputs_first = row_parallel(config, cut)
+    for name, k, expected in pack(config, cut, source, "float32"):
+        if name not in formats:
+            continue
+        fmt = formats[name]
+        leaves = {leaf: kept[f"{name}.{leaf}", k] for leaf in fmt.leaves(32, 64)}
+        found = blocks_of(leaves, fmt).values(centred=fmt.bits == 4)
+        np.testing.assert_array_equal(found.T if name in inputs_first else found, expected)
+        if k == 3 and name.endswith(("attn.qkv", "attn.out")):
+            assert not expected.any()
 
 
 def test_groups_shrink_where_vshards_cut_them_and_are_refused_where_they_would_vanish() -> None:
